@@ -1,0 +1,1 @@
+"""Split federated learning in JAX: vmapped clients, optimal cuts, proven bounds."""

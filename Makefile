@@ -1,0 +1,47 @@
+# make train   trains the default model on MNIST (ARGS="--rounds=5" adds flags)
+# make test    formatting, lint, types, tests        make test-slow   the long tests
+# make lint    the first three alone                 make bench       against peers, installs PyTorch
+# make clean   removes the environment and caches    PYTHON=python3.12 chooses the interpreter
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+.PHONY: train test test-slow lint bench clean
+.DELETE_ON_ERROR:
+
+train: .venv/runtime.stamp
+	$(BIN)/python -m launch.train --flagfile=launch/flags/mnist.flags $(ARGS)
+
+test: lint
+	$(PYTEST) $(ARGS)
+
+# Exit status 5 says that there was nothing to run.
+test-slow: .venv/test.stamp
+	$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+
+bench: .venv/benchmark.stamp
+	$(BIN)/python -m pytest benchmarks -m "" -s $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/python.stamp:
+	$(if $(filter True,$(NEW_ENOUGH)),,$(error sfl_jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is not: try make PYTHON=python3.12))
+	@$(PYTHON) -m venv .venv
+	@$(PIP) hatchling editables
+	@touch $@
+
+# Each stamp stands for an installed extra; the larger ones contain the runtime.
+.venv/%.stamp: .venv/python.stamp pyproject.toml constraints.txt
+	@echo "installing into .venv ($*), once"
+	@$(PIP) --no-build-isolation --editable '$(patsubst .[runtime],.,.[$*])'
+	@touch .venv/runtime.stamp $@

@@ -1,0 +1,87 @@
+"""Division of a training set among clients."""
+
+import numpy as np
+from jaxtyping import Int
+
+from sfl_jax.errors import BadInput
+
+SCHEMES = ("iid", "dirichlet", "shards", "quantity")
+
+
+def partition(
+    labels: Int[np.ndarray, " N"],
+    clients: int,
+    *,
+    scheme: str = "iid",
+    alpha: float = 0.5,
+    shards_per_client: int = 2,
+    seed: int = 0,
+) -> list[Int[np.ndarray, " D"]]:
+    """Which samples each client owns: disjoint, covering all, at least one each.
+
+    Schemes:
+      iid: a random order cut into parts whose sizes differ by at most one.
+      dirichlet: of every class, client k gets a proportion drawn from Dirichlet(alpha), one draw per class
+        (Hsu et al., arXiv 1909.06335; the per-class form of Yurochkin et al., arXiv 1905.12022).
+      shards: samples sorted by label are cut into clients × shards_per_client equal shards, dealt at random
+        (McMahan et al., arXiv 1602.05629).
+      quantity: a random order cut into parts of sizes drawn from Dirichlet(alpha).
+    A small alpha makes clients differ much, a large one little. A client that would get nothing is given one
+    sample of the largest client.
+
+    Args:
+      labels: class of every sample, (N,).
+      clients: number of clients, K.
+
+    Returns:
+      K sorted int64 arrays of indices into `labels`; the same for the same arguments.
+
+    Raises:
+      BadInput: unknown scheme, more clients (or shards) than samples, alpha or a count not positive.
+    """
+    if scheme not in SCHEMES:
+        raise BadInput(f"--partition={scheme}: must be one of {', '.join(SCHEMES)}")
+    if not 1 <= clients <= len(labels):
+        raise BadInput(f"--clients={clients}: must be 1 to {len(labels)}, the number of training samples")
+    if not 0 < alpha < np.inf:
+        raise BadInput(f"--dirichlet_alpha={alpha}: must be a positive number")
+    shards = clients * shards_per_client if scheme == "shards" else clients
+    if not clients <= shards <= len(labels):
+        raise BadInput(
+            f"--shards_per_client={shards_per_client}: must be 1 to {len(labels) // clients}"
+            f" for {clients} clients and {len(labels)} samples"
+        )
+    rng = np.random.default_rng([seed, SCHEMES.index(scheme)])
+    if scheme == "dirichlet":
+        owner = np.empty(len(labels), np.int64)
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            owner[members] = _owners(len(members), rng.dirichlet(np.full(clients, alpha)))
+    elif scheme == "shards":
+        order = np.argsort(labels, kind="stable")
+        dealt = rng.permutation(shards) // shards_per_client
+        owner = np.empty(len(labels), np.int64)
+        owner[order] = dealt[_owners(len(labels), np.full(shards, 1 / shards))]
+    else:
+        sizes = np.full(clients, 1 / clients) if scheme == "iid" else rng.dirichlet(np.full(clients, alpha))
+        owner = np.empty(len(labels), np.int64)
+        owner[rng.permutation(len(labels))] = _owners(len(labels), sizes)
+    _feed_the_empty(owner, clients)
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
+
+
+def _owners(samples: int, proportions: np.ndarray) -> np.ndarray:
+    """Consecutive runs of 0, 1, 2… over `samples` places, run k as long as proportion k says (±1)."""
+    ends = np.rint(np.cumsum(proportions) * samples).astype(np.int64)
+    ends[-1] = samples
+    return np.searchsorted(ends, np.arange(samples), side="right")
+
+
+def _feed_the_empty(owner: np.ndarray, clients: int) -> None:
+    """In place: each client without samples takes one from whichever client has most at that moment."""
+    counts = np.bincount(owner, minlength=clients)
+    order = np.argsort(owner, kind="stable")
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # among its owner's samples
+    empty = np.flatnonzero(counts == 0)
+    owner[order[np.argsort(-rank, kind="stable")[: len(empty)]]] = empty

@@ -25,7 +25,7 @@ test-slow: .venv/test.stamp
 lint: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: .venv/benchmark.stamp
 	$(BIN)/python -m pytest benchmarks -m "" -s $(ARGS)

@@ -1,0 +1,164 @@
+"""Every setting of every command: one frozen dataclass, and the rules that refuse senseless values."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from sfl_jax.errors import BadInput
+
+# What models, optim and datasets accept, written out here so that help and refusals need no JAX; a test
+# holds each tuple equal to its registry.
+MODELS = tuple(f"efficientnetv2-{name}" for name in ("tiny", "b0", "b1", "b2", "b3", "s", "m", "l", "xl"))
+METHODS = (
+    "exact", "alternating", "regression", "greedy", "equal_shares", "common_cut", "random_cut", "no_split",
+)  # fmt: skip
+BARRIERS = ("session", "staged")
+PARTITIONS = ("iid", "dirichlet")
+LAYER_FORMS = ("product", "conv")
+DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("constant", "cosine")
+
+# Commands that take a flag, and the headings of --help.
+TRAINING = ("train", "compare")
+RUNNING = (*TRAINING, "report")
+PLANNING = (*TRAINING, "plan")
+NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
+MACHINE, FILES = "machine", "files"
+
+LARGEST_INT = 2**31 - 1
+
+
+def _flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limits: Any) -> Any:
+    """A field with what a flag needs; limits: choices, at_least, at_most, above, below."""
+    return dataclasses.field(
+        default=default, metadata={"group": group, "commands": commands, "help": text, **limits}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of a run. A field's name is its flag's name; units are in the help texts."""
+
+    model: str = _flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=MODELS)
+    image_size: int = _flag(32, NETWORK, PLANNING, "side of the images, pixels", at_least=8, at_most=4096)
+    layer_form: str = _flag(
+        "product", NETWORK, TRAINING, "how convolutions are computed", choices=LAYER_FORMS
+    )
+    compute_dtype: str = _flag("float32", NETWORK, TRAINING, "arithmetic of the layers", choices=DTYPES)
+
+    dataset: str = _flag("mnist", DATA, PLANNING, "a TFDS image classification set; mnist is built in")
+    data_dir: str = _flag("", DATA, PLANNING, "TFDS directory that holds the prepared dataset")
+    partition: str = _flag("iid", DATA, TRAINING, "how clients divide the samples", choices=PARTITIONS)
+    dirichlet_alpha: float = _flag(0.5, DATA, TRAINING, "evenness of dirichlet", above=0, at_most=1e6)
+
+    clients: int = _flag(100, FLEET, PLANNING, "clients in all", at_least=1)
+    cohort_size: int = _flag(10, FLEET, TRAINING, "clients that take part in a round", at_least=1)
+    fleet: str = _flag("random", FLEET, PLANNING, "random, or the path of a fleet.csv")
+    server_flops: float = _flag(1e12, FLEET, PLANNING, "compute of the server, FLOP/s", above=0)
+    method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
+    barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
+    min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
+    target_round_s: float = _flag(0.0, FLEET, ("plan",), "wanted round time, s; 0 asks for none", at_least=0)
+
+    rounds: int = _flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
+    local_epochs: int = _flag(1, LEARNING, PLANNING, "epochs of a client in a round", at_least=1)
+    batch_size: int = _flag(32, LEARNING, PLANNING, "samples of a local step", at_least=1)
+    optimizer: str = _flag("sgd", LEARNING, PLANNING, "of the local steps", choices=("sgd", "adam"))
+    learning_rate: float = _flag(0.02, LEARNING, TRAINING, "of the local steps", above=0)
+    momentum: float = _flag(0.9, LEARNING, PLANNING, "of sgd; the first moment of adam", at_least=0, below=1)
+    weight_decay: float = _flag(0.0, LEARNING, TRAINING, "of the local steps", at_least=0)
+    learning_rate_schedule: str = _flag("constant", LEARNING, TRAINING, "over the rounds", choices=SCHEDULES)
+    warmup_rounds: int = _flag(0, LEARNING, TRAINING, "rounds of rising learning rate", at_least=0)
+    seed: int = _flag(0, LEARNING, PLANNING, "of all that is random", at_least=0)
+
+    clients_per_chunk: int = _flag(4, MACHINE, TRAINING, "clients a device computes at once", at_least=1)
+    execution: str = _flag("vmap", MACHINE, TRAINING, "how a chunk is computed", choices=("vmap", "map"))
+    devices: int = _flag(0, MACHINE, TRAINING, "devices to use; 0 is all", at_least=0)
+
+    workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run")
+    eval_every: int = _flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
+    checkpoint_every_rounds: int = _flag(10, FILES, TRAINING, "0 writes no checkpoints", at_least=0)
+    output: str = _flag("plan.json", FILES, ("plan",), "the plan; a .csv is written beside it")
+    plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values for config.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], command: str = "train") -> "Config":
+        """The settings that `to_dict` gave; names that are missing take their defaults.
+
+        Raises BadInput for an unknown name, a value of another type, and for whatever `validate` refuses.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise BadInput(f"config: no setting is called {name}")
+            if not _has_type(value, type(known[name].default)):
+                raise BadInput(f"--{name}={value}: must be {allowed(known[name])}")
+        config = cls(**values)
+        validate(config, command)
+        return config
+
+
+def fields_of(command: str) -> list[dataclasses.Field[Any]]:
+    """The fields that `command` takes as flags, in the order of the dataclass."""
+    return [field for field in dataclasses.fields(Config) if command in field.metadata["commands"]]
+
+
+def allowed(field: dataclasses.Field[Any]) -> str:
+    """What a field may hold, in words: "an integer, at least 1"."""
+    if "choices" in field.metadata:
+        return f"one of {', '.join(field.metadata['choices'])}"
+    kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
+    return ", ".join(filter(None, [kind[type(field.default)], bounds(field)]))
+
+
+def bounds(field: dataclasses.Field[Any]) -> str:
+    """The bounds of a number, in words: "at least 8 and at most 4096"; empty where there are none."""
+    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
+    return " and ".join(f"{words[key]} {field.metadata[key]:g}" for key in words if key in field.metadata)
+
+
+def validate(config: Config, command: str = "train") -> None:
+    """Raise BadInput for the first senseless setting: its line names the flag, the value and what is allowed.
+
+    What holds between flags is asked only of flags that `command` takes.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _within(value, field.metadata):
+            raise BadInput(f"--{field.name}={value}: must be {allowed(field)}")
+        if type(value) is int and value > LARGEST_INT:
+            raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
+
+    taken = {field.name for field in fields_of(command)}
+    if "cohort_size" in taken and config.cohort_size > config.clients:
+        raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={config.clients}")
+    if "warmup_rounds" in taken and config.warmup_rounds > config.rounds:
+        raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
+    if "fleet" in taken and config.fleet != "random" and not pathlib.Path(config.fleet).is_file():
+        raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
+    for name in ("dataset", "workdir", "output"):
+        if name in taken and not getattr(config, name).strip():
+            raise BadInput(f"--{name}=: must not be empty")
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    """Whether a value may stand for a setting: an integer may be a number, true is no integer."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _within(value: Any, limits: Mapping[str, Any]) -> bool:
+    if "choices" in limits:
+        return value in limits["choices"]
+    if isinstance(value, str | bool):
+        return True
+    return (
+        math.isfinite(value)
+        and limits.get("at_least", -math.inf) <= value <= limits.get("at_most", math.inf)
+        and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
+    )

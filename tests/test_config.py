@@ -1,0 +1,160 @@
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfl_jax import config as config_lib
+from sfl_jax.config import Config, validate
+from sfl_jax.errors import BadInput
+
+# Written from the contract of flag names, apart from the code.
+CONTRACT = [
+    "model",
+    "dataset",
+    "data_dir",
+    "image_size",
+    "partition",
+    "dirichlet_alpha",
+    "clients",
+    "cohort_size",
+    "rounds",
+    "local_epochs",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "fleet",
+    "server_flops",
+    "method",
+    "min_cut",
+    "barrier",
+    "clients_per_chunk",
+    "execution",
+    "compute_dtype",
+    "devices",
+    "eval_every",
+    "workdir",
+    "checkpoint_every_rounds",
+]
+
+REFUSED = [
+    ("model", "resnet50"), ("image_size", 7), ("partition", "random"), ("dirichlet_alpha", 0.0),
+    ("clients", 0), ("cohort_size", 0), ("fleet", "no/such/fleet.csv"), ("server_flops", 0.0),
+    ("server_flops", -1e9), ("server_flops", math.inf), ("server_flops", math.nan), ("method", "best"),
+    ("barrier", "none"), ("min_cut", -1), ("rounds", 0), ("local_epochs", 0), ("batch_size", 0),
+    ("batch_size", 2**31), ("optimizer", "lamb"), ("learning_rate", 0.0), ("learning_rate", math.nan),
+    ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9), ("learning_rate_schedule", "step"),
+    ("warmup_rounds", -1), ("seed", -1), ("clients_per_chunk", 0), ("execution", "loop"),
+    ("layer_form", "fft"), ("compute_dtype", "int8"), ("devices", -1), ("eval_every", 0), ("workdir", " "),
+    ("dataset", ""), ("checkpoint_every_rounds", -1),
+]  # fmt: skip
+
+ACCEPTED = [
+    ("image_size", 8), ("dirichlet_alpha", 1e-9), ("cohort_size", 100), ("server_flops", 5e-324),
+    ("min_cut", 0), ("batch_size", 2**31 - 1), ("momentum", 0.0),
+    ("momentum", math.nextafter(1, 0)), ("weight_decay", 0),
+    ("warmup_rounds", 100), ("seed", 0), ("checkpoint_every_rounds", 0), ("learning_rate", 1),
+]  # fmt: skip
+
+
+def test_flag_names_are_those_of_the_contract():
+    names = [field.name for field in config_lib.fields_of("train")]
+    assert set(CONTRACT) <= set(names)
+    assert len(names) == len(set(names))
+
+
+def test_every_field_has_what_a_flag_needs():
+    for field in dataclasses.fields(Config):
+        assert all(field.metadata[key] for key in ("help", "group", "commands")), field.name
+        assert type(field.default) in (int, float, bool, str), field.name
+        assert field.default in field.metadata.get("choices", (field.default,)), field.name
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "plan", "report"])
+def test_defaults_are_valid(command):
+    validate(Config(), command)
+    assert config_lib.fields_of(command)
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_refused_with_flag_and_value(name, value):
+    with pytest.raises(BadInput) as caught:
+        validate(dataclasses.replace(Config(), **{name: value}))
+    message = str(caught.value)
+    assert message.startswith(f"--{name}={'' if name in ('workdir', 'dataset') else value}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 3.5),
+        ("batch_size", True),
+        ("batch_size", "32"),
+        ("seed", None),
+        ("plot", 1),
+        ("momentum", "0"),
+    ],
+)
+def test_another_type_is_refused(name, value):
+    with pytest.raises(BadInput, match=f"^--{name}={value}: must be "):
+        Config.from_dict({name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), ACCEPTED)
+def test_edges_are_accepted(name, value):
+    validate(dataclasses.replace(Config(), **{name: value}))
+
+
+def test_limits_between_flags_name_both():
+    with pytest.raises(BadInput, match=r"--cohort_size=11: must be at most --clients=10"):
+        validate(Config(clients=10, cohort_size=11))
+    with pytest.raises(BadInput, match=r"--warmup_rounds=6: must be at most --rounds=5"):
+        validate(Config(rounds=5, warmup_rounds=6))
+    validate(Config(clients=5), "plan")  # planning knows no cohort
+
+
+def test_fleet_must_be_a_file(tmp_path):
+    with pytest.raises(BadInput, match="no such file"):
+        validate(Config(fleet=str(tmp_path)))
+    path = tmp_path / "fleet.csv"
+    path.touch()
+    validate(Config(fleet=str(path)))
+
+
+@given(
+    st.builds(
+        Config,
+        clients=st.integers(10, 10**6),
+        server_flops=st.floats(1e-300, 1e300),
+        learning_rate=st.floats(1e-9, 1e3),
+        method=st.sampled_from(config_lib.METHODS),
+        data_dir=st.text(),
+        plot=st.booleans(),
+    )
+)
+def test_dict_round_trip_through_json(config):
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_dict_with_what_does_not_belong_is_refused():
+    with pytest.raises(BadInput, match="bathc_size"):
+        Config.from_dict({"bathc_size": 3})
+    with pytest.raises(BadInput, match=r"--batch_size=0: must be an integer, at least 1"):
+        Config.from_dict({**Config().to_dict(), "batch_size": 0})
+    assert Config.from_dict({"rounds": 7}) == Config(rounds=7)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().rounds = 3  # pyright: ignore
+
+
+def test_choices_are_those_of_the_registries():
+    models = pytest.importorskip("sfl_jax.models")
+    assert set(config_lib.MODELS) == set(models.VARIANTS)

@@ -43,13 +43,15 @@ class Config:
 
     model: str = _flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=MODELS)
     image_size: int = _flag(32, NETWORK, PLANNING, "side of the images, pixels", at_least=8, at_most=4096)
+    image_channels: int = _flag(1, NETWORK, ("plan",), "1 grey, 3 colour", at_least=1, at_most=4096)
+    num_classes: int = _flag(10, NETWORK, ("plan",), "classes to tell apart", at_least=1)
     layer_form: str = _flag(
         "product", NETWORK, TRAINING, "how convolutions are computed", choices=LAYER_FORMS
     )
     compute_dtype: str = _flag("float32", NETWORK, TRAINING, "arithmetic of the layers", choices=DTYPES)
 
-    dataset: str = _flag("mnist", DATA, PLANNING, "a TFDS image classification set; mnist is built in")
-    data_dir: str = _flag("", DATA, PLANNING, "TFDS directory that holds the prepared dataset")
+    dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
+    data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset")
     partition: str = _flag("iid", DATA, TRAINING, "how clients divide the samples", choices=PARTITIONS)
     dirichlet_alpha: float = _flag(0.5, DATA, TRAINING, "evenness of dirichlet", above=0, at_most=1e6)
 
@@ -142,7 +144,9 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
     if "fleet" in taken and config.fleet != "random" and not pathlib.Path(config.fleet).is_file():
         raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
-    for name in ("dataset", "workdir", "output"):
+    if "output" in taken and pathlib.Path(config.output).suffix != ".json":
+        raise BadInput(f"--output={config.output}: must end in .json")
+    for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")
 

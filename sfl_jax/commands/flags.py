@@ -40,9 +40,7 @@ def run(
         return main(parse(arguments, command)) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:
-        if not isinstance(error, _refusals()):
-            raise
+    except BadInput as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return BAD_INPUT
 
@@ -101,9 +99,3 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """Errors that blame the input. While optim is not loaded, nothing can have raised its Infeasible."""
-    optim = sys.modules.get("sfl_jax.optim")
-    return (BadInput, optim.Infeasible) if optim else (BadInput,)

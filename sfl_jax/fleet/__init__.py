@@ -1,0 +1,16 @@
+"""The clients: what each can do, and who comes and how well it is connected in a round."""
+
+from sfl_jax.fleet.clients import Fleet, random_fleet
+from sfl_jax.fleet.files import read_fleet, write_fleet
+from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates
+
+__all__ = [
+    "Fleet",
+    "Links",
+    "availability",
+    "cohort",
+    "fading_rates",
+    "random_fleet",
+    "read_fleet",
+    "write_fleet",
+]

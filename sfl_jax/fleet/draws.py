@@ -1,0 +1,25 @@
+"""Random numbers that belong to (seed, purpose, round, client), not to an order of execution."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a number is drawn for; each has a stream of its own. (1 is the order of a client's samples.)"""
+
+    FLEET = 2
+    COHORT = 3
+    FADING = 4
+    AVAILABILITY = 5
+
+
+def generator(seed: int, purpose: Purpose, round: int) -> np.random.Generator:
+    """The stream of (seed, purpose, round): a counter-based generator, whose key and counter they are."""
+    key, counter = np.array([seed, purpose], np.uint64), np.array([0, round, 0, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def uniforms(seed: int, purpose: Purpose, round: int, shape: tuple[int, int]) -> np.ndarray:
+    """Numbers in [0, 1), one row a client: row i is the same however many rows are drawn."""
+    return generator(seed, purpose, round).random(shape)

@@ -1,0 +1,152 @@
+"""fleet.csv: one line a client, in the columns of `Fleet`."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+from sfl_jax.errors import BadInput
+from sfl_jax.fleet.clients import Fleet
+
+_REQUIRED = ("client", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
+_COLUMNS = (*_REQUIRED, "samples", "cycles_per_s", "kappa", "transmit_w", "energy_j", "distance_m")
+_MAY_BE_ZERO = ("memory_bytes", "kappa", "transmit_w", "energy_j")
+_NAME_LENGTH = 64
+
+
+def read_fleet(path: str | os.PathLike[str]) -> Fleet:
+    """The fleet of a CSV file in UTF-8 with a header; columns in any order.
+
+    Those of `Fleet`; the ones that may be None there may be missing here. `client` is a unique name of 1 to
+    64 printable characters, `samples` a positive integer; all others are finite numbers, positive, except
+    that memory_bytes, kappa, transmit_w and energy_j may be 0.
+
+    Raises:
+      BadInput: no such file, or not of this form; `path:LINE: column NAME: 'cell': must be …`.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise BadInput(f"{path}: is a directory; give the path of a fleet.csv")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give the path of a fleet.csv") from error
+    # Arrow reads a million lines in a second, but only going line by line can tell what is wrong and where.
+    fleet = _read_fast(data)
+    return _read_exactly(path, data) if fleet is None else fleet
+
+
+def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
+    """Write what `read_fleet` reads back without loss; the whole file or nothing.
+
+    Raises:
+      BadInput: the path cannot be written.
+    """
+    columns = fleet.columns()
+    part = Path(f"{os.fspath(path)}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"{path}: {error.strerror}; give a path that can be written") from error
+
+
+def _read_fast(data: bytes) -> Fleet | None:
+    """All at once, or None where anything is out of order."""
+    import pyarrow  # here, since only those who bring a file need it
+    import pyarrow.csv
+
+    types = {"client": pyarrow.string(), "samples": pyarrow.int64()}
+    types = {name: types.get(name, pyarrow.float64()) for name in _COLUMNS}
+    options = pyarrow.csv.ConvertOptions(column_types=types, null_values=[])
+    try:
+        table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), convert_options=options)
+    except pyarrow.ArrowException:
+        return None
+    header = table.column_names
+    if len(set(header)) < len(header) or not set(_REQUIRED) <= set(header) <= set(_COLUMNS) or not len(table):
+        return None
+    names = table["client"].to_pylist()
+    if len(set(names)) < len(names) or not all(map(len, names)) or not "".join(names).isprintable():
+        return None
+    if max(map(len, names)) > _NAME_LENGTH:
+        return None
+    columns = {name: table[name].to_numpy() for name in header if name != "client"}
+    for name, values in columns.items():
+        low = 0 if name in _MAY_BE_ZERO else np.nextafter(0, 1)
+        if not np.all((values >= low) & (values < np.inf)):
+            return None
+    return Fleet(client=np.array(names), **columns)
+
+
+def _read_exactly(path: Path, data: bytes) -> Fleet:
+    """Line by line, naming the first fault."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path}:{line}: byte {data[error.start]:#04x}: must be UTF-8") from error
+    rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True)
+    try:
+        header = next(filter(None, rows), [])
+        _check_header(f"{path}:{max(rows.line_num, 1)}", header)
+        cells: dict[str, list] = {name: [] for name in header}
+        line_of: dict[str, int] = {}
+        for row in filter(None, rows):  # blank lines are no rows
+            place = f"{path}:{rows.line_num}"
+            if len(row) < len(header):
+                raise BadInput(f"{place}: column {header[len(row)]}: missing; a line has {len(header)} cells")
+            if len(row) > len(header):
+                raise BadInput(f"{place}: cell {len(header) + 1}: {_shown(row[len(header)])}: has no column")
+            for name, cell in zip(header, row, strict=True):
+                cells[name].append(_value(place, name, cell))
+            first = line_of.setdefault(cells["client"][-1], rows.line_num)
+            if first != rows.line_num:
+                raise BadInput(
+                    f"{place}: column client: {_shown(cells['client'][-1])}: is on line {first} too"
+                )
+    except csv.Error as error:
+        raise BadInput(f"{path}:{rows.line_num}: not CSV ({error})") from error
+    if not line_of:
+        raise BadInput(f"{path}:{rows.line_num + 1}: no clients; must have one line for each")
+    return Fleet(**{name: np.array(values) for name, values in cells.items()})
+
+
+def _check_header(place: str, header: list[str]) -> None:
+    for i, name in enumerate(header):
+        if name not in _COLUMNS:
+            raise BadInput(f"{place}: column {_shown(name)}: must be one of {', '.join(_COLUMNS)}")
+        if name in header[:i]:
+            raise BadInput(f"{place}: column {name}: must be there once")
+    for name in _REQUIRED:
+        if name not in header:
+            raise BadInput(f"{place}: column {name}: missing; must have {','.join(_REQUIRED)}")
+
+
+def _value(place: str, column: str, cell: str) -> str | float | int:
+    if column == "client":
+        rule = f"1 to {_NAME_LENGTH} printable characters"
+        value, good = cell, 1 <= len(cell) <= _NAME_LENGTH and cell.isprintable()
+    else:
+        integer, zero = column == "samples", column in _MAY_BE_ZERO
+        rule = "a positive integer" if integer else "a number, 0 or more" if zero else "a positive number"
+        try:
+            value = int(cell) if integer else float(cell)
+        except ValueError:
+            value = -1
+        # Python reads ١ and 1_0 as numbers, which no other program does.
+        good = (value > 0 or (zero and value == 0)) and value < (2**63 if integer else np.inf)
+        good = good and cell.isascii() and "_" not in cell
+    if not good:
+        raise BadInput(f"{place}: column {column}: {_shown(cell)}: must be {rule}")
+    return value
+
+
+def _shown(cell: str) -> str:
+    return repr(cell if len(cell) <= 40 else cell[:39] + "…")

@@ -9,20 +9,20 @@ _PURPOSE = 1  # keeps these random streams apart from others of the same seed
 
 
 def session_steps(
-    parts: Sequence[Int[np.ndarray, " D"]], local_epochs: int, batch_size: int
+    parts: Sequence[Int[np.ndarray, " _"]], local_epochs: int, batch_size: int
 ) -> Int32[np.ndarray, " K"]:
     """Local steps of each client's session: epochs × ⌊D/B⌋, or epochs where D < B."""
     sizes = np.fromiter((len(part) for part in parts), np.int64, len(parts))
     return (local_epochs * np.maximum(sizes // batch_size, 1)).astype(np.int32)
 
 
-def max_steps(parts: Sequence[Int[np.ndarray, " D"]], local_epochs: int, batch_size: int) -> int:
+def max_steps(parts: Sequence[Int[np.ndarray, " _"]], local_epochs: int, batch_size: int) -> int:
     """The longest session of any client, in steps."""
     return int(session_steps(parts, local_epochs, batch_size).max())
 
 
 def batches(
-    parts: Sequence[Int[np.ndarray, " D"]],
+    parts: Sequence[Int[np.ndarray, " _"]],
     ids: Sequence[int] | Int[np.ndarray, " K"],
     *,
     seed: int,

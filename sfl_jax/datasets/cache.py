@@ -7,11 +7,12 @@ caller gets None, or nothing is kept, and the run goes on.
 import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+
+from sfl_jax.files import whole_file
 
 _FORMAT = 1  # raise when the meaning of the kept arrays changes
 
@@ -19,14 +20,13 @@ _FORMAT = 1  # raise when the meaning of the kept arrays changes
 def read_cache(directory: Path) -> dict[str, np.ndarray] | None:
     """The arrays kept for the dataset in `directory`, or None if there are none or any doubt about them.
 
-    The archive carries a CRC-32 of every array, checked while reading, and the fingerprint of the files that
-    the arrays were decoded from.
+    The archive carries a CRC-32 of every array, checked while reading; the fingerprint covers their names and
+    the files that they were decoded from.
     """
     try:
-        with np.load(_file(directory), allow_pickle=False) as archive:
-            if archive["fingerprint"].item() != _fingerprint(directory):
-                return None
-            return {name: archive[name] for name in archive.files if name != "fingerprint"}
+        with _file(directory).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        return arrays if arrays.pop("fingerprint").item() == _fingerprint(directory, arrays) else None
     except Exception:  # a damaged archive can fail in any way, and none of them matters
         return None
 
@@ -36,13 +36,8 @@ def write_cache(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         file = _file(directory)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-            try:
-                np.savez(part, allow_pickle=False, fingerprint=np.array(_fingerprint(directory)), **arrays)
-                part.close()
-                os.replace(part.name, file)
-            finally:
-                Path(part.name).unlink(missing_ok=True)
+        with whole_file(file) as archive:
+            np.savez(archive, fingerprint=np.array(_fingerprint(directory, arrays)), **arrays)
 
 
 def _file(directory: Path) -> Path:
@@ -53,10 +48,10 @@ def _file(directory: Path) -> Path:
     return base / "sfl_jax" / "datasets" / f"{directory.parent.name}-{directory.name}-{where}.npz"
 
 
-def _fingerprint(directory: Path) -> str:
+def _fingerprint(directory: Path, names: Iterable[str]) -> str:
     """Changes when a file of the dataset is added, removed, resized or rewritten."""
-    digest = hashlib.sha256(f"{_FORMAT} {directory.resolve()}".encode(errors="surrogateescape"))
+    parts = [str(_FORMAT), str(directory.resolve()), *sorted(names)]
     for file in sorted(directory.iterdir()):
         status = file.stat()
-        digest.update(f"\n{file.name} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()

@@ -4,7 +4,7 @@ import io
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,13 @@ from sfl_jax.errors import BadInput
 _EMBEDDED = Path(__file__).parent / "data" / "mnist" / "3.0.1"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>\w[\w.+-]*))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
+_CACHED = {
+    "train_images": ("uint8", 4),
+    "train_labels": ("int32", 1),
+    "test_images": ("uint8", 4),
+    "test_labels": ("int32", 1),
+    "num_classes": ("int64", 0),
+}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Threads pay once decompression, which runs outside Python's lock, outweighs the Python around it.
 _BYTES_WORTH_A_THREAD = 4096
@@ -57,14 +64,13 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         directory, remedy = _EMBEDDED, "install sfl_jax again"
     else:
         root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-        remedy = f"prepare it with: tfds build {name} --data_dir={root} --file_format=array_record"
-        directory = _find(name, root, remedy)
+        command = f"(TensorFlow needed): tfds build {name} --data_dir={root} --file_format=array_record"
+        directory = _find(name, root, f"prepare it {command}")
+        remedy = f"prepare it again {command} --overwrite"
     dataset = _from_cache(name, directory)
     if dataset is None:
         dataset = _decode(name, directory, remedy)
-        write_cache(
-            directory, {key: np.asarray(value) for key, value in asdict(dataset).items() if key != "name"}
-        )
+        write_cache(directory, {key: np.asarray(getattr(dataset, key)) for key in _CACHED})
     return dataset
 
 
@@ -88,24 +94,11 @@ def _find(name: str, root: Path, remedy: str) -> Path:
 
 def _from_cache(name: str, directory: Path) -> Dataset | None:
     arrays = read_cache(directory)
-    if arrays is None:
+    if arrays is None or {key: (a.dtype.name, a.ndim) for key, a in arrays.items()} != _CACHED:
         return None
-    try:
-        dataset = Dataset(**{**arrays, "num_classes": arrays["num_classes"].item()}, name=name)
-    except (KeyError, TypeError, ValueError):
+    if any(len(arrays[f"{split}_images"]) != len(arrays[f"{split}_labels"]) for split in ("train", "test")):
         return None
-    for images, labels in (
-        (dataset.train_images, dataset.train_labels),
-        (dataset.test_images, dataset.test_labels),
-    ):
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or labels.dtype != np.int32
-            or labels.shape != images.shape[:1]
-        ):
-            return None
-    return dataset
+    return Dataset(**{**arrays, "num_classes": int(arrays["num_classes"])}, name=name)
 
 
 def _decode(name: str, directory: Path, remedy: str) -> Dataset:

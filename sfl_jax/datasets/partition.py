@@ -16,7 +16,7 @@ def partition(
     alpha: float = 0.5,
     shards_per_client: int = 2,
     seed: int = 0,
-) -> list[Int[np.ndarray, " D"]]:
+) -> list[Int[np.ndarray, " _"]]:
     """Which samples each client owns: disjoint, covering all, at least one each.
 
     Schemes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sfl_jax.errors import BadInput
+from sfl_jax.files import whole_file
 from sfl_jax.fleet.clients import Fleet
 
 _REQUIRED = ("client", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
@@ -45,15 +46,14 @@ def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
       BadInput: the path cannot be written.
     """
     columns = fleet.columns()
-    part = Path(f"{os.fspath(path)}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
+        with whole_file(path) as file:
+            text = io.TextIOWrapper(file, "utf-8", newline="")
+            writer = csv.writer(text, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
-        part.replace(path)
+            text.detach()
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise BadInput(f"{path}: {error.strerror}; give a path that can be written") from error
 
 

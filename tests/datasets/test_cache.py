@@ -1,0 +1,115 @@
+import os
+
+import numpy as np
+import pytest
+
+from sfl_jax.datasets.cache import read_cache, write_cache
+
+ARRAYS = {"images": np.arange(600, dtype=np.uint8).reshape(2, 3, 100), "classes": np.array(3)}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A dataset directory, and the directory where its cache goes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dataset = tmp_path / "data" / "set" / "1.0.0"
+    dataset.mkdir(parents=True)
+    (dataset / "records").write_bytes(b"12345")
+    return dataset, tmp_path / "cache" / "sfl_jax" / "datasets"
+
+
+def read_equal(dataset):
+    arrays = read_cache(dataset)
+    assert arrays is not None
+    assert arrays.keys() == ARRAYS.keys()
+    for name, values in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[name], values, strict=True)
+
+
+def test_reads_what_was_written(place):
+    dataset, cache = place
+    assert read_cache(dataset) is None
+    write_cache(dataset, ARRAYS)
+    read_equal(dataset)
+    assert len(os.listdir(cache)) == 1
+
+
+def rewritten(dataset):
+    (dataset / "records").write_bytes(b"12345")
+    os.utime(dataset / "records", ns=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rewritten,
+        lambda dataset: (dataset / "records").write_bytes(b"1234"),
+        lambda dataset: (dataset / "more").write_bytes(b""),
+        lambda dataset: (dataset / "records").rename(dataset / "other"),
+    ],
+)
+def test_a_changed_dataset_is_decoded_again_and_replaces_its_cache(place, change):
+    dataset, cache = place
+    write_cache(dataset, ARRAYS)
+    change(dataset)
+    assert read_cache(dataset) is None
+    write_cache(dataset, ARRAYS)
+    read_equal(dataset)
+    assert len(os.listdir(cache)) == 1
+
+
+def test_datasets_do_not_share_a_cache(place, tmp_path):
+    dataset, _ = place
+    write_cache(dataset, ARRAYS)
+    twin = tmp_path / "elsewhere" / "set" / "1.0.0"
+    twin.mkdir(parents=True)
+    (twin / "records").write_bytes(b"12345")
+    stamp = (dataset / "records").stat().st_mtime_ns
+    os.utime(twin / "records", ns=(stamp, stamp))
+    assert read_cache(twin) is None
+
+
+def test_no_byte_can_change_unnoticed(place):
+    dataset, cache = place
+    write_cache(dataset, ARRAYS)
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    for i in range(len(good)):
+        file.write_bytes(good[:i] + bytes([good[i] ^ 4]) + good[i + 1 :])
+        if read_cache(dataset) is not None:  # a byte without meaning, such as a date of the archive
+            read_equal(dataset)
+    for length in range(0, len(good), 31):
+        file.write_bytes(good[:length])
+        assert read_cache(dataset) is None
+    file.write_bytes(good)
+    read_equal(dataset)
+
+
+def test_pickles_are_not_opened(place, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "bang"),))
+
+    dataset, _ = place
+    write_cache(dataset, ARRAYS | {"bomb": np.array([Bomb()], dtype=object)})
+    assert read_cache(dataset) is None
+    assert not (tmp_path / "bang").exists()
+
+
+@pytest.mark.parametrize("home", ["file", "file/below"])
+def test_without_a_place_for_it_nothing_is_kept_and_nothing_fails(place, tmp_path, monkeypatch, home):
+    dataset, _ = place
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+    write_cache(dataset, ARRAYS)
+    assert read_cache(dataset) is None
+
+
+def test_a_relative_cache_home_is_no_home(place, tmp_path, monkeypatch):
+    dataset, _ = place
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_cache(dataset, ARRAYS)
+    assert (tmp_path / "home" / ".cache" / "sfl_jax").is_dir()
+    assert not (tmp_path / "relative").exists()

@@ -1,0 +1,318 @@
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from sfl_jax.datasets import load
+from sfl_jax.datasets.cache import write_cache
+from sfl_jax.datasets.loading import _EMBEDDED
+from sfl_jax.errors import BadInput
+
+tfds.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    """A set of our own, written by TFDS as `tfds build` would."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # nothing about it is registered
+
+    def __init__(self, *, features, splits, **kwargs):
+        self._features, self._splits = features, splits
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self._features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(examples) for split, examples in self._splits.items()}
+
+    def _generate_examples(self, examples):
+        yield from enumerate(examples)
+
+
+def encoded(array, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(array.squeeze()).save(file, kind)
+    return io.BytesIO(file.getvalue())
+
+
+def pictures(count, shape=(5, 4, 3), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), np.uint8)
+
+
+def examples(images, labels=None, kind="PNG"):
+    labels = [i % 3 for i in range(len(images))] if labels is None else labels
+    return [{"image": encoded(a, kind), "label": b} for a, b in zip(images, labels, strict=True)]
+
+
+def prepare(root, splits, *, shape=(None, None, 3), config=None, **more):
+    features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(num_classes=3)}
+    if config:
+        more["config"] = tfds.core.BuilderConfig(name=config, version="1.0.0")
+    builder = Tiny(features=features | more.pop("features", {}), splits=splits, data_dir=root, **more)
+    builder.download_and_prepare()
+    return Path(builder.data_path)
+
+
+def as_multiset(images, labels):
+    """TFDS shuffles what it writes."""
+    return sorted((int(label), image.tobytes()) for image, label in zip(images, labels, strict=True))
+
+
+def check_equal(dataset, train, test):
+    for got, labels, images in (
+        (dataset.train_images, dataset.train_labels, train),
+        (dataset.test_images, dataset.test_labels, test),
+    ):
+        assert (got.dtype, labels.dtype) == (np.uint8, np.int32)
+        assert got.shape == images.shape
+        assert as_multiset(got, labels) == as_multiset(images, np.arange(len(images)) % 3)
+
+
+@pytest.fixture(scope="module")
+def mnist_twice(tmp_path_factory):
+    """Decoded, and from the cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield load("mnist"), load("mnist")
+
+
+def test_embedded_mnist_is_the_whole_of_mnist(mnist_twice):
+    for dataset in mnist_twice:
+        assert dataset.train_images.shape == (60000, 28, 28, 1)
+        assert dataset.test_images.shape == (10000, 28, 28, 1)
+        assert (dataset.num_classes, dataset.name) == (10, "mnist")
+        # LeCun's own counts by class, and the mean and deviation that everybody normalises MNIST with.
+        train = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+        test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+        assert np.bincount(dataset.train_labels).tolist() == train
+        assert np.bincount(dataset.test_labels).tolist() == test
+        assert (dataset.train_images / 255).mean() == pytest.approx(0.1307, abs=5e-5)
+        assert (dataset.train_images / 255).std() == pytest.approx(0.3081, abs=5e-5)
+
+
+def test_images_are_those_that_tfds_decodes(mnist_twice):
+    source = tfds.builder_from_directory(_EMBEDDED).as_data_source("test")
+    for dataset in mnist_twice:
+        for i in (0, 1, 4095, 4096, 9999):  # both sides of a chunk's edge
+            np.testing.assert_array_equal(dataset.test_images[i], source[i]["image"])
+            assert dataset.test_labels[i] == source[i]["label"]
+
+
+def test_the_cache_is_used_and_believed_only_where_it_fits(tmp_path, cache_home):
+    images = pictures(4)
+    directory = prepare(tmp_path, {"train": examples(images), "test": examples(images)})
+    kept = {
+        "train_images": images[:, ::-1],
+        "train_labels": np.arange(4, dtype=np.int32) % 3,
+        "test_images": images,
+        "test_labels": np.arange(4, dtype=np.int32) % 3,
+        "num_classes": np.array(3),
+    }
+    write_cache(directory, kept)
+    check_equal(load("tiny", tmp_path), images[:, ::-1], images)
+    for name, value in (
+        ("train_images", images.astype(np.float32)),
+        ("train_images", images[0]),
+        ("train_labels", np.zeros(3, np.int32)),
+        ("test_labels", np.zeros(4, np.int64)),
+        ("num_classes", np.zeros(1, int)),
+        ("more", images),
+    ):
+        write_cache(directory, kept | {name: value})
+        check_equal(load("tiny", tmp_path), images, images)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_reads_what_tfds_prepared(tmp_path, channels):
+    train, test = pictures(7, (5, 4, channels)), pictures(3, (5, 4, channels), seed=1)
+    prepare(tmp_path, {"train": examples(train), "test": examples(test)}, shape=(None, None, channels))
+    dataset = load("tiny", tmp_path)
+    check_equal(dataset, train, test)
+    assert (dataset.num_classes, dataset.name) == (3, "tiny")
+    with pytest.raises(AssertionError):
+        check_equal(dataset, train[:, ::-1], test)
+
+
+def test_other_features_do_not_matter_and_validation_stands_in_for_test(tmp_path):
+    train, test = pictures(6), pictures(4, seed=1)
+    splits = {"train": examples(train), "validation": examples(test)}
+    for split in splits.values():
+        for i, example in enumerate(split):
+            example["id"] = f"image {i}"
+    prepare(tmp_path, splits, features={"id": tfds.features.Text()})
+    check_equal(load("tiny", tmp_path), train, test)
+
+
+def test_large_jpegs_are_decoded_in_threads_in_order(tmp_path):
+    smooth = np.linspace(0, 255, 200 * 200 * 3).reshape(200, 200, 3)
+    images = np.stack([np.roll(smooth, 9000 * i).astype(np.uint8) for i in range(9)])
+    noise = pictures(9, (200, 200, 3)) // 8
+    images = np.minimum(images, 220) + noise
+    prepare(tmp_path, {"train": examples(images, kind="JPEG"), "test": examples(images[:3], kind="JPEG")})
+    source = tfds.builder_from_directory(tmp_path / "tiny" / "1.0.0").as_data_source("train")
+    dataset = load("tiny", tmp_path)
+    for i in range(9):
+        np.testing.assert_array_equal(dataset.train_images[i], source[i]["image"])
+
+
+def test_grey_images_of_a_colour_set_get_three_equal_channels(tmp_path):
+    grey = pictures(3, (5, 4, 1))
+    prepare(tmp_path, {"train": examples(grey), "test": examples(grey)})
+    check_equal(load("tiny", tmp_path), np.repeat(grey, 3, axis=3), np.repeat(grey, 3, axis=3))
+
+
+def test_finds_configs_and_the_newest_version(tmp_path, monkeypatch):
+    old, new, other = pictures(3), pictures(3, seed=1), pictures(3, seed=2)
+    for images, root in ((old, tmp_path), (new, tmp_path / "b")):
+        prepare(root, {"train": examples(images), "test": examples(images)})
+    for version in ("1.10.0", "1.9.0"):
+        shutil.copytree(tmp_path / "b" / "tiny" / "1.0.0", tmp_path / "tiny" / version)
+    prepare(tmp_path / "c", {"train": examples(other), "test": examples(other)}, config="large")
+    shutil.rmtree(tmp_path / "tiny" / "1.9.0")
+    check_equal(load("tiny", tmp_path), new, new)
+    check_equal(load("tiny:1.0.0", tmp_path), old, old)
+    check_equal(load("tiny/large", tmp_path / "c"), other, other)
+    check_equal(load("tiny/large:1.0.0", tmp_path / "c"), other, other)
+    with pytest.raises(BadInput, match=r"choose one of tiny/\{large\}"):
+        load("tiny", tmp_path / "c")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    check_equal(load("tiny"), new, new)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "tiny:9.9.9", "tiny/none", "mnist/x", "mnist"])
+def test_missing_set_names_the_directory_and_the_command(tmp_path, name):
+    prepare(tmp_path, {"train": examples(pictures(3)), "test": examples(pictures(3))})
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BadInput) as caught:
+            load(name, root)
+        message = str(caught.value)
+        assert message.startswith(f"--dataset={name}: not found in {root}")
+        assert message.endswith(f"tfds build {name} --data_dir={root} --file_format=array_record")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/../b", "a/b/c", "a b", "a:1", "x\n", "/etc", "é"])
+def test_names_that_are_none(tmp_path, name):
+    with pytest.raises(BadInput, match="must be a TFDS name"):
+        load(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "shape", "reason"),
+    [
+        ([*pictures(2), *pictures(1, (6, 4, 3))], pictures(2), (None, None, 3), "one size"),
+        (pictures(2), pictures(2, (4, 5, 3)), (None, None, 3), r"\(5, 4, 3\) and \(4, 5, 3\)"),
+        (pictures(3), [], (None, None, 3), r"needs train, and test or validation"),
+    ],
+)
+def test_sets_that_cannot_be_used(tmp_path, train, test, shape, reason):
+    splits = {"train": examples(train)} | ({"test": examples(test)} if len(test) else {})
+    prepare(tmp_path, splits, shape=shape)
+    with pytest.raises(BadInput, match=reason) as caught:
+        load("tiny", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unlabelled_and_unclassified_sets_are_refused(tmp_path):
+    images = pictures(3)
+    prepare(tmp_path / "a", {"train": examples(images), "test": examples(images, [0, 1, -1])})
+    with pytest.raises(BadInput, match=r"split test has labels outside 0\.\.2"):
+        load("tiny", tmp_path / "a")
+    splits = {
+        split: [{**example, "label": 1.0} for example in examples(images)] for split in ("train", "test")
+    }
+    prepare(tmp_path / "b", splits, features={"label": tfds.features.Scalar(np.float32)})
+    with pytest.raises(BadInput, match="needs one uint8 image and one class label"):
+        load("tiny", tmp_path / "b")
+
+
+def rewrite(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def as_tfrecord(directory):
+    info = json.loads((directory / "dataset_info.json").read_text())
+    (directory / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+
+
+TRAIN = "tiny-train.array_record-00000-of-00001"
+
+
+def flip_a_pixel(data):
+    start = data.index(b"\x89PNG") + 60
+    return data[:start] + bytes([data[start] ^ 1]) + data[start + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: rewrite(path / "dataset_info.json", lambda data: data[:100]), "is damaged"),
+        (lambda path: rewrite(path / "features.json", lambda data: data[:100]), "is damaged"),
+        (lambda path: rewrite(path / "features.json", lambda data: b"\xff\n\n"), "is damaged"),
+        (lambda path: (path / "dataset_info.json").unlink(), "is damaged"),
+        (lambda path: (path / TRAIN).unlink(), "split train is damaged"),
+        (lambda path: rewrite(path / TRAIN, lambda data: b""), "split train is damaged"),
+        (lambda path: rewrite(path / TRAIN, lambda data: data[: len(data) // 2]), "split train is damaged"),
+        (lambda path: rewrite(path / TRAIN, flip_a_pixel), "split train is damaged"),
+        (as_tfrecord, "is tfrecord, which only TensorFlow can read"),
+    ],
+)
+def test_damaged_sets_are_refused_in_one_line_with_the_remedy(tmp_path, damage, reason):
+    images = pictures(3)
+    prepare(tmp_path, {"train": examples(images), "test": examples(images)})
+    load("tiny", tmp_path)
+    damage(tmp_path / "tiny" / "1.0.0")
+    with pytest.raises(BadInput, match=reason) as caught:
+        load("tiny", tmp_path)
+    message = str(caught.value)
+    assert message.endswith(f"tfds build tiny --data_dir={tmp_path} --file_format=array_record --overwrite")
+    assert "\n" not in message
+
+
+@pytest.mark.slow
+def test_no_damage_to_the_records_goes_unnoticed(tmp_path):
+    images = pictures(40)
+    directory = prepare(tmp_path, {"train": examples(images), "test": examples(images)})
+    records, noise = directory / TRAIN, random.Random(0)
+    good = records.read_bytes()
+    used = good.rindex(b"IEND") + 4
+    refused = 0
+    for _ in range(300):
+        start, length = noise.randrange(used), noise.choice([1, 16, 200])
+        bad = bytearray(good)
+        bad[start : start + length] = noise.randbytes(length)
+        records.write_bytes(bytes(bad) if noise.random() < 0.8 else good[:start])
+        try:
+            check_equal(load("tiny", tmp_path), images, images)
+        except BadInput:
+            refused += 1
+    assert refused > 150
+
+
+def test_reading_is_quiet_and_needs_no_tensorflow(tmp_path):
+    prepare(tmp_path, {"train": examples(pictures(3)), "test": examples(pictures(3))})
+    program = (
+        "import sys\n"
+        "from sfl_jax.datasets import load\n"
+        f"for _ in range(2): load('tiny', {str(tmp_path)!r})\n"
+        "assert 'tensorflow_datasets' in sys.modules\n"
+        "assert not {'jax', 'tensorflow'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

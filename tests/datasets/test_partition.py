@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfl_jax.datasets import partition
+from sfl_jax.datasets.partition import SCHEMES
+from sfl_jax.errors import BadInput
+
+
+def balanced(samples, classes=10):
+    """As many of each class, in random order."""
+    return np.random.default_rng(7).permutation(np.arange(samples) % classes).astype(np.int32)
+
+
+def class_shares(labels, parts):
+    """Of every class, the share that each client owns; (K, classes)."""
+    counts = np.array([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
+    return counts / counts.sum(0)
+
+
+def sizes(parts):
+    return np.array([len(part) for part in parts])
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    clients=st.integers(1, 60),
+    scheme=st.sampled_from(SCHEMES),
+    alpha=st.sampled_from([1e-300, 1e-6, 0.1, 1.0, 1e9]),
+    shards=st.integers(1, 3),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_parts_are_disjoint_complete_sorted_and_never_empty(labels, clients, scheme, alpha, shards, seed):
+    labels = np.array(labels)
+    clients = min(clients, len(labels) // (shards if scheme == "shards" else 1))
+    if not clients:
+        return
+    asked = {"scheme": scheme, "alpha": alpha, "shards_per_client": shards, "seed": seed}
+    parts = partition(labels, clients, **asked)
+    assert len(parts) == clients
+    assert all(len(part) and (np.diff(part) > 0).all() for part in parts)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+    for part, again in zip(parts, partition(labels, clients, **asked), strict=True):
+        np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_seed_matters(scheme):
+    labels = balanced(500)
+    one, other = (partition(labels, 5, scheme=scheme, seed=seed) for seed in (1, 2))
+    assert not np.array_equal(np.concatenate(one), np.concatenate(other))
+
+
+def test_iid_has_equal_sizes_and_every_client_sees_every_class():
+    labels = balanced(6007)
+    parts = partition(labels, 10)
+    assert set(sizes(parts)) == {600, 601}
+    assert abs(class_shares(labels, parts) - 0.1).max() < 0.05
+
+
+def test_dirichlet_shares_of_a_class_follow_the_distribution():
+    """Mean 1/K, variance (1/K)(1 - 1/K) / (alpha K + 1), independent from class to class."""
+    clients, alpha, labels = 20, 0.3, balanced(200_000, classes=200)
+    shares = class_shares(labels, partition(labels, clients, scheme="dirichlet", alpha=alpha))
+    assert shares.mean() == pytest.approx(1 / clients, rel=1e-9)
+    spread = (1 - 1 / clients) / clients / (alpha * clients + 1)
+    assert shares.var() == pytest.approx(spread, rel=0.15)
+    assert shares.mean(1) == pytest.approx(1 / clients, abs=5 * np.sqrt(spread / 200))
+    between = np.corrcoef(shares[:, :50].T)[np.triu_indices(50, 1)]
+    assert abs(between.mean()) < 0.05
+
+
+def test_alpha_is_a_dial_from_unlike_to_alike():
+    labels = balanced(10_000)
+    largest = [
+        class_shares(labels, partition(labels, 10, scheme="dirichlet", alpha=alpha)).max(0).mean()
+        for alpha in (0.01, 0.1, 1, 10, 1000)
+    ]
+    assert largest == sorted(largest, reverse=True)
+    assert largest[0] > 0.8
+    assert largest[-1] < 0.12
+
+
+def test_shards_give_each_client_few_classes_and_equal_sizes():
+    labels = balanced(6000)
+    parts = partition(labels, 100, scheme="shards", shards_per_client=2)
+    assert set(sizes(parts)) == {60}
+    classes = [len(np.unique(labels[part])) for part in parts]
+    assert max(classes) <= 2
+    assert np.mean(classes) > 1.5  # two shards of one class meet one time in ten
+
+
+def test_quantity_skews_sizes_and_not_classes():
+    labels = balanced(100_000)
+    parts = partition(labels, 20, scheme="quantity", alpha=0.5)
+    share = sizes(parts) / len(labels)
+    assert share.std() == pytest.approx(np.sqrt(0.05 * 0.95 / 11), rel=0.5)
+    mixed = np.array(
+        [np.bincount(labels[part], minlength=10) / len(part) for part in parts if len(part) > 2000]
+    )
+    assert abs(mixed - 0.1).max() < 0.03
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_as_many_clients_as_samples_get_one_each(scheme):
+    parts = partition(balanced(50), 50, scheme=scheme, alpha=0.01, shards_per_client=1)
+    assert set(sizes(parts)) == {1}
+
+
+def test_the_empty_are_fed_by_the_largest():
+    """Against a loop that moves one sample at a time from whoever has most."""
+    labels = np.zeros(40, int)
+    rng = np.random.default_rng([3, SCHEMES.index("quantity")])
+    counts = np.diff(np.rint(np.cumsum(rng.dirichlet(np.full(15, 0.05))) * 40).astype(int), prepend=0)
+    assert (counts == 0).sum() > 5
+    for client in np.flatnonzero(counts == 0):
+        counts[counts.argmax()] -= 1
+        counts[client] = 1
+    got = sizes(partition(labels, 15, scheme="quantity", alpha=0.05, seed=3))
+    assert sorted(got) == sorted(counts)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"clients": 11}, "--clients=11: must be 1 to 10, the number of training samples"),
+        ({"clients": 0}, "--clients=0: must be 1 to 10"),
+        ({"clients": -3}, "--clients=-3: must be 1 to 10"),
+        ({"scheme": "even"}, "--partition=even: must be one of iid, dirichlet, shards, quantity"),
+        ({"scheme": "dirichlet", "alpha": 0.0}, "--dirichlet_alpha=0.0: must be a positive number"),
+        ({"scheme": "quantity", "alpha": float("nan")}, "--dirichlet_alpha=nan"),
+        ({"scheme": "dirichlet", "alpha": float("inf")}, "--dirichlet_alpha=inf"),
+        ({"scheme": "shards", "shards_per_client": 6}, "--shards_per_client=6: must be 1 to 5"),
+        ({"scheme": "shards", "shards_per_client": 0}, "--shards_per_client=0: must be 1 to 5"),
+    ],
+)
+def test_bad_input(asked, message):
+    with pytest.raises(BadInput) as caught:
+        partition(balanced(10), **({"clients": 2} | asked))
+    assert str(caught.value).startswith(message)

@@ -62,6 +62,7 @@ class Config:
     method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
     min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
+    samples_per_client: int = _flag(600, FLEET, ("plan",), "of each client of the random fleet", at_least=1)
     target_round_s: float = _flag(0.0, FLEET, ("plan",), "wanted round time, s; 0 asks for none", at_least=0)
 
     rounds: int = _flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)

@@ -22,9 +22,14 @@ def test_a_file_appears_whole_and_alone(tmp_path):
 def test_a_failure_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "plan.json"
     path.write_bytes(b"before")
-    with pytest.raises(error), whole_file(path) as file:
-        file.write(b"half")
-        raise error
+
+    def fail_halfway():
+        with whole_file(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail_halfway()
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["plan.json"]
 

@@ -1,0 +1,38 @@
+"""Cuts and server shares for a round of a fleet: the plan, how good it can be, what would shorten it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfl_jax.commands import flags
+from sfl_jax.config import Config
+from sfl_jax.errors import BadInput
+from sfl_jax.files import ensure_writable
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return flags.run(plan, "plan", str(__doc__), argv)
+
+
+def plan(config: Config) -> None:
+    """Plan, print the summary, and write the plan as JSON and as CSV beside it."""
+    output = Path(config.output)
+    check_output(output, config.fleet)
+    from sfl_jax import planning
+    from sfl_jax.commands.plan_files import write_plan
+    from sfl_jax.commands.plan_summary import head, summary
+
+    planned = planning.make_plan(config)
+    write_plan(output, head(planned), planning.table(planned))
+    print(summary(planned, planning.gains(planned)))
+    print(f"written     {output}, {output.with_suffix('.csv')}")
+
+
+def check_output(output: Path, fleet: str) -> None:
+    """Refuse, before any work, an output that cannot be written or would replace the fleet."""
+    ensure_writable(output.parent, "output", str(output))
+    for path in (output, output.with_suffix(".csv")):
+        if path.is_dir():
+            raise BadInput(f"--output={output}: {path} is a directory; choose another name")
+        if path.exists() and Path(fleet).exists() and path.samefile(fleet):
+            raise BadInput(f"--output={output}: {path} is the fleet, which it would replace")

@@ -1,0 +1,101 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from sfl_jax.commands import plan
+
+ROOT = pathlib.Path(__file__).parents[2]
+FLEET = """client,flops,uplink_bps,downlink_bps,memory_bytes,samples
+cam-1,1e9,1e6,2e6,1e9,64
+"cam, 2",2e9,1e5,2e6,1e9,100
+cam-3,1e10,1e7,2e7,1e9,1
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fleet.csv").write_text(FLEET)
+    return tmp_path
+
+
+def run(*argv):
+    return plan.main(["--model=efficientnetv2-tiny", "--fleet=fleet.csv", *argv])
+
+
+@pytest.mark.parametrize("method", ["exact", "no_split", "random_cut"])
+def test_plan_json_is_as_promised(here, capsys, method):
+    assert run("--server_flops=1e10", "--output=out/p.json", f"--method={method}") == 0
+    written = json.loads((here / "out" / "p.json").read_text())
+    expected = {"model": "efficientnetv2-tiny", "image_size": 32, "barrier": "session", "method": method}
+    assert {name: written[name] for name in expected} == expected
+    assert written["server_flops"] == 1e10
+    assert 0 < written["bound_s"] <= written["round_s"]
+    assert [client["client"] for client in written["clients"]] == ["cam-1", "cam, 2", "cam-3"]
+    for client in written["clients"]:
+        terms = [value for name, value in client.items() if name.endswith("_s") and name != "client_s"]
+        assert sum(terms) == pytest.approx(client["client_s"], rel=1e-9)
+        assert client["client_s"] <= written["round_s"]
+        assert isinstance(client["unit"], str)
+    assert sum(client["share_flops"] for client in written["clients"]) <= 1e10
+    out = capsys.readouterr().out
+    for words in (f"{written['round_s']:.5g} s", f"{written['bound_s']:.5g} s", "2 x multiply-accumulates"):
+        assert words in out
+    assert sorted(os.listdir(here)) == ["fleet.csv", "out"]
+    assert sorted(os.listdir(here / "out")) == ["p.csv", "p.json"]
+
+
+BAD_FLAGS = [
+    ("--output=fleet.csv/p.json", "--output=fleet.csv/p.json: cannot be written"),
+    ("--output=fleet.json", "which it would replace"),
+    ("--output=plan.csv", "must end in .json"),
+    ("--output=folder.json", "is a directory"),
+    ("--server_flops=0", "--server_flops=0.0: must be a finite number, above 0"),
+    ("--fleet=missing.csv", "--fleet=missing.csv: no such file"),
+    ("--method=best", "--method=best: must be one of"),
+    ("--min_cut=99", "--min_cut=99: must be at most"),
+    ("--cohort_size=3", "cohort_size"),
+    ("plan.json", "'plan.json' is no flag"),
+]
+BAD_ROWS = [
+    ("cam-1,1,1,1,1,1", "fleet.csv:5: column client"),
+    ("cam-4,-1,1,1,1,1", "fleet.csv:5: column flops"),
+    ("cam-4,1,0,1,1,1", "fleet.csv:5: column uplink_bps"),
+    ("cam-4,1,1,nan,1,1", "fleet.csv:5: column downlink_bps"),
+    ("cam-4,1,1,1,1,", "fleet.csv:5: column samples"),
+    ("cam-4,1,1,1,1,1,1", "fleet.csv:5"),
+    ("cam-4,1e9,1e6,1e6,10,5", "client cam-4: every cut needs"),
+]
+
+
+@pytest.mark.parametrize(("flag", "row", "words"), [
+    *((flag, "", words) for flag, words in BAD_FLAGS), *(("--seed=1", row, words) for row, words in BAD_ROWS)
+])  # fmt: skip
+def test_bad_input_writes_one_line_and_nothing_else(here, capsys, flag, row, words):
+    (here / "folder.json").mkdir()
+    (here / "fleet.csv").write_text(FLEET + row)
+    assert run(flag) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
+    assert words in err
+    assert sorted(os.listdir(here)) == ["fleet.csv", "folder.json"]
+    assert (here / "fleet.csv").read_text() == FLEET + row
+
+
+def test_as_a_program(here):
+    command = [sys.executable, "-m", "launch.plan", "--model=efficientnetv2-tiny", "--clients=5"]
+    done = subprocess.run(
+        [*command, f"--output={here / 'plan.json'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(json.loads((here / "plan.json").read_text())["clients"]) == 5

@@ -1,0 +1,132 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sfl_jax import planning
+from sfl_jax.config import Config
+from sfl_jax.errors import BadInput
+from sfl_jax.fleet import Fleet, write_fleet
+
+TINY = Config(model="efficientnetv2-tiny", server_flops=1e10)
+HEADER = "client,flops,uplink_bps,downlink_bps,memory_bytes,samples\n"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Slow clients on good links, so that they need the server."""
+    draw = np.random.default_rng(0).random((3, 12))
+    rates = dict(zip(("flops", "uplink_bps", "downlink_bps"), 10.0 ** (8 + draw), strict=True))
+    path = tmp_path_factory.mktemp("fleet") / "fleet.csv"
+    fleet = Fleet(client=np.arange(12).astype(str), memory_bytes=np.full(12, 1e9), **rates)
+    write_fleet(path, fleet.with_samples(np.full(12, 96)))
+    return dataclasses.replace(TINY, fleet=str(path))
+
+
+@pytest.fixture(scope="module")
+def planned(tiny):
+    return planning.make_plan(tiny)
+
+
+def least_time(fixed_s, work, flops):
+    """The round of fixed cuts by plain bisection, apart from the code under test."""
+    low, high = fixed_s.max(), fixed_s.max() + work.sum() / flops
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if (work / (middle - fixed_s)).sum() <= flops else (middle, high)
+    return high
+
+
+def test_terms_add_up_to_the_sessions(planned):
+    table = planning.table(planned)
+    terms = [name for name in table if name.endswith("_s") and name != "client_s"]
+    assert len(terms) == 7
+    np.testing.assert_allclose(sum(table[name] for name in terms), table["client_s"], rtol=1e-12)
+    assert table["client_s"].max() == planned.plan.round_s
+    assert table["share_flops"].sum() <= TINY.server_flops
+
+
+def test_a_client_by_hand(planned):
+    table, profile, fleet = planning.table(planned), planned.profile, planned.fleet
+    k = int(np.argmax(table["share_flops"]))
+    cut = table["cut"][k]
+    samples = 96  # three whole batches of 32
+    floats = profile.parameters[:cut].sum() + profile.state[:cut].sum()
+    left = profile.forward_macs[cut:].sum() + profile.backward_macs[cut:].sum()
+    assert table["client"][k] == str(k)
+    assert table["unit"][k] == profile.names[cut - 1]
+    assert table["model_down_s"][k] == pytest.approx(32 * floats / fleet.downlink_bps[k], rel=1e-12)
+    assert table["server_s"][k] == pytest.approx(samples * 2 * left / table["share_flops"][k], rel=1e-12)
+
+
+def test_pull_is_what_a_second_less_brings(planned):
+    who = planning.binding(planned)
+    assert who.server_is_full
+    assert sorted(who.clients) == np.flatnonzero(planned.plan.shares).tolist()
+    assert who.pull.sum() == pytest.approx(1)
+    assert (np.diff(who.pull) <= 0).all()
+    fixed_s, work, _ = planned.terms.at(planned.plan.cuts)
+    step = 1e-4 * planned.plan.round_s
+    for client, pull in zip(who.clients, who.pull, strict=True):
+        nudge = step * (np.arange(12) == client)
+        rounds_s = [least_time(fixed_s + sign * nudge, work, TINY.server_flops) for sign in (1, -1)]
+        assert (rounds_s[0] - rounds_s[1]) / (2 * step) == pytest.approx(pull, rel=1e-3)
+    assert who.pull[0] > 1.2 * who.pull[-1]  # a plan that pulls evenly would prove nothing
+
+
+def test_a_client_that_needs_no_server_holds_up_alone(tiny):
+    slow = planning.make_plan(dataclasses.replace(tiny, method="no_split"))
+    who = planning.binding(slow)
+    assert not who.server_is_full
+    assert who.clients.tolist() == [int(np.argmax(slow.plan.client_s))]
+    assert who.pull.tolist() == [1.0]
+    assert planning.gains(slow).server_s == 0
+
+
+def test_equal_shares_are_held_up_by_the_one_that_uses_its_share(tiny):
+    planned = planning.make_plan(dataclasses.replace(tiny, method="equal_shares"))
+    equal = TINY.server_flops / 12
+    fixed_s, work, _ = planned.terms.at(planned.plan.cuts)
+    who = planning.binding(planned)
+    assert who.clients.tolist() == [int(np.argmax(fixed_s + work / equal))]
+
+
+def test_gains_are_those_of_planning_anew(planned, tiny, tmp_path):
+    gains = planning.gains(planned)
+    richer = planning.make_plan(dataclasses.replace(tiny, server_flops=1e10 + 1e12))
+    faster = dataclasses.replace(planned.fleet, uplink_bps=planned.fleet.uplink_bps * 1.1)
+    write_fleet(tmp_path / "fleet.csv", faster)
+    uplink = planning.make_plan(dataclasses.replace(TINY, fleet=str(tmp_path / "fleet.csv")))
+    assert gains.server_s == pytest.approx(planned.plan.round_s - richer.plan.round_s, rel=1e-6)
+    assert gains.uplink_s == pytest.approx(planned.plan.round_s - uplink.plan.round_s, rel=1e-6)
+    assert min(gains) > 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momentum", "slots"), [("sgd", 0.0, 0), ("sgd", 0.9, 1), ("adam", 0.0, 2), ("adam", 0.9, 2)]
+)
+def test_optimiser_state_is_counted(optimizer, momentum, slots):
+    assert planning.work(Config(optimizer=optimizer, momentum=momentum)).optimizer_slots == slots
+
+
+@pytest.mark.parametrize(
+    ("fleet", "changes", "words"),
+    [
+        ("a,1e9,1e6,1e6,1e9,10\ncam-7,1e9,1e6,1e6,1e2,10\n", {}, "client cam-7: every cut needs"),
+        ("a,1e9,1e6,1e6,1e9,10\n", {"min_cut": 99}, "--min_cut=99: must be at most"),
+        ("", {}, "no clients"),
+    ],
+)
+def test_what_cannot_be_planned(tmp_path, fleet, changes, words):
+    path = tmp_path / "fleet.csv"
+    path.write_text(HEADER + fleet)
+    with pytest.raises(BadInput, match=words) as caught:
+        planning.make_plan(dataclasses.replace(TINY, fleet=str(path), **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fleet_file_must_say_how_many_samples(tmp_path):
+    path = tmp_path / "fleet.csv"
+    path.write_text("client,flops,uplink_bps,downlink_bps,memory_bytes\na,1e9,1e6,1e6,1e9\n")
+    with pytest.raises(BadInput, match="column samples: missing"):
+        planning.make_plan(dataclasses.replace(TINY, fleet=str(path)))

@@ -29,11 +29,10 @@ def read_fleet(path: str | os.PathLike[str]) -> Fleet:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise BadInput(f"{path}: is a directory; give the path of a fleet.csv")
         data = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give the path of a fleet.csv") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path}: {reason}; give the path of a fleet.csv") from error
     # Arrow reads a million lines in a second, but only going line by line can tell what is wrong and where.
     fleet = _read_fast(data)
     return _read_exactly(path, data) if fleet is None else fleet
@@ -59,6 +58,8 @@ def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
 
 def _read_fast(data: bytes) -> Fleet | None:
     """All at once, or None where anything is out of order."""
+    if b"0x" in data or b"0X" in data:  # which Arrow takes for a number
+        return None
     import pyarrow  # here, since only those who bring a file need it
     import pyarrow.csv
 

@@ -1,0 +1,275 @@
+import os
+import time
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sfl_jax.errors import BadInput
+from sfl_jax.fleet import Fleet, random_fleet, read_fleet, write_fleet
+from sfl_jax.fleet.files import _read_exactly, _read_fast
+
+HEADER = "client,flops,uplink_bps,downlink_bps,memory_bytes"
+GOOD = f"""{HEADER},samples
+pi,1e10,5e6,2e7,1073741824,600
+phone,2.5e11,10000000,4e7,4294967296,12
+"""
+
+
+def check_equal(one, other):
+    assert one.columns().keys() == other.columns().keys()
+    for name, values in one.columns().items():
+        assert values.dtype.kind == other.columns()[name].dtype.kind
+        np.testing.assert_array_equal(values, other.columns()[name])
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content):
+        path = tmp_path / "fleet.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def reorder(text):
+    return "\n".join(",".join(reversed(line.split(","))) for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        GOOD.rstrip(),
+        GOOD.replace("\n", "\r\n"),
+        GOOD.replace("\n", "\n\n"),
+        "\ufeff" + GOOD,
+        reorder(GOOD),
+        GOOD.replace("pi", '"pi"').replace("5e6", '"5e6"'),
+        GOOD.replace("5e6", " 5000000.0 ").replace("600", "+600"),
+    ],
+)
+def test_reads_the_same_fleet_however_it_is_written(file, text):
+    fleet = read_fleet(file(text))
+    assert len(fleet) == 2
+    assert fleet.client.tolist() == ["pi", "phone"]
+    assert fleet.flops.tolist() == [1e10, 2.5e11]
+    assert fleet.uplink_bps.tolist() == [5e6, 1e7]
+    assert fleet.downlink_bps.tolist() == [2e7, 4e7]
+    assert fleet.memory_bytes.tolist() == [2**30, 2**32]
+    assert fleet.samples is not None
+    assert fleet.samples.tolist() == [600, 12]
+    assert fleet.samples.dtype == np.int64
+    assert fleet.distance_m is None
+
+
+@pytest.mark.parametrize("name", ["München", 'client, the "first"', " a ", "-", "1", "nan", "x" * 64, "手机"])
+def test_names_are_taken_as_they_are(tmp_path, name):
+    fleet = random_fleet(2, seed=0)
+    fleet = Fleet(**(fleet.columns() | {"client": np.array([name, "other"])}))
+    write_fleet(tmp_path / "fleet.csv", fleet)
+    check_equal(read_fleet(tmp_path / "fleet.csv"), fleet)
+
+
+positive = st.floats(min_value=5e-324, max_value=1.7e308)
+
+
+@settings(max_examples=50)
+@given(data=st.data(), clients=st.integers(1, 5))
+def test_written_and_read_back_nothing_is_lost(tmp_path_factory, data, clients):
+    def column(values):
+        return np.array(data.draw(st.lists(values, min_size=clients, max_size=clients)))
+
+    floats = ["flops", "uplink_bps", "downlink_bps", "memory_bytes"]
+    floats += data.draw(
+        st.lists(st.sampled_from(["cycles_per_s", "kappa", "energy_j", "distance_m"]), unique=True)
+    )
+    columns = {name: column(positive) for name in floats}
+    if data.draw(st.booleans()):
+        columns["samples"] = column(st.integers(1, 2**63 - 1)).astype(np.int64)
+    fleet = Fleet(client=np.arange(clients).astype(str), **columns)
+    path = tmp_path_factory.mktemp("fleet") / "fleet.csv"
+    write_fleet(path, fleet)
+    check_equal(read_fleet(path), fleet)
+    check_equal(_read_exactly(path, path.read_bytes()), fleet)
+
+
+def cell(line, column, value):
+    """GOOD with one cell replaced; lines count from 1."""
+    rows = [row.split(",") for row in GOOD.splitlines()]
+    rows[line - 1][rows[0].index(column)] = value
+    return "\n".join(map(",".join, rows))
+
+
+NUMBERS = ("flops", "uplink_bps", "downlink_bps", "memory_bytes")
+NO_NUMBERS = (
+    "abc",
+    "",
+    "-1",
+    "nan",
+    "NaN",
+    "inf",
+    "-inf",
+    "1e999",
+    "1_0",
+    "1 0",
+    "0x10",
+    "5 Mbit",
+    "٣",
+    "1\0",
+    "None",
+)
+RULE = {"memory_bytes": "a number, 0 or more", "samples": "a positive integer"}
+
+
+@pytest.mark.parametrize("line", [2, 3])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *((column, value) for column in NUMBERS for value in NO_NUMBERS),
+        *((column, value) for column in NUMBERS[:3] for value in ("0", "-0.0", "1e-999")),
+        *(("samples", value) for value in (*NO_NUMBERS, "0", "1.5", "3.0", "1e3", str(2**63), "9" * 5000)),
+    ],
+)
+def test_a_bad_number_is_named(file, line, column, value):
+    path = file(cell(line, column, value))
+    with pytest.raises(BadInput) as caught:
+        read_fleet(path)
+    shown = repr(value if len(value) <= 40 else value[:39] + "…")
+    rule = RULE.get(column, "a positive number")
+    assert str(caught.value) == f"{path}:{line}: column {column}: {shown}: must be {rule}"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", ":1: column client: missing; must have client,flops"),
+        ("\n\n", ":2: column client: missing"),
+        (b"\0" * 10, ":1: column '"),
+        (HEADER, ":2: no clients; must have one line for each"),
+        (HEADER + "\n\n", ":3: no clients"),
+        (GOOD.replace("flops", "gflops"), ":1: column 'gflops': must be one of client, flops, uplink_bps,"),
+        (GOOD.replace("flops", " flops"), ":1: column ' flops': must be one of"),
+        (GOOD.replace("flops", "samples"), ":1: column samples: must be there once"),
+        (GOOD.replace("samples", ""), ":1: column '': must be one of"),
+        (GOOD.replace("memory_bytes", "energy_j"), ":1: column memory_bytes: missing"),
+        ("1,2,3\n4,5,6\n", ":1: column '1': must be one of"),
+        (GOOD.replace(",600", ""), ":2: column samples: missing; a line has 6 cells"),
+        (GOOD.replace(",4294967296,12", ""), ":3: column memory_bytes: missing"),
+        (GOOD.replace(",600", ",600,7"), ":2: cell 7: '7': has no column"),
+        (GOOD + "tail,1,1,1,1,1,,\n", ":4: cell 7: '': has no column"),
+        (GOOD + " \n", ":4: column flops: missing"),
+        (GOOD.replace("phone", "pi"), ":3: column client: 'pi': is on line 2 too"),
+        (cell(3, "client", ""), ":3: column client: '': must be 1 to 64 printable characters"),
+        (cell(2, "client", "x" * 65), f":2: column client: '{'x' * 39}…': must be 1 to 64"),
+        (cell(2, "client", "a\0b"), r":2: column client: 'a\x00b': must be 1 to 64"),
+        (cell(2, "client", '"a\nb"'), r":3: column client: 'a\nb': must be 1 to 64"),
+        (cell(2, "client", "\x1b[31m"), r":2: column client: '\x1b[31m': must be"),
+        (GOOD.replace("phone", '"phone'), ":3: not CSV (unexpected end of data)"),
+        (cell(2, "client", "x" * 200_000), ":2: not CSV (field larger than field limit"),
+        (GOOD.encode().replace(b"phone", b"ph\xffone"), ":3: byte 0xff: must be UTF-8"),
+        (GOOD.encode("utf-16"), ":1: byte 0xff: must be UTF-8"),
+    ],
+)
+def test_a_malformed_file_is_refused_by_line_and_column(file, content, message):
+    path = file(content)
+    with pytest.raises(BadInput) as caught:
+        read_fleet(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".", "Is a directory"),
+        ("none.csv", "No such file or directory"),
+        ("fleet.csv/below", "Not a directory"),
+        ("a\0b", "embedded null byte"),
+    ],
+)
+def test_no_such_file(file, tmp_path, name, message):
+    file(GOOD)
+    with pytest.raises(BadInput, match=rf"{message}.*; give the path of a fleet\.csv"):
+        read_fleet(os.path.join(tmp_path, name))
+
+
+def test_a_path_that_cannot_be_written_is_refused_and_a_failed_write_leaves_the_old_file(file, tmp_path):
+    path, fleet = file(GOOD), random_fleet(3, seed=0)
+    with pytest.raises(BadInput, match="Not a directory; give a path that can be written"):
+        write_fleet(path / "below", fleet)
+    with pytest.raises(BadInput, match="Is a directory"):
+        write_fleet(tmp_path, fleet)
+    uneven = Fleet(**(fleet.columns() | {"client": fleet.client.astype(object)}))
+    uneven.client[1] = "\ud800"  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        write_fleet(path, uneven)
+    assert path.read_text() == GOOD
+    assert os.listdir(tmp_path) == ["fleet.csv"]
+
+
+def outcome(read):
+    try:
+        return read()
+    except BadInput:
+        return None
+
+
+pieces = st.sampled_from(
+    [
+        *GOOD.split(","),
+        ",",
+        "\n",
+        "\r",
+        '"',
+        " ",
+        "0",
+        "-",
+        "1",
+        "e",
+        ".",
+        "nan",
+        "é",
+        "\0",
+        "\ufeff",
+        HEADER,
+        "NULL",
+    ]
+)
+
+
+@settings(max_examples=300)
+@given(text=st.lists(pieces, max_size=12).map("".join), at=st.integers(0, len(GOOD)), cut=st.integers(0, 9))
+@example(text='a"b', at=len(HEADER) + 9, cut=2)
+def test_what_arrow_accepts_is_what_the_rules_say(tmp_path_factory, text, at, cut):
+    """The fast way may leave a file to the exact one, and never reads another fleet from it."""
+    data = (GOOD[:at] + text + GOOD[at + cut :]).encode()
+    fast = _read_fast(data)
+    if fast is not None:
+        exact = outcome(lambda: _read_exactly(tmp_path_factory.getbasetemp() / "fleet.csv", data))
+        assert exact is not None
+        check_equal(fast, exact)
+
+
+def test_the_usual_file_goes_the_fast_way(tmp_path):
+    path, fleet = tmp_path / "fleet.csv", random_fleet(1000, seed=0).with_samples(np.arange(1, 1001))
+    write_fleet(path, fleet)
+    fast = _read_fast(path.read_bytes())
+    assert fast is not None
+    check_equal(fast, fleet)
+
+
+@pytest.mark.slow
+def test_a_million_clients_in_seconds(tmp_path):
+    path, fleet = tmp_path / "fleet.csv", random_fleet(1_000_000, seed=0)
+    write_fleet(path, fleet)
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        back = read_fleet(path)
+        seconds.append(time.perf_counter() - begin)
+        check_equal(back, fleet)
+    assert min(seconds) < 3

@@ -1,0 +1,106 @@
+"""A round: the sessions of a cohort in vmapped chunks, and the weighted mean of what they learned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from sfl_jax.federated.packing import packing
+from sfl_jax.federated.session import Assignment, Samples, Training, run_session
+from sfl_jax.models import Variables
+
+PADDING = 0.05  # part of a cohort that may be added as idle clients to fill the last chunk
+
+
+def run_round(
+    training: Training,
+    clients_per_chunk: int,
+    axis_name: str | None,
+    variables: Variables,
+    samples: Samples,
+    assignments: Assignment,
+    round_key: Key[Array, ""],
+    learning_rate: Float[Array, ""],
+) -> tuple[Variables, Float[Array, ""]]:
+    """(the weighted mean of the clients' variables, that of their losses); one device's part of it under `axis_name`.
+
+    Weights are divided by their sum over all devices. Where that is 0 nobody came, and the variables stay.
+    """
+    weights = assignments.weight / _total(assignments.weight.sum(), axis_name)
+    mean = _total(
+        sum_of_sessions(
+            training, clients_per_chunk, variables, samples, assignments._replace(weight=weights), round_key, learning_rate
+        ),
+        axis_name,
+    )
+    came = _total(assignments.weight.sum(), axis_name) > 0
+    return jax.tree.map(lambda new, old: jnp.where(came, new, old), mean, (variables, jnp.nan))
+
+
+def sum_of_sessions(
+    training: Training,
+    clients_per_chunk: int,
+    variables: Variables,
+    samples: Samples,
+    assignments: Assignment,
+    round_key: Key[Array, ""],
+    learning_rate: Float[Array, ""],
+) -> tuple[Variables, Float[Array, ""]]:
+    """The weighted sum of the variables and the losses of K clients.
+
+    Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory is that of
+    one chunk. A client of weight 0 has no influence whatever its numbers are, NaN included.
+    """
+    chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
+
+    def run_chunk(sums, chunk):
+        def session(one):
+            return run_session(
+                training, variables, samples, one, round_key, learning_rate, loop_steps=chunk.steps.max()
+            )
+
+        results = _alone(session, chunk) if clients_per_chunk == 1 else jax.vmap(session)(chunk)
+        return jax.tree.map(lambda total, x: total + _weighted_sum(chunk.weight, x), sums, results), None
+
+    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
+    like = (params.pack(variables.params), batch_stats.pack(variables.batch_stats)), jnp.zeros((), jnp.result_type(float))
+    (packed, stats), loss = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)[0]
+    return Variables(params.unpack(packed), batch_stats.unpack(stats)), loss
+
+
+def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 1) -> tuple[Assignment, int]:
+    """NumPy assignments ordered for D devices and padded with idle clients, and the clients of a chunk.
+
+    Clients of like session length share a chunk, and chunks are dealt to the devices in turn, so that few steps are
+    masked and no device gets all long sessions. A chunk may be smaller than asked where that saves padding.
+    The leading axis becomes D * (chunks of a device) * (clients of a chunk), device by device.
+    """
+    clients = len(assignments.client)
+    sizes = range(1, min(clients_per_chunk, -(-clients // devices)) + 1)
+    padded = {size: -(-clients // (size * devices)) * size * devices for size in sizes}
+    least = max(min(padded.values()), int(clients * (1 + PADDING)))
+    size = max(size for size in sizes if padded[size] <= least)
+    order = np.argsort(-np.asarray(assignments.steps), kind="stable")
+
+    def arrange(x):
+        filled = np.zeros((padded[size], *x.shape[1:]), x.dtype)
+        filled[:clients] = np.asarray(x)[order]
+        dealt = filled.reshape(-1, devices, size, *x.shape[1:]).swapaxes(0, 1)
+        return dealt.reshape(filled.shape)
+
+    return jax.tree.map(arrange, assignments), size
+
+
+def _alone(session, chunk):
+    """A chunk of one client without a client axis: its products keep two dimensions."""
+    return jax.tree.map(lambda x: x[None], session(jax.tree.map(lambda x: x[0], chunk)))
+
+
+def _weighted_sum(weights, values):
+    present = (weights > 0).reshape(-1, *[1] * (values.ndim - 1))
+    return jnp.tensordot(weights.astype(values.dtype), jnp.where(present, values, 0), axes=1)
+
+
+def _total(tree, axis_name):
+    return tree if axis_name is None else lax.psum(tree, axis_name)

@@ -1,0 +1,130 @@
+"""One client's local training through its cut: a pure function of variables, samples and keys.
+
+One pass walks the units of the whole chain once. Unit i belongs to the client where i < cut and to that client's
+replica on the server otherwise; a link acts where i == cut. Since the cut is data, changing it compiles nothing.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from sfl_jax.federated.packing import packing
+from sfl_jax.models import Chain, Variables
+
+
+class Link(NamedTuple):
+    """What happens at the cut: `up` to smashed data (B, ...), `down` to its gradient, of the same shape."""
+
+    up: Callable[[Array], Array]
+    down: Callable[[Array], Array]
+
+
+class Samples(NamedTuple):
+    """All training samples, resident on a device: images (N, H, W, C), labels (N,)."""
+
+    images: UInt8[Array, "N H W C"]
+    labels: Int[Array, " N"]
+
+
+class Assignment(NamedTuple):
+    """What one client does in a round; with a leading axis, what K clients do.
+
+    client: id, from which its keys are folded.
+    cut: 0..L.
+    weight: its part of the mean; 0 leaves it out exactly.
+    steps: local steps that it runs, at most S.
+    batches: (S, B) sample indices of every step.
+    """
+
+    client: Int[Array, "*K"]
+    cut: Int[Array, "*K"]
+    weight: Float[Array, "*K"]
+    steps: Int[Array, "*K"]
+    batches: Int[Array, "*K S B"]
+
+
+class Training(NamedTuple):
+    """What stays the same for a whole run; static under jit.
+
+    optimizer: an optax transformation without the learning rate, which is an argument of every round.
+    preprocess: uint8 images (B, H, W, C) -> float images of the network's size.
+    link: None is the identity, which leaves no trace in the compiled program.
+    """
+
+    chain: Chain
+    optimizer: optax.GradientTransformation
+    preprocess: Callable[[Array], Array]
+    link: Link | None = None
+
+
+def run_session(
+    training: Training,
+    variables: Variables,
+    samples: Samples,
+    assignment: Assignment,
+    round_key: Key[Array, ""],
+    learning_rate: Float[Array, ""],
+    loop_steps: Int[Array, ""],
+) -> tuple[Variables, Float[Array, ""]]:
+    """(variables after the client's steps, mean training loss of these steps).
+
+    `loop_steps` is the trip count, at least `assignment.steps`: under vmap that of the longest session in the chunk.
+    Steps beyond a client's own change nothing, bitwise.
+    """
+    client_key = jax.random.fold_in(round_key, assignment.client)
+    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
+
+    def step(index, carry):
+        packed, packed_stats, state, loss_sum = carry
+        batch = assignment.batches[index]
+        images, labels = training.preprocess(samples.images[batch]), samples.labels[batch]
+        key = jax.random.fold_in(client_key, index)
+
+        def loss_of(packed):
+            now = Variables(params.unpack(packed), batch_stats.unpack(packed_stats))
+            return batch_loss(training, now, images, labels, assignment.cut, key)
+
+        (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(packed)
+        updates, state = training.optimizer.update(gradients, state, packed)
+        packed = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), packed, updates)
+        new = packed, batch_stats.pack(stats), state, loss_sum + loss
+        return jax.tree.map(lambda n, o: jnp.where(index < assignment.steps, n, o), new, carry)
+
+    start = params.pack(variables.params), batch_stats.pack(variables.batch_stats)
+    no_loss = jnp.zeros((), jnp.result_type(float))
+    packed, stats, _, loss_sum = lax.fori_loop(
+        0, loop_steps, step, (*start, training.optimizer.init(start[0]), no_loss)
+    )
+    return (packed, stats), loss_sum / jnp.maximum(assignment.steps, 1)
+
+
+def batch_loss(training, variables, images, labels, cut, key):
+    """(mean cross-entropy of the batch, new batch-norm statistics)."""
+    logits, updated = training.chain.apply(
+        variables, images, train=True, key=key, at_boundary=_crossing(training.link, cut)
+    )
+    return cross_entropy(logits, labels).mean(), updated.batch_stats
+
+
+def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Cross-entropy of each sample, in the default float type or wider, whatever the logits' type."""
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.result_type(float)))
+    return optax.softmax_cross_entropy_with_integer_labels(wide, labels)
+
+
+def _crossing(link, cut):
+    """A hook for `Chain.apply`: what enters unit `cut` goes through the link, and so does its gradient."""
+    if link is None:
+        return None
+
+    @jax.custom_vjp
+    def send(x):
+        return link.up(x)
+
+    send.defvjp(lambda x: (link.up(x), None), lambda _, gradient: (link.down(gradient),))
+    return lambda unit, x: lax.cond(unit == cut, send, lambda x: x, x)

@@ -1,0 +1,103 @@
+"""A network as an ordered tuple of units that can be cut between any two of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Key, PyTree
+
+from sfl_jax.models import layers
+
+
+class Variables(NamedTuple):
+    """Parameters and batch-norm statistics, each a tuple with one pytree per unit."""
+
+    params: tuple[PyTree, ...]
+    batch_stats: tuple[PyTree, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Units [first_unit, first_unit + len(units)) of a network. Hashable, so that it can be static under jit.
+
+    Randomness belongs to the unit: unit i of the whole network draws from fold_in(key, i), whichever side holds it.
+    """
+
+    units: tuple[nn.Module, ...]
+    first_unit: int = 0
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def init(self, key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Variables:
+        """Fresh variables of every unit. `images` gives shape and dtype alone."""
+        params, batch_stats = [], []
+        x = jax.ShapeDtypeStruct(images.shape, images.dtype)
+        for index, unit in enumerate(self.units, start=self.first_unit):
+            x, shapes = jax.eval_shape(
+                functools.partial(layers.reference_form(unit).init_with_output, train=False), key, x
+            )
+            unit_key = jax.random.fold_in(key, index)
+            leaves, structure = jax.tree.flatten_with_path(shapes)
+            values = [
+                jnp.asarray(layers.INITIALISERS[path[-1].key](jax.random.fold_in(unit_key, number), leaf.shape))
+                for number, (path, leaf) in enumerate(leaves)
+            ]
+            variables = jax.tree.unflatten(structure, values)
+            params.append(variables["params"])
+            batch_stats.append(variables.get("batch_stats", {}))
+        return Variables(tuple(params), tuple(batch_stats))
+
+    def apply(
+        self,
+        variables: Variables,
+        images: Array,
+        train: bool = False,
+        key: Key[Array, ""] | None = None,
+        at_boundary: Callable[[int, Array], Array] | None = None,
+    ) -> tuple[Array, Variables]:
+        """Runs all units; (outputs, variables with updated batch-norm statistics).
+
+        `images` are (B, H, W, C), or the smashed data of a server half; outputs are logits (B, classes), or the
+        smashed data of a client half. `key` is needed in training. `at_boundary(i, x)` may change what enters unit i
+        of the whole network, which is how a link gets between two units without a second copy of this loop.
+        """
+        x, batch_stats = images, []
+        for index, unit in enumerate(self.units, start=self.first_unit):
+            if at_boundary is not None:
+                x = at_boundary(index, x)
+            unit_variables = self.unit_variables(variables, index - self.first_unit)
+            rngs = {"drop": jax.random.fold_in(key, index)} if train and key is not None else {}
+            x, updated = unit.apply(unit_variables, x, train, rngs=rngs, mutable=["batch_stats"])
+            batch_stats.append(updated.get("batch_stats", {}))
+        return x, Variables(variables.params, tuple(batch_stats))
+
+    def split(self, cut: int) -> tuple["Chain", "Chain"]:
+        """(client, server): units [0, cut) and [cut, L). Raises ValueError outside 0..L."""
+        self._check(cut)
+        return (
+            Chain(self.units[:cut], self.first_unit),
+            Chain(self.units[cut:], self.first_unit + cut),
+        )
+
+    def split_variables(self, variables: Variables, cut: int) -> tuple[Variables, Variables]:
+        """The variables of the two halves of `split(cut)`."""
+        self._check(cut)
+        front = Variables(variables.params[:cut], variables.batch_stats[:cut])
+        return front, Variables(variables.params[cut:], variables.batch_stats[cut:])
+
+    def join_variables(self, front: Variables, back: Variables) -> Variables:
+        """The inverse of `split_variables`."""
+        return Variables(front.params + back.params, front.batch_stats + back.batch_stats)
+
+    def unit_variables(self, variables: Variables, index: int) -> dict[str, PyTree]:
+        """{"params": ..., "batch_stats": ...} of unit `index` of this chain, as Flax takes it."""
+        return {"params": variables.params[index], "batch_stats": variables.batch_stats[index]}
+
+    def _check(self, cut):
+        if not 0 <= cut <= len(self.units):
+            raise ValueError(f"cut={cut}: must be in 0..{len(self.units)}, the number of units")

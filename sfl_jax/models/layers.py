@@ -1,0 +1,209 @@
+"""Convolutions, batch norm and squeeze-excite, in a form that stays fast when clients are vmapped.
+
+`vmap` over per-client convolution weights makes grouped convolutions, which XLA runs in naive loops on CPU and
+poorly on GPU. Each convolution therefore has two forms with equal results:
+
+- `product`: a 1x1 convolution is a matrix product; a kxk one concatenates its shifted inputs and is one matrix
+  product; a depthwise one is a sum of shifted products. A client axis becomes a batch axis of the product.
+- `conv`: `lax.conv_general_dilated`, the reference, from which costs are traced.
+
+Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+BN_MOMENTUM = 0.9
+BN_EPSILON = 1e-3
+FORMS = ("product", "conv")
+
+
+def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """EfficientNet's convolution initialiser: normal(0, sqrt(2 / (kh * kw * C_out))); a matrix counts as 1x1."""
+    fan_out = math.prod(shape) // shape[-2]
+    return (math.sqrt(2 / fan_out) * _draw("normal", key, shape)).astype(dtype)
+
+
+def depthwise_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """EfficientNet's depthwise initialiser: normal(0, sqrt(2 / (kh * kw)))."""
+    return (math.sqrt(2 / (shape[0] * shape[1])) * _draw("normal", key, shape)).astype(dtype)
+
+
+def dense_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """EfficientNet's classifier initialiser: uniform(+-1 / sqrt(classes))."""
+    return ((2 * _draw("uniform", key, shape) - 1) / math.sqrt(shape[-1])).astype(dtype)
+
+
+def zeros(_: jax.Array | None, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """Initialiser of biases and running means."""
+    return np.zeros(shape, dtype)
+
+
+def ones(_: jax.Array | None, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    """Initialiser of batch norm's scales and running variances."""
+    return np.ones(shape, dtype)
+
+
+INITIALISERS = {  # of every variable, by its name
+    "kernel": kernel_init, "depthwise_kernel": depthwise_init, "dense_kernel": dense_init,
+    "scale": ones, "bias": zeros, "mean": zeros, "var": ones,
+}  # fmt: skip
+
+
+def _draw(distribution, key, shape):
+    """Draws with NumPy from a concrete key: compiling jax.random for every shape of a network takes half a minute."""
+    if isinstance(key, jax.core.Tracer):
+        return getattr(jax.random, distribution)(key, shape)
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return (generator.standard_normal if distribution == "normal" else generator.random)(shape, np.float32)
+
+
+def reference_form(unit: nn.Module) -> nn.Module:
+    """The unit with its convolutions in the `conv` form: same variables, a shorter trace."""
+    return unit.clone(form="conv") if hasattr(unit, "form") else unit
+
+
+class Conv(nn.Module):
+    """Convolution without bias, SAME padding: (B, H, W, C_in) -> (B, ceil(H / stride), ceil(W / stride), features)."""
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    form: str = "product"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        x, kernel = promote_dtype(x, self.param("kernel", kernel_init, shape), dtype=self.dtype)
+        if self.form == "conv":
+            return _lax_conv(x, kernel, self.stride)
+        taps = _shifted(x, self.kernel_size, self.stride)
+        patches = jnp.concatenate([shifted for _, shifted in taps], axis=-1)
+        return patches @ jnp.concatenate([kernel[tap] for tap, _ in taps], axis=0)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution without bias, SAME padding: every channel has a kernel of its own."""
+
+    kernel_size: int = 3
+    stride: int = 1
+    form: str = "product"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        shape = (self.kernel_size, self.kernel_size, 1, channels)
+        x, kernel = promote_dtype(x, self.param("depthwise_kernel", depthwise_init, shape), dtype=self.dtype)
+        if self.form == "conv":
+            return _lax_conv(x, kernel, self.stride, groups=channels)
+        return sum(shifted * kernel[tap] for tap, shifted in _shifted(x, self.kernel_size, self.stride))
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last: biased batch variance, running statistics kept in float32 or wider."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = (x.shape[-1],)
+        scale = self.param("scale", ones, channels)
+        bias = self.param("bias", zeros, channels)
+        running_mean = self.variable("batch_stats", "mean", zeros, None, channels)
+        running_var = self.variable("batch_stats", "var", ones, None, channels)
+        if train:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            axes = tuple(range(x.ndim - 1))
+            mean = wide.mean(axes)
+            var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0)
+            if not self.is_initializing():
+                running_mean.value = BN_MOMENTUM * running_mean.value + (1 - BN_MOMENTUM) * mean
+                running_var.value = BN_MOMENTUM * running_var.value + (1 - BN_MOMENTUM) * var
+        else:
+            mean, var = running_mean.value, running_var.value
+        multiplier = scale * lax.rsqrt(var + BN_EPSILON)
+        return (x * multiplier + (bias - mean * multiplier)).astype(x.dtype)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention: mean over the image, two 1x1 convolutions with bias, SiLU then sigmoid; scales the input."""
+
+    reduced: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        gate = x.mean((1, 2))
+        gate = nn.silu(Dense(self.reduced, "kernel", self.dtype, name="reduce")(gate))
+        gate = nn.sigmoid(Dense(channels, "kernel", self.dtype, name="expand")(gate))
+        return x * gate[:, None, None, :]
+
+
+class Dense(nn.Module):
+    """Affine map of the last axis; `kernel` names the kernel, and with it its initialiser."""
+
+    features: int
+    kernel: str = "dense_kernel"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(self.kernel, INITIALISERS[self.kernel], (x.shape[-1], self.features))
+        bias = self.param("bias", zeros, (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel + bias
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the whole branch of a sample, and scales the others by 1 / survival."""
+
+    survival: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.survival == 1:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("drop"), self.survival, (x.shape[0], 1, 1, 1))
+        return jnp.where(keep, x / self.survival, 0)
+
+
+def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
+    """SAME padding of one axis as (before, after); the odd one goes after."""
+    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    return total // 2, total - total // 2
+
+
+def _lax_conv(x, kernel, stride, groups=1):
+    padding = [same_padding(size, kernel.shape[0], stride) for size in x.shape[1:3]]
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def _shifted(x, kernel_size, stride):
+    """[((row, column) of the kernel, the input that it meets at every output position)], without taps that meet padding alone."""
+    if kernel_size == 1 and stride == 1:
+        return [((0, 0), x)]
+    rows, columns = (_live_taps(size, kernel_size, stride) for size in x.shape[1:3])
+    padding = [same_padding(size, kernel_size, stride) for size in x.shape[1:3]]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = (-(-size // stride) for size in x.shape[1:3])
+
+    def window(row, column):
+        return padded[:, row : row + (height - 1) * stride + 1 : stride, column : column + (width - 1) * stride + 1 : stride]
+
+    return [((row, column), window(row, column)) for row in rows for column in columns]
+
+
+def _live_taps(size, kernel_size, stride):
+    before, _ = same_padding(size, kernel_size, stride)
+    outputs = range(-(-size // stride))
+    return [tap for tap in range(kernel_size) if any(0 <= out * stride + tap - before < size for out in outputs)]

@@ -1,0 +1,182 @@
+"""A training run: every round plan, train, evaluate now and then, and log."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sfl_jax import datasets, fleet, metrics, models, optim, planning
+from sfl_jax.config import Config
+from sfl_jax.datasets.images import preprocessing
+from sfl_jax.errors import BadInput
+from sfl_jax.federated import devices as federated_devices
+from sfl_jax.federated.evaluation import compile_evaluation, in_batches
+from sfl_jax.federated.session import Assignment, Samples, Training
+
+RIVALS = ("no_split", "common_cut")  # whose clocks run beside the plan's
+
+
+class Diverged(ArithmeticError):
+    """The training loss of a round is not a finite number."""
+
+
+class Experiment(NamedTuple):
+    """All that a run needs and that stays the same from round to round."""
+
+    config: Config
+    dataset: datasets.Dataset
+    parts: list[np.ndarray]
+    fleet: fleet.Fleet
+    terms: optim.Terms
+    training: Training
+    devices: list[jax.Device]
+
+
+class State(NamedTuple):
+    """All that changes from round to round: variables on the devices, and the simulated seconds of each scheme."""
+
+    round: int
+    variables: models.Variables
+    simulated_s: dict[str, float]
+
+
+class Prepared(NamedTuple):
+    """A round before it runs."""
+
+    round: int
+    plan: optim.Plan
+    rival_s: dict[str, float]
+    assignments: Assignment
+    learning_rate: float
+
+
+def build(config: Config) -> Experiment:
+    """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles."""
+    devices = federated_devices.choose_devices(config.devices)
+    dataset = datasets.load(config.dataset, config.data_dir or None)
+    parts = datasets.partition(
+        dataset.train_labels, config.clients, scheme=config.partition, alpha=config.dirichlet_alpha, seed=config.seed
+    )
+    channels = dataset.train_images.shape[-1]
+    dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
+    chain = models.create(
+        config.model, dataset.num_classes, channels, layer_form=config.layer_form, dtype=dtype
+    )
+    clients = _clients(config).with_samples([len(part) for part in parts])
+    profile = models.profile(chain, (config.image_size, config.image_size, channels))
+    terms = optim.terms(profile, clients, planning.work(config))
+    training = Training(chain, optimizer(config), preprocessing(config.image_size))
+    return Experiment(config, dataset, parts, clients, terms, training, devices)
+
+
+def start(experiment: Experiment) -> State:
+    """The state before the first round."""
+    side, channels = experiment.config.image_size, experiment.dataset.train_images.shape[-1]
+    variables = experiment.training.chain.init(
+        jax.random.key(experiment.config.seed), jnp.zeros((1, side, side, channels))
+    )
+    clocks = dict.fromkeys((experiment.config.method, *RIVALS), 0.0)
+    return State(0, federated_devices.replicate(variables, experiment.devices), clocks)
+
+
+def run(experiment: Experiment, state: State) -> Iterator[tuple[State, metrics.Round]]:
+    """Runs the remaining rounds; yields the state after each and its metrics. Raises Diverged.
+
+    The next round is planned while the devices compute this one. The variables of an earlier state are donated to the
+    round that follows it.
+    """
+    config, data = experiment.config, experiment.dataset
+    samples = federated_devices.replicate(Samples(data.train_images, data.train_labels), experiment.devices)
+    held_out = jax.device_put(in_batches(data.test_images, data.test_labels), experiment.devices[0])
+    run_round = federated_devices.compile_round(
+        experiment.training, config.clients_per_chunk, experiment.devices, config.execution
+    )
+    evaluate = compile_evaluation(experiment.training.chain, experiment.training.preprocess)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+
+    clock = metrics.Stopwatch()
+    ready = prepare(experiment, state.round)
+    before_s = 0.0
+    while ready is not None:
+        round_key = jax.random.fold_in(key, ready.round)
+        variables, loss = run_round(state.variables, samples, ready.assignments, round_key, ready.learning_rate)
+        done, ready = ready, prepare(experiment, ready.round + 1)
+        state = State(done.round + 1, variables, _add_clocks(state.simulated_s, config.method, done))
+        evaluated = (None, None)
+        if state.round % config.eval_every == 0 or state.round == config.rounds:
+            evaluated = tuple(map(float, evaluate(federated_devices.on_first(variables), held_out)))
+        train_loss = float(federated_devices.on_first(loss))
+        if not math.isfinite(train_loss):
+            raise Diverged(f"round {state.round}: the training loss is {train_loss}")
+        now_s = clock.seconds
+        trained = int(done.assignments.steps.sum()) * config.batch_size
+        yield state, metrics.Round(
+            state.round, train_loss, *evaluated, done.plan.round_s, done.plan.bound_s,
+            state.simulated_s[config.method], now_s, trained / (now_s - before_s),
+            len(done.assignments.client), float(done.plan.cuts.mean()),
+        )  # fmt: skip
+        before_s = now_s
+
+
+def prepare(experiment: Experiment, round: int) -> Prepared | None:
+    """Cohort, plan and batches of a round, all on the host; None after the last."""
+    config = experiment.config
+    if round >= config.rounds:
+        return None
+    ids = fleet.cohort(config.seed, round, config.clients, config.cohort_size)
+    clients, terms = experiment.fleet.take(ids), experiment.terms.take(ids)
+    plan = planning.solve(config, clients, terms, round)
+    indices, steps = datasets.batches(
+        experiment.parts, ids, seed=config.seed, round=round, local_epochs=config.local_epochs,
+        batch_size=config.batch_size,
+        steps_max=datasets.max_steps(experiment.parts, config.local_epochs, config.batch_size),
+    )  # fmt: skip
+    assert clients.samples is not None
+    weights = clients.samples.astype(np.float32)
+    assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices)
+    rival_s = {name: _round_s(config, terms, name) for name in RIVALS}
+    return Prepared(round, plan, rival_s, assignments, learning_rate(config, round))
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+    """The local optimiser without its learning rate, which each round brings along."""
+    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
+    if config.optimizer == "adam":
+        return optax.chain(optax.scale_by_adam(b1=config.momentum), decay)
+    return optax.chain(decay, optax.trace(config.momentum) if config.momentum else optax.identity())
+
+
+def learning_rate(config: Config, round: int) -> float:
+    """Rises linearly over the warm-up rounds, then stays, or falls to 0 along a half cosine."""
+    if round < config.warmup_rounds:
+        return config.learning_rate * (round + 1) / config.warmup_rounds
+    if config.learning_rate_schedule == "constant":
+        return config.learning_rate
+    progress = (round - config.warmup_rounds) / (config.rounds - config.warmup_rounds)
+    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _clients(config):
+    if config.fleet == "random":
+        return fleet.random_fleet(config.clients, seed=config.seed)
+    clients = fleet.read_fleet(config.fleet)
+    if len(clients) != config.clients:
+        raise BadInput(f"--clients={config.clients}: must be {len(clients)}, the clients of --fleet={config.fleet}")
+    return clients
+
+
+def _round_s(config, terms, method) -> float:
+    """A rival's round, infinite where it cannot serve every client."""
+    try:
+        return optim.solve(terms, config.server_flops, method, config.barrier).round_s
+    except optim.Infeasible:
+        return math.inf
+
+
+def _add_clocks(clocks, method, done: Prepared) -> dict[str, Any]:
+    seconds = {**done.rival_s, method: done.plan.round_s}
+    return {name: total + seconds[name] for name, total in clocks.items()}

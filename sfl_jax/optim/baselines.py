@@ -30,14 +30,19 @@ def common_cut(costs, server_flops, present):
     return jnp.full(clients, best, jnp.int32)
 
 
-def random_cut(costs, key):
-    """For each client any of its allowed cuts, all equally likely."""
+def random_cut(costs, server_flops, key):
+    """For each client any of the cuts it can do, all equally likely."""
     clients, count = costs.shape
-    allowed = sum(costs.column(cut)[2].astype(jnp.int32) for cut in range(count))
-    chosen = jax.random.randint(key, (clients,), 0, jnp.maximum(allowed, 1))
+
+    def usable(cut):
+        _, per_weight, allowed = costs.column(cut)
+        return allowed & ((server_flops > 0) | (per_weight <= 0))
+
+    number = sum(usable(cut).astype(jnp.int32) for cut in range(count))
+    chosen = jax.random.randint(key, (clients,), 0, jnp.maximum(number, 1))
     cuts, seen = jnp.full(clients, count - 1, jnp.int32), jnp.zeros(clients, jnp.int32)
     for cut in range(count):
-        here = costs.column(cut)[2]
+        here = usable(cut)
         cuts = jnp.where(here & (seen == chosen), jnp.int32(cut), cuts)
         seen = seen + here
     return cuts

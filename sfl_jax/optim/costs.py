@@ -142,7 +142,7 @@ class Terms(NamedTuple):
         return len(self.samples), len(self.work_flop)
 
     @property
-    def weight(self) -> Floats:
+    def weight(self):
         return self.samples
 
     def column(self, cut):
@@ -203,7 +203,7 @@ class Terms(NamedTuple):
         return allowed
 
 
-def terms(profile: Profile, fleet: Fleet, work: Work = Work()) -> Terms:
+def terms(profile: Profile, fleet: Fleet, work: Work) -> Terms:
     """The factored costs of a fleet that trains a profiled chain.
 
     An epoch is floor(D/B) batches; a client with D < B fills one batch. Labels go up wherever
@@ -281,6 +281,8 @@ def _check_fleet(fleet: Fleet) -> None:
         "memory_bytes": "0 or more"
     }
     for name, rule in rules.items():
+        if getattr(fleet, name) is None:
+            raise BadInput(f"fleet: {name} is missing; costs need it of every client")
         values = np.asarray(getattr(fleet, name))
         bad = ~(values > 0) if rule == "above 0" else ~(values >= 0)
         if bad.any():

@@ -1,7 +1,7 @@
 """One door to every method: `solve` for NumPy in and a Plan out, `solve_arrays` for jit and vmap."""
 
 from functools import partial
-from typing import get_args, Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from sfl_jax.optim.alternating import alternating
 from sfl_jax.optim.costs import Costs, Terms
 from sfl_jax.optim.exact import exact
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
-from sfl_jax.optim.shares import finish, optimal_shares
+from sfl_jax.optim.shares import optimal_shares, shares_by
 
 Method = Literal["exact", "alternating", "equal_shares", "common_cut", "random_cut", "no_split"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -60,6 +60,7 @@ def solve_arrays(costs, server_flops, method: str = "exact", key=None, present=N
     if jnp.result_type(float) != jnp.float64:
         raise BadInput("solve_arrays runs in float32 here; call it under jax.enable_x64(True)")
     costs = jax.tree.map(jnp.asarray, costs)
+    server_flops = jnp.asarray(server_flops, float)
     present = jnp.ones(costs.shape[0], bool) if present is None else present
     optimum = exact(costs, server_flops, present)
     cuts, iterations = optimum.cuts, optimum.iterations
@@ -70,7 +71,7 @@ def solve_arrays(costs, server_flops, method: str = "exact", key=None, present=N
     elif method == "common_cut":
         cuts = baselines.common_cut(costs, server_flops, present)
     elif method == "random_cut":
-        cuts = baselines.random_cut(costs, key)
+        cuts = baselines.random_cut(costs, server_flops, key)
     elif method == "no_split":
         cuts = baselines.no_split(costs)
     fixed_s, server_flop, allowed = costs.at(cuts)
@@ -79,8 +80,7 @@ def solve_arrays(costs, server_flops, method: str = "exact", key=None, present=N
         share = server_flops / jnp.maximum(jnp.sum(present), 1)
         used = jnp.where(server_flop > 0, server_flop / share, 0.0)
         round_s = jnp.max(jnp.where(present, fixed_s + used, 0.0), initial=0.0)
-        shares = jnp.where(present & (server_flop > 0), server_flop / (round_s - fixed_s), 0.0)
-        shares, ends, round_s = finish(shares, fixed_s, server_flop, server_flops, present)
+        shares, ends, round_s = shares_by(round_s, fixed_s, server_flop, server_flops, present)
     else:
         shares, ends, round_s = optimal_shares(fixed_s, server_flop, server_flops, present)
     cuts = jnp.where(present, cuts, costs.shape[1] - 1)
@@ -128,7 +128,7 @@ def _reason(costs: Costs | Terms, server_flops: float, client: int, cut: int | N
             return f"{where} costs {joules.min():.4g} J or more, its budget is {one.energy.budget_j[0]:.4g} J"
         if joules is not None and not one.at(cuts)[2].any():
             return f"{where} that fits its memory breaks its energy budget"
-    fixed_s, work, allowed = (part[client] for part in _dense_row(costs, client))
+    _, work, allowed = (part[client] for part in _dense_row(costs, client))
     usable = allowed if cut is None else allowed & (np.arange(len(allowed)) == cut)
     if not usable.any():
         return f"{where} is forbidden"

@@ -1,0 +1,262 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from optim import oracles
+
+from sfl_jax import optim
+from sfl_jax.errors import BadInput
+
+KEY = jax.random.key(7)
+
+
+def solve(costs, server_flops, method="exact", **options):
+    return optim.solve(costs, server_flops, method, key=KEY, **options)
+
+
+@settings(max_examples=150, deadline=None)
+@given(oracles.instances())
+def test_exact_is_the_optimum_of_enumeration_and_its_proof_holds_in_fractions(instance):
+    costs, server_flops = instance
+    optimum = oracles.best_round_s(costs, server_flops)
+    if np.isinf(optimum):
+        with pytest.raises(optim.Infeasible) as caught:
+            solve(costs, server_flops)
+        assert caught.value.clients
+        return
+    plan = solve(costs, server_flops)
+    oracles.assert_sound(costs, server_flops, plan)
+    np.testing.assert_allclose(plan.round_s, optimum, rtol=1e-11)
+    assert plan.round_s == 0 or plan.gap < 1e-11
+
+
+@pytest.mark.parametrize("method", optim.METHODS)
+@settings(max_examples=30, deadline=None)
+@given(instance=oracles.instances(local=True, shapes=((1, 1), (3, 4))))
+def test_every_method_is_sound_and_bounded_by_the_optimum(method, instance):
+    costs, server_flops = instance
+    optimum = oracles.best_round_s(costs, server_flops)
+    try:
+        plan = solve(costs, server_flops, method)
+    except optim.Infeasible:
+        assert method in ("no_split", "common_cut") or np.isinf(optimum)
+        return
+    oracles.assert_sound(costs, server_flops, plan)
+    assert plan.bound_s <= optimum * (1 + 1e-12)
+    assert plan.round_s >= optimum * (1 - 1e-12)
+
+
+def test_the_fraction_oracle_notices_a_bound_or_a_share_that_is_a_little_off():
+    costs, server_flops = optim.Costs(np.ones((2, 1)), np.ones((2, 1)), np.ones((2, 1), bool)), 2.0
+    plan = solve(costs, server_flops)
+    oracles.assert_sound(costs, server_flops, plan)
+    more = np.nextafter(2.0, 3.0)
+    for wrong in (
+        plan._replace(bound_s=plan.round_s),
+        plan._replace(
+            shares=np.array([1.0, np.nextafter(1.0, 2.0)]), client_s=np.full(2, more), round_s=more
+        ),
+        plan._replace(round_s=2.0 - 1e-15),
+    ):
+        with pytest.raises(AssertionError):
+            oracles.assert_sound(costs, server_flops, wrong)
+
+
+# One client of each kind: the server is worth it, does not matter, would be slower.
+SMALL = optim.Costs(
+    np.array([[1.0, 3.0, 9.0], [2.0, 2.0, 2.0], [5.0, 6.0, 3.0]]),
+    np.array([[8.0, 4.0, 0.0], [6.0, 3.0, 0.0], [9.0, 2.0, 0.0]]),
+    np.ones((3, 3), bool),
+)
+# At 4 FLOP/s client 0 at cut 0 ends at 1 + 8/4, and the others do without. Equal shares are 4/3 each: cut 1
+# is client 0's best at 3 + 4/(4/3), from where alternation finds the whole server free for it. The common
+# cut 1 ends where 4/(T-3) + 3/(T-2) + 2/(T-6) = 4, a cubic.
+COMMON_S = np.roots([4, -53, 213, -258]).real.max()
+BY_HAND = {
+    "exact": ([0, 2, 2], 3.0),
+    "alternating": ([0, 2, 2], 3.0),
+    "equal_shares": ([1, 2, 2], 6.0),
+    "common_cut": ([1, 1, 1], COMMON_S),
+    "no_split": ([2, 2, 2], 9.0),
+}
+
+
+@pytest.mark.parametrize("method", BY_HAND)
+def test_methods_on_an_instance_solved_by_hand(method):
+    cuts, round_s = BY_HAND[method]
+    plan = solve(SMALL, 4.0, method)
+    assert plan.cuts.tolist() == cuts
+    np.testing.assert_allclose(plan.round_s, round_s, rtol=1e-10)
+    np.testing.assert_allclose(plan.bound_s, 3.0, rtol=1e-10)
+
+
+def test_random_cuts_are_allowed_cuts_all_of_them_likely():
+    allowed = np.tile([False, True, True, False, True], (3000, 1))
+    costs = optim.Costs(np.ones((3000, 5)), np.zeros((3000, 5)), allowed)
+    plan = solve(costs, 1.0, "random_cut")
+    counts = np.bincount(plan.cuts, minlength=5)
+    assert counts[[0, 3]].tolist() == [0, 0]
+    assert (abs(counts[[1, 2, 4]] - 1000) < 150).all()
+    assert (plan.cuts != optim.solve(costs, 1.0, "random_cut", key=jax.random.key(8)).cuts).any()
+
+
+@pytest.mark.parametrize("method", optim.METHODS)
+def test_absent_clients_cost_nothing(method):
+    present = np.array([True, False, True])
+    plan = solve(SMALL, 4.0, method, present=present)
+    oracles.assert_sound(SMALL, 4.0, plan, present)
+    assert plan.cuts[1] == 2
+    alone = optim.Costs(*(part[present] for part in SMALL))
+    if method != "random_cut":
+        np.testing.assert_allclose(plan.round_s, solve(alone, 4.0, method).round_s, rtol=1e-12)
+    nobody = solve(SMALL, 4.0, method, present=np.zeros(3, bool))
+    assert (nobody.round_s, nobody.bound_s) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", optim.METHODS)
+def test_terms_and_their_dense_form_have_one_plan(method):
+    terms = optim.terms(oracles.profile(5), oracles.fleet(6), optim.Work())
+    for server_flops in (1e7, 1e9, 1e11):
+        factored, dense = (solve(costs, server_flops, method) for costs in (terms, terms.costs()))
+        oracles.assert_sound(terms.costs(), server_flops, factored)
+        np.testing.assert_array_equal(factored.cuts, dense.cuts)
+        np.testing.assert_allclose(factored.round_s, dense.round_s, rtol=1e-11)
+        seconds = terms.seconds(factored.cuts, factored.shares)
+        np.testing.assert_allclose(sum(seconds), factored.client_s, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", optim.METHODS)
+def test_the_pure_twin_gives_the_same_plans_under_vmap(method):
+    fleets = [oracles.fleet(4, seed) for seed in range(5)]
+    many = [optim.terms(oracles.profile(3), fleet, optim.Work()) for fleet in fleets]
+    keys = jax.random.split(KEY, 5)
+    with jax.enable_x64(True):
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *many)
+        twin = jax.jit(jax.vmap(lambda terms, key: optim.solve_arrays(terms, 1e9, method, key)))
+        solutions = twin(stacked, keys)
+    assert bool(solutions.feasible.all())
+    for index, terms in enumerate(many):
+        plan = optim.solve(terms, 1e9, method, key=keys[index])
+        np.testing.assert_array_equal(solutions.cuts[index], plan.cuts)
+        np.testing.assert_allclose(solutions.shares[index], plan.shares, rtol=1e-9)
+        np.testing.assert_allclose(solutions.round_s[index], plan.round_s, rtol=1e-12)
+        np.testing.assert_allclose(solutions.bound_s[index], plan.bound_s, rtol=1e-11)
+
+
+def test_the_pure_twin_flags_what_solve_refuses():
+    costs = SMALL._replace(allowed=np.array([[1, 1, 1], [0, 0, 0], [1, 1, 1]], bool))
+    with jax.enable_x64(True):
+        twin = jax.jit(optim.solve_arrays)
+        assert not twin(costs, 4.0).feasible
+        assert not twin(SMALL._replace(server_flop=SMALL.server_flop + 1.0), 0.0).feasible
+        assert twin(SMALL, 0.0).feasible
+    with pytest.raises(BadInput, match="float32"):
+        optim.solve_arrays(SMALL, 4.0)
+
+
+def test_nothing_is_compiled_again_when_numbers_change():
+    compiled = []
+
+    def listen(event, duration, **_):
+        compiled.extend([event] * (event == "/jax/core/compile/backend_compile_duration"))
+
+    def plan(seed, server_flops):
+        terms = optim.terms(oracles.profile(3), oracles.fleet(9, seed), optim.Work()).take(
+            np.arange(seed, seed + 5)
+        )
+        return optim.solve(terms, server_flops, present=np.arange(5) != seed)
+
+    plan(0, 1e9)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for seed, server_flops in ((1, 1e8), (2, 1e11), (3, 0.0)):
+            plan(seed, server_flops)
+        assert not compiled
+        jax.jit(lambda x: x * 3.5)(jnp.ones(3))
+        assert compiled  # the listener does hear compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_float32_outside_stays_float32():
+    assert not jax.config.jax_enable_x64
+    plan = solve(SMALL, 4.0)
+    assert {plan.shares.dtype, plan.client_s.dtype} == {np.dtype(np.float64)}
+    assert jnp.ones(1).dtype == jnp.float32
+
+
+NO_MEMORY = oracles.fleet(3, memory_bytes=np.array([1e12, 10.0, 1e12]))
+NO_ENERGY = oracles.fleet(
+    3,
+    cycles_per_s=np.full(3, 1e9),
+    kappa=np.full(3, 1e-27),
+    transmit_w=np.ones(3),
+    energy_j=np.array([1e9, 1e9, 1e-9]),
+)
+UNSERVED = {
+    "memory": (
+        NO_MEMORY,
+        {},
+        1e9,
+        "exact",
+        (1,),
+        "client 1: every cut needs .* bytes of memory or more, it has 10",
+    ),
+    "memory at L": (NO_MEMORY, {"min_cut": 0}, 1e9, "no_split", (1,), "client 1: cut 4 needs .* bytes"),
+    "memory, common": (NO_MEMORY, {}, 1e9, "common_cut", (1,), "client 1: every cut needs"),
+    "energy": (
+        NO_ENERGY,
+        {},
+        1e9,
+        "exact",
+        (2,),
+        "client 2: every cut costs .* J or more, its budget is 1e-09 J",
+    ),
+    "no server": (
+        NO_MEMORY,
+        {"min_cut": 0},
+        0.0,
+        "exact",
+        (1,),
+        "client 1: .* needs a server, and server_flops=0",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("fleet", "changes", "server_flops", "method", "clients", "message"), UNSERVED.values(), ids=UNSERVED
+)
+def test_infeasible_names_the_clients_and_what_stands_in_their_way(
+    fleet, changes, server_flops, method, clients, message
+):
+    terms = optim.terms(oracles.profile(4), fleet, optim.Work(**changes))
+    with pytest.raises(optim.Infeasible, match=message) as caught:
+        solve(terms, server_flops, method)
+    assert caught.value.clients == clients
+    assert len(caught.value.reasons) == 1
+    assert "\n" not in str(caught.value)
+    # Without them the rest can be served.
+    others = np.array([client not in clients for client in range(3)])
+    assert solve(terms, server_flops, method, present=others).round_s > 0
+
+
+REFUSED = {
+    "method=best: choose one of exact": {"method": "best"},
+    "barrier=none: choose one of session": {"barrier": "none"},
+    "server_flops=nan": {"server_flops": np.nan},
+    "server_flops=-1.0": {"server_flops": -1.0},
+    "random_cut needs key": {"method": "random_cut", "key": None},
+    "present has shape": {"present": np.ones(2, bool)},
+    "costs.fixed_s holds": {"costs": SMALL._replace(fixed_s=SMALL.fixed_s - 2.0)},
+    "costs.server_flop holds": {"costs": SMALL._replace(server_flop=SMALL.server_flop + np.inf)},
+    "costs have shapes": {"costs": SMALL._replace(allowed=np.ones((3, 2), bool))},
+}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_input_without_sense_is_refused_in_one_line(options, request):
+    call = {"costs": SMALL, "server_flops": 4.0, "key": KEY} | options
+    with pytest.raises(BadInput, match=request.node.callspec.id) as caught:
+        optim.solve(**call)
+    assert "\n" not in str(caught.value)

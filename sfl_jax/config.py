@@ -63,7 +63,9 @@ class Config:
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
     min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
     samples_per_client: int = _flag(600, FLEET, ("plan",), "of each client of the random fleet", at_least=1)
-    target_round_s: float = _flag(0.0, FLEET, ("plan",), "wanted round time, s; 0 asks for none", at_least=0)
+    target_round_s: float = _flag(
+        0.0, FLEET, ("plan",), "find the smallest server for this round; 0: off", at_least=0
+    )
 
     rounds: int = _flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
     local_epochs: int = _flag(1, LEARNING, PLANNING, "epochs of a client in a round", at_least=1)
@@ -147,6 +149,14 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
     if "output" in taken and pathlib.Path(config.output).suffix != ".json":
         raise BadInput(f"--output={config.output}: must end in .json")
+    if (
+        "target_round_s" in taken
+        and config.target_round_s
+        and (config.method, config.barrier) != ("exact", "session")
+    ):
+        raise BadInput(
+            f"--target_round_s={config.target_round_s}: needs --method=exact and --barrier=session"
+        )
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")

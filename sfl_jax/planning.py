@@ -18,7 +18,7 @@ TOGETHER = 1e-6
 
 
 class Planned(NamedTuple):
-    """A plan with what it was made from; the server is that of `config`."""
+    """A plan with what it was made from. The server of `config` is the plan's, also where it was sought."""
 
     config: Config
     profile: models.Profile
@@ -29,6 +29,8 @@ class Planned(NamedTuple):
 
 def make_plan(config: Config) -> Planned:
     """The plan for the fleet, the network and the server of `config`.
+
+    With a target_round_s, the plan of the smallest server that meets it.
 
     Raises BadInput for a fleet file that is wrong or lacks samples, a min_cut beyond the chain, a method that
     cannot do what is asked, and where some client cannot be served at all.
@@ -41,6 +43,10 @@ def make_plan(config: Config) -> Planned:
         )
     profile = models.profile(chain, (config.image_size, config.image_size, config.image_channels))
     terms = optim.terms(profile, fleet, work(config))  # pyright: ignore[reportArgumentType] has samples
+    if config.target_round_s:
+        config = dataclasses.replace(
+            config, server_flops=smallest_server(config.target_round_s, fleet, terms)
+        )
     return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
 
 
@@ -61,9 +67,10 @@ def work(config: Config) -> optim.Work:
     return optim.Work(config.local_epochs, config.batch_size, min_cut=config.min_cut, optimizer_slots=slots)
 
 
-def solve(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> optim.Plan:
-    """The plan of `config` for these terms; BadInput names, as the fleet does, who cannot be served."""
-    key = jax.random.key(config.seed) if config.method == "random_cut" else None
+def solve(config: Config, fleet: fleets.Fleet, terms: optim.Terms, round: int = 0) -> optim.Plan:
+    """The plan of `config` for a round; BadInput names, as the fleet does, who cannot be served."""
+    random = config.method == "random_cut"
+    key = jax.random.fold_in(jax.random.key(config.seed), round) if random else None
     try:
         return optim.solve(terms, config.server_flops, config.method, config.barrier, key)
     except optim.Infeasible as error:
@@ -71,6 +78,30 @@ def solve(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> optim.Plan
         reasons = [f"client {client}: {reason}" for client, reason in named]
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise BadInput(f"no plan serves every client: {'; '.join(reasons[:3])}{more}") from error
+
+
+def smallest_server(round_s: float, fleet: fleets.Fleet, terms: optim.Terms) -> float:
+    """FLOP/s of the smallest server that lets a plan end by `round_s`, up to rounding; 0 if none is needed.
+
+    It is the sum over clients of the least w / (T - a) over their cuts. BadInput names a client that cannot
+    end by then whatever the server.
+    """
+    least_flops = np.full(terms.shape[0], np.inf)
+    least_s = np.full(terms.shape[0], np.inf)
+    for cut in range(terms.shape[1]):
+        fixed_s, per_weight, allowed = terms.column(cut)
+        work, left_s = terms.weight * per_weight, round_s - fixed_s
+        flops = np.divide(work, left_s, out=np.full_like(left_s, np.inf), where=left_s > 0)
+        flops = np.where((work == 0) & (left_s >= 0), 0.0, flops)
+        least_flops = np.minimum(least_flops, np.where(allowed, flops, np.inf))
+        least_s = np.minimum(least_s, np.where(allowed, fixed_s, np.inf))
+    if np.isinf(least_flops).any():
+        k = int(np.argmax(least_s))
+        raise BadInput(
+            f"--target_round_s={round_s:g}: must be above {least_s[k]:.6g},"
+            f" which client {fleet.client[k]} needs with any server"
+        )
+    return float(least_flops.sum())
 
 
 class Gains(NamedTuple):

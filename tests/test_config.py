@@ -99,6 +99,11 @@ def test_limits_between_flags_name_both():
     with pytest.raises(BadInput, match=r"--warmup_rounds=6: must be at most --rounds=5"):
         validate(Config(rounds=5, warmup_rounds=6))
     validate(Config(clients=5), "plan")  # planning knows no cohort
+    for other in ({"method": "greedy"}, {"barrier": "staged"}):
+        with pytest.raises(
+            BadInput, match=r"--target_round_s=2.0: needs --method=exact and --barrier=session"
+        ):
+            validate(Config(target_round_s=2.0, **other), "plan")
 
 
 def test_fleet_must_be_a_file(tmp_path):

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sfl_jax import planning
+from sfl_jax import optim, planning
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet import Fleet, write_fleet
@@ -100,6 +100,32 @@ def test_gains_are_those_of_planning_anew(planned, tiny, tmp_path):
     assert gains.server_s == pytest.approx(planned.plan.round_s - richer.plan.round_s, rel=1e-6)
     assert gains.uplink_s == pytest.approx(planned.plan.round_s - uplink.plan.round_s, rel=1e-6)
     assert min(gains) > 0
+
+
+@pytest.mark.parametrize("factor", [1.02, 1.5, 1e4])
+def test_the_smallest_server_is_smallest(planned, factor):
+    fixed_s = np.stack([planned.terms.column(cut)[0] for cut in range(1, planned.terms.shape[1])])
+    target_s = factor * fixed_s.min(axis=0).max()
+    flops = planning.smallest_server(target_s, planned.fleet, planned.terms)
+    if flops == 0:
+        assert factor == 1e4
+        return
+    below, above = (optim.solve(planned.terms, flops * by) for by in (1 - 1e-6, 1 + 1e-6))
+    assert below.bound_s > target_s  # proven: a smaller server cannot do it
+    assert above.round_s <= target_s
+
+
+def test_a_target_that_no_server_meets(tiny, planned):
+    slowest_s = max(
+        min(planned.terms.column(cut)[0][k] for cut in range(1, planned.terms.shape[1])) for k in range(12)
+    )
+    with pytest.raises(
+        BadInput, match=rf"--target_round_s=0.001: must be above {slowest_s:.6g}, which client "
+    ):
+        planning.make_plan(dataclasses.replace(tiny, target_round_s=0.001))
+    met = planning.make_plan(dataclasses.replace(tiny, target_round_s=2 * slowest_s))
+    assert met.plan.round_s == pytest.approx(2 * slowest_s, rel=1e-9)
+    assert met.config.server_flops != tiny.server_flops
 
 
 @pytest.mark.parametrize(

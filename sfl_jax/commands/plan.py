@@ -6,7 +6,7 @@ from pathlib import Path
 from sfl_jax.commands import flags
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_writable
+from sfl_jax.files import ensure_writable, whole_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,23 +15,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config) -> None:
-    """Plan, print the summary, and write the plan as JSON and as CSV beside it."""
+    """Plan, print the summary, and write the plan as JSON, as CSV beside it, as a picture if asked for."""
     output = Path(config.output)
-    check_output(output, config.fleet)
+    written = [output, output.with_suffix(".csv"), *([output.with_suffix(".png")] if config.plot else [])]
+    check_outputs(written, config.fleet)
     from sfl_jax import planning
     from sfl_jax.commands.plan_files import write_plan
     from sfl_jax.commands.plan_summary import head, summary
 
     planned = planning.make_plan(config)
-    write_plan(output, head(planned), planning.table(planned))
     print(summary(planned, planning.gains(planned)))
-    print(f"written     {output}, {output.with_suffix('.csv')}")
+    if config.plot:
+        from sfl_jax.commands.plan_plot import write_plot
+
+        with whole_file(written[-1]) as file:
+            write_plot(file, planned)
+    write_plan(output, head(planned), planning.table(planned))
+    print(f"{'written':<11} {', '.join(map(str, written))}")
 
 
-def check_output(output: Path, fleet: str) -> None:
-    """Refuse, before any work, an output that cannot be written or would replace the fleet."""
+def check_outputs(written: Sequence[Path], fleet: str) -> None:
+    """Refuse, before any work, outputs that cannot be written or would replace the fleet."""
+    output = written[0]
     ensure_writable(output.parent, "output", str(output))
-    for path in (output, output.with_suffix(".csv")):
+    for path in written:
         if path.is_dir():
             raise BadInput(f"--output={output}: {path} is a directory; choose another name")
         if path.exists() and Path(fleet).exists() and path.samefile(fleet):

@@ -27,6 +27,7 @@ def head(planned: Planned) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _ASKED},
         "round_s": plan.round_s,
         "bound_s": plan.bound_s,
+        **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
         "convention": CONVENTION,
     }
@@ -60,9 +61,13 @@ def _server(planned: Planned) -> str:
     shares, flops = planned.plan.shares, planned.config.server_flops
     if np.isnan(shares).any():
         return f"{flops:.4g} FLOP/s, all of it for one client after the other"
-    served = int(np.count_nonzero(shares))
+    if not flops:
+        return "none: all clients can train alone"
+    target_s, served = planned.config.target_round_s, int(np.count_nonzero(shares))
+    smallest = f", the smallest for {target_s:g} s" if target_s else ""
+    given = f"{shares.sum() / flops:.1%} of it given to {_count(served, 'client')}"
     alone = f"; {_count(len(shares) - served, 'client')} without" if served < len(shares) else ""
-    return f"{flops:.4g} FLOP/s, {shares.sum() / flops:.1%} of it given to {_count(served, 'client')}{alone}"
+    return f"{flops:.4g} FLOP/s{smallest}, {given}{alone}"
 
 
 def _cuts(planned: Planned) -> str:
@@ -70,7 +75,7 @@ def _cuts(planned: Planned) -> str:
     used = np.flatnonzero(counts)
     most = used[np.argsort(-counts[used], kind="stable")][:_SHOWN]
     shown = [f"{cut} (after {planned.profile.names[cut - 1]})" if cut else "0 (images go up)" for cut in most]
-    return f"{used[0]} to {used[-1]} of {len(planned.profile.names)}; most often {', '.join(shown)}"
+    return f"{used[0]} to {used[-1]} of 0 to {len(planned.profile.names)}, most often {', '.join(shown)}"
 
 
 def _time(planned: Planned) -> str:

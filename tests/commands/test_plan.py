@@ -10,8 +10,8 @@ from sfl_jax.commands import plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLEET = """client,flops,uplink_bps,downlink_bps,memory_bytes,samples
-cam-1,1e9,1e6,2e6,1e9,64
-"cam, 2",2e9,1e5,2e6,1e9,100
+cam-1,1e8,1e7,2e7,1e9,64
+"cam, 2",2e8,1e7,2e7,1e9,100
 cam-3,1e10,1e7,2e7,1e9,1
 """
 
@@ -47,6 +47,22 @@ def test_plan_json_is_as_promised(here, capsys, method):
         assert words in out
     assert sorted(os.listdir(here)) == ["fleet.csv", "out"]
     assert sorted(os.listdir(here / "out")) == ["p.csv", "p.json"]
+
+
+def test_plot_and_target(here, capsys):
+    assert run("--target_round_s=2", "--plot") == 0
+    written = json.loads((here / "plan.json").read_text())
+    assert written["target_round_s"] == 2
+    assert written["round_s"] == pytest.approx(2)
+    assert f"{written['server_flops']:.4g} FLOP/s, the smallest for 2 s" in capsys.readouterr().out
+    assert (here / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(os.listdir(here)) == ["fleet.csv", "plan.csv", "plan.json", "plan.png"]
+
+
+def test_a_server_nobody_needs(here, capsys):
+    assert run("--target_round_s=1e6", "--plot") == 0
+    assert json.loads((here / "plan.json").read_text())["server_flops"] == 0
+    assert "all clients can train alone" in capsys.readouterr().out
 
 
 BAD_FLAGS = [

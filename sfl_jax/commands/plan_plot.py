@@ -1,0 +1,81 @@
+"""A plan as a picture: where each client's time goes, the cuts, and what a larger server would bring."""
+
+import dataclasses
+from typing import BinaryIO
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sfl_jax.planning import MORE_SERVER_FLOPS, Planned, seconds, solve
+
+# The two directions of one thing share a hue.
+_COLOURS = {
+    "model_down": "#9ecae1",
+    "client_forward": "#a1d99b",
+    "smashed_up": "#e6550d",
+    "server": "#756bb1",
+    "gradient_down": "#fdae6b",
+    "client_backward": "#31a354",
+    "model_up": "#3182bd",
+}
+_MOST_BARS = 400  # more clients than pixels tell nothing: evenly spaced ones stand for all
+_SERVERS = 2.0 ** np.linspace(-4, 4, 17)
+
+
+def write_plot(file: BinaryIO, planned: Planned) -> None:
+    """Draw the plan into an open PNG file."""
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    axes = figure.subplot_mosaic([["clients", "clients"], ["cuts", "servers"]])
+    _draw_clients(axes["clients"], planned)
+    _draw_cuts(axes["cuts"], planned)
+    _draw_servers(axes["servers"], planned)
+    figure.savefig(file, format="png", dpi=120)
+
+
+def _draw_clients(axes: Axes, planned: Planned) -> None:
+    parts = seconds(planned)._asdict()
+    order = np.lexsort((-planned.plan.client_s, -parts["server"]))
+    shown = order[np.linspace(0, len(order) - 1, min(len(order), _MOST_BARS)).astype(int)]
+    # A step needs its end too.
+    heights = [np.append(parts[name][shown], parts[name][shown[-1]]) for name in _COLOURS]
+    axes.stackplot(
+        np.arange(len(shown) + 1), heights, labels=list(_COLOURS), colors=list(_COLOURS.values()), step="post"
+    )
+    axes.axhline(planned.plan.round_s, color="black", linewidth=1, label="round")
+    axes.axhline(planned.plan.bound_s, color="black", linewidth=1, linestyle=":", label="proven bound")
+    few = len(order) == len(shown)
+    axes.set(
+        title="Where each client's time goes",
+        xlabel="clients, longest on the server first"
+        + ("" if few else f" ({len(shown)} of {len(order)} shown)"),
+        ylabel="s",
+        xlim=(0, len(shown)),
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _draw_cuts(axes: Axes, planned: Planned) -> None:
+    names = ["images", *planned.profile.names]
+    counts = np.bincount(planned.plan.cuts, minlength=len(names))
+    axes.bar(np.arange(len(names)), counts, color=_COLOURS["server"])
+    axes.set(title="Cuts", xlabel="last unit on the client", ylabel="clients")
+    axes.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=7)
+
+
+def _draw_servers(axes: Axes, planned: Planned) -> None:
+    config, _, fleet, terms, plan = planned
+    servers = (config.server_flops or MORE_SERVER_FLOPS) * _SERVERS
+    plans = [solve(dataclasses.replace(config, server_flops=flops), fleet, terms) for flops in servers]
+    axes.plot(servers, [each.round_s for each in plans], color=_COLOURS["model_up"], label=config.method)
+    axes.plot(servers, [each.bound_s for each in plans], color="black", linestyle=":", label="proven bound")
+    if config.server_flops:  # a logarithmic axis has no place for none
+        axes.plot(config.server_flops, plan.round_s, "o", color="black", label="this plan")
+    axes.set(
+        title="A smaller or larger server",
+        xlabel="server, FLOP/s",
+        ylabel="round, s",
+        xscale="log",
+        ylim=(0, None),
+    )
+    axes.legend(frameon=False)

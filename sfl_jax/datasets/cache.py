@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def write_cache(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
         file = _file(directory)
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as archive:
-            np.savez(archive, fingerprint=np.array(_fingerprint(directory, arrays)), **arrays)
+            kept: dict[str, Any] = {**arrays, "fingerprint": np.array(_fingerprint(directory, arrays))}
+            np.savez(archive, **kept)
 
 
 def _file(directory: Path) -> Path:

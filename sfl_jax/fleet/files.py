@@ -93,7 +93,7 @@ def _read_exactly(path: Path, data: bytes) -> Fleet:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}:{line}: byte {data[error.start]:#04x}: must be UTF-8") from error
-    rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True)
+    rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""))
     try:
         header = next(filter(None, rows), [])
         _check_header(f"{path}:{max(rows.line_num, 1)}", header)

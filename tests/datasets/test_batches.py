@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfl_jax.datasets import batches, max_steps, session_steps
@@ -23,6 +23,7 @@ def test_steps_by_hand():
     assert (indices.shape, indices.dtype, steps.dtype) == ((2, 20, 4), np.int32, np.int32)
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     epochs=st.integers(1, 3),

@@ -5,7 +5,7 @@ import pytest
 
 from sfl_jax.datasets.cache import read_cache, write_cache
 
-ARRAYS = {"images": np.arange(600, dtype=np.uint8).reshape(2, 3, 100), "classes": np.array(3)}
+ARRAYS = {"images": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "classes": np.array(3)}
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfl_jax.datasets import partition
@@ -23,6 +23,7 @@ def sizes(parts):
     return np.array([len(part) for part in parts])
 
 
+@settings(deadline=None)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
     clients=st.integers(1, 60),
@@ -50,6 +51,13 @@ def test_seed_matters(scheme):
     labels = balanced(500)
     one, other = (partition(labels, 5, scheme=scheme, seed=seed) for seed in (1, 2))
     assert not np.array_equal(np.concatenate(one), np.concatenate(other))
+
+
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet", "quantity"])
+def test_who_gets_a_sample_has_nothing_to_do_with_its_place(scheme):
+    parts = partition(np.zeros(10_000, int), 2, scheme=scheme, alpha=5.0)
+    for part in parts:
+        assert part.mean() == pytest.approx(5000, abs=5 * 2887 / np.sqrt(len(part)))
 
 
 def test_iid_has_equal_sizes_and_every_client_sees_every_class():

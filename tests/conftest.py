@@ -1,0 +1,7 @@
+import hypothesis
+
+# How long an example takes says more about the machine, and about compiling, than about the code. The profile
+# that CI servers get by themselves knows this already, and repeats the same examples every time.
+hypothesis.settings.register_profile("project", deadline=None)
+if hypothesis.settings.get_current_profile_name() != "ci":
+    hypothesis.settings.load_profile("project")

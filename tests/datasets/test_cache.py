@@ -39,11 +39,17 @@ def rewritten(dataset):
     os.utime(dataset / "records", ns=(0, 1))
 
 
+def resized(dataset):
+    stamp = (dataset / "records").stat().st_mtime_ns
+    (dataset / "records").write_bytes(b"1234")
+    os.utime(dataset / "records", ns=(stamp, stamp))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         rewritten,
-        lambda dataset: (dataset / "records").write_bytes(b"1234"),
+        resized,
         lambda dataset: (dataset / "more").write_bytes(b""),
         lambda dataset: (dataset / "records").rename(dataset / "other"),
     ],

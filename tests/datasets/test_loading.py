@@ -187,10 +187,10 @@ def test_finds_configs_and_the_newest_version(tmp_path, monkeypatch):
     old, new, other = pictures(3), pictures(3, seed=1), pictures(3, seed=2)
     for images, root in ((old, tmp_path), (new, tmp_path / "b")):
         prepare(root, {"train": examples(images), "test": examples(images)})
-    for version in ("1.10.0", "1.9.0"):
-        shutil.copytree(tmp_path / "b" / "tiny" / "1.0.0", tmp_path / "tiny" / version)
+    shutil.copytree(tmp_path / "b" / "tiny" / "1.0.0", tmp_path / "tiny" / "1.10.0")
+    shutil.copytree(tmp_path / "tiny" / "1.0.0", tmp_path / "tiny" / "1.9.0")
+    shutil.copytree(tmp_path / "tiny" / "1.0.0", tmp_path / "tiny" / "2.0.0.incomplete")
     prepare(tmp_path / "c", {"train": examples(other), "test": examples(other)}, config="large")
-    shutil.rmtree(tmp_path / "tiny" / "1.9.0")
     check_equal(load("tiny", tmp_path), new, new)
     check_equal(load("tiny:1.0.0", tmp_path), old, old)
     check_equal(load("tiny/large", tmp_path / "c"), other, other)

@@ -132,13 +132,20 @@ class Binding(NamedTuple):
 
 
 def binding(planned: Planned) -> Binding:
-    """Who holds the round up under the session barrier.
+    """Who holds the round up.
 
-    A client that needs no server and ends last holds it up alone. Else everybody whom a full server serves
-    ends together, and a change of a in sum of w / (T - a) = F moves T by w / (T - a)^2, over their sum.
+    Staged: the slowest client up to the server, and the slowest after it. Under the session barrier: a client
+    that needs no server and ends last holds it up alone. Else everybody whom a full server serves ends
+    together, and a change of a in sum of w / (T - a) = F moves T by w / (T - a)^2, over the sum of these.
     Where the method leaves some of the server idle, those with the largest share hold it up.
     """
     plan = planned.plan
+    if planned.config.barrier == "staged":
+        parts = seconds(planned)
+        before_s = parts.model_down + parts.client_forward + parts.smashed_up
+        after_s = parts.gradient_down + parts.client_backward + parts.model_up
+        slowest = np.unique([np.argmax(before_s), np.argmax(after_s)])
+        return Binding(False, slowest, np.ones(len(slowest)))
     late = plan.client_s >= plan.round_s * (1 - TOGETHER)
     alone = late & (plan.shares == 0)
     full = bool(plan.shares.sum() >= planned.config.server_flops * (1 - TOGETHER))

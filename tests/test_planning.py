@@ -83,6 +83,27 @@ def test_a_client_that_needs_no_server_holds_up_alone(tiny):
     assert planning.gains(slow).server_s == 0
 
 
+def test_staged_rounds_are_held_up_before_and_after_the_server(planned, tiny):
+    staged = planned._replace(
+        config=dataclasses.replace(tiny, barrier="staged"),
+        plan=planned.plan._replace(shares=np.full(12, np.nan)),
+    )
+    table = planning.table(staged)
+    down, forward, up, server, gradient, backward, model_up = (
+        values for name, values in table.items() if name.endswith("_s") and name != "client_s"
+    )
+    _, work, _ = planned.terms.at(planned.plan.cuts)
+    np.testing.assert_allclose(server, work / tiny.server_flops)
+
+    def round_s(sooner):
+        before = (down + forward + up - sooner).max()
+        return before + server.sum() + (gradient + backward + model_up - sooner).max()
+
+    who = planning.binding(staged)
+    gains = [round_s(0) - round_s(1e-9 * (np.arange(12) == k)) for k in range(12)]
+    assert who.clients.tolist() == np.flatnonzero(gains).tolist()
+
+
 def test_equal_shares_are_held_up_by_the_one_that_uses_its_share(tiny):
     planned = planning.make_plan(dataclasses.replace(tiny, method="equal_shares"))
     equal = TINY.server_flops / 12

@@ -49,6 +49,12 @@ class Config:
         "product", NETWORK, TRAINING, "how convolutions are computed", choices=LAYER_FORMS
     )
     compute_dtype: str = _flag("float32", NETWORK, TRAINING, "arithmetic of the layers", choices=DTYPES)
+    drop_rate_scale: float = _flag(
+        1.0, NETWORK, TRAINING, "times the published dropout and stochastic depth", at_least=0, at_most=1
+    )
+    head_init_scale: float = _flag(
+        1.0, NETWORK, TRAINING, "times the published scale of the classifier's initial kernel", at_least=0
+    )
 
     dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
     data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset")

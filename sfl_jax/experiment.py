@@ -64,8 +64,11 @@ def build(config: Config) -> Experiment:
     channels = dataset.train_images.shape[-1]
     dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
     chain = models.create(
-        config.model, dataset.num_classes, channels, layer_form=config.layer_form, dtype=dtype
-    )
+        config.model, dataset.num_classes, channels,
+        layer_form=config.layer_form, dtype=dtype, drop_rate_scale=config.drop_rate_scale,
+    )  # fmt: skip
+    if config.min_cut > len(chain):
+        raise BadInput(f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}")
     clients = _clients(config).with_samples([len(part) for part in parts])
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
     terms = optim.terms(profile, clients, planning.work(config))
@@ -79,6 +82,9 @@ def start(experiment: Experiment) -> State:
     variables = experiment.training.chain.init(
         jax.random.key(experiment.config.seed), jnp.zeros((1, side, side, channels))
     )
+    *units, classifier = variables.params
+    classifier = jax.tree.map(lambda x: experiment.config.head_init_scale * x, classifier)
+    variables = variables._replace(params=(*units, classifier))
     clocks = dict.fromkeys((experiment.config.method, *RIVALS), 0.0)
     return State(0, federated_devices.replicate(variables, experiment.devices), clocks)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sfl_jax import __version__
 from sfl_jax.commands import flags
-from sfl_jax.config import Config
+from sfl_jax.config import Config, fields_of
 from sfl_jax.files import ensure_writable, whole_file
 
 DIVERGED = 3
@@ -32,7 +32,7 @@ def train(config: Config) -> int:
     compiling, wall = metrics.CompileClock(), metrics.Stopwatch()
     built = experiment.build(config)
     with whole_file(workdir / "config.json") as file:
-        file.write(json.dumps(config.to_dict() | {"environment": environment(built.devices)}, indent=2).encode())
+        file.write(json.dumps(settings(config) | {"environment": environment(built.devices)}, indent=2).encode())
     (workdir / "metrics.jsonl").unlink(missing_ok=True)
     log = metrics.Log(workdir / "metrics.jsonl")
     state, last = experiment.start(built), None
@@ -46,6 +46,11 @@ def train(config: Config) -> int:
         log.close()
     print(summary(config, state.simulated_s, last, wall.seconds, compiling.seconds))
     return 0
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The flags of a training run, by name."""
+    return {field.name: getattr(config, field.name) for field in fields_of("train")}
 
 
 def environment(devices: Sequence[Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from sfl_jax.federated.packing import packing
+from sfl_jax.federated.packing import Packed, packing
 from sfl_jax.models import Chain, Variables
 
 
@@ -70,8 +70,8 @@ def run_session(
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
     loop_steps: Int[Array, ""],
-) -> tuple[Variables, Float[Array, ""]]:
-    """(variables after the client's steps, mean training loss of these steps).
+) -> tuple[tuple[Packed, Packed], Float[Array, ""]]:
+    """((parameters, batch-norm statistics) after the client's steps, packed; mean training loss of these steps).
 
     `loop_steps` is the trip count, at least `assignment.steps`: under vmap that of the longest session in the chunk.
     Steps beyond a client's own change nothing, bitwise.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sfl_jax.errors import BadInput
-from sfl_jax.models import efficientnet_v2
+from sfl_jax.models import efficientnet_v2, layers
 from sfl_jax.models.chain import Chain, Variables
 from sfl_jax.models.profile import Profile, profile
 
@@ -13,7 +13,13 @@ __all__ = ["VARIANTS", "Chain", "Profile", "Variables", "create", "profile"]
 
 
 def create(
-    name: str, num_classes: int = 10, in_channels: int = 1, *, layer_form: str = "product", dtype: Any = None
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 1,
+    *,
+    layer_form: str = "product",
+    dtype: Any = None,
+    drop_rate_scale: float = 1.0,
 ) -> Chain:
     """The chain of an EfficientNetV2 variant.
 
@@ -21,9 +27,12 @@ def create(
       name: a key of `VARIANTS`; anything else raises BadInput.
       num_classes: width of the classifier.
       in_channels: channels of the images; others are refused by the stem.
-      layer_form: "product" or "conv", see `models.layers`.
-      dtype: of the arithmetic, e.g. bfloat16; None follows the inputs. Parameters and statistics stay as initialised.
+      layer_form: "product" or "conv", see `models.layers`; anything else raises BadInput.
+      dtype: of the arithmetic, e.g. bfloat16; None follows the inputs. Variables stay as initialised.
+      drop_rate_scale: multiplies the published rates of dropout and stochastic depth; 0 drops nothing.
     """
     if name not in VARIANTS:
         raise BadInput(f"--model={name}: must be one of {', '.join(VARIANTS)}")
-    return Chain(efficientnet_v2.units(name, num_classes, in_channels, layer_form, dtype))
+    if layer_form not in layers.FORMS:
+        raise BadInput(f"--layer_form={layer_form}: must be one of {', '.join(layers.FORMS)}")
+    return Chain(efficientnet_v2.units(name, num_classes, in_channels, layer_form, dtype, drop_rate_scale))

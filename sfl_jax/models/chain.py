@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ class Variables(NamedTuple):
 class Chain:
     """Units [first_unit, first_unit + len(units)) of a network. Hashable, so that it can be static under jit.
 
-    Randomness belongs to the unit: unit i of the whole network draws from fold_in(key, i), whichever side holds it.
+    Randomness belongs to the unit: unit i of the whole network draws from fold_in(key, i), whichever side
+    holds it.
     """
 
     units: tuple[nn.Module, ...]
@@ -33,8 +34,11 @@ class Chain:
     def __len__(self) -> int:
         return len(self.units)
 
-    def init(self, key: Key[Array, ""], images: Float[Array, "B H W C"]) -> Variables:
-        """Fresh variables of every unit. `images` gives shape and dtype alone."""
+    def init(self, key: Key[Array, ""], images: Float[Array, "B ..."]) -> Variables:
+        """Fresh variables of every unit. `images`, smashed data for a server half, give the shape alone.
+
+        A key traced by jit or vmap gives other numbers of the same distributions, see `layers.INITIALISERS`.
+        """
         params, batch_stats = [], []
         x = jax.ShapeDtypeStruct(images.shape, images.dtype)
         for index, unit in enumerate(self.units, start=self.first_unit):
@@ -44,10 +48,10 @@ class Chain:
             unit_key = jax.random.fold_in(key, index)
             leaves, structure = jax.tree.flatten_with_path(shapes)
             values = [
-                jnp.asarray(layers.INITIALISERS[path[-1].key](jax.random.fold_in(unit_key, number), leaf.shape))
+                layers.INITIALISERS[path[-1].key](jax.random.fold_in(unit_key, number), leaf.shape)
                 for number, (path, leaf) in enumerate(leaves)
             ]
-            variables = jax.tree.unflatten(structure, values)
+            variables = jax.tree.unflatten(structure, [jnp.asarray(value) for value in values])
             params.append(variables["params"])
             batch_stats.append(variables.get("batch_stats", {}))
         return Variables(tuple(params), tuple(batch_stats))
@@ -62,9 +66,9 @@ class Chain:
     ) -> tuple[Array, Variables]:
         """Runs all units; (outputs, variables with updated batch-norm statistics).
 
-        `images` are (B, H, W, C), or the smashed data of a server half; outputs are logits (B, classes), or the
-        smashed data of a client half. `key` is needed in training. `at_boundary(i, x)` may change what enters unit i
-        of the whole network, which is how a link gets between two units without a second copy of this loop.
+        `images` are (B, H, W, C), for a server half smashed data; outputs are logits (B, classes), for a
+        client half smashed data. `key` is needed in training. `at_boundary(i, x)` may change what enters unit
+        i of the whole network: so a link gets between two units without a second copy of this loop.
         """
         x, batch_stats = images, []
         for index, unit in enumerate(self.units, start=self.first_unit):

@@ -3,6 +3,7 @@
 Tables, scaling rules and initialisers follow Google's release (google/automl, efficientnetv2/).
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ STOCHASTIC_DEPTH = 0.2  # the last block's drop rate; Google's survival_prob of 
 
 
 class Stage(NamedTuple):
-    """Equal blocks in a row: repeats, kernel and stride (of the first), expansion, channels in and out, kind."""
+    """Equal blocks in a row; the first one alone has the stride and the change of channels."""
 
     repeats: int
     kernel_size: int
@@ -27,7 +28,7 @@ class Stage(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One published network: its stages before scaling, width and depth factors, dropout, image size of evaluation."""
+    """A network: its stages before scaling, width and depth factors, dropout, image size of evaluation."""
 
     stages: tuple[Stage, ...]
     width: float
@@ -39,7 +40,10 @@ class Variant(NamedTuple):
 
 def _stages(*rows: tuple[int, int, int, int, int, float]) -> tuple[Stage, ...]:
     """Rows of (repeats, stride, expansion, in, out, squeeze-excite), all with 3x3 kernels."""
-    return tuple(Stage(repeats, 3, *rest) for repeats, *rest in rows)
+    return tuple(
+        Stage(repeats, 3, stride, expansion, in_channels, out_channels, squeeze_excite)
+        for repeats, stride, expansion, in_channels, out_channels, squeeze_excite in rows
+    )
 
 
 _BASE = _stages(
@@ -94,7 +98,7 @@ class Stem(nn.Module):
 
 
 class FusedMBConv(nn.Module):
-    """kxk expansion and 1x1 projection, or a single kxk convolution when the expansion is 1; with a residual."""
+    """kxk expansion and 1x1 projection, or one kxk convolution where the expansion is 1; with a residual."""
 
     in_channels: int
     out_channels: int
@@ -107,19 +111,15 @@ class FusedMBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        branch = x
+        conv = functools.partial(layers.Conv, form=self.form, dtype=self.dtype)
         if self.expansion == 1:
-            branch = layers.Conv(
-                self.out_channels, self.kernel_size, self.stride, self.form, self.dtype, name="project_conv"
-            )(branch)
+            branch = conv(self.out_channels, self.kernel_size, self.stride, name="project_conv")(x)
             branch = nn.silu(layers.BatchNorm(name="project_bn")(branch, train))
         else:
             expanded = self.in_channels * self.expansion
-            branch = layers.Conv(expanded, self.kernel_size, self.stride, self.form, self.dtype, name="expand_conv")(
-                branch
-            )
+            branch = conv(expanded, self.kernel_size, self.stride, name="expand_conv")(x)
             branch = nn.silu(layers.BatchNorm(name="expand_bn")(branch, train))
-            branch = layers.Conv(self.out_channels, 1, 1, self.form, self.dtype, name="project_conv")(branch)
+            branch = conv(self.out_channels, name="project_conv")(branch)
             branch = layers.BatchNorm(name="project_bn")(branch, train)
         return _residual(self, x, branch, train)
 
@@ -139,15 +139,16 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        branch = layers.Conv(self.in_channels * self.expansion, 1, 1, self.form, self.dtype, name="expand_conv")(x)
+        conv = functools.partial(layers.Conv, form=self.form, dtype=self.dtype)
+        branch = conv(self.in_channels * self.expansion, name="expand_conv")(x)
         branch = nn.silu(layers.BatchNorm(name="expand_bn")(branch, train))
-        branch = layers.DepthwiseConv(self.kernel_size, self.stride, self.form, self.dtype, name="depthwise_conv")(
-            branch
+        depthwise = layers.DepthwiseConv(
+            self.kernel_size, self.stride, self.form, self.dtype, name="depthwise_conv"
         )
-        branch = nn.silu(layers.BatchNorm(name="depthwise_bn")(branch, train))
+        branch = nn.silu(layers.BatchNorm(name="depthwise_bn")(depthwise(branch), train))
         reduced = max(1, int(self.in_channels * self.squeeze_excite))
         branch = layers.SqueezeExcite(reduced, self.dtype, name="squeeze_excite")(branch)
-        branch = layers.Conv(self.out_channels, 1, 1, self.form, self.dtype, name="project_conv")(branch)
+        branch = conv(self.out_channels, name="project_conv")(branch)
         branch = layers.BatchNorm(name="project_bn")(branch, train)
         return _residual(self, x, branch, train)
 
@@ -179,19 +180,28 @@ class Classifier(nn.Module):
 
 
 def units(
-    name: str, num_classes: int, in_channels: int, form: str = "product", dtype: Any = None
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    form: str = "product",
+    dtype: Any = None,
+    drop_rate_scale: float = 1.0,
 ) -> tuple[nn.Module, ...]:
-    """The units of a variant: stem, every block, head, classifier. Unknown names raise KeyError."""
+    """The units of a variant: stem, every block, head, classifier. Unknown names raise KeyError.
+
+    `drop_rate_scale` multiplies the published rates of dropout and stochastic depth.
+    """
     variant = VARIANTS[name]
     stages = [_scaled(stage, variant) for stage in variant.stages]
     blocks = sum(stage.repeats for stage in stages)
     chain: list[nn.Module] = [Stem(in_channels, stages[0].in_channels, form, dtype, name="stem")]
     for number, stage in enumerate(stages, start=1):
         for repeat in range(stage.repeats):
-            survival = 1 - STOCHASTIC_DEPTH * (len(chain) - 1) / blocks
-            chain.append(_block(stage, repeat, survival, form, dtype, name=f"block{number}{_letters(repeat)}"))
+            survival = 1 - drop_rate_scale * STOCHASTIC_DEPTH * (len(chain) - 1) / blocks
+            name = f"block{number}{_letters(repeat)}"
+            chain.append(_block(stage, repeat, survival, form, dtype, name))
     chain.append(Head(_round_filters(variant.head_channels, variant.width), form, dtype, name="head"))
-    chain.append(Classifier(num_classes, variant.dropout, dtype, name="classifier"))
+    chain.append(Classifier(num_classes, drop_rate_scale * variant.dropout, dtype, name="classifier"))
     return tuple(chain)
 
 
@@ -203,8 +213,8 @@ def _residual(block, x, branch, train):
 
 def _block(stage, repeat, survival, form, dtype, name):
     in_channels, stride = (stage.in_channels, stage.stride) if repeat == 0 else (stage.out_channels, 1)
-    shared = {"expansion": stage.expansion, "kernel_size": stage.kernel_size, "stride": stride, "survival": survival,
-              "form": form, "dtype": dtype, "name": name}  # fmt: skip
+    shared = {"expansion": stage.expansion, "kernel_size": stage.kernel_size, "stride": stride,
+              "survival": survival, "form": form, "dtype": dtype, "name": name}  # fmt: skip
     if stage.squeeze_excite:
         return MBConv(in_channels, stage.out_channels, squeeze_excite=stage.squeeze_excite, **shared)
     return FusedMBConv(in_channels, stage.out_channels, **shared)

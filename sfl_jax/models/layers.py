@@ -1,15 +1,16 @@
 """Convolutions, batch norm and squeeze-excite, in a form that stays fast when clients are vmapped.
 
-`vmap` over per-client convolution weights makes grouped convolutions, which XLA runs in naive loops on CPU and
-poorly on GPU. Each convolution therefore has two forms with equal results:
+`vmap` over per-client convolution weights makes grouped convolutions, which XLA runs in naive loops on CPU
+and poorly on GPU. Each convolution therefore has two forms with equal results:
 
-- `product`: a 1x1 convolution is a matrix product; a kxk one concatenates its shifted inputs and is one matrix
+- `product`: a 1x1 convolution is a matrix product; a kxk one concatenates its shifted inputs and is one
   product; a depthwise one is a sum of shifted products. A client axis becomes a batch axis of the product.
 - `conv`: `lax.conv_general_dilated`, the reference, from which costs are traced.
 
 Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from jax import lax
+from jax import core, lax
 
 BN_MOMENTUM = 0.9
 BN_EPSILON = 1e-3
@@ -26,7 +27,7 @@ FORMS = ("product", "conv")
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
-    """EfficientNet's convolution initialiser: normal(0, sqrt(2 / (kh * kw * C_out))); a matrix counts as 1x1."""
+    """EfficientNet's convolution initialiser: normal(0, sqrt(2 / (kh * kw * C_out))); a matrix is a 1x1."""
     fan_out = math.prod(shape) // shape[-2]
     return (math.sqrt(2 / fan_out) * _draw("normal", key, shape)).astype(dtype)
 
@@ -58,8 +59,8 @@ INITIALISERS = {  # of every variable, by its name
 
 
 def _draw(distribution, key, shape):
-    """Draws with NumPy from a concrete key: compiling jax.random for every shape of a network takes half a minute."""
-    if isinstance(key, jax.core.Tracer):
+    """Draws with NumPy from a concrete key: compiling jax.random for every shape takes half a minute."""
+    if isinstance(key, core.Tracer):
         return getattr(jax.random, distribution)(key, shape)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     return (generator.standard_normal if distribution == "normal" else generator.random)(shape, np.float32)
@@ -71,7 +72,7 @@ def reference_form(unit: nn.Module) -> nn.Module:
 
 
 class Conv(nn.Module):
-    """Convolution without bias, SAME padding: (B, H, W, C_in) -> (B, ceil(H / stride), ceil(W / stride), features)."""
+    """SAME convolution without bias: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), features)."""
 
     features: int
     kernel_size: int = 1
@@ -105,11 +106,12 @@ class DepthwiseConv(nn.Module):
         x, kernel = promote_dtype(x, self.param("depthwise_kernel", depthwise_init, shape), dtype=self.dtype)
         if self.form == "conv":
             return _lax_conv(x, kernel, self.stride, groups=channels)
-        return sum(shifted * kernel[tap] for tap, shifted in _shifted(x, self.kernel_size, self.stride))
+        taps = _shifted(x, self.kernel_size, self.stride)
+        return functools.reduce(jnp.add, [shifted * kernel[tap] for tap, shifted in taps])
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last: biased batch variance, running statistics kept in float32 or wider."""
+    """Batch norm over all axes but the last: biased batch variance; statistics in float32 or wider."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -133,7 +135,7 @@ class BatchNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention: mean over the image, two 1x1 convolutions with bias, SiLU then sigmoid; scales the input."""
+    """Scales every channel by a gate in 0..1: mean over the image, dense, SiLU, dense, sigmoid."""
 
     reduced: int
     dtype: Any = None
@@ -172,7 +174,7 @@ class DropPath(nn.Module):
         if not train or self.survival == 1:
             return x
         keep = jax.random.bernoulli(self.make_rng("drop"), self.survival, (x.shape[0], 1, 1, 1))
-        return jnp.where(keep, x / self.survival, 0)
+        return x * (keep / self.survival).astype(x.dtype)
 
 
 def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
@@ -183,13 +185,14 @@ def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 
 def _lax_conv(x, kernel, stride, groups=1):
     padding = [same_padding(size, kernel.shape[0], stride) for size in x.shape[1:3]]
+    axes = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        x, kernel, (stride, stride), padding, dimension_numbers=axes, feature_group_count=groups
     )
 
 
 def _shifted(x, kernel_size, stride):
-    """[((row, column) of the kernel, the input that it meets at every output position)], without taps that meet padding alone."""
+    """[((row, column) of the kernel, what it meets at all output positions)]; no tap meets padding alone."""
     if kernel_size == 1 and stride == 1:
         return [((0, 0), x)]
     rows, columns = (_live_taps(size, kernel_size, stride) for size in x.shape[1:3])
@@ -197,13 +200,14 @@ def _shifted(x, kernel_size, stride):
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     height, width = (-(-size // stride) for size in x.shape[1:3])
 
-    def window(row, column):
-        return padded[:, row : row + (height - 1) * stride + 1 : stride, column : column + (width - 1) * stride + 1 : stride]
+    def met(first, outputs):
+        return slice(first, first + (outputs - 1) * stride + 1, stride)
 
-    return [((row, column), window(row, column)) for row in rows for column in columns]
+    taps = [(row, column) for row in rows for column in columns]
+    return [(tap, padded[:, met(tap[0], height), met(tap[1], width)]) for tap in taps]
 
 
 def _live_taps(size, kernel_size, stride):
     before, _ = same_padding(size, kernel_size, stride)
-    outputs = range(-(-size // stride))
-    return [tap for tap in range(kernel_size) if any(0 <= out * stride + tap - before < size for out in outputs)]
+    starts = range(-before, size + kernel_size, stride)[: -(-size // stride)]
+    return [tap for tap in range(kernel_size) if any(0 <= start + tap < size for start in starts)]

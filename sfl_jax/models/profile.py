@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class Profile(NamedTuple):
     """Costs per sample and unit of a chain of L units; NumPy int64.
 
     names: (L,) the units.
-    forward_macs: (L,) multiply-accumulates of convolutions and matrix products; padding counts, as is published.
+    forward_macs: (L,) multiply-accumulates of convolutions and products; padding counts, as is published.
     backward_macs: (L,) the same of the gradient; unit 0 has no input gradient.
     parameters: (L,) trainable floats.
     state: (L,) batch-norm statistics.
@@ -36,14 +36,16 @@ class Profile(NamedTuple):
 
 
 def profile(chain: Chain, image_shape: tuple[int, int, int]) -> Profile:
-    """Traces every unit of `chain` on images of `image_shape` (H, W, C), in the `lax.conv` form. Nothing is computed."""
+    """Traces every unit of `chain` on images of `image_shape` (H, W, C), as `lax.conv`; computes nothing."""
     rows, shape = [], tuple(image_shape)
     for index, unit in enumerate(chain.units):
         rows.append(_trace(_traced_form(unit), shape, chain.first_unit + index == 0))
         shape = rows[-1].output_shape
-    columns = [np.array(column, np.int64) for column in list(zip(*rows, strict=True))[:-1]]
     inputs = [math.prod(image_shape)] + [math.prod(row.output_shape) for row in rows[:-1]]
-    return Profile(tuple(str(unit.name) for unit in chain.units), *columns, np.array([*inputs, 0], np.int64))
+    counts = _Row._fields[:-1]
+    counted = {count: np.array([getattr(row, count) for row in rows], np.int64) for count in counts}
+    names = tuple(str(unit.name) for unit in chain.units)
+    return Profile(names=names, smashed=np.array([*inputs, 0], np.int64), **counted)
 
 
 class _Row(NamedTuple):
@@ -56,8 +58,8 @@ class _Row(NamedTuple):
 
 
 def _traced_form(unit):
-    """The unit in the `lax.conv` form, without what costs nothing (its name, how likely it drops), so that equal blocks trace once."""
-    same_survival = {"survival": 0.5} if getattr(unit, "survival", 1) < 1 else {}
+    """The unit as `lax.conv`, without its name and its own survival, so that equal blocks trace once."""
+    same_survival: dict[str, Any] = {"survival": 0.5} if getattr(unit, "survival", 1) < 1 else {}
     return layers.reference_form(unit).clone(name=None, **same_survival)
 
 
@@ -77,8 +79,8 @@ def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
         )
 
     def gradients(params, x, state, key):
-        wrt = (lambda p: run(p, x, state, key), params) if is_first else (lambda p, x: run(p, x, state, key), params, x)
-        y, pullback, _ = jax.vjp(*wrt, has_aux=True)
+        inputs = () if is_first else (x,)
+        y, pullback, _ = jax.vjp(lambda p, x=x: run(p, x, state, key), params, *inputs, has_aux=True)
         return pullback(jnp.ones_like(y))
 
     def residuals(params, x, state, key):
@@ -121,16 +123,14 @@ def _dot_macs(equation):
 
 
 def _conv_macs(equation):
-    """Outputs x kernel positions x input channels of a group; holes that dilation puts into the input do not count."""
+    """Outputs x kernel positions x input channels of a group, without holes dilated into the input."""
     numbers = equation.params["dimension_numbers"]
     left, right, output = (v.aval.shape for v in (*equation.invars, equation.outvars[0]))
     out_batch, out_features, *out_spatial = (output[axis] for axis in numbers.out_spec)
-    left_spatial = [left[axis] for axis in numbers.lhs_spec[2:]]
+    in_spatial = [left[axis] for axis in numbers.lhs_spec[2:]]
     _, in_features, *kernel = (right[axis] for axis in numbers.rhs_spec)
-    positions = [
-        inside if dilation > 1 else outside
-        for inside, outside, dilation in zip(left_spatial, out_spatial, equation.params["lhs_dilation"], strict=True)
-    ]
+    sizes = zip(in_spatial, out_spatial, equation.params["lhs_dilation"], strict=True)
+    positions = [inside if dilation > 1 else outside for inside, outside, dilation in sizes]
     return math.prod([out_batch, out_features, in_features, *positions, *kernel])
 
 

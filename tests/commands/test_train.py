@@ -1,0 +1,124 @@
+"""launch.train on a small run: its files, its table, and what it refuses before anything is written."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from sfl_jax import experiment, metrics
+from sfl_jax.commands import train
+from sfl_jax.config import Config, fields_of
+
+SMALL = [
+    "--model=efficientnetv2-tiny", "--clients=600", "--cohort_size=3", "--rounds=3", "--eval_every=2",
+    "--clients_per_chunk=3", "--server_flops=1e10", "--learning_rate=0.02",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, exit code) of a small run."""
+    workdir = tmp_path_factory.mktemp("runs") / "new" / "small"
+    return workdir, train.main([*SMALL, f"--workdir={workdir}"])
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_round(run):
+    workdir, code = run
+    assert code == 0
+    rounds = lines(workdir)
+    assert [list(line) for line in rounds] == [list(metrics.Round._fields)] * 3
+    assert [line["round"] for line in rounds] == [1, 2, 3]
+    assert [line["test_accuracy"] is None for line in rounds] == [True, False, False]
+    assert [line["test_loss"] is None for line in rounds] == [True, False, False]
+    assert all(line["clients"] == 3 and 1 <= line["mean_cut"] <= 8 for line in rounds)
+    assert all(0 < line["bound_s"] <= line["round_s"] <= line["bound_s"] * (1 + 1e-6) for line in rounds)
+    np.testing.assert_allclose(
+        [line["simulated_s"] for line in rounds], np.cumsum([line["round_s"] for line in rounds])
+    )
+    assert rounds[0]["wall_s"] < rounds[1]["wall_s"] < rounds[2]["wall_s"]
+
+
+def test_config_json_says_how_to_repeat_it(run):
+    workdir, _ = run
+    written = json.loads((workdir / "config.json").read_text())
+    assert set(written) == {field.name for field in fields_of("train")} | {"environment"}
+    assert written["seed"] == 0
+    assert written["clients"] == 600
+    packages = written["environment"]["packages"]
+    assert {"jax", "flax", "numpy", "sfl_jax"} <= set(packages)
+    assert written["environment"]["devices"]
+    assert "git_commit" in written["environment"]
+
+
+def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
+    workdir, _ = run
+    assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 0
+    clocks = ("wall_s", "client_samples_per_s")
+    first, second = ([{k: v for k, v in line.items() if k not in clocks} for line in lines(d)] for d in (workdir, tmp_path))
+    assert first == second
+
+
+def test_the_table_compares_the_clocks():
+    last = metrics.Round(2, 0.5, 0.4, 0.9123, 1.0, 1.0, 2.0, 9.0, 100.0, 10, 3.5)
+    clocks = {"exact": 2.0, "no_split": 5.0, "common_cut": math.inf}
+    text = train.summary(Config(), clocks, last, wall_s=9.0, compile_s=3.0)
+    assert "91.23 %" in text
+    assert "2.50x" in text
+    assert "not possible" in text
+    assert "compiling 3.0 s" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--model=resnet"], r"--model=resnet: must be one of .*efficientnetv2-b0"),
+        (["--method=best"], r"--method=best: must be one of exact"),
+        (["--dataset=nowhere"], r"--dataset=nowhere: .*tfds build"),
+        (["--min_cut=99"], r"--min_cut=99: must be at most 8"),
+        (["--clients=70000"], r"--clients=70000: .*60000"),
+        (["--server_flops=0"], r"--server_flops=0.0: must be .*above 0"),
+        (["--devices=99"], r"--devices=99: must be 0 to"),
+        (["train"], r"'train' is no flag"),
+        (["--fleet={fleet}"], r"--clients=600: must be 1, the clients of --fleet="),
+        (["--fleet={dead}"], r"dead.csv:2: column uplink_bps: '0'"),
+        (["--workdir={file}/run"], r"--workdir=.*cannot be written"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(flags, line, tmp_path, capsys):
+    header = "client,flops,uplink_bps,downlink_bps,memory_bytes\n"
+    (tmp_path / "fleet.csv").write_text(header + "a,1e9,1e6,1e6,1e9\n")
+    (tmp_path / "dead.csv").write_text(header + "a,1e9,0,1e6,1e9\n")
+    (tmp_path / "file").write_text("")
+    places = {name: tmp_path / f"{name}.csv" for name in ("fleet", "dead")} | {"file": tmp_path / "file"}
+    workdir = tmp_path / "run"
+    given = [flag.format(**places) for flag in flags]
+    assert train.main([*SMALL, f"--workdir={workdir}", *given]) == 2
+    captured = capsys.readouterr()
+    [said] = captured.err.splitlines()
+    assert re.search(line, said), said
+    assert not list(workdir.glob("*"))
+
+
+def test_a_diverged_run_stops_with_its_own_code(tmp_path, capsys, monkeypatch):
+    def diverge(*_):
+        raise experiment.Diverged("round 1: the training loss is nan")
+        yield
+
+    monkeypatch.setattr(experiment, "run", diverge)
+    assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 3
+    assert "round 1: the training loss is nan" in capsys.readouterr().err
+
+
+def test_learning_rate_rises_and_falls():
+    config = Config(rounds=10, warmup_rounds=2, learning_rate=0.1, learning_rate_schedule="cosine")
+    rates = [experiment.learning_rate(config, r) for r in range(10)]
+    assert rates[:3] == pytest.approx([0.05, 0.1, 0.1])
+    assert rates[6] == pytest.approx(0.05)
+    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert rates[-1] > 0

@@ -1,0 +1,89 @@
+"""Small rounds for tests: tiny on 16x16 noise, one client for every cut, unequal sessions and weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sfl_jax import models
+from sfl_jax.federated.packing import packing
+from sfl_jax.federated.session import Assignment, Link, Samples, Training, run_session
+
+CHAIN = models.create("efficientnetv2-tiny")
+REFERENCE_CHAIN = models.create("efficientnetv2-tiny", layer_form="conv")
+CUTS = len(CHAIN) + 1
+# Not the identity, so that every cut gives numbers of its own.
+SCALING = Link(up=lambda x: 0.5 * x, down=lambda g: 2.0 * g)
+OPTIMIZERS = {
+    "sgd": optax.trace(0.9),
+    # Gradients that are 0 but for rounding must not become whole steps of Adam.
+    "adam": optax.scale_by_adam(eps=1e-3),
+}
+RATE = 0.05
+
+
+def preprocess(images):
+    return images.astype(jnp.result_type(float)) / 127.5 - 1
+
+
+def training(optimizer="sgd", link=None, chain=CHAIN):
+    return Training(chain, OPTIMIZERS[optimizer], preprocess, link)
+
+
+def start(chain=CHAIN, size=16):
+    """(variables, samples) in the default float type."""
+    variables = chain.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
+    variables = jax.tree.map(lambda x: x.astype(jnp.result_type(float)), variables)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (64, size, size, 1), np.uint8)
+    return variables, Samples(jnp.asarray(images), jnp.asarray(rng.integers(0, 10, 64).astype(np.int32)))
+
+
+def assignments(cuts=range(CUTS), steps=None, batch=4, seed=0):
+    """NumPy assignments of one client a cut, of 2 and 1 steps in turn."""
+    clients = len(cuts)
+    rng = np.random.default_rng(seed)
+    steps = np.arange(clients) % 2 + 1 if steps is None else np.broadcast_to(steps, clients)
+    return Assignment(
+        client=np.arange(clients, dtype=np.int32) + 3,
+        cut=np.array(cuts, np.int32),
+        weight=np.arange(1, clients + 1, dtype=np.float32),
+        steps=steps.astype(np.int32),
+        batches=rng.integers(0, 64, (clients, max(2, steps.max()), batch)).astype(np.int32),
+    )
+
+
+def sessions(training, variables, samples, work, key):
+    """Compiled sessions of all clients at once: a list of (variables, loss)."""
+    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
+
+    @jax.jit
+    def run(variables, samples, work):
+        def one(assignment):
+            (packed, stats), loss = run_session(
+                training, variables, samples, assignment, key, jnp.asarray(RATE), work.steps.max()
+            )
+            return models.Variables(params.unpack(packed), batch_stats.unpack(stats)), loss
+
+        return jax.vmap(one)(work)
+
+    results = run(variables, samples, work)
+    return [client(results, k) for k in range(len(work.client))]
+
+
+def client(work, k):
+    """What the k-th client has or does, of a tree with a leading axis of clients."""
+    return jax.tree.map(lambda x: x[k], work)
+
+
+def difference(tree, other):
+    """The largest difference of two trees, each leaf relative to its largest element.
+
+    Leaves below 0.01 are measured against 0.01: a bias that batch norm cancels is 0 but for rounding.
+    """
+
+    def of_leaf(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.abs(a - b).max() / max(np.abs(a).max(), 0.01)
+
+    return max(of_leaf(a, b) for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))

@@ -1,0 +1,151 @@
+"""A round: against FedAvg that knows no cuts, chunk by chunk, with unequal, absent and broken clients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from federated import rounds
+
+from sfl_jax import metrics
+from sfl_jax.federated.round import fill_chunks, run_round
+
+KEY = jax.random.key(7)
+
+
+@functools.cache
+def compiled(clients_per_chunk, link=None):
+    training = rounds.training(link=link)
+    return jax.jit(functools.partial(run_round, training, clients_per_chunk, None))
+
+
+def run(work, clients_per_chunk=3, link=None):
+    variables, samples = rounds.start()
+    return compiled(clients_per_chunk, link)(variables, samples, work, KEY, jnp.asarray(rounds.RATE))
+
+
+def fedavg(work):
+    """Federated averaging from its definition, on the whole network, one client after the other."""
+    variables, samples = rounds.start()
+    chain = rounds.REFERENCE_CHAIN
+
+    @jax.jit
+    def step(params, stats, velocity, batch, key):
+        def loss_of(params):
+            logits, new = chain.apply(
+                variables._replace(params=params, batch_stats=stats),
+                rounds.preprocess(samples.images[batch]), train=True, key=key,
+            )  # fmt: skip
+            return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(batch)), samples.labels[batch]]), new
+
+        (_, new), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradients)
+        return jax.tree.map(lambda p, v: p - rounds.RATE * v, params, velocity), new.batch_stats, velocity
+
+    total = jax.tree.map(np.zeros_like, variables)
+    for k in range(len(work.client)):
+        params, stats = variables
+        velocity = jax.tree.map(jnp.zeros_like, params)
+        for index in range(work.steps[k]):
+            key = jax.random.fold_in(jax.random.fold_in(KEY, work.client[k]), index)
+            params, stats, velocity = step(params, stats, velocity, work.batches[k, index], key)
+        weight = work.weight[k] / work.weight.sum()
+        total = jax.tree.map(lambda t, v, w=weight: t + w * np.asarray(v), total, variables._replace(params=params, batch_stats=stats))
+    return total
+
+
+def test_any_cuts_give_fedavg():
+    work = rounds.assignments()
+    expected = fedavg(work)
+    mean, _ = run(work)
+    assert rounds.difference(mean, expected) < 1e-5
+    # A wrong weight breaks the equality.
+    skewed = work._replace(weight=work.weight + np.eye(rounds.CUTS, dtype=np.float32)[0])
+    assert rounds.difference(run(skewed)[0], expected) > 1e-4
+
+
+def test_cuts_change_nothing_with_the_identity_link():
+    work = rounds.assignments()
+    other = work._replace(cut=work.cut[::-1].copy())
+    for a, b in zip(jax.tree.leaves(run(work)), jax.tree.leaves(run(other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_new_cuts_steps_weights_and_cohorts_compile_nothing():
+    work = rounds.assignments()
+    run(work)
+    clock = metrics.CompileClock()
+    other = rounds.assignments(cuts=[5] * rounds.CUTS, seed=1)
+    run(other._replace(client=other.client + 50, steps=other.steps[::-1].copy(), weight=other.weight[::-1].copy()))
+    assert clock.compilations == 0
+    jax.jit(lambda x: x * 3.25)(jnp.ones(7))
+    assert clock.compilations > 0, "the counter counts"
+
+
+def test_chunks_give_the_same_mean():
+    work = rounds.assignments()
+    by_threes, by_ones = run(work, 3), run(work, 1)
+    assert rounds.difference(by_threes, by_ones) < 1e-5
+
+
+def test_idle_steps_change_nothing_bitwise():
+    work = rounds.assignments(steps=np.array([2, 1, 1] * 3))
+    changed = work.batches.copy()
+    changed[work.steps == 1, 1] = 63
+    for a, b in zip(
+        jax.tree.leaves(run(work)), jax.tree.leaves(run(work._replace(batches=changed))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    changed[0, 1] = 63  # a step that is run
+    assert rounds.difference(run(work), run(work._replace(batches=changed))) > 1e-4
+
+
+def test_a_client_of_weight_0_has_no_influence():
+    work = rounds.assignments()
+    work.weight[4] = 0
+    elsewhere = work.batches.copy()
+    elsewhere[4] = 0
+    for a, b in zip(
+        jax.tree.leaves(run(work)), jax.tree.leaves(run(work._replace(batches=elsewhere))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_nobody_came_keeps_the_variables():
+    work = rounds.assignments()
+    mean, loss = run(work._replace(weight=work.weight * 0))
+    for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(rounds.start()[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.isnan(loss)
+
+
+@pytest.mark.parametrize(("clients", "chunk", "devices"), [(10, 4, 1), (7, 4, 1), (97, 4, 1), (6, 2, 4), (1, 8, 2), (9, 3, 2)])
+def test_chunks_hold_every_client_once(clients, chunk, devices):
+    work = rounds.assignments(cuts=[1] * clients)
+    arranged, size = fill_chunks(work, chunk, devices)
+    assert 1 <= size <= chunk
+    assert len(arranged.client) % (size * devices) == 0
+    there = arranged.weight > 0
+    assert sorted(arranged.client[there]) == sorted(work.client)
+    order = np.argsort(arranged.client[there])
+    np.testing.assert_array_equal(arranged.batches[there][order], work.batches)
+    assert not arranged.steps[~there].any()
+
+
+def test_padding_is_small_where_it_can_be():
+    for clients in range(1, 200):
+        arranged, _ = fill_chunks(rounds.assignments(cuts=[1] * clients, steps=1, batch=1), 4)
+        assert len(arranged.client) <= clients * 1.05
+
+
+def test_learning_rate_free_optimisers_match_optax_sgd():
+    """The session applies the rate itself; that is what optax.sgd does."""
+    params, gradients = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.5, 0.25])}
+    ours, whole = rounds.OPTIMIZERS["sgd"], optax.sgd(rounds.RATE, 0.9)
+    state, whole_state = ours.init(params), whole.init(params)
+    for _ in range(3):
+        update, state = ours.update(gradients, state, params)
+        expected, whole_state = whole.update(gradients, whole_state, params)
+        np.testing.assert_allclose(-rounds.RATE * update["w"], expected["w"], rtol=1e-6)

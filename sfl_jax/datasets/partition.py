@@ -21,8 +21,8 @@ def partition(
 
     Schemes:
       iid: a random order cut into parts whose sizes differ by at most one.
-      dirichlet: of every class, client k gets a proportion drawn from Dirichlet(alpha), one draw per class
-        (Hsu et al., arXiv 1909.06335; the per-class form of Yurochkin et al., arXiv 1905.12022).
+      dirichlet: each class is divided in proportions of its own, drawn from Dirichlet(alpha) over clients
+        (Yurochkin et al., arXiv 1905.12022).
       shards: samples sorted by label are cut into clients × shards_per_client equal shards, dealt at random
         (McMahan et al., arXiv 1602.05629).
       quantity: a random order cut into parts of sizes drawn from Dirichlet(alpha).
@@ -52,19 +52,17 @@ def partition(
             f" for {clients} clients and {len(labels)} samples"
         )
     rng = np.random.default_rng([seed, SCHEMES.index(scheme)])
+    owner = np.empty(len(labels), np.int64)
     if scheme == "dirichlet":
-        owner = np.empty(len(labels), np.int64)
         for label in np.unique(labels):
             members = rng.permutation(np.flatnonzero(labels == label))
             owner[members] = _owners(len(members), rng.dirichlet(np.full(clients, alpha)))
     elif scheme == "shards":
         order = np.argsort(labels, kind="stable")
         dealt = rng.permutation(shards) // shards_per_client
-        owner = np.empty(len(labels), np.int64)
         owner[order] = dealt[_owners(len(labels), np.full(shards, 1 / shards))]
     else:
         sizes = np.full(clients, 1 / clients) if scheme == "iid" else rng.dirichlet(np.full(clients, alpha))
-        owner = np.empty(len(labels), np.int64)
         owner[rng.permutation(len(labels))] = _owners(len(labels), sizes)
     _feed_the_empty(owner, clients)
     order = np.argsort(owner, kind="stable")

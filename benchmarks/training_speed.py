@@ -1,8 +1,8 @@
 """A session step of sfl_jax against PyTorch, in pairs within one process: python -m benchmarks.training_speed
 
-The peer is timm's EfficientNetV2 in PyTorch, clients one after the other, as rivals simulate them; on a GPU both run
-there. Prints milliseconds per local step of all K clients, the median ratio of the pairs, and the part of this
-machine's measured matrix-product ceiling that sfl_jax reaches. Needs the `benchmark` extra.
+The peer is timm's EfficientNetV2 in PyTorch, clients one after the other, as rivals simulate them; on a GPU
+both run there. Prints milliseconds per local step of all K clients, the median ratio of the pairs, and the
+part of this machine's measured matrix-product ceiling that sfl_jax reaches. Needs the `benchmark` extra.
 """
 
 import argparse
@@ -93,10 +93,13 @@ def import_timm():
             module.__path__ = []
             module.__getattr__ = _anything  # type: ignore[method-assign]
             sys.modules[module.__name__] = module
-        modes = {mode.upper(): mode for mode in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")}
+        modes = {
+            mode.upper(): mode for mode in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+        }
         interpolation = enum.Enum("InterpolationMode", modes)
         for name in ("", ".functional"):
-            sys.modules[f"torchvision.transforms{name}"].InterpolationMode = interpolation  # type: ignore[attr-defined]
+            sys.modules[f"torchvision.transforms{name}"].InterpolationMode = interpolation  # type:
+            ignore[attr - defined]
     import timm
     import torch
 
@@ -114,7 +117,9 @@ def ceiling_flops(size=2048):
     matrix = jnp.ones((size, size))
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(matrix, matrix))
-    return 2 * size**3 / min(seconds(lambda: jax.block_until_ready(product(matrix, matrix))) for _ in range(10))
+    return (
+        2 * size**3 / min(seconds(lambda: jax.block_until_ready(product(matrix, matrix))) for _ in range(10))
+    )
 
 
 def seconds(run):
@@ -132,7 +137,9 @@ def compare(name, clients, batch, size, steps, pairs, clients_per_chunk):
     }
     for run in (ours, *rivals.values()):
         run()
-    times = [{"sfl_jax": seconds(ours)} | {k: seconds(run) for k, run in rivals.items()} for _ in range(pairs)]
+    times = [
+        {"sfl_jax": seconds(ours)} | {k: seconds(run) for k, run in rivals.items()} for _ in range(pairs)
+    ]
     row = {"model": name, "clients": clients, "batch": batch, "size": size}
     for side in times[0]:
         row[f"{side}_ms"] = round(1e3 * statistics.median(t[side] for t in times) / steps, 1)
@@ -152,7 +159,9 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--clients_per_chunk", type=int, default=4)
     options = parser.parse_args()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, ceiling {ceiling_flops() / 1e9:.0f} GFLOP/s")
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, ceiling {ceiling_flops() / 1e9:.0f} GFLOP/s"
+    )
     for name in options.models.split(","):
         for clients in map(int, options.clients.split(",")):
             for batch in map(int, options.batches.split(",")):

@@ -33,11 +33,13 @@ class Experiment(NamedTuple):
     fleet: fleet.Fleet
     terms: optim.Terms
     training: Training
-    devices: list[jax.Device]
+    devices: list[Any]
 
 
 class State(NamedTuple):
-    """All that changes from round to round: variables on the devices, and the simulated seconds of each scheme."""
+    """All that changes from round to round: variables on the devices, and the simulated seconds of each
+    scheme.
+    """
 
     round: int
     variables: models.Variables
@@ -59,7 +61,11 @@ def build(config: Config) -> Experiment:
     devices = federated_devices.choose_devices(config.devices)
     dataset = datasets.load(config.dataset, config.data_dir or None)
     parts = datasets.partition(
-        dataset.train_labels, config.clients, scheme=config.partition, alpha=config.dirichlet_alpha, seed=config.seed
+        dataset.train_labels,
+        config.clients,
+        scheme=config.partition,
+        alpha=config.dirichlet_alpha,
+        seed=config.seed,
     )
     channels = dataset.train_images.shape[-1]
     dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
@@ -68,10 +74,12 @@ def build(config: Config) -> Experiment:
         layer_form=config.layer_form, dtype=dtype, drop_rate_scale=config.drop_rate_scale,
     )  # fmt: skip
     if config.min_cut > len(chain):
-        raise BadInput(f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}")
+        raise BadInput(
+            f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"
+        )
     clients = _clients(config).with_samples([len(part) for part in parts])
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
-    terms = optim.terms(profile, clients, planning.work(config))
+    terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
     training = Training(chain, optimizer(config), preprocessing(config.image_size))
     return Experiment(config, dataset, parts, clients, terms, training, devices)
 
@@ -92,8 +100,8 @@ def start(experiment: Experiment) -> State:
 def run(experiment: Experiment, state: State) -> Iterator[tuple[State, metrics.Round]]:
     """Runs the remaining rounds; yields the state after each and its metrics. Raises Diverged.
 
-    The next round is planned while the devices compute this one. The variables of an earlier state are donated to the
-    round that follows it.
+    The next round is planned while the devices compute this one. The variables of an earlier state are
+    donated to the round that follows it.
     """
     config, data = experiment.config, experiment.dataset
     samples = federated_devices.replicate(Samples(data.train_images, data.train_labels), experiment.devices)
@@ -109,19 +117,21 @@ def run(experiment: Experiment, state: State) -> Iterator[tuple[State, metrics.R
     before_s = 0.0
     while ready is not None:
         round_key = jax.random.fold_in(key, ready.round)
-        variables, loss = run_round(state.variables, samples, ready.assignments, round_key, ready.learning_rate)
+        variables, loss = run_round(
+            state.variables, samples, ready.assignments, round_key, ready.learning_rate
+        )
         done, ready = ready, prepare(experiment, ready.round + 1)
         state = State(done.round + 1, variables, _add_clocks(state.simulated_s, config.method, done))
-        evaluated = (None, None)
+        test_loss = test_accuracy = None
         if state.round % config.eval_every == 0 or state.round == config.rounds:
-            evaluated = tuple(map(float, evaluate(federated_devices.on_first(variables), held_out)))
+            test_loss, test_accuracy = map(float, evaluate(federated_devices.on_first(variables), held_out))
         train_loss = float(federated_devices.on_first(loss))
         if not math.isfinite(train_loss):
             raise Diverged(f"round {state.round}: the training loss is {train_loss}")
         now_s = clock.seconds
         trained = int(done.assignments.steps.sum()) * config.batch_size
         yield state, metrics.Round(
-            state.round, train_loss, *evaluated, done.plan.round_s, done.plan.bound_s,
+            state.round, train_loss, test_loss, test_accuracy, done.plan.round_s, done.plan.bound_s,
             state.simulated_s[config.method], now_s, trained / (now_s - before_s),
             len(done.assignments.client), float(done.plan.cuts.mean()),
         )  # fmt: skip
@@ -171,7 +181,9 @@ def _clients(config):
         return fleet.random_fleet(config.clients, seed=config.seed)
     clients = fleet.read_fleet(config.fleet)
     if len(clients) != config.clients:
-        raise BadInput(f"--clients={config.clients}: must be {len(clients)}, the clients of --fleet={config.fleet}")
+        raise BadInput(
+            f"--clients={config.clients}: must be {len(clients)}, the clients of --fleet={config.fleet}"
+        )
     return clients
 
 

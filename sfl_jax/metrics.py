@@ -47,15 +47,17 @@ class Log:
 
 
 class CompileClock:
-    """Seconds that JAX spent tracing, lowering and compiling, and how often it compiled, since this clock was made."""
+    """Seconds that JAX spent tracing, lowering and compiling, and how often it compiled, since this clock
+    was made.
+    """
 
     def __init__(self):
         self.seconds, self.compilations = 0.0, 0
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
-    def _add(self, event: str, duration: float, **_) -> None:
+    def _add(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += duration
+            self.seconds += duration_secs
             self.compilations += event.endswith("backend_compile_duration")
 
 

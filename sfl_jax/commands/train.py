@@ -1,4 +1,6 @@
-"""Split federated training: every round plans cuts and shares, trains a cohort, and keeps its simulated time."""
+"""Split federated training: every round plans cuts and shares, trains a cohort, and keeps its simulated
+time.
+"""
 
 import json
 import platform
@@ -32,12 +34,15 @@ def train(config: Config) -> int:
     compiling, wall = metrics.CompileClock(), metrics.Stopwatch()
     built = experiment.build(config)
     with whole_file(workdir / "config.json") as file:
-        file.write(json.dumps(settings(config) | {"environment": environment(built.devices)}, indent=2).encode())
+        file.write(
+            json.dumps(settings(config) | {"environment": environment(built.devices)}, indent=2).encode()
+        )
     (workdir / "metrics.jsonl").unlink(missing_ok=True)
     log = metrics.Log(workdir / "metrics.jsonl")
-    state, last = experiment.start(built), None
+    start = state = experiment.start(built)
+    last = None
     try:
-        for state, last in _with_progress(experiment.run(built, state), config.rounds):
+        for state, last in _with_progress(experiment.run(built, start), config.rounds):  # noqa: B007
             log.write(last)
     except experiment.Diverged as error:
         print(f"error: {error}; try a lower --learning_rate or more --warmup_rounds", file=sys.stderr)
@@ -65,7 +70,8 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
 
 def summary(config: Config, simulated_s: dict[str, float], last: Any, wall_s: float, compile_s: float) -> str:
     """The closing table: accuracy, every scheme's simulated time against this plan's, and this machine's."""
-    lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {last.clients} of {config.clients} clients"]
+    cohort = f"{last.clients} of {config.clients} clients"
+    lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}"]
     lines.append(f"  {'test accuracy':<34}{100 * last.test_accuracy:>9.2f} %")
     own_s = simulated_s[config.method]
     for name, seconds in simulated_s.items():
@@ -95,5 +101,7 @@ def _with_progress(rounds, total):
 
 def _git_commit():
     where = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False
+    )
     return found.stdout.strip() or None

@@ -12,8 +12,8 @@ BORDER = 0.25  # of the image's own size: a frame up to so much wider is zero-pa
 def preprocessing(image_size: int) -> Callable[[UInt8[Array, "B H W C"]], Float[Array, "B S S C"]]:
     """A function for use under jit: pixels scaled to [-1, 1], images of side `image_size`.
 
-    A small border is added by padding with black (28x28 to 32x32 keeps every pixel as it is); otherwise the image is
-    resized bilinearly, with anti-aliasing where it shrinks.
+    A small border is added by padding with black (28x28 to 32x32 keeps every pixel as it is); otherwise the
+    image is resized bilinearly, with anti-aliasing where it shrinks.
     """
 
     def preprocess(images):

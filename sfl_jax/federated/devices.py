@@ -1,8 +1,8 @@
 """The client axis over devices. No other file knows that there may be several.
 
-The body of a round is written once, in `round.py`. With one device it is jitted; with several, `jax.pmap` maps it over
-the client axis: variables and samples are on every device, each device runs its own clients, and the weighted sums meet
-in one `psum`.
+The body of a round is written once, in `round.py`. With one device it is jitted; with several, `jax.pmap`
+maps it over the client axis: variables and samples are on every device, each device runs its own clients,
+and the weighted sums meet in one `psum`.
 """
 
 import functools
@@ -20,15 +20,17 @@ from sfl_jax.federated.session import Assignment, Training
 AXIS = "devices"
 
 
-def choose_devices(count: int) -> list[jax.Device]:
+def choose_devices(count: int) -> list[Any]:
     """The first `count` devices of this process, 0 meaning all; BadInput where there are fewer."""
     devices = jax.local_devices()
     if count > len(devices):
-        raise BadInput(f"--devices={count}: must be 0 to {len(devices)}, the {devices[0].platform} devices here")
+        raise BadInput(
+            f"--devices={count}: must be 0 to {len(devices)}, the {devices[0].platform} devices here"
+        )
     return devices[: count or None]
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+def replicate(tree: Any, devices: Sequence[Any]) -> Any:
     """The arrays of `tree`, whole on every device."""
     return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec()), may_alias=False)
 
@@ -39,12 +41,13 @@ def on_first(tree: Any) -> Any:
 
 
 def compile_round(
-    training: Training, clients_per_chunk: int, devices: Sequence[jax.Device], execution: str = "vmap"
+    training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
 ) -> Callable[..., Any]:
-    """round(variables, samples, assignments, key, learning_rate) -> (variables, loss), everything replicated but for
-    `assignments`: NumPy, any number of clients, arranged and placed here.
+    """round(variables, samples, assignments, key, learning_rate) -> (variables, loss), everything
+    replicated but for `assignments`: NumPy, any number of clients, arranged and placed here.
 
-    `execution`: "vmap" computes a chunk's clients at once, "map" one after the other. The variables given are donated.
+    `execution`: "vmap" computes a chunk's clients at once, "map" one after the other. The variables given
+    are donated.
     """
     most = 1 if execution == "map" else clients_per_chunk
 

@@ -23,8 +23,12 @@ def in_batches(images: np.ndarray, labels: np.ndarray, batch: int = BATCH) -> Sa
     return Samples(images.reshape(-1, batch, *images.shape[1:]), labels.reshape(-1, batch))
 
 
-def compile_evaluation(chain: Chain, preprocess: Callable[[Array], Array]) -> Callable[..., tuple[Array, Array]]:
-    """evaluate(variables, samples from `in_batches`) -> (mean cross-entropy, accuracy); labels of -1 do not count."""
+def compile_evaluation(
+    chain: Chain, preprocess: Callable[[Array], Array]
+) -> Callable[..., tuple[Array, Array]]:
+    """evaluate(variables, samples from `in_batches`) -> (mean cross-entropy, accuracy); labels of -1 do not
+    count.
+    """
     return jax.jit(functools.partial(_evaluate, chain, preprocess))
 
 

@@ -1,8 +1,8 @@
 """Many small arrays as one vector.
 
-A network has hundreds of small leaves (batch norm, biases), and each costs kernels of its own for the optimiser, for
-masking and for aggregation: most of a round's compile time. Packed, they share a few. Large leaves stay as they are,
-since copying them in and out of a vector would cost more than it saves.
+A network has hundreds of small leaves (batch norm, biases), and each costs kernels of its own for the
+optimiser, for masking and for aggregation: most of a round's compile time. Packed, they share a few. Large
+leaves stay as they are, since copying them in and out of a vector would cost more than it saves.
 """
 
 import math
@@ -24,7 +24,9 @@ class Packed(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How pytrees of one structure are packed, and back; both differentiable, as one concatenation or cut each."""
+    """How pytrees of one structure are packed, and back; both differentiable, as one concatenation or cut
+    each.
+    """
 
     pack: Callable[[Any], Packed]
     unpack: Callable[[Packed], Any]
@@ -41,7 +43,9 @@ def packing(tree: Any) -> Packing:
         leaves = jax.tree.leaves(tree)
         parts = [leaf.reshape(-1) for leaf, is_small in zip(leaves, small, strict=True) if is_small]
         vector = jnp.concatenate(parts) if parts else jnp.zeros(0)
-        return Packed(vector, tuple(leaf for leaf, is_small in zip(leaves, small, strict=True) if not is_small))
+        return Packed(
+            vector, tuple(leaf for leaf, is_small in zip(leaves, small, strict=True) if not is_small)
+        )
 
     def cut(packed):
         parts, large = iter(jnp.split(packed.vector, ends[:-1])), iter(packed.large)

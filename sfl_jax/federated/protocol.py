@@ -1,8 +1,9 @@
 """The reference: two parties that exchange messages, one client at a time, nothing compiled as a whole.
 
-Each party has its own half of the chain, its own variables and its own optimiser. What crosses is what the protocol
-sends: smashed data and labels up, the gradient of the smashed data down, once a step; the client's half of the model
-down before a session and up after it. It shares no code with the compiled round, which tests hold equal to it.
+Each party has its own half of the chain, its own variables and its own optimiser. What crosses is what the
+protocol sends: smashed data and labels up, the gradient of the smashed data down, once a step; the client's
+half of the model down before a session and up after it. It shares no code with the compiled round, which
+tests hold equal to it.
 """
 
 from typing import Any, NamedTuple
@@ -33,12 +34,16 @@ class Down(NamedTuple):
 class Party:
     """A half of the chain with its variables and its own optimiser."""
 
-    def __init__(self, half: Chain, variables: Variables, optimizer: optax.GradientTransformation, rate: float):
+    def __init__(
+        self, half: Chain, variables: Variables, optimizer: optax.GradientTransformation, rate: float
+    ):
         self.half, self.variables, self.optimizer, self.rate = half, variables, optimizer, rate
         self.state = optimizer.init(variables.params)
 
     def forward(self, x: Array, key: Key[Array, ""]) -> tuple[Array, Any]:
-        """(the half's output, its pullback to gradients of parameters and input); keeps the new BN statistics."""
+        """(the half's output, its pullback to gradients of parameters and input); keeps the new BN
+        statistics.
+        """
 
         def run(params, x):
             output, updated = self.half.apply(self.variables._replace(params=params), x, train=True, key=key)
@@ -88,7 +93,9 @@ def run_session(
         batch = assignment.batches[step]
         labels = samples.labels[batch]
         output, pullback = client.forward(training.preprocess(samples.images[batch]), key)
-        if cut == len(chain):  # nothing is left to the server: the client has the logits, and no message is sent
+        if cut == len(
+            chain
+        ):  # nothing is left to the server: the client has the logits, and no message is sent
             loss, loss_pullback = jax.vjp(lambda logits, y=labels: mean_cross_entropy(logits, y), output)
             gradient = loss_pullback(jnp.ones_like(loss))[0]
         else:
@@ -107,11 +114,15 @@ def run_round(
     round_key: Key[Array, ""],
     learning_rate: float,
 ) -> tuple[Variables, float]:
-    """Sessions one after the other, then the weighted mean of every unit over all clients, and of their losses."""
+    """Sessions one after the other, then the weighted mean of every unit over all clients, and of their
+    losses.
+    """
     clients = [jax.tree.map(lambda x, k=k: x[k], assignments) for k in range(len(assignments.client))]
     results = [run_session(training, variables, samples, one, round_key, learning_rate) for one in clients]
     weights = np.asarray(assignments.weight, np.float64) / np.sum(assignments.weight, dtype=np.float64)
-    mean = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *results)
+    mean = jax.tree.map(
+        lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *results
+    )
     return mean[0], float(mean[1])
 
 

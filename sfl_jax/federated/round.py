@@ -23,14 +23,21 @@ def run_round(
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
 ) -> tuple[Variables, Float[Array, ""]]:
-    """(the weighted mean of the clients' variables, that of their losses); one device's part of it under `axis_name`.
+    """(the weighted mean of the clients' variables, that of their losses); one device's part of it under
+    `axis_name`.
 
     Weights are divided by their sum over all devices. Where that is 0 nobody came, and the variables stay.
     """
     weights = assignments.weight / _total(assignments.weight.sum(), axis_name)
     mean = _total(
         sum_of_sessions(
-            training, clients_per_chunk, variables, samples, assignments._replace(weight=weights), round_key, learning_rate
+            training,
+            clients_per_chunk,
+            variables,
+            samples,
+            assignments._replace(weight=weights),
+            round_key,
+            learning_rate,
         ),
         axis_name,
     )
@@ -49,8 +56,8 @@ def sum_of_sessions(
 ) -> tuple[Variables, Float[Array, ""]]:
     """The weighted sum of the variables and the losses of K clients.
 
-    Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory is that of
-    one chunk. A client of weight 0 has no influence whatever its numbers are, NaN included.
+    Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
+    is that of one chunk. A client of weight 0 has no influence whatever its numbers are, NaN included.
     """
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
@@ -64,7 +71,10 @@ def sum_of_sessions(
         return jax.tree.map(lambda total, x: total + _weighted_sum(chunk.weight, x), sums, results), None
 
     params, batch_stats = packing(variables.params), packing(variables.batch_stats)
-    like = (params.pack(variables.params), batch_stats.pack(variables.batch_stats)), jnp.zeros((), jnp.result_type(float))
+    like = (
+        (params.pack(variables.params), batch_stats.pack(variables.batch_stats)),
+        jnp.zeros((), jnp.result_type(float)),
+    )
     (packed, stats), loss = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)[0]
     return Variables(params.unpack(packed), batch_stats.unpack(stats)), loss
 
@@ -72,9 +82,10 @@ def sum_of_sessions(
 def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 1) -> tuple[Assignment, int]:
     """NumPy assignments ordered for D devices and padded with idle clients, and the clients of a chunk.
 
-    Clients of like session length share a chunk, and chunks are dealt to the devices in turn, so that few steps are
-    masked and no device gets all long sessions. A chunk may be smaller than asked where that saves padding.
-    The leading axis becomes D * (chunks of a device) * (clients of a chunk), device by device.
+    Clients of like session length share a chunk, and chunks are dealt to the devices in turn, so that few
+    steps are masked and no device gets all long sessions. A chunk may be smaller than asked where that
+    saves padding. The leading axis becomes D * (chunks of a device) * (clients of a chunk), device by
+    device.
     """
     clients = len(assignments.client)
     sizes = range(1, min(clients_per_chunk, -(-clients // devices)) + 1)

@@ -1,7 +1,8 @@
 """One client's local training through its cut: a pure function of variables, samples and keys.
 
-One pass walks the units of the whole chain once. Unit i belongs to the client where i < cut and to that client's
-replica on the server otherwise; a link acts where i == cut. Since the cut is data, changing it compiles nothing.
+One pass walks the units of the whole chain once. Unit i belongs to the client where i < cut and to that
+client's replica on the server otherwise; a link acts where i == cut. Since the cut is data, changing it
+compiles nothing.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
@@ -27,8 +29,8 @@ class Link(NamedTuple):
 class Samples(NamedTuple):
     """All training samples, resident on a device: images (N, H, W, C), labels (N,)."""
 
-    images: UInt8[Array, "N H W C"]
-    labels: Int[Array, " N"]
+    images: UInt8[Array | np.ndarray, "*chunks N H W C"]
+    labels: Int[Array | np.ndarray, "*chunks N"]
 
 
 class Assignment(NamedTuple):
@@ -41,11 +43,11 @@ class Assignment(NamedTuple):
     batches: (S, B) sample indices of every step.
     """
 
-    client: Int[Array, "*K"]
-    cut: Int[Array, "*K"]
-    weight: Float[Array, "*K"]
-    steps: Int[Array, "*K"]
-    batches: Int[Array, "*K S B"]
+    client: Int[Array | np.ndarray, "*K"]
+    cut: Int[Array | np.ndarray, "*K"]
+    weight: Float[Array | np.ndarray, "*K"]
+    steps: Int[Array | np.ndarray, "*K"]
+    batches: Int[Array | np.ndarray, "*K S B"]
 
 
 class Training(NamedTuple):
@@ -71,10 +73,11 @@ def run_session(
     learning_rate: Float[Array, ""],
     loop_steps: Int[Array, ""],
 ) -> tuple[tuple[Packed, Packed], Float[Array, ""]]:
-    """((parameters, batch-norm statistics) after the client's steps, packed; mean training loss of these steps).
+    """((parameters, batch-norm statistics) after the client's steps, packed; mean training loss of these
+    steps).
 
-    `loop_steps` is the trip count, at least `assignment.steps`: under vmap that of the longest session in the chunk.
-    Steps beyond a client's own change nothing, bitwise.
+    `loop_steps` is the trip count, at least `assignment.steps`: under vmap that of the longest session in
+    the chunk. Steps beyond a client's own change nothing, bitwise.
     """
     client_key = jax.random.fold_in(round_key, assignment.client)
     params, batch_stats = packing(variables.params), packing(variables.batch_stats)

@@ -1,5 +1,6 @@
 """launch.train on a small run: its files, its table, and what it refuses before anything is written."""
 
+import itertools
 import json
 import math
 import re
@@ -60,7 +61,9 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     workdir, _ = run
     assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 0
     clocks = ("wall_s", "client_samples_per_s")
-    first, second = ([{k: v for k, v in line.items() if k not in clocks} for line in lines(d)] for d in (workdir, tmp_path))
+    first, second = (
+        [{k: v for k, v in line.items() if k not in clocks} for line in lines(d)] for d in (workdir, tmp_path)
+    )
     assert first == second
 
 
@@ -120,5 +123,5 @@ def test_learning_rate_rises_and_falls():
     rates = [experiment.learning_rate(config, r) for r in range(10)]
     assert rates[:3] == pytest.approx([0.05, 0.1, 0.1])
     assert rates[6] == pytest.approx(0.05)
-    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
     assert rates[-1] > 0

@@ -1,4 +1,6 @@
-"""Several devices against one, in a process of its own: virtual devices must be asked for before JAX starts."""
+"""Several devices against one, in a process of its own: virtual devices must be asked for before JAX
+starts.
+"""
 
 import os
 import subprocess
@@ -44,7 +46,9 @@ def test_four_devices_give_the_numbers_of_one():
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
     }
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

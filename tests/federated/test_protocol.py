@@ -20,7 +20,9 @@ QUICK = [(False, "sgd", rounds.SCALING), (True, "adam", rounds.SCALING)]  # the 
 
 
 class Both(NamedTuple):
-    """Sessions of one client a cut, compiled (products, vmapped) and by the protocol (lax.conv, one by one)."""
+    """Sessions of one client a cut, compiled (products, vmapped) and by the protocol (lax.conv, one by
+    one).
+    """
 
     tolerance: float
     scaled: bool
@@ -44,7 +46,9 @@ def both(request):
         variables, samples = rounds.start()
         # The same batches and keys for every cut, so that cuts may be compared.
         work = rounds.assignments(steps=2)
-        work = work._replace(client=work.client * 0, batches=np.broadcast_to(work.batches[:1], work.batches.shape))
+        work = work._replace(
+            client=work.client * 0, batches=np.broadcast_to(work.batches[:1], work.batches.shape)
+        )
         key = jax.random.key(7)
         compiled = rounds.sessions(rounds.training(optimizer, link), variables, samples, work, key)
         parties = rounds.training(optimizer, link, rounds.REFERENCE_CHAIN)
@@ -91,7 +95,12 @@ def test_nothing_else_crosses_the_cut(monkeypatch):
     variables, samples = rounds.start()
     work = rounds.client(rounds.assignments(cuts=[3], steps=1), 0)
     protocol.run_session(
-        rounds.training(chain=rounds.REFERENCE_CHAIN), variables, samples, work, jax.random.key(7), rounds.RATE
+        rounds.training(chain=rounds.REFERENCE_CHAIN),
+        variables,
+        samples,
+        work,
+        jax.random.key(7),
+        rounds.RATE,
     )
     [(up, down)] = Spy.seen
     assert up._fields == ("smashed", "labels")

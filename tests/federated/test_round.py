@@ -52,7 +52,11 @@ def fedavg(work):
             key = jax.random.fold_in(jax.random.fold_in(KEY, work.client[k]), index)
             params, stats, velocity = step(params, stats, velocity, work.batches[k, index], key)
         weight = work.weight[k] / work.weight.sum()
-        total = jax.tree.map(lambda t, v, w=weight: t + w * np.asarray(v), total, variables._replace(params=params, batch_stats=stats))
+        total = jax.tree.map(
+            lambda t, v, w=weight: t + w * np.asarray(v),
+            total,
+            variables._replace(params=params, batch_stats=stats),
+        )
     return total
 
 
@@ -78,7 +82,11 @@ def test_new_cuts_steps_weights_and_cohorts_compile_nothing():
     run(work)
     clock = metrics.CompileClock()
     other = rounds.assignments(cuts=[5] * rounds.CUTS, seed=1)
-    run(other._replace(client=other.client + 50, steps=other.steps[::-1].copy(), weight=other.weight[::-1].copy()))
+    run(
+        other._replace(
+            client=other.client + 50, steps=other.steps[::-1].copy(), weight=other.weight[::-1].copy()
+        )
+    )
     assert clock.compilations == 0
     jax.jit(lambda x: x * 3.25)(jnp.ones(7))
     assert clock.compilations > 0, "the counter counts"
@@ -121,7 +129,9 @@ def test_nobody_came_keeps_the_variables():
     assert np.isnan(loss)
 
 
-@pytest.mark.parametrize(("clients", "chunk", "devices"), [(10, 4, 1), (7, 4, 1), (97, 4, 1), (6, 2, 4), (1, 8, 2), (9, 3, 2)])
+@pytest.mark.parametrize(
+    ("clients", "chunk", "devices"), [(10, 4, 1), (7, 4, 1), (97, 4, 1), (6, 2, 4), (1, 8, 2), (9, 3, 2)]
+)
 def test_chunks_hold_every_client_once(clients, chunk, devices):
     work = rounds.assignments(cuts=[1] * clients)
     arranged, size = fill_chunks(work, chunk, devices)

@@ -1,4 +1,4 @@
-"""Layers and units of EfficientNetV2 in NumPy, written from the paper and TensorFlow's rules, slow and plain."""
+"""Layers and units of EfficientNetV2 in NumPy, from the paper and TensorFlow's rules, slow and plain."""
 
 import itertools
 import math

@@ -1,20 +1,34 @@
 """The training-latency minimisation problem: from costs to a plan with a proven bound."""
 
+from sfl_jax.optim.alternating import STARTS
 from sfl_jax.optim.costs import Costs, Seconds, Terms, Work, samples_processed, terms
+from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
+from sfl_jax.optim.regression import Curve, Fit, fit_curves, relaxed
 from sfl_jax.optim.solve import BARRIERS, METHODS, solve, solve_arrays
+from sfl_jax.optim.staged import STAGED_METHODS
 
 __all__ = [
     "BARRIERS",
     "METHODS",
+    "STAGED_METHODS",
+    "STARTS",
     "Costs",
+    "Curve",
+    "Fit",
     "Infeasible",
     "Plan",
     "Seconds",
+    "Sensitivity",
+    "Server",
     "Solution",
     "Terms",
     "Work",
+    "fit_curves",
+    "relaxed",
     "samples_processed",
+    "sensitivity",
+    "smallest_server",
     "solve",
     "solve_arrays",
     "terms",

@@ -1,13 +1,15 @@
-"""What one would do without an optimiser: no split, one cut for all, any cut, equal shares.
+"""What one would do without an optimiser: no split, one cut for all, any cut, equal shares, small steps.
 
-Each returns cuts (K,) int32; only equal_shares fixes the shares too.
+Each returns cuts (K,) int32; equal_shares' shares are fixed too.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sfl_jax.optim.alternating import cuts_for, shares_for
+from sfl_jax.optim.alternating import cuts_for
+from sfl_jax.optim.shares import end_s
+from sfl_jax.optim.table import least, sweep, table
 
 
 def no_split(costs):
@@ -16,15 +18,14 @@ def no_split(costs):
 
 
 def common_cut(costs, server_flops, present):
-    """The one cut that is best for all, with optimal shares; L where no cut is allowed to all."""
+    """The one cut that is best for all, with optimal shares; L where no cut serves all."""
     clients, count = costs.shape
 
-    def round_s(cut):
-        cuts = jnp.full(clients, cut)
-        everybody = jnp.all(costs.at(cuts)[2] | ~present)
-        return jnp.where(everybody, shares_for(costs, cuts, server_flops, present)[1], jnp.inf)
+    def of_all(cut):
+        fixed_s, work, allowed = costs.at(jnp.full(clients, cut))
+        return jnp.where(jnp.all(allowed | ~present), _round_s(fixed_s, work, server_flops, present), jnp.inf)
 
-    rounds_s = lax.map(round_s, jnp.arange(count, dtype=jnp.int32))
+    rounds_s = lax.map(of_all, jnp.arange(count, dtype=jnp.int32))
     # argmin of infinities would be cut 0, which min_cut may forbid.
     best = jnp.where(jnp.any(rounds_s < jnp.inf), jnp.argmin(rounds_s), count - 1)
     return jnp.full(clients, best, jnp.int32)
@@ -32,22 +33,78 @@ def common_cut(costs, server_flops, present):
 
 def random_cut(costs, server_flops, key):
     """For each client any of the cuts it can do, all equally likely."""
-    clients, count = costs.shape
+    (clients, count), swept = costs.shape, table(costs)
 
-    def usable(cut):
-        _, per_weight, allowed = costs.column(cut)
+    def usable(column):
+        _, per_weight, allowed = column
         return allowed & ((server_flops > 0) | (per_weight <= 0))
 
-    number = sum(usable(cut).astype(jnp.int32) for cut in range(count))
-    chosen = jax.random.randint(key, (clients,), 0, jnp.maximum(number, 1))
-    cuts, seen = jnp.full(clients, count - 1, jnp.int32), jnp.zeros(clients, jnp.int32)
-    for cut in range(count):
-        here = usable(cut)
-        cuts = jnp.where(here & (seen == chosen), jnp.int32(cut), cuts)
-        seen = seen + here
-    return cuts
+    number = sweep(swept, count, lambda _, column, n: n + usable(column), jnp.zeros(clients, jnp.int32))
+    chosen = jax.random.randint(key, (clients,), 0, jnp.maximum(number, 1), jnp.int32)
+
+    def pick(cut, column, state):
+        cuts, seen = state
+        here = usable(column)
+        return jnp.where(here & (seen == chosen), cut, cuts), seen + here
+
+    return sweep(swept, count, pick, (no_split(costs), jnp.zeros(clients, jnp.int32)))[0]
 
 
 def equal_shares(costs, server_flops, present):
     """Each client's best cut under an equal share of the server."""
-    return cuts_for(costs, jnp.full(costs.shape[0], server_flops / jnp.maximum(jnp.sum(present), 1)))
+    share = server_flops / jnp.maximum(jnp.sum(present), 1)
+    return cuts_for(costs, table(costs), jnp.full(costs.shape[0], share))
+
+
+def greedy(costs, server_flops, present):
+    """One client at a time: whoever holds the round up takes the cut that shortens it most, shares re-solved.
+
+    Starts with as little on the server as each client can. Holding up is who ends last, and among those
+    that share the server who takes most of it. Stops when that client cannot help; O(C K) a step and
+    up to some K steps, so for small fleets. Returns cuts and steps.
+    """
+    clients, count = costs.shape
+    everywhere = jnp.arange(count, dtype=jnp.int32)
+
+    def improves(state):
+        _, now_s, before_s, steps = state
+        return (now_s < before_s) & (steps < 4 * clients)
+
+    def improve(state):
+        cuts, now_s, _, steps = state
+        fixed_s, work, _ = costs.at(cuts)
+        waits = present & (work <= 0) & (fixed_s >= now_s)
+        takes = jnp.where(present & (work > 0), work / (now_s - fixed_s), -jnp.inf)
+        who = jnp.argmax(jnp.where(waits, jnp.inf, takes))
+        its_s, its_work, allowed = _row(costs, who, everywhere)
+
+        def with_its(new_s, new_work):
+            return _round_s(fixed_s.at[who].set(new_s), work.at[who].set(new_work), server_flops, present)
+
+        trials_s = jnp.where(allowed, jax.vmap(with_its)(its_s, its_work), jnp.inf)
+        best = jnp.argmin(trials_s).astype(jnp.int32)
+        cuts = jnp.where(trials_s[best] < now_s, cuts.at[who].set(best), cuts)
+        return cuts, jnp.minimum(trials_s[best], now_s), now_s, steps + 1
+
+    def least_work(_, column):
+        fixed_s, per_weight, allowed = column
+        return jnp.where(allowed & (fixed_s < jnp.inf), per_weight, jnp.inf)
+
+    cuts = least(table(costs), costs.shape, least_work)[1]
+    fixed_s, work, _ = costs.at(cuts)
+    first = cuts, _round_s(fixed_s, work, server_flops, present), jnp.asarray(jnp.inf), jnp.int32(0)
+    cuts, _, _, steps = lax.while_loop(improves, improve, first)
+    return cuts, steps
+
+
+def _round_s(fixed_s, work, server_flops, present):
+    """The round of fixed cuts with optimal shares, as a comparison needs it: not rounded to the safe side."""
+    work = jnp.where(present, work, 0.0)
+    idle_s = jnp.max(jnp.where(present & (work <= 0), fixed_s, 0.0))
+    return jnp.maximum(end_s(fixed_s, work, server_flops), idle_s)
+
+
+def _row(costs, client, cuts):
+    """One client at all cuts: fixed_s, server_flop, allowed; (C,) each."""
+    one = costs.take(client[None])
+    return jax.vmap(lambda cut: tuple(part[0] for part in one.at(cut[None])))(cuts)

@@ -87,12 +87,16 @@ class Costs(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """(K, C)."""
-        return self.fixed_s.shape  # type: ignore[return-value]
+        return self.fixed_s.shape[0], self.fixed_s.shape[1]
 
     def at(self, cuts):
         """(fixed_s, server_flop, allowed) of each client at its own cut; (K,) each."""
         clients = np.arange(len(cuts))
-        return tuple(array[clients, cuts] for array in self)
+        return self.fixed_s[clients, cuts], self.server_flop[clients, cuts], self.allowed[clients, cuts]
+
+    def take(self, clients) -> "Costs":
+        """The costs of some clients (indices or a mask)."""
+        return Costs(self.fixed_s[clients], self.server_flop[clients], self.allowed[clients])
 
 
 class Seconds(NamedTuple):
@@ -159,7 +163,8 @@ class Terms(NamedTuple):
     def costs(self) -> Costs:
         """The dense (K, C) form."""
         columns = [self.at(np.full(self.shape[0], cut)) for cut in range(self.shape[1])]
-        return Costs(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
+        fixed_s, server_flop, allowed = (np.stack(parts, axis=1) for parts in zip(*columns, strict=True))
+        return Costs(fixed_s, server_flop, allowed)
 
     def take(self, clients) -> "Terms":
         """The terms of some clients (indices or a mask), say of a round's cohort."""
@@ -178,10 +183,10 @@ class Terms(NamedTuple):
             server = np.where(work > 0, work / shares, 0.0)
         return Seconds(down, forward, up, server, gradient, backward, model_up)
 
-    def energy_j(self, cut):
-        """Joules each client spends at one cut, or at its own; (K,). None without an energy budget."""
+    def joules(self, cut):
+        """What each client spends at one cut, or at its own; (K,). 0 without an energy budget."""
         if self.energy is None:
-            return None
+            return 0.0 * self.samples
         flop = self.samples * (self.forward_flop[cut] + self.backward_flop[cut])
         up_bits = self.samples * self.up_bits[cut] + self.model_bits[cut]
         return self.energy.j_per_flop * flop + self.energy.transmit_w * (up_bits / self.uplink_bps)
@@ -198,9 +203,7 @@ class Terms(NamedTuple):
 
     def _allowed(self, cut):
         allowed = self.permitted[cut] & (self.needed_bytes[cut] <= self.memory_bytes)
-        if self.energy is not None:
-            allowed &= self.energy_j(cut) <= self.energy.budget_j
-        return allowed
+        return allowed if self.energy is None else allowed & (self.joules(cut) <= self.energy.budget_j)
 
 
 def terms(profile: Profile, fleet: Fleet, work: Work) -> Terms:

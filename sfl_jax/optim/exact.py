@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sfl_jax.optim.shares import SLACK, end_s, rounding
+from sfl_jax.optim.table import sweep, table
 
 _PASSES = 200
 
@@ -56,7 +57,8 @@ def exact(costs, server_flops, present) -> Optimum:
     error = rounding(clients)
     tolerance = 4 * error + 1e-12
     room = server_flops * (1 - error)
-    ends = least_ends(costs, server_flops, present)
+    swept = table(costs)
+    ends = _least_ends(swept, costs.weight, costs.shape, server_flops, present)
     low_s = jnp.max(jnp.where(present, ends.alone_s, 0.0))
     high_s = jnp.max(jnp.where(present, ends.equal_s, 0.0)) * (1 + SLACK)
 
@@ -66,7 +68,7 @@ def exact(costs, server_flops, present) -> Optimum:
 
     def step(at: _Search) -> _Search:
         guess_s = at.guess_s
-        rate, inverse, cuts = best_cuts(costs, guess_s)
+        rate, inverse, cuts = _best_cuts(swept, costs.shape, guess_s)
         idle = ends.idle_s <= guess_s
         busy = present & ~idle
         work = jnp.where(busy, costs.weight / jnp.where(busy, inverse, 1.0), 0.0)
@@ -107,39 +109,46 @@ def _chord(low_s, low, high_s, high, goal, slow):
     return low_s + (high_s - low_s) * part
 
 
-def least_ends(costs, server_flops, present) -> Ends:
+def _least_ends(swept, weight, shape, server_flops, present) -> Ends:
     """The least ends of every client over its allowed cuts."""
-    clients, count = costs.shape
+    clients, count = shape
     share = server_flops * (1 - 4 * rounding(clients)) / jnp.maximum(jnp.sum(present), 1)
+
+    def step(cut, column, ends):
+        fixed_s, per_weight, allowed = column
+        work = weight * per_weight
+        least_s = jnp.where(allowed, fixed_s, jnp.inf)
+        idle_s = jnp.where(work > 0, jnp.inf, least_s)
+        return Ends(
+            jnp.minimum(ends.idle_s, idle_s),
+            jnp.where(idle_s < ends.idle_s, cut, ends.idle_cut),
+            jnp.minimum(ends.alone_s, least_s + jnp.where(work > 0, work / server_flops, 0.0)),
+            jnp.minimum(ends.equal_s, least_s + jnp.where(work > 0, work / share, 0.0)),
+        )
+
     none = jnp.full(clients, jnp.inf)
-    idle, alone, equal = none, none, none
-    idle_cut = jnp.full(clients, count - 1, jnp.int32)
-    for cut in range(count):
-        fixed_s, per_weight, allowed = costs.column(cut)
-        work = costs.weight * per_weight
-        least = jnp.where(allowed, fixed_s, jnp.inf)
-        local = jnp.where(work > 0, jnp.inf, least)
-        idle_cut = jnp.where(local < idle, jnp.int32(cut), idle_cut)
-        idle = jnp.minimum(idle, local)
-        alone = jnp.minimum(alone, least + jnp.where(work > 0, work / server_flops, 0.0))
-        equal = jnp.minimum(equal, least + jnp.where(work > 0, work / share, 0.0))
-    return Ends(idle, idle_cut, alone, equal)
+    return sweep(swept, count, step, Ends(none, jnp.full(clients, count - 1, jnp.int32), none, none))
 
 
-def best_cuts(costs, time_s):
+def _best_cuts(swept, shape, time_s):
     """For every client the cut with work on the server that needs the least share to end by time_s.
 
     Returns (K,) each: rate = max over cuts of (T - a) / v, where the share is weight / rate and v the
     work per weight (0: no such cut can do it); 1 / v of that cut; the cut, int32.
     """
-    clients, count = costs.shape
-    rate, inverse = jnp.zeros(clients), jnp.zeros(clients)
-    cuts = jnp.full(clients, count - 1, jnp.int32)
-    for cut in range(count):
-        fixed_s, per_weight, allowed = costs.column(cut)
+    clients, count = shape
+
+    def step(cut, column, best):
+        rate, inverse, cuts = best
+        fixed_s, per_weight, allowed = column
         per_work = jnp.where(per_weight > 0, 1 / jnp.where(per_weight > 0, per_weight, 1.0), 0.0)
         this = jnp.where(allowed, (time_s - fixed_s) * per_work, 0.0)
         better = this > rate
-        rate, inverse = jnp.where(better, this, rate), jnp.where(better, per_work, inverse)
-        cuts = jnp.where(better, jnp.int32(cut), cuts)
-    return rate, inverse, cuts
+        return (
+            jnp.where(better, this, rate),
+            jnp.where(better, per_work, inverse),
+            jnp.where(better, cut, cuts),
+        )
+
+    none = jnp.zeros(clients)
+    return sweep(swept, count, step, (none, none, jnp.full(clients, count - 1, jnp.int32)))

@@ -7,6 +7,7 @@ server ends at T, unless an all-local client ends later still.
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 # A float64 operation is off by at most 2**-53, relative, and no formula here chains 2**6 of them.
 SLACK = 2.0**-46
@@ -18,7 +19,7 @@ def rounding(clients: int) -> float:
     return clients * 2.0**-52 + SLACK
 
 
-def end_s(fixed_s, work, server_flops, start_s=0.0):
+def end_s(fixed_s, work, server_flops, start_s: ArrayLike = 0.0):
     """The least T () with sum of work / (T - fixed_s) <= server_flops, over clients with work; -inf if none.
 
     fixed_s (K,) s, work (K,) FLOP, start_s () where to look first. 1 / sum is concave in T, so
@@ -42,8 +43,7 @@ def end_s(fixed_s, work, server_flops, start_s=0.0):
         time_s, _, steps = state
         return newton(time_s), time_s, steps + 1
 
-    start_s = jnp.maximum(start_s, least_s)
-    found_s = lax.while_loop(moves, step, (newton(start_s), start_s, 1))[0]
+    found_s = lax.while_loop(moves, step, (jnp.maximum(start_s, least_s), jnp.inf, 0))[0]
     return jnp.where(jnp.any(busy), found_s, -jnp.inf)
 
 

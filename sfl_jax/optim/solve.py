@@ -1,5 +1,6 @@
 """One door to every method: `solve` for NumPy in and a Plan out, `solve_arrays` for jit and vmap."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -10,15 +11,27 @@ from numpy.typing import ArrayLike
 
 from sfl_jax.errors import BadInput
 from sfl_jax.optim import baselines
-from sfl_jax.optim.alternating import alternating
+from sfl_jax.optim.alternating import STARTS, alternating
 from sfl_jax.optim.costs import Costs, Terms
 from sfl_jax.optim.exact import exact
-from sfl_jax.optim.plan import Infeasible, Plan, Solution
+from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
+from sfl_jax.optim.plan import Plan, Solution
+from sfl_jax.optim.regression import fit_curves, relaxed, rounded
 from sfl_jax.optim.shares import optimal_shares, shares_by
+from sfl_jax.optim.staged import STAGED_METHODS, solve_staged
 
-Method = Literal["exact", "alternating", "equal_shares", "common_cut", "random_cut", "no_split"]
+Method = Literal[
+    "exact",
+    "alternating",
+    "regression",
+    "greedy",
+    "equal_shares",
+    "common_cut",
+    "random_cut",
+    "no_split",
+]
 METHODS: tuple[str, ...] = get_args(Method)
-BARRIERS = ("session",)
+BARRIERS = ("session", "staged")
 
 
 def solve(
@@ -28,142 +41,140 @@ def solve(
     barrier: str = "session",
     key: jax.Array | None = None,
     present: ArrayLike | None = None,
+    *,
+    starts: Sequence[str] = ("equal",),
 ) -> Plan:
     """Cuts and shares of one round, with the proof of how good they can be.
 
     server_flops: FLOP/s of the server.  present: (K,) bool, absent clients cost nothing.  key: a JAX
-    random key, for random_cut only.  Runs on the CPU in float64 whatever the process's default device
-    and precision are. Infeasible names the clients that no plan can serve; BadInput what makes no sense.
+    random key, for random_cut and random starts.  starts: of alternating and regression, the best of
+    equal, proportional, random.  regression and the staged barrier need Terms.
+
+    Runs on the CPU in float64 whatever the process's default device and precision are. Infeasible
+    names the clients that the method cannot serve; BadInput what makes no sense.
     """
-    _check(costs, server_flops, method, barrier, key)
-    clients = costs.shape[0]
+    _check(costs, server_flops, method, barrier, key, starts)
+    clients, count = costs.shape
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
     if here.shape != (clients,):
         raise BadInput(f"present has shape {here.shape}; it must be ({clients},), a bool for each client")
+    if barrier == "staged":
+        assert isinstance(costs, Terms)
+        return solve_staged(costs, server_flops, method, key, here)
+    curves = (
+        relaxed(costs, fit_curves(costs)) if method == "regression" and isinstance(costs, Terms) else None
+    )
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True), jax.default_device(cpu):
         key = None if key is None else jax.device_put(key, cpu)
-        solution = _compiled(costs, np.float64(server_flops), method=method, key=key, present=here)
-        plan = jax.tree.map(np.asarray, solution)
+        flops = np.float64(server_flops)
+        # The optimum apart, compiled once for all methods: it bounds them.
+        plan = _exact(costs, flops, here)
+        if method != "exact":
+            chosen = _other(costs, flops, here, method, key, tuple(starts), curves)
+            plan = chosen._replace(bound_s=plan.bound_s, iterations=chosen.iterations)
+        plan = jax.tree.map(np.asarray, plan)
     if not plan.feasible:
-        raise why_infeasible(costs, float(server_flops), method, here)
+        cut = {"no_split": lambda: count - 1, "common_cut": lambda: most_open_cut(costs, server_flops, here)}
+        raise why_infeasible(costs, float(server_flops), here, cut[method]() if method in cut else None)
     return Plan(
         plan.cuts, plan.shares, plan.client_s, float(plan.round_s), float(plan.bound_s), int(plan.iterations)
     )
 
 
-def solve_arrays(costs, server_flops, method: str = "exact", key=None, present=None) -> Solution:
+def solve_arrays(
+    costs, server_flops, method: str = "exact", key=None, present=None, *, starts=("equal",), curves=None
+) -> Solution:
     """The pure twin of `solve` under the session barrier, for jit and vmap: a flag instead of Infeasible.
 
-    Arrays must be float64 (`jax.enable_x64(True)`), or the bound would prove nothing. Nothing is checked.
+    Arrays must be float64 (`jax.enable_x64(True)`), or the bound would prove nothing. curves: for
+    regression, relaxed(terms, fit_curves(terms)). Nothing else is checked.
     """
     if jnp.result_type(float) != jnp.float64:
         raise BadInput("solve_arrays runs in float32 here; call it under jax.enable_x64(True)")
-    costs = jax.tree.map(jnp.asarray, costs)
+    costs, curves = jax.tree.map(jnp.asarray, (costs, curves))
     server_flops = jnp.asarray(server_flops, float)
-    present = jnp.ones(costs.shape[0], bool) if present is None else present
-    optimum = exact(costs, server_flops, present)
-    cuts, iterations = optimum.cuts, optimum.iterations
-    if method == "alternating":
-        cuts, iterations = alternating(costs, server_flops, present)
+    present = jnp.ones(costs.shape[0], bool) if present is None else jnp.asarray(present)
+    best = _optimum(costs, server_flops, present)
+    if method == "exact":
+        return best
+    other = _chosen(costs, server_flops, present, method, key, starts, curves)
+    return other._replace(bound_s=best.bound_s)
+
+
+def _optimum(costs, server_flops, present) -> Solution:
+    cuts, bound_s, passes = exact(costs, server_flops, present)
+    fixed_s, server_flop, allowed = costs.at(cuts)
+    shares, ends, round_s = optimal_shares(fixed_s, server_flop, server_flops, present)
+    feasible = jnp.all(allowed | ~present) & jnp.isfinite(round_s)
+    return Solution(cuts, shares, ends, round_s, bound_s, passes, feasible)
+
+
+def _chosen(costs, server_flops, present, method, key, starts, curves) -> Solution:
+    """Any other method's solution, with no bound of its own."""
+    steps = jnp.int32(1)
+    if method in ("alternating", "regression"):
+        table = curves if method == "regression" else costs
+        rest = alternating(table, server_flops, present, starts=starts, key=key)
+        steps, cuts = rest.iterations, rounded(costs, rest.cuts) if method == "regression" else rest.cuts
+    elif method == "greedy":
+        cuts, steps = baselines.greedy(costs, server_flops, present)
     elif method == "equal_shares":
         cuts = baselines.equal_shares(costs, server_flops, present)
     elif method == "common_cut":
         cuts = baselines.common_cut(costs, server_flops, present)
     elif method == "random_cut":
         cuts = baselines.random_cut(costs, server_flops, key)
-    elif method == "no_split":
+    else:
         cuts = baselines.no_split(costs)
+    cuts = jnp.where(present, cuts, costs.shape[1] - 1).astype(jnp.int32)
     fixed_s, server_flop, allowed = costs.at(cuts)
-    served = jnp.all(allowed | ~present)
     if method == "equal_shares":
         share = server_flops / jnp.maximum(jnp.sum(present), 1)
-        used = jnp.where(server_flop > 0, server_flop / share, 0.0)
-        round_s = jnp.max(jnp.where(present, fixed_s + used, 0.0), initial=0.0)
+        serving_s = jnp.where(server_flop > 0, server_flop / share, 0.0)
+        round_s = jnp.max(jnp.where(present, fixed_s + serving_s, 0.0))
         shares, ends, round_s = shares_by(round_s, fixed_s, server_flop, server_flops, present)
     else:
         shares, ends, round_s = optimal_shares(fixed_s, server_flop, server_flops, present)
-    cuts = jnp.where(present, cuts, costs.shape[1] - 1)
-    # The bound is infinite where nothing is feasible at all.
-    feasible = served & jnp.isfinite(round_s)
-    return Solution(cuts, shares, ends, round_s, optimum.bound_s, iterations, feasible)
+    feasible = jnp.all(allowed | ~present) & jnp.isfinite(round_s)
+    return Solution(cuts, shares, ends, round_s, jnp.zeros(()), steps, feasible)
 
 
-_compiled = partial(jax.jit, static_argnames="method")(solve_arrays)
+_exact = jax.jit(_optimum)
+_other = partial(jax.jit, static_argnames=("method", "starts"))(_chosen)
 
 
-def why_infeasible(costs: Costs | Terms, server_flops: float, method: str, present) -> Infeasible:
-    """The error that names the clients a method cannot serve, and what stands in the way of each."""
-    clients, count = costs.shape
-    columns = [costs.at(np.full(clients, cut)) for cut in range(count)]
-    fixed_s, work, allowed = (np.stack(parts, axis=1) for parts in zip(*columns, strict=True))
-    usable = allowed & np.isfinite(fixed_s)
-    if server_flops == 0:
-        usable &= work == 0
-    cut = None
-    if method == "no_split":
-        cut = count - 1
-    elif method == "common_cut" and usable[present].any(axis=1).all():
-        cut = int(usable[present].sum(axis=0).argmax())
-    lost = present & ~(usable.any(axis=1) if cut is None else usable[:, cut])
-    named = tuple(int(client) for client in np.flatnonzero(lost))
-    return Infeasible(named, tuple(_reason(costs, server_flops, client, cut) for client in named))
-
-
-def _reason(costs: Costs | Terms, server_flops: float, client: int, cut: int | None) -> str:
-    where = "every cut" if cut is None else f"cut {cut}"
-    if isinstance(costs, Terms):
-        one = costs.take([client])
-        cuts = np.arange(costs.shape[1]) if cut is None else np.array([cut])
-        cuts = cuts[one.permitted[cuts]]
-        if not len(cuts):
-            return f"min_cut forbids {where}"
-        memory = one.needed_bytes[cuts]
-        if (memory > one.memory_bytes).all():
-            return (
-                f"{where} needs {memory.min():.4g} bytes of memory or more, it has {one.memory_bytes[0]:.4g}"
-            )
-        joules = one.energy_j(cuts)
-        if joules is not None and (joules > one.energy.budget_j).all():
-            return f"{where} costs {joules.min():.4g} J or more, its budget is {one.energy.budget_j[0]:.4g} J"
-        if joules is not None and not one.at(cuts)[2].any():
-            return f"{where} that fits its memory breaks its energy budget"
-    _, work, allowed = (part[client] for part in _dense_row(costs, client))
-    usable = allowed if cut is None else allowed & (np.arange(len(allowed)) == cut)
-    if not usable.any():
-        return f"{where} is forbidden"
-    if server_flops == 0 and (work[usable] > 0).all():
-        return f"{where} open to it needs a server, and server_flops=0"
-    return f"{where} takes for ever"
-
-
-def _dense_row(costs: Costs | Terms, client: int):
-    row = (
-        costs.take([client]).costs()
-        if isinstance(costs, Terms)
-        else Costs(*(part[[client]] for part in costs))
-    )
-    return tuple({client: part[0]} for part in row)
-
-
-def _check(costs: Costs | Terms, server_flops: float, method: str, barrier: str, key) -> None:
+def _check(costs: Costs | Terms, server_flops: float, method: str, barrier: str, key, starts) -> None:
     if method not in METHODS:
         raise BadInput(f"method={method}: choose one of {', '.join(METHODS)}")
     if barrier not in BARRIERS:
         raise BadInput(f"barrier={barrier}: choose one of {', '.join(BARRIERS)}")
-    if method == "random_cut" and key is None:
-        raise BadInput("method=random_cut needs key, a JAX random key; got None")
+    if barrier == "staged" and method not in STAGED_METHODS:
+        raise BadInput(
+            f"method={method} is not for barrier=staged; choose one of {', '.join(STAGED_METHODS)}"
+        )
+    if not isinstance(costs, Terms) and (barrier == "staged" or method == "regression"):
+        raise BadInput(
+            f"method={method}, barrier={barrier} needs Terms; Costs do not say what each second is for"
+        )
+    if not starts or not set(starts) <= set(STARTS):
+        raise BadInput(f"starts={starts}: choose some of {', '.join(STARTS)}")
+    if key is None and (method == "random_cut" or "random" in starts):
+        what = "method=random_cut" if method == "random_cut" else f"starts={starts}"
+        raise BadInput(f"{what} needs key, a JAX random key; got None")
     if not 0 <= server_flops < np.inf:
         raise BadInput(f"server_flops={server_flops}: give a finite number of FLOP/s, 0 or more")
     if isinstance(costs, Costs):
-        shapes = {np.shape(part) for part in costs}
-        if len(shapes) > 1 or len(costs.shape) != 2 or 0 in costs.shape:
+        _check_costs(costs)
+
+
+def _check_costs(costs: Costs) -> None:
+    shapes = sorted({np.shape(part) for part in costs})
+    if len(shapes) > 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
+        raise BadInput(f"costs have shapes {shapes}; all three must be the same (K, C), none of it 0")
+    for name in ("fixed_s", "server_flop"):
+        values = getattr(costs, name)[costs.allowed]
+        if not (np.isfinite(values) & (values >= 0)).all():
             raise BadInput(
-                f"costs have shapes {sorted(shapes)}; all three must be the same (K, C), none of it 0"
+                f"costs.{name} holds a negative number, inf or NaN; forbid that cut in allowed instead"
             )
-        for name in ("fixed_s", "server_flop"):
-            values = getattr(costs, name)[costs.allowed]
-            if not (np.isfinite(values) & (values >= 0)).all():
-                raise BadInput(
-                    f"costs.{name} holds a negative number, inf or NaN; forbid that cut in allowed instead"
-                )

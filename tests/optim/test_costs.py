@@ -87,7 +87,7 @@ def test_energy_is_cycles_and_airtime_and_forbids_what_it_cannot_pay():
     for budget, open_cut in ((joules * (1 + 1e-12), True), (joules * (1 - 1e-12), False)):
         fleet = oracles.fleet(2, **{**vars(FLEET), **energy, "energy_j": np.array([budget, np.inf])})
         terms = optim.terms(PROFILE, fleet, WORK)
-        np.testing.assert_allclose(terms.energy_j(1)[0], joules, rtol=1e-15)
+        np.testing.assert_allclose(terms.joules(1)[0], joules, rtol=1e-15)
         assert terms.costs().allowed[:, 1].tolist() == [open_cut, True]
 
 

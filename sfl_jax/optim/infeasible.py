@@ -1,0 +1,56 @@
+"""Who cannot be served, and what stands in the way: the message of Infeasible."""
+
+import numpy as np
+
+from sfl_jax.optim.costs import Costs, Terms
+from sfl_jax.optim.plan import Infeasible
+
+
+def why_infeasible(costs: Costs | Terms, server_flops: float, present, cut: int | None = None) -> Infeasible:
+    """The error naming every present client that no cut serves; with `cut`, that this cut does not serve."""
+    clients, count = costs.shape
+    usable = np.stack([_usable(costs, server_flops, np.full(clients, one)) for one in range(count)], axis=1)
+    lost = present & ~(usable.any(axis=1) if cut is None else usable[:, cut])
+    named = tuple(int(client) for client in np.flatnonzero(lost))
+    return Infeasible(named, tuple(_reason(costs, server_flops, client, cut) for client in named))
+
+
+def most_open_cut(costs: Costs | Terms, server_flops: float, present) -> int:
+    """The cut that serves most of the present clients."""
+    clients, count = costs.shape
+    served = [(_usable(costs, server_flops, np.full(clients, cut)) & present).sum() for cut in range(count)]
+    return int(np.argmax(served))
+
+
+def _usable(costs: Costs | Terms, server_flops: float, cuts):
+    fixed_s, work, allowed = costs.at(cuts)
+    return allowed & np.isfinite(fixed_s) & ((work == 0) | (server_flops > 0))
+
+
+def _reason(costs: Costs | Terms, server_flops: float, client: int, cut: int | None) -> str:
+    where = "every cut" if cut is None else f"cut {cut}"
+    cuts = np.arange(costs.shape[1]) if cut is None else np.array([cut])
+    one = costs.take([client])
+    fixed_s, work, allowed = (part[0, cuts] for part in (one.costs() if isinstance(one, Terms) else one))
+    if not allowed.any():
+        return _forbidden(one, cuts, where) if isinstance(one, Terms) else f"{where} is forbidden"
+    if not np.isfinite(fixed_s[allowed]).any():
+        return f"{where} takes for ever"
+    if server_flops == 0 and (work[allowed] > 0).all():
+        return f"{where} that is allowed needs a server, and server_flops=0"
+    return f"{where} takes longer than a float can hold"
+
+
+def _forbidden(one: Terms, cuts, where: str) -> str:
+    """Which of the masks forbids all these cuts to the one client."""
+    cuts = cuts[one.permitted[cuts]]
+    if not len(cuts):
+        return f"min_cut forbids {where}"
+    has, needs = one.memory_bytes[0], one.needed_bytes[cuts]
+    if (needs > has).all():
+        return f"{where} needs {needs.min():.4g} bytes of memory or more, it has {has:.4g}"
+    if one.energy is not None:
+        budget, costs = one.energy.budget_j[0], one.joules(cuts)
+        if (costs > budget).all():
+            return f"{where} costs {costs.min():.4g} J or more, its budget is {budget:.4g} J"
+    return f"{where} that fits its memory breaks its energy budget"

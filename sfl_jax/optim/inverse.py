@@ -1,0 +1,76 @@
+"""The questions turned round: the smallest server for a wanted round, and what a little more would bring."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sfl_jax.errors import BadInput
+from sfl_jax.optim.costs import Costs, Cuts, Floats, Terms
+from sfl_jax.optim.infeasible import why_infeasible
+from sfl_jax.optim.plan import Infeasible, Plan
+from sfl_jax.optim.shares import SLACK, rounding
+
+
+class Server(NamedTuple):
+    """A server that lets everybody end in time, and a proof that it is not too large."""
+
+    server_flops: float  # enough, in exact arithmetic
+    bound_flops: float  # nothing below can be enough
+    cuts: Cuts  # (K,)
+    shares: Floats  # (K,) FLOP/s, sum at most server_flops
+
+
+def smallest_server(costs: Costs | Terms, round_s: float, present: ArrayLike | None = None) -> Server:
+    """The least FLOP/s with which all sessions end by round_s: each client takes its cheapest share in time.
+
+    Infeasible names the clients that no server lets end by then, with the least time each could have.
+    """
+    clients, count = costs.shape
+    if not 0 <= round_s < np.inf:
+        raise BadInput(f"round_s={round_s}: give a finite number of seconds, 0 or more")
+    here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
+    shares, cuts = np.full(clients, np.inf), np.full(clients, count - 1, np.int32)
+    soonest_s = np.full(clients, np.inf)
+    for cut in range(count):
+        fixed_s, work, allowed = costs.at(np.full(clients, cut))
+        soonest_s = np.where(allowed, np.minimum(soonest_s, fixed_s), soonest_s)
+        left_s = round_s - fixed_s
+        needed = np.divide(work, left_s, out=np.full(clients, np.inf), where=left_s > 0)
+        needed[(work == 0) & (left_s >= 0)] = 0.0
+        better = allowed & (needed < shares)
+        shares[better], cuts[better] = needed[better], cut
+    if (here & np.isinf(soonest_s)).any():
+        raise why_infeasible(costs, np.inf, here)
+    late = tuple(int(client) for client in np.flatnonzero(here & np.isinf(shares)))
+    if late:
+        least = (f"needs more than {soonest_s[client]:.6g} s with any server" for client in late)
+        raise Infeasible(late, tuple(least))
+    shares, cuts = np.where(here, shares, 0.0), np.where(here, cuts, np.int32(count - 1))
+    total = float(shares.sum())
+    # Rounded up, so that w / s really is no more than what is left of the round.
+    return Server(
+        total * (1 + 2 * rounding(clients)), total * (1 - rounding(clients)), cuts, shares * (1 + SLACK)
+    )
+
+
+class Sensitivity(NamedTuple):
+    """By how much the round would shorten, to first order and with the cuts kept: the KKT multipliers."""
+
+    per_server_flops: float  # seconds per FLOP/s more of server; 0 where an all-local client ends last
+    per_client_s: Floats  # (K,) of a second less off the server; they add up to 1
+
+
+def sensitivity(costs: Costs | Terms, plan: Plan) -> Sensitivity:
+    """The multipliers of a session plan with optimal shares.
+
+    Of sum w / (T - a) = F: dT/dF = -1 / sum(s^2 / w) and dT/da = (s^2 / w) / sum(s^2 / w). Where clients
+    without a server end last, the round is theirs alone, in equal parts.
+    """
+    _, work, _ = costs.at(plan.cuts)
+    busy = plan.shares > 0
+    steep = np.divide(plan.shares**2, work, out=np.zeros(len(work)), where=busy)
+    last = plan.client_s >= plan.round_s * (1 - 1e-9)
+    if not (last & busy).any():
+        return Sensitivity(0.0, last / max(last.sum(), 1))
+    return Sensitivity(float(1 / steep.sum()), steep / steep.sum())

@@ -1,0 +1,186 @@
+"""The paper's first step: curves fitted to what a cut costs, so that the cut becomes a continuous variable.
+
+Per quantity (client work, model, smashed data) several families are fitted by least squares over the
+cuts and the one with the least AICc is taken. The alternation then runs on the fitted curves, sampled
+at every 16th of a unit and straight between samples, so that the best continuous cut is a sample; last,
+cuts are rounded to the nearest that is allowed.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import interpolate, optimize
+
+from sfl_jax.optim.costs import Floats, Terms
+from sfl_jax.optim.table import least, table
+
+SAMPLES_PER_UNIT = 16
+QUANTITIES = ("forward_flop", "backward_flop", "model_bits", "smashed_bits")
+
+
+class Fit(NamedTuple):
+    """One family fitted to one quantity, on cuts scaled to 0..1 and values scaled to a largest of 1."""
+
+    family: str
+    parameters: tuple[float, ...]
+    scale: float
+    last_cut: int
+    r2: float
+    worst: float  # largest error at a cut, of the largest value
+    aicc: float
+
+    def __call__(self, cuts) -> Floats:
+        """The fitted quantity at continuous cuts."""
+        x = np.asarray(cuts, np.float64) / self.last_cut
+        return self.scale * FAMILIES[self.family][0](x, np.array(self.parameters))
+
+
+class Curve(NamedTuple):
+    """A quantity's data and all its fits, the chosen one first: what a table or a plot of them needs."""
+
+    quantity: str
+    cuts: Floats
+    values: Floats
+    fits: tuple[Fit, ...]
+
+    @property
+    def chosen(self) -> Fit:
+        return self.fits[0]
+
+
+def _polynomial(x, parameters):
+    return np.polynomial.polynomial.polyval(x, parameters)
+
+
+def _power(x, parameters):
+    factor, exponent, offset = parameters
+    return factor * np.power(x, np.abs(exponent)) + offset
+
+
+def _exponential(x, parameters):
+    factor, rate, offset = parameters
+    return factor * np.exp(np.clip(rate, -50, 50) * x) + offset
+
+
+def _reciprocal(x, parameters):
+    factor, shift, offset = parameters
+    return factor / (x + np.abs(shift) + 1e-3) + offset
+
+
+def _piecewise(x, parameters):
+    return np.interp(x, np.linspace(0, 1, len(parameters)), parameters)
+
+
+def _pchip(x, parameters):
+    return interpolate.PchipInterpolator(np.linspace(0, 1, len(parameters)), parameters)(x)
+
+
+# Family: its formula and the starts of its search; polynomials need none.
+FAMILIES: dict[str, tuple[Callable, tuple[tuple[float, ...], ...]]] = {
+    **{f"polynomial {degree}": (_polynomial, ((0.0,) * (degree + 1),)) for degree in range(1, 6)},
+    "power": (_power, ((1.0, 2.0, 0.0), (-1.0, 0.5, 1.0))),
+    "exponential": (_exponential, ((0.1, 2.0, 0.0), (1.0, -3.0, 0.0))),
+    "reciprocal": (_reciprocal, ((0.1, 0.1, 0.0), (-0.1, 0.1, 1.0))),
+    **{f"piecewise {knots}": (_piecewise, ((0.5,) * knots,)) for knots in (3, 4, 6, 8)},
+    **{f"pchip {knots}": (_pchip, (tuple(np.linspace(0, 1, knots)), (0.5,) * knots)) for knots in (4, 6, 8)},
+}
+
+
+def fit_curves(terms: Terms) -> tuple[Curve, ...]:
+    """A network's curves per sample over the cuts min_cut..L, each with every family's fit, best first."""
+    cuts = np.flatnonzero(terms.permitted)
+    values = (terms.forward_flop, terms.backward_flop, terms.model_bits, terms.down_bits)
+    return _fit_all(tuple(int(cut) for cut in cuts), tuple(tuple(value[cuts].tolist()) for value in values))
+
+
+def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
+    """The terms of continuous cuts: a column for every 16th of a unit, with amounts from the fitted curves.
+
+    Cuts 0 and L keep their own amounts (what crosses them is known, and jumps); memory is interpolated.
+    """
+    last = terms.shape[1] - 1
+    cuts = np.arange(last * SAMPLES_PER_UNIT + 1) / SAMPLES_PER_UNIT
+    forward, backward, model, smashed = (np.maximum(curve.chosen(cuts), 0.0) for curve in curves)
+    label_bits = np.where(terms.up_bits > 0, terms.up_bits - terms.down_bits, 0.0)[1:last].max(initial=0.0)
+    total = terms.forward_flop[-1] + terms.backward_flop[-1]
+    continuous = terms._replace(
+        forward_flop=forward,
+        backward_flop=backward,
+        work_flop=np.maximum(total - forward - backward, 0.0),
+        up_bits=smashed + label_bits,
+        down_bits=smashed,
+        model_bits=model,
+        needed_bytes=np.interp(cuts, np.arange(last + 1), terms.needed_bytes),
+        permitted=cuts >= np.argmax(terms.permitted),
+    )
+    for name in ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits"):
+        for end in (0, -1):
+            getattr(continuous, name)[end] = getattr(terms, name)[end]
+    return continuous
+
+
+def rounded(terms, samples):
+    """The allowed cut of each client nearest to its relaxed one, an index of a sample (K,); (K,) int32."""
+    wanted = samples / SAMPLES_PER_UNIT
+
+    def distance(cut, column):
+        return jnp.where(column[2], jnp.abs(wanted - cut), jnp.inf)
+
+    return least(table(terms), terms.shape, distance)[1]
+
+
+# A network's curves are the same every round.
+@functools.lru_cache(maxsize=64)
+def _fit_all(cuts: tuple[int, ...], values: tuple[tuple[float, ...], ...]) -> tuple[Curve, ...]:
+    x = np.array(cuts, np.float64)
+    curves = []
+    for quantity, data in zip(QUANTITIES, values, strict=True):
+        fits = [_fit(family, x, np.array(data)) for family in FAMILIES]
+        best_first = tuple(sorted(filter(None, fits), key=lambda fit: fit.aicc))
+        curves.append(Curve(quantity, x, np.array(data), best_first or (_straight(x, np.array(data)),)))
+    return tuple(curves)
+
+
+def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:
+    """Least squares of one family; None where there are too few cuts to judge it."""
+    formula, starts = FAMILIES[family]
+    count, free = len(values), len(starts[0])
+    if count < free + 3:
+        return None
+    scale = float(np.abs(values).max()) or 1.0
+    last = int(cuts[-1])
+    x, y = cuts / last, values / scale
+    if formula is _polynomial:
+        found = [np.polynomial.polynomial.polyfit(x, y, free - 1)]
+    else:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # a family that does not suit a quantity may overflow on its way
+            searches = [
+                optimize.least_squares(lambda p: formula(x, p) - y, start, method="trf") for start in starts
+            ]
+        found = [search.x for search in searches]
+    parameters = min(found, key=lambda p: float(np.sum((formula(x, p) - y) ** 2)))
+    return _judged(family, tuple(map(float, parameters)), scale, last, x, y, formula)
+
+
+def _judged(family, parameters, scale, last, x, y, formula) -> Fit:
+    errors = formula(x, np.array(parameters)) - y
+    squares, spread = float(errors @ errors), float(np.sum((y - y.mean()) ** 2))
+    count, free = len(y), len(parameters) + 1  # the variance is estimated too
+    # An exact fit would have an AICc of minus infinity whatever its parameters cost.
+    per_point = max(squares / count, 1e-24)
+    aicc = count * np.log(per_point) + 2 * free + 2 * free * (free + 1) / max(count - free - 1, 1)
+    r2 = 1 - squares / spread if spread > 0 else 1.0
+    return Fit(family, parameters, scale, last, r2, float(np.abs(errors).max()), float(aicc))
+
+
+def _straight(cuts: Floats, values: Floats) -> Fit:
+    """Through the ends alone, where a chain is too short for any family."""
+    scale, last = float(np.abs(values).max()) or 1.0, int(max(cuts[-1], 1))
+    x, y = cuts / last, values / scale
+    line = np.polyfit(x, y, 1) if len(x) > 1 else np.array([0.0, y[0]])
+    return _judged("polynomial 1", (float(line[1]), float(line[0])), scale, last, x, y, _polynomial)

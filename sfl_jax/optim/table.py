@@ -1,0 +1,108 @@
+"""The table of clients and cuts as the solvers sweep it: a cut at a time, for all clients at once.
+
+Everything a solver needs of a client's cuts is a running best, so a sweep is one fused pass over the
+clients and nothing of size K x C is made. Cuts are unrolled by the block to bound compile time.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sfl_jax.optim.costs import Costs, Terms
+
+T = TypeVar("T")
+Column = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # fixed seconds (K,), work per weight (K,) or (), allowed (K,)
+
+
+class Dense(NamedTuple):
+    """Costs as they are."""
+
+    costs: Costs
+
+    @property
+    def block(self) -> int:
+        return min(self.costs.shape[1], 64)
+
+    def columns(self, first) -> Iterator[Column]:
+        parts = [lax.dynamic_slice_in_dim(part, first, self.block, axis=1) for part in self.costs]
+        for index in range(self.block):
+            fixed_s, work, allowed = (part[:, index] for part in parts)
+            yield fixed_s, work, allowed
+
+
+class Factored(NamedTuple):
+    """Terms with one coefficient per kind of amount: compute, bits up, bits down, bits of the model."""
+
+    coefficients: tuple[jax.Array, ...]  # four of (K,)
+    memory_bytes: jax.Array  # (K,)
+    joules: tuple[jax.Array, ...] | None  # per FLOP, per bit up, per bit of the model, budget; (K,) each
+    rows: jax.Array  # (C, 6): the four amounts, server work, needed bytes (inf where min_cut forbids)
+
+    @property
+    def block(self) -> int:
+        return min(len(self.rows), 24)
+
+    def columns(self, first) -> Iterator[Column]:
+        rows = lax.dynamic_slice_in_dim(self.rows, first, self.block)
+        compute, up, down, model = self.coefficients
+        for index in range(self.block):
+            flop, up_bits, down_bits, model_bits, work, needed_bytes = rows[index]
+            fixed_s = compute * flop + up * up_bits + down * down_bits + model * model_bits
+            allowed = needed_bytes <= self.memory_bytes
+            if self.joules is not None:
+                per_flop, per_bit, per_model_bit, budget = self.joules
+                allowed &= per_flop * flop + per_bit * up_bits + per_model_bit * model_bits <= budget
+            yield fixed_s, work, allowed
+
+
+def table(costs: Costs | Terms) -> Dense | Factored:
+    """What `sweep` goes through; made once, outside of a solver's loop."""
+    if isinstance(costs, Costs):
+        return Dense(costs)
+    samples, per_bit_up, per_bit_down = costs.samples, 1 / costs.uplink_bps, 1 / costs.downlink_bps
+    amounts = (costs.forward_flop + costs.backward_flop, costs.up_bits, costs.down_bits, costs.model_bits)
+    joules = None
+    if costs.energy is not None:
+        airtime_j = costs.energy.transmit_w * per_bit_up
+        joules = (samples * costs.energy.j_per_flop, samples * airtime_j, airtime_j, costs.energy.budget_j)
+    return Factored(
+        (samples / costs.flops, samples * per_bit_up, samples * per_bit_down, per_bit_up + per_bit_down),
+        costs.memory_bytes,
+        joules,
+        jnp.stack(
+            [*amounts, costs.work_flop, jnp.where(costs.permitted, costs.needed_bytes, jnp.inf)], axis=1
+        ),
+    )
+
+
+def sweep(swept: Dense | Factored, count: int, step: Callable[[jax.Array, Column, T], T], start: T) -> T:
+    """step(cut, column, state) over all `count` cuts in order."""
+    block = swept.block
+
+    def through(index, state):
+        # The last block is moved back to fit; what it repeats is not allowed a second time.
+        first = jnp.minimum(index * block, count - block)
+        for offset, (fixed_s, work, allowed) in enumerate(swept.columns(first)):
+            cut = (first + offset).astype(jnp.int32)
+            state = step(cut, (fixed_s, work, allowed & (cut >= index * block)), state)
+        return state
+
+    return lax.fori_loop(0, -(-count // block), through, start) if block < count else through(0, start)
+
+
+def least(swept: Dense | Factored, shape: tuple[int, int], value: Callable[..., jax.Array]):
+    """Of every client the least value(cut, column) (K,) over cuts, and its first cut; L if all are inf."""
+    clients, count = shape
+
+    def step(cut, column, best):
+        best_value, best_cut = best
+        this = value(cut, column)
+        better = this < best_value
+        return jnp.where(better, this, best_value), jnp.where(better, cut, best_cut)
+
+    return sweep(swept, count, step, (jnp.full(clients, jnp.inf), jnp.full(clients, count - 1, jnp.int32)))

@@ -4,6 +4,7 @@
 # make clean   removes the environment and caches    PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 ARGS ?=
+BENCH ?= training_speed
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')
@@ -28,7 +29,7 @@ lint: .venv/test.stamp
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: .venv/benchmark.stamp
-	$(BIN)/python -m pytest benchmarks -m "" -s $(ARGS)
+	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

@@ -15,6 +15,7 @@ from sfl_jax.errors import BadInput
 MORE_SERVER_FLOPS, MORE_UPLINK = 1e12, 1.1
 # Ends, and sums of shares, that differ by less than this are equal to whoever reads them.
 TOGETHER = 1e-6
+_NAMED = 3  # clients that an error names
 
 
 class Planned(NamedTuple):
@@ -44,9 +45,7 @@ def make_plan(config: Config) -> Planned:
     profile = models.profile(chain, (config.image_size, config.image_size, config.image_channels))
     terms = optim.terms(profile, fleet, work(config))  # pyright: ignore[reportArgumentType] has samples
     if config.target_round_s:
-        config = dataclasses.replace(
-            config, server_flops=smallest_server(config.target_round_s, fleet, terms)
-        )
+        config = dataclasses.replace(config, server_flops=smallest_server(config, fleet, terms))
     return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
 
 
@@ -74,34 +73,23 @@ def solve(config: Config, fleet: fleets.Fleet, terms: optim.Terms, round: int = 
     try:
         return optim.solve(terms, config.server_flops, config.method, config.barrier, key)
     except optim.Infeasible as error:
-        named = zip(fleet.client[list(error.clients)], error.reasons, strict=True)
-        reasons = [f"client {client}: {reason}" for client, reason in named]
-        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-        raise BadInput(f"no plan serves every client: {'; '.join(reasons[:3])}{more}") from error
+        raise BadInput(_named(error, fleet)) from error
 
 
-def smallest_server(round_s: float, fleet: fleets.Fleet, terms: optim.Terms) -> float:
-    """FLOP/s of the smallest server that lets a plan end by `round_s`, up to rounding; 0 if none is needed.
+def smallest_server(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> float:
+    """FLOP/s of the smallest server for the target_round_s of `config`; 0 if nobody needs one."""
+    try:
+        return optim.smallest_server(terms, config.target_round_s).server_flops
+    except optim.Infeasible as error:
+        raise BadInput(f"--target_round_s={config.target_round_s:g}: {_named(error, fleet)}") from error
 
-    It is the sum over clients of the least w / (T - a) over their cuts. BadInput names a client that cannot
-    end by then whatever the server.
-    """
-    least_flops = np.full(terms.shape[0], np.inf)
-    least_s = np.full(terms.shape[0], np.inf)
-    for cut in range(terms.shape[1]):
-        fixed_s, per_weight, allowed = terms.column(cut)
-        work, left_s = terms.weight * per_weight, round_s - fixed_s
-        flops = np.divide(work, left_s, out=np.full_like(left_s, np.inf), where=left_s > 0)
-        flops = np.where((work == 0) & (left_s >= 0), 0.0, flops)
-        least_flops = np.minimum(least_flops, np.where(allowed, flops, np.inf))
-        least_s = np.minimum(least_s, np.where(allowed, fixed_s, np.inf))
-    if np.isinf(least_flops).any():
-        k = int(np.argmax(least_s))
-        raise BadInput(
-            f"--target_round_s={round_s:g}: must be above {least_s[k]:.6g},"
-            f" which client {fleet.client[k]} needs with any server"
-        )
-    return float(least_flops.sum())
+
+def _named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:
+    """What the error says, with the clients' names instead of their places in the fleet."""
+    named = zip(fleet.client[list(error.clients)], error.reasons, strict=True)
+    reasons = [f"client {client}: {reason}" for client, reason in named]
+    more = f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
+    return f"no plan serves every client: {'; '.join(reasons[:_NAMED])}{more}"
 
 
 class Gains(NamedTuple):
@@ -136,8 +124,8 @@ def binding(planned: Planned) -> Binding:
 
     Staged: the slowest client up to the server, and the slowest after it. Under the session barrier: a client
     that needs no server and ends last holds it up alone. Else everybody whom a full server serves ends
-    together, and a change of a in sum of w / (T - a) = F moves T by w / (T - a)^2, over the sum of these.
-    Where the method leaves some of the server idle, those with the largest share hold it up.
+    together, and the multipliers of `optim.sensitivity` are the pulls. Where the method leaves some of the
+    server idle, those with the largest share hold it up.
     """
     plan = planned.plan
     if planned.config.barrier == "staged":
@@ -152,8 +140,7 @@ def binding(planned: Planned) -> Binding:
     if alone.any():
         weight = alone.astype(float)
     elif full:
-        server_s = seconds(planned).server
-        weight = np.where(late, plan.shares / np.where(server_s > 0, server_s, np.inf), 0.0)
+        weight = optim.sensitivity(planned.terms, plan).per_client_s
     else:
         weight = (late & (plan.shares >= plan.shares.max() * (1 - TOGETHER))).astype(float)
     order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]

@@ -1,6 +1,7 @@
 """From a command line to a validated Config, and from a refusal to one line and exit code 2."""
 
 import dataclasses
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from absl import flags
 from sfl_jax.config import Config, allowed, bounds, fields_of
 from sfl_jax.errors import BadInput
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141
 WIDTH = 110
 
 
@@ -23,8 +24,8 @@ def run(
 ) -> int:
     """Parse and validate the flags of `command`, call `main(config)`, return the exit code.
 
-    Bad input, whether seen here or raised by `main`, becomes one line on stderr and 2; Ctrl-C becomes 130.
-    `main` imports what is heavy by itself, so that help and refusals are instant.
+    Bad input, whether seen here or raised by `main`, becomes one line on stderr and 2; Ctrl-C becomes 130 and a
+    closed pipe 141, as in a shell. `main` imports what is heavy by itself, so that help and refusals are instant.
 
     Args:
       main: the command; returns its exit code, None for 0.
@@ -37,9 +38,15 @@ def run(
         print(help_text(command, about))
         return 0
     try:
-        return main(parse(arguments, command)) or 0
+        code = main(parse(arguments, command)) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (say, `| head`); Python's own flush at exit would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
     except BadInput as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return BAD_INPUT

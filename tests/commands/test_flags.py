@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,15 @@ def test_as_a_process_without_jax(argv, code):
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") == (code == 2)
     assert done.stdout == "False False\n" or argv
+
+
+def test_a_reader_that_has_gone():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", SCRIPT.format(main="lambda c: print('x' * 9)")]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_ctrl_c_as_a_process():

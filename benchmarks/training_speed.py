@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from sfl_jax import models
-from sfl_jax.federated.round import fill_chunks, run_round
+from sfl_jax.federated.round import Model, fill_chunks, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
 
 CLASSES = 10
@@ -46,7 +46,7 @@ def sfl_jax_step(name, clients, batch, size, steps, clients_per_chunk):
     work, chunk = fill_chunks(work, clients_per_chunk)
     training = Training(chain, optax.trace(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1)
     run = jax.jit(functools.partial(run_round, training, chunk, None))
-    arguments = jax.device_put((variables, samples, work, jax.random.key(1), np.float32(0.02)))
+    arguments = jax.device_put((Model(variables), samples, work, jax.random.key(1), np.float32(0.02)))
     profile = models.profile(chain, (size, size, 1))
     flop = 2 * clients * batch * int(profile.forward_macs.sum() + profile.backward_macs.sum())
     return lambda: jax.block_until_ready(run(*arguments)), flop

@@ -82,6 +82,10 @@ class Config:
     weight_decay: float = _flag(0.0, LEARNING, TRAINING, "of the local steps", at_least=0)
     learning_rate_schedule: str = _flag("constant", LEARNING, TRAINING, "over the rounds", choices=SCHEDULES)
     warmup_rounds: int = _flag(0, LEARNING, TRAINING, "rounds of rising learning rate", at_least=0)
+    server_learning_rate: float = _flag(1.0, LEARNING, TRAINING, "of the mean change of a round", above=0)
+    server_momentum: float = _flag(
+        0.0, LEARNING, TRAINING, "of the mean change of a round", at_least=0, below=1
+    )
     seed: int = _flag(0, LEARNING, PLANNING, "of all that is random", at_least=0)
 
     clients_per_chunk: int = _flag(4, MACHINE, TRAINING, "clients a device computes at once", at_least=1)

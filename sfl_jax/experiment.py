@@ -15,6 +15,7 @@ from sfl_jax.datasets.images import preprocessing
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.evaluation import compile_evaluation, in_batches
+from sfl_jax.federated.round import Model, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 
 RIVALS = ("no_split", "common_cut")  # whose clocks run beside the plan's
@@ -37,12 +38,12 @@ class Experiment(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that changes from round to round: variables on the devices, and the simulated seconds of each
+    """All that changes from round to round: the model on the devices, and the simulated seconds of each
     scheme.
     """
 
     round: int
-    variables: models.Variables
+    model: Model
     simulated_s: dict[str, float]
 
 
@@ -80,7 +81,9 @@ def build(config: Config) -> Experiment:
     clients = _clients(config).with_samples([len(part) for part in parts])
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
-    training = Training(chain, optimizer(config), preprocessing(config.image_size))
+    training = Training(
+        chain, optimizer(config), preprocessing(config.image_size), server_optimizer=server_optimizer(config)
+    )
     return Experiment(config, dataset, parts, clients, terms, training, devices)
 
 
@@ -94,7 +97,8 @@ def start(experiment: Experiment) -> State:
     classifier = jax.tree.map(lambda x: experiment.config.head_init_scale * x, classifier)
     variables = variables._replace(params=(*units, classifier))
     clocks = dict.fromkeys((experiment.config.method, *RIVALS), 0.0)
-    return State(0, federated_devices.replicate(variables, experiment.devices), clocks)
+    model = start_model(experiment.training, variables)
+    return State(0, federated_devices.replicate(model, experiment.devices), clocks)
 
 
 def run(experiment: Experiment, state: State) -> Iterator[tuple[State, metrics.Round]]:
@@ -117,14 +121,14 @@ def run(experiment: Experiment, state: State) -> Iterator[tuple[State, metrics.R
     before_s = 0.0
     while ready is not None:
         round_key = jax.random.fold_in(key, ready.round)
-        variables, loss = run_round(
-            state.variables, samples, ready.assignments, round_key, ready.learning_rate
-        )
+        model, loss = run_round(state.model, samples, ready.assignments, round_key, ready.learning_rate)
         done, ready = ready, prepare(experiment, ready.round + 1)
-        state = State(done.round + 1, variables, _add_clocks(state.simulated_s, config.method, done))
+        state = State(done.round + 1, model, _add_clocks(state.simulated_s, config.method, done))
         test_loss = test_accuracy = None
         if state.round % config.eval_every == 0 or state.round == config.rounds:
-            test_loss, test_accuracy = map(float, evaluate(federated_devices.on_first(variables), held_out))
+            test_loss, test_accuracy = map(
+                float, evaluate(federated_devices.on_first(model.variables), held_out)
+            )
         train_loss = float(federated_devices.on_first(loss))
         if not math.isfinite(train_loss):
             raise Diverged(f"round {state.round}: the training loss is {train_loss}")
@@ -164,6 +168,13 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     if config.optimizer == "adam":
         return optax.chain(optax.scale_by_adam(b1=config.momentum), decay)
     return optax.chain(decay, optax.trace(config.momentum) if config.momentum else optax.identity())
+
+
+def server_optimizer(config: Config) -> optax.GradientTransformation | None:
+    """SGD on the clients' mean change; None where that is plain federated averaging."""
+    if (config.server_learning_rate, config.server_momentum) == (1, 0):
+        return None
+    return optax.sgd(config.server_learning_rate, config.server_momentum or None)
 
 
 def learning_rate(config: Config, round: int) -> float:

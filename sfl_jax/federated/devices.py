@@ -43,10 +43,10 @@ def on_first(tree: Any) -> Any:
 def compile_round(
     training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
 ) -> Callable[..., Any]:
-    """round(variables, samples, assignments, key, learning_rate) -> (variables, loss), everything
+    """round(model, samples, assignments, key, learning_rate) -> (model, loss), everything
     replicated but for `assignments`: NumPy, any number of clients, arranged and placed here.
 
-    `execution`: "vmap" computes a chunk's clients at once, "map" one after the other. The variables given
+    `execution`: "vmap" computes a chunk's clients at once, "map" one after the other. The model given
     are donated.
     """
     most = 1 if execution == "map" else clients_per_chunk
@@ -61,12 +61,12 @@ def compile_round(
             devices=devices, donate_argnums=0,
         )  # fmt: skip
 
-    def run(variables, samples, assignments: Assignment, key, learning_rate):
+    def run(model, samples, assignments: Assignment, key, learning_rate):
         arranged, size = fill_chunks(assignments, most, len(devices))
         if len(devices) > 1:
             arranged = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), arranged)
         placed = jax.device_put(arranged, NamedSharding(_mesh(devices), PartitionSpec(AXIS)))
-        return compiled(size)(variables, samples, placed, key, np.float32(learning_rate))
+        return compiled(size)(model, samples, placed, key, np.float32(learning_rate))
 
     return run
 

@@ -1,8 +1,11 @@
 """A round: the sessions of a cohort in vmapped chunks, and the weighted mean of what they learned."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
 
@@ -13,36 +16,58 @@ from sfl_jax.models import Variables
 PADDING = 0.05  # part of a cohort that may be added as idle clients to fill the last chunk
 
 
+class Model(NamedTuple):
+    """What outlives a round: the global variables, and the state of the server's optimiser."""
+
+    variables: Variables
+    server_state: Any = ()
+
+
 def run_round(
     training: Training,
     clients_per_chunk: int,
     axis_name: str | None,
-    variables: Variables,
+    model: Model,
     samples: Samples,
     assignments: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
-) -> tuple[Variables, Float[Array, ""]]:
-    """(the weighted mean of the clients' variables, that of their losses); one device's part of it under
-    `axis_name`.
+) -> tuple[Model, Float[Array, ""]]:
+    """One round: (the model that its clients' weighted mean makes, the weighted mean of their losses).
 
-    Weights are divided by their sum over all devices. Where that is 0 nobody came, and the variables stay.
+    Under `axis_name` this is one device's part of it: weights and sums are those of all devices. Where the
+    weights add up to 0 nobody came, the model stays as it is and the loss is NaN.
     """
-    weights = assignments.weight / _total(assignments.weight.sum(), axis_name)
-    mean = _total(
+    came = _total(assignments.weight.sum(), axis_name)
+    mean, loss = _total(
         sum_of_sessions(
             training,
             clients_per_chunk,
-            variables,
+            model.variables,
             samples,
-            assignments._replace(weight=weights),
+            assignments._replace(weight=assignments.weight / came),
             round_key,
             learning_rate,
         ),
         axis_name,
     )
-    came = _total(assignments.weight.sum(), axis_name) > 0
-    return jax.tree.map(lambda new, old: jnp.where(came, new, old), mean, (variables, jnp.nan))
+    new = _server_step(training.server_optimizer, model, mean), loss
+    return jax.tree.map(lambda new, old: jnp.where(came > 0, new, old), new, (model, jnp.nan))
+
+
+def start_model(training: Training, variables: Variables) -> Model:
+    """The model before the first round."""
+    optimizer = training.server_optimizer
+    return Model(variables, () if optimizer is None else optimizer.init(variables.params))
+
+
+def _server_step(optimizer, model, mean):
+    if optimizer is None:
+        return model._replace(variables=mean)
+    params = model.variables.params
+    gradients = jax.tree.map(jnp.subtract, params, mean.params)
+    updates, state = optimizer.update(gradients, model.server_state, params)
+    return Model(mean._replace(params=optax.apply_updates(params, updates)), state)
 
 
 def sum_of_sessions(

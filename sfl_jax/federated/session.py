@@ -54,14 +54,17 @@ class Training(NamedTuple):
     """What stays the same for a whole run; static under jit.
 
     optimizer: an optax transformation without the learning rate, which is an argument of every round.
-    preprocess: uint8 images (B, H, W, C) -> float images of the network's size.
-    link: None is the identity, which leaves no trace in the compiled program.
+    preprocess: uint8 images (B, H, W, C) -> float images of the network's size. link: None is the identity,
+    which leaves no trace in the compiled program. server_optimizer: takes variables - mean as a gradient,
+    once a round (Reddi et al., arXiv 2003.00295); None takes
+      the mean itself, which is federated averaging.
     """
 
     chain: Chain
     optimizer: optax.GradientTransformation
     preprocess: Callable[[Array], Array]
     link: Link | None = None
+    server_optimizer: optax.GradientTransformation | None = None
 
 
 def run_session(

@@ -18,21 +18,23 @@ PROGRAM = textwrap.dedent("""
     import numpy as np
     from federated import rounds
     from sfl_jax.federated import devices
+    from sfl_jax.federated.round import Model
 
     def mean(count, execution="vmap"):
         chosen = devices.choose_devices(count)
         run = devices.compile_round(rounds.training(link=rounds.SCALING), 2, chosen, execution)
         variables, samples = (devices.replicate(tree, chosen) for tree in rounds.start())
+        model = Model(variables)
         for seed in range(2):
-            result = run(variables, samples, rounds.assignments(seed=seed), jax.random.key(7), rounds.RATE)
-            variables, loss = result
+            result = run(model, samples, rounds.assignments(seed=seed), jax.random.key(7), rounds.RATE)
+            model, loss = result
         for leaf in jax.tree.leaves(result):
             assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == count
         return jax.tree.map(np.asarray, devices.on_first(result))
 
     one = mean(1)
     assert rounds.difference(one, mean(4)) < 1e-5
-    assert rounds.difference(one[0], rounds.start()[0]) > 0.01
+    assert rounds.difference(one[0].variables, rounds.start()[0]) > 0.01
 """)
 
 

@@ -10,7 +10,7 @@ import pytest
 from federated import rounds
 
 from sfl_jax import metrics
-from sfl_jax.federated.round import fill_chunks, run_round
+from sfl_jax.federated.round import Model, fill_chunks, run_round, start_model
 
 KEY = jax.random.key(7)
 
@@ -23,7 +23,10 @@ def compiled(clients_per_chunk, link=None):
 
 def run(work, clients_per_chunk=3, link=None):
     variables, samples = rounds.start()
-    return compiled(clients_per_chunk, link)(variables, samples, work, KEY, jnp.asarray(rounds.RATE))
+    model, loss = compiled(clients_per_chunk, link)(
+        Model(variables), samples, work, KEY, jnp.asarray(rounds.RATE)
+    )
+    return model.variables, loss
 
 
 def fedavg(work):
@@ -159,3 +162,23 @@ def test_learning_rate_free_optimisers_match_optax_sgd():
         update, state = ours.update(gradients, state, params)
         expected, whole_state = whole.update(gradients, whole_state, params)
         np.testing.assert_allclose(-rounds.RATE * update["w"], expected["w"], rtol=1e-6)
+
+
+def test_server_momentum_adds_up_the_mean_changes():
+    training = rounds.training()._replace(server_optimizer=optax.sgd(0.5, 0.9))
+    step = jax.jit(functools.partial(run_round, training, 3, None))
+    variables, samples = rounds.start()
+    model, velocity = start_model(training, variables), 0.0
+    for seed in range(2):
+        work = rounds.assignments(seed=seed)
+        before = model.variables
+        mean, _ = compiled(3)(Model(before), samples, work, KEY, jnp.asarray(rounds.RATE))
+        model, _ = step(model, samples, work, KEY, jnp.asarray(rounds.RATE))
+        velocity = jax.tree.map(
+            lambda old, new, v: 0.9 * v + (np.asarray(old) - new),
+            before.params, mean.variables.params, velocity or jax.tree.map(np.zeros_like, before.params),
+        )  # fmt: skip
+        expected = jax.tree.map(lambda old, v: np.asarray(old) - 0.5 * v, before.params, velocity)
+        assert rounds.difference(model.variables.params, expected) < 1e-5
+        # Statistics are averaged, not accelerated.
+        assert rounds.difference(model.variables.batch_stats, mean.variables.batch_stats) == 0

@@ -52,7 +52,7 @@ class Chain:
                 for number, (path, leaf) in enumerate(leaves)
             ]
             variables = jax.tree.unflatten(structure, [jnp.asarray(value) for value in values])
-            params.append(variables["params"])
+            params.append(variables.get("params", {}))
             batch_stats.append(variables.get("batch_stats", {}))
         return Variables(tuple(params), tuple(batch_stats))
 

@@ -35,8 +35,11 @@ class Profile(NamedTuple):
     smashed: np.ndarray
 
 
-def profile(chain: Chain, image_shape: tuple[int, int, int]) -> Profile:
-    """Traces every unit of `chain` on images of `image_shape` (H, W, C), as `lax.conv`; computes nothing."""
+def profile(chain: Chain, image_shape: tuple[int, ...]) -> Profile:
+    """Traces every unit of `chain` in the `lax.conv` form. Nothing is computed.
+
+    `image_shape` is (H, W, C), for a server half the shape of a sample's smashed data.
+    """
     rows, shape = [], tuple(image_shape)
     for index, unit in enumerate(chain.units):
         rows.append(_trace(_traced_form(unit), shape, chain.first_unit + index == 0))
@@ -71,7 +74,7 @@ def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
         return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
 
     variables = jax.eval_shape(lambda k, x: unit.init(k, x, False), key, example(1))
-    params, state = variables["params"], variables.get("batch_stats", {})
+    params, state = variables.get("params", {}), variables.get("batch_stats", {})
 
     def run(params, x, state, key):
         return unit.apply(

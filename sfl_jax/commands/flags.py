@@ -24,8 +24,9 @@ def run(
 ) -> int:
     """Parse and validate the flags of `command`, call `main(config)`, return the exit code.
 
-    Bad input, whether seen here or raised by `main`, becomes one line on stderr and 2; Ctrl-C becomes 130 and a
-    closed pipe 141, as in a shell. `main` imports what is heavy by itself, so that help and refusals are instant.
+    Bad input, whether seen here or raised by `main`, becomes one line on stderr and 2; Ctrl-C becomes 130 and
+    a closed pipe 141, as in a shell. `main` imports what is heavy by itself, so that help and refusals are
+    instant.
 
     Args:
       main: the command; returns its exit code, None for 0.

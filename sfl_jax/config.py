@@ -94,7 +94,6 @@ class Config:
 
     workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run")
     eval_every: int = _flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
-    checkpoint_every_rounds: int = _flag(10, FILES, TRAINING, "0 writes no checkpoints", at_least=0)
     output: str = _flag("plan.json", FILES, ("plan",), "the plan; a .csv is written beside it")
     plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 

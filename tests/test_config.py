@@ -19,14 +19,14 @@ REFUSED = [
     ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9), ("learning_rate_schedule", "step"),
     ("warmup_rounds", -1), ("seed", -1), ("clients_per_chunk", 0), ("execution", "loop"),
     ("layer_form", "fft"), ("compute_dtype", "int8"), ("devices", -1), ("eval_every", 0), ("workdir", " "),
-    ("dataset", ""), ("checkpoint_every_rounds", -1),
+    ("dataset", ""),
 ]  # fmt: skip
 
 ACCEPTED = [
     ("image_size", 8), ("dirichlet_alpha", 1e-9), ("cohort_size", 100), ("server_flops", 5e-324),
     ("min_cut", 0), ("batch_size", 2**31 - 1), ("momentum", 0.0),
     ("momentum", math.nextafter(1, 0)), ("weight_decay", 0),
-    ("warmup_rounds", 100), ("seed", 0), ("checkpoint_every_rounds", 0), ("learning_rate", 1),
+    ("warmup_rounds", 100), ("seed", 0), ("learning_rate", 1),
 ]  # fmt: skip
 
 
@@ -42,7 +42,6 @@ def test_flag_names_are_those_of_the_contract():
             "devices",
             "eval_every",
             "workdir",
-            "checkpoint_every_rounds",
         ),
     }
     names = [field.name for field in config_lib.fields_of("train")]

@@ -26,18 +26,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
-    """Train, write config.json and metrics.jsonl into the workdir, and end with a table."""
+    """Train, write config.json and metrics.jsonl into the workdir, and end with a table.
+
+    Those of an earlier run in the same place stay, as previous-config.json and previous-metrics.jsonl.
+    """
     workdir = Path(config.workdir)
     ensure_writable(workdir, "workdir", config.workdir)
     from sfl_jax import experiment, metrics
 
     compiling, wall = metrics.CompileClock(), metrics.Stopwatch()
     built = experiment.build(config)
+    for name in ("config.json", "metrics.jsonl"):
+        if (workdir / name).exists():
+            (workdir / name).replace(workdir / f"previous-{name}")
     with whole_file(workdir / "config.json") as file:
         file.write(
             json.dumps(settings(config) | {"environment": environment(built.devices)}, indent=2).encode()
         )
-    (workdir / "metrics.jsonl").unlink(missing_ok=True)
     log = metrics.Log(workdir / "metrics.jsonl")
     start = state = experiment.start(built)
     last = None

@@ -67,6 +67,15 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     assert first == second
 
 
+def test_an_earlier_run_is_kept(monkeypatch, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("earlier\n")
+    monkeypatch.setattr(experiment, "run", lambda *_: iter(()))
+    monkeypatch.setattr(train, "summary", lambda *_: "")
+    assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 0
+    assert (tmp_path / "previous-metrics.jsonl").read_text() == "earlier\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_the_table_compares_the_clocks():
     last = metrics.Round(2, 0.5, 0.4, 0.9123, 1.0, 1.0, 2.0, 9.0, 100.0, 10, 3.5)
     clocks = {"exact": 2.0, "no_split": 5.0, "common_cut": math.inf}

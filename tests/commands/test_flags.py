@@ -107,7 +107,14 @@ SCRIPT = "import sys; from sfl_jax.commands import flags; sys.exit(flags.run({ma
 
 def python(main, *argv):
     command = [sys.executable, "-c", SCRIPT.format(main=main), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=_hear_ctrl_c
+    )
+
+
+def _hear_ctrl_c():
+    """A job in a shell's background is started deaf to Ctrl-C, and so are its children, these tests among
+    them.""" signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--rounds=0"], 2), (["stray"], 2), ([], 0)])

@@ -113,8 +113,8 @@ def python(main, *argv):
 
 
 def _hear_ctrl_c():
-    """A job in a shell's background is started deaf to Ctrl-C, and so are its children, these tests among
-    them.""" signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """A job in the background of a shell is deaf to Ctrl-C, and so are its children, these tests too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--rounds=0"], 2), (["stray"], 2), ([], 0)])

@@ -69,10 +69,10 @@ def _from(costs, swept, shares, server_flops, present) -> Rest:
         cuts = cuts_for(costs, swept, rest.shares)
         shares, round_s = shares_for(costs, cuts, server_flops, present)
         better = (round_s < rest.round_s) | (rest.iterations == 0)
-        kept = [
+        cuts, shares, best_s = (
             jnp.where(better, new, old) for new, old in zip((cuts, shares, round_s), rest[:3], strict=True)
-        ]
-        return Rest(*kept, rest.iterations + 1), rest.round_s
+        )
+        return Rest(cuts, shares, best_s, rest.iterations + 1), rest.round_s
 
     clients, count = costs.shape
     start = Rest(jnp.full(clients, count - 1, jnp.int32), shares, jnp.asarray(jnp.inf), jnp.int32(0))

@@ -44,12 +44,14 @@ def alternating(costs, server_flops, present, *, starts=("equal",), key=None) ->
 def cuts_for(costs, swept, shares):
     """Each client's fastest allowed cut under its share (K,) FLOP/s; (K,) int32, L where none is allowed."""
 
+    swept, shares = lax.optimization_barrier((swept, shares))  # as in exact.py
+
     def end_s(_, column):
         fixed_s, per_weight, allowed = column
         work = costs.weight * per_weight
         return jnp.where(allowed, fixed_s + jnp.where(work > 0, work / shares, 0.0), jnp.inf)
 
-    return least(swept, costs.shape, end_s)[1]
+    return lax.optimization_barrier(least(swept, costs.shape, end_s)[1])
 
 
 def shares_for(costs, cuts, server_flops, present):

@@ -5,18 +5,17 @@ clients and nothing of size K x C is made. Cuts are unrolled by the block to bou
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from sfl_jax.optim.costs import Costs, Terms
 
-T = TypeVar("T")
-Column = tuple[
-    jax.Array, jax.Array, jax.Array
-]  # fixed seconds (K,), work per weight (K,) or (), allowed (K,)
+# Of one cut: fixed seconds (K,), work per weight (K,) or (), allowed (K,).
+Column = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Dense(NamedTuple):
@@ -26,7 +25,7 @@ class Dense(NamedTuple):
 
     @property
     def block(self) -> int:
-        return min(self.costs.shape[1], 64)
+        return _block(self.costs.shape[1])
 
     def columns(self, first) -> Iterator[Column]:
         parts = [lax.dynamic_slice_in_dim(part, first, self.block, axis=1) for part in self.costs]
@@ -38,14 +37,14 @@ class Dense(NamedTuple):
 class Factored(NamedTuple):
     """Terms with one coefficient per kind of amount: compute, bits up, bits down, bits of the model."""
 
-    coefficients: tuple[jax.Array, ...]  # four of (K,)
-    memory_bytes: jax.Array  # (K,)
-    joules: tuple[jax.Array, ...] | None  # per FLOP, per bit up, per bit of the model, budget; (K,) each
+    coefficients: tuple[ArrayLike, ...]  # four of (K,)
+    memory_bytes: ArrayLike  # (K,)
+    joules: tuple[ArrayLike, ...] | None  # per FLOP, per bit up, per bit of the model, budget; (K,) each
     rows: jax.Array  # (C, 6): the four amounts, server work, needed bytes (inf where min_cut forbids)
 
     @property
     def block(self) -> int:
-        return min(len(self.rows), 24)
+        return _block(len(self.rows))
 
     def columns(self, first) -> Iterator[Column]:
         rows = lax.dynamic_slice_in_dim(self.rows, first, self.block)
@@ -58,6 +57,11 @@ class Factored(NamedTuple):
                 per_flop, per_bit, per_model_bit, budget = self.joules
                 allowed &= per_flop * flop + per_bit * up_bits + per_model_bit * model_bits <= budget
             yield fixed_s, work, allowed
+
+
+def _block(count: int) -> int:
+    """Cuts unrolled at a time: all of a usual network's, for a loop would carry its state through memory."""
+    return count if count <= 64 else 32
 
 
 def table(costs: Costs | Terms) -> Dense | Factored:
@@ -80,7 +84,7 @@ def table(costs: Costs | Terms) -> Dense | Factored:
     )
 
 
-def sweep(swept: Dense | Factored, count: int, step: Callable[[jax.Array, Column, T], T], start: T) -> T:
+def sweep(swept: Dense | Factored, count: int, step: Callable, start):
     """step(cut, column, state) over all `count` cuts in order."""
     block = swept.block
 

@@ -15,6 +15,7 @@ from sfl_jax.optim.shares import SLACK, end_s, rounding
 from sfl_jax.optim.table import least, sweep, table
 
 _PASSES = 200
+_LARGE, _SAMPLED = 1 << 17, 64
 
 
 class Optimum(NamedTuple):
@@ -26,23 +27,27 @@ class Optimum(NamedTuple):
 
 
 class _Search(NamedTuple):
-    low_s: jax.Array  # nobody can promise this
+    low_s: jax.Array  # cannot be met
     low_need: jax.Array
-    high_s: jax.Array  # these cuts can
-    high_need: jax.Array
+    met_s: jax.Array  # the least time that was tried and can be met
+    met_need: jax.Array
+    high_s: jax.Array  # where the best cuts so far end with the best shares for them
     cuts: jax.Array
     guess_s: jax.Array
-    slow: jax.Array  # steps since the bracket last halved
+    closing: jax.Array  # whether the guess is just below high_s, to close the bracket
+    hopeful: jax.Array  # whether no such guess has failed
+    side: jax.Array  # guesses in a row on one side: positive, could not be met
+    slow: jax.Array  # guesses in a row that did not halve the bracket
     passes: jax.Array
 
 
 def exact(costs, server_flops, present) -> Optimum:
     """Optimal cuts and the proven bound; costs or terms, server_flops () FLOP/s, present (K,) bool.
 
-    One pass at a guess T either proves that T cannot be met or gives cuts that meet it. Frozen, these
-    cuts have a closed-form best end, and the next guess is just below it: either that cannot be met,
-    and the search is over, or better cuts come out. Where an all-local client ends last there are
-    many small jumps ahead: then the chord of 1 / need leads, and after two poor steps bisection.
+    A pass at a guess T either proves that T cannot be met or gives cuts that meet it. Frozen, these cuts
+    have a closed-form best end, and a guess just below it closes the bracket if the cuts were optimal:
+    two or three passes where clients share the server. Where many could as well train alone, each pass
+    moves a few of them off the server, and a bracketed secant on log need is quicker.
 
     The bound survives rounding: seconds off the server are computed to a few units in the last place of
     T, shares to a few of their own, and a share grows by e at least when T shrinks by e. So what is too
@@ -51,8 +56,7 @@ def exact(costs, server_flops, present) -> Optimum:
     clients, count = costs.shape
     swept = table(costs)
     error = rounding(clients)
-    tolerance = 4 * error + 1e-12
-    room = server_flops * (1 - error)
+    tolerance = 1e-12 + clients * 1e-13
     least_s = jnp.max(jnp.where(present, _ends_alone(swept, costs, server_flops), 0.0))
 
     def wide(at: _Search):
@@ -60,42 +64,44 @@ def exact(costs, server_flops, present) -> Optimum:
         return (open_ & (at.passes < _PASSES)) | (at.passes == 0)
 
     def step(at: _Search) -> _Search:
-        guess_s = at.guess_s
-        cuts = _best_cuts(swept, costs.shape, guess_s)
-        fixed_s, work, allowed = lax.optimization_barrier(costs.at(cuts))
-        busy = present & (work > 0)
-        work = jnp.where(busy, work, 0.0)
-        left_s = jnp.where(busy, (guess_s - fixed_s) + SLACK * guess_s, 1.0)
-        in_time = jnp.all(~present | (allowed & (fixed_s <= guess_s)))
-        need = jnp.where(in_time, jnp.sum(work / left_s), jnp.inf)
-        idle_s = jnp.max(jnp.where(present & ~busy, fixed_s, -jnp.inf))
-        busy_s = end_s(fixed_s, work, server_flops, start_s=guess_s)
-        frozen_s = jnp.where(in_time, jnp.maximum(busy_s, idle_s), jnp.inf)
-        server_binds = busy_s >= idle_s
-        frozen_left_s = jnp.where(busy, frozen_s - fixed_s, 1.0)
-        frozen_need = jnp.where(server_binds, server_flops, jnp.sum(work / frozen_left_s))
-
-        fits = need <= room
-        low_s, low_need = jnp.where(fits, at.low_s, guess_s), jnp.where(fits, at.low_need, need)
-        high_s, high_need = jnp.where(fits, guess_s, at.high_s), jnp.where(fits, need, at.high_need)
-        better = frozen_s < high_s
-        high_s, high_need = jnp.where(better, frozen_s, high_s), jnp.where(better, frozen_need, high_need)
-        kept = jnp.where(fits | better | (at.passes == 0), cuts, at.cuts)
+        cuts = _best_cuts(swept, costs.shape, at.guess_s)
+        need, frozen_s, shared = _tried(costs, cuts, at.guess_s, server_flops, present)
+        met = need <= server_flops * (1 - error)
+        low_s, low_need = _either(met, (at.low_s, at.low_need), (at.guess_s, need))
+        met_s, met_need = _either(met, (at.guess_s, need), (at.met_s, at.met_need))
+        high_s = jnp.minimum(jnp.minimum(at.high_s, met_s), frozen_s)
+        kept = jnp.where((high_s < at.high_s) | (at.passes == 0), cuts, at.cuts)
+        side = jnp.where(met, jnp.minimum(at.side, 0) - 1, jnp.maximum(at.side, 0) + 1)
         slow = jnp.where(high_s - low_s > 0.5 * (at.high_s - at.low_s), at.slow + 1, 0)
+        hopeful = at.hopeful & ~(at.closing & met)
+
         below_s = high_s * (1 - 0.6 * tolerance)
-        chord_s = _chord(low_s, 1 / low_need, high_s, 1 / high_need, 1 / server_flops, slow)
-        following = jnp.where(server_binds, below_s, chord_s)
-        good = (following > low_s) & (following < high_s) & (slow < 2)
-        following = jnp.where(good, following, 0.5 * (low_s + high_s))
-        return _Search(low_s, low_need, high_s, high_need, kept, following, slow, at.passes + 1)
+        width_s, middle_s = high_s - low_s, 0.5 * (low_s + high_s)
+        # An end that stays is made to count less each time (Illinois), or the secant would creep.
+        low, high = jnp.log(low_need / server_flops), jnp.log(met_need / server_flops)
+        low, high = low * 2.0 ** jnp.minimum(side + 1, 0), high * 2.0 ** -jnp.maximum(side - 1, 0)
+        secant_s = jnp.minimum(low_s + (met_s - low_s) * (low / (low - high)), below_s)
+        secant_s = jnp.clip(secant_s, low_s + 0.02 * width_s, high_s - 0.02 * width_s)
+        close = ~met & (width_s < 1e-3 * (met_s - low_s)) & jnp.isfinite(met_s)
+        closing = shared & (hopeful | close) & (slow < 3)
+        guess_s = jnp.where(closing, below_s, jnp.where(slow < 3, secant_s, middle_s))
+        inside = (guess_s > low_s) & (guess_s < high_s)
+        return _Search(
+            low_s, low_need, met_s, met_need, high_s, kept, jnp.where(inside, guess_s, middle_s),
+            closing & inside, hopeful | close, side, jnp.where(slow < 3, slow, 0), at.passes + 1,
+        )  # fmt: skip
 
     start = _Search(
         low_s=least_s,
-        low_need=clients * server_flops,
-        high_s=jnp.full((), jnp.inf),
-        high_need=jnp.zeros(()),
+        low_need=clients * server_flops,  # at most: a client alone needs no more than the server
+        met_s=jnp.asarray(jnp.inf),
+        met_need=jnp.zeros(()),
+        high_s=jnp.asarray(jnp.inf),
         cuts=jnp.full(clients, count - 1, jnp.int32),
-        guess_s=least_s * (1 + 0.25 * tolerance),
+        guess_s=jnp.maximum(_sampled_s(costs, server_flops, present), least_s * (1 + 0.25 * tolerance)),
+        closing=jnp.asarray(False),
+        hopeful=jnp.asarray(True),
+        side=jnp.int32(0),
         slow=jnp.int32(0),
         passes=jnp.int32(0),
     )
@@ -104,11 +110,31 @@ def exact(costs, server_flops, present) -> Optimum:
     return Optimum(cuts, end.low_s * (1 - 8 * error), end.passes)
 
 
-def _chord(low_s, low, high_s, high, goal, slow):
-    """Where the chord of a rising function meets the goal, kept off the ends; further after a poor step."""
-    part = jnp.clip((goal - low) / (high - low), 0.01, 0.99)
-    part = jnp.where(slow == 1, jnp.where(part < 0.5, 2 * part, 2 * part - 1), part)
-    return low_s + (high_s - low_s) * part
+def _tried(costs, cuts, time_s, server_flops, present):
+    """Of cuts chosen to end by time_s: the server they need, where they end with the best shares, whether
+    that is for want of server rather than for a client that uses none."""
+    fixed_s, work, allowed = lax.optimization_barrier(costs.at(cuts))
+    busy = present & (work > 0)
+    work = jnp.where(busy, work, 0.0)
+    in_time = jnp.all(~present | (allowed & (fixed_s <= time_s)))
+    left_s = jnp.where(busy, (time_s - fixed_s) + SLACK * time_s, 1.0)
+    need = jnp.where(in_time, jnp.sum(work / left_s), jnp.inf)
+    idle_s = jnp.max(jnp.where(present & ~busy, fixed_s, -jnp.inf))
+    busy_s = end_s(fixed_s, work, server_flops, start_s=time_s)
+    return need, jnp.where(in_time, jnp.maximum(busy_s, idle_s), jnp.inf), busy_s >= idle_s
+
+
+def _either(first, these, those):
+    return [jnp.where(first, this, that) for this, that in zip(these, those, strict=True)]
+
+
+def _sampled_s(costs, server_flops, present):
+    """Where to look first: of very many clients, the optimum of every 64th, with a server as much smaller."""
+    if costs.shape[0] < _LARGE:
+        return jnp.zeros(())
+    few, here = costs.take(slice(None, None, _SAMPLED)), present[::_SAMPLED]
+    part = jnp.sum(here) / jnp.maximum(jnp.sum(present), 1)
+    return exact(few, server_flops * part, here).bound_s
 
 
 def _ends_alone(swept, costs, server_flops):

@@ -65,12 +65,12 @@ def sensitivity(costs: Costs | Terms, plan: Plan) -> Sensitivity:
     """The multipliers of a session plan with optimal shares.
 
     Of sum w / (T - a) = F: dT/dF = -1 / sum(s^2 / w) and dT/da = (s^2 / w) / sum(s^2 / w). Where clients
-    without a server end last, the round is theirs alone, in equal parts.
+    that use no server end last, the round is theirs alone, in equal parts.
     """
-    _, work, _ = costs.at(plan.cuts)
     busy = plan.shares > 0
-    steep = np.divide(plan.shares**2, work, out=np.zeros(len(work)), where=busy)
-    last = plan.client_s >= plan.round_s * (1 - 1e-9)
-    if not (last & busy).any():
+    last = ~busy & (plan.client_s > 0) & (plan.client_s >= plan.round_s * (1 - 1e-12))
+    if last.any() or not busy.any():
         return Sensitivity(0.0, last / max(last.sum(), 1))
+    _, work, _ = costs.at(plan.cuts)
+    steep = np.divide(plan.shares**2, work, out=np.zeros(len(work)), where=busy)
     return Sensitivity(float(1 / steep.sum()), steep / steep.sum())

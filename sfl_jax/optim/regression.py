@@ -33,7 +33,7 @@ class Fit(NamedTuple):
     worst: float  # largest error at a cut, of the largest value
     aicc: float
 
-    def __call__(self, cuts) -> Floats:
+    def __call__(self, cuts):
         """The fitted quantity at continuous cuts."""
         x = np.asarray(cuts, np.float64) / self.last_cut
         return self.scale * FAMILIES[self.family][0](x, np.array(self.parameters))
@@ -79,14 +79,14 @@ def _pchip(x, parameters):
     return interpolate.PchipInterpolator(np.linspace(0, 1, len(parameters)), parameters)(x)
 
 
-# Family: its formula and the starts of its search; polynomials need none.
+# Family: its formula and the starts of its search; those that are linear in their parameters need none.
 FAMILIES: dict[str, tuple[Callable, tuple[tuple[float, ...], ...]]] = {
     **{f"polynomial {degree}": (_polynomial, ((0.0,) * (degree + 1),)) for degree in range(1, 6)},
     "power": (_power, ((1.0, 2.0, 0.0), (-1.0, 0.5, 1.0))),
     "exponential": (_exponential, ((0.1, 2.0, 0.0), (1.0, -3.0, 0.0))),
     "reciprocal": (_reciprocal, ((0.1, 0.1, 0.0), (-0.1, 0.1, 1.0))),
-    **{f"piecewise {knots}": (_piecewise, ((0.5,) * knots,)) for knots in (3, 4, 6, 8)},
-    **{f"pchip {knots}": (_pchip, (tuple(np.linspace(0, 1, knots)), (0.5,) * knots)) for knots in (4, 6, 8)},
+    **{f"piecewise {knots}": (_piecewise, ((0.0,) * knots,)) for knots in (3, 4, 6, 8)},
+    **{f"pchip {knots}": (_pchip, ((0.0,) * knots,)) for knots in (4, 6, 8)},
 }
 
 
@@ -94,7 +94,17 @@ def fit_curves(terms: Terms) -> tuple[Curve, ...]:
     """A network's curves per sample over the cuts min_cut..L, each with every family's fit, best first."""
     cuts = np.flatnonzero(terms.permitted)
     values = (terms.forward_flop, terms.backward_flop, terms.model_bits, terms.down_bits)
-    return _fit_all(tuple(int(cut) for cut in cuts), tuple(tuple(value[cuts].tolist()) for value in values))
+    rows = zip(QUANTITIES, values, strict=True)
+    return tuple(fit_curve(name, tuple(cuts.tolist()), tuple(value[cuts].tolist())) for name, value in rows)
+
+
+# A network's curves are the same every round.
+@functools.lru_cache(maxsize=256)
+def fit_curve(quantity: str, cuts: tuple[int, ...], values: tuple[float, ...]) -> Curve:
+    """Every family that so many cuts can judge, fitted to one quantity."""
+    x, y = np.array(cuts, np.float64), np.array(values)
+    fits = filter(None, (_fit(family, x, y) for family in FAMILIES))
+    return Curve(quantity, x, y, tuple(sorted(fits, key=lambda fit: fit.aicc)) or (_straight(x, y),))
 
 
 def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
@@ -133,18 +143,6 @@ def rounded(terms, samples):
     return least(table(terms), terms.shape, distance)[1]
 
 
-# A network's curves are the same every round.
-@functools.lru_cache(maxsize=64)
-def _fit_all(cuts: tuple[int, ...], values: tuple[tuple[float, ...], ...]) -> tuple[Curve, ...]:
-    x = np.array(cuts, np.float64)
-    curves = []
-    for quantity, data in zip(QUANTITIES, values, strict=True):
-        fits = [_fit(family, x, np.array(data)) for family in FAMILIES]
-        best_first = tuple(sorted(filter(None, fits), key=lambda fit: fit.aicc))
-        curves.append(Curve(quantity, x, np.array(data), best_first or (_straight(x, np.array(data)),)))
-    return tuple(curves)
-
-
 def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:
     """Least squares of one family; None where there are too few cuts to judge it."""
     formula, starts = FAMILIES[family]
@@ -154,14 +152,15 @@ def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:
     scale = float(np.abs(values).max()) or 1.0
     last = int(cuts[-1])
     x, y = cuts / last, values / scale
-    if formula is _polynomial:
-        found = [np.polynomial.polynomial.polyfit(x, y, free - 1)]
+    if formula in (_polynomial, _piecewise):
+        basis = np.stack([formula(x, unit) for unit in np.eye(free)], axis=1)
+        found = [np.linalg.lstsq(basis, y)[0]]
     else:
+        if formula is _pchip:
+            starts = (np.interp(np.linspace(0, 1, free), x, y),)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # a family that does not suit a quantity may overflow on its way
-            searches = [
-                optimize.least_squares(lambda p: formula(x, p) - y, start, method="trf") for start in starts
-            ]
+            searches = [optimize.least_squares(lambda p: formula(x, p) - y, start) for start in starts]
         found = [search.x for search in searches]
     parameters = min(found, key=lambda p: float(np.sum((formula(x, p) - y) ** 2)))
     return _judged(family, tuple(map(float, parameters)), scale, last, x, y, formula)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+# Times are kept this far above the seconds off the server, or tiny work would leave 0 s for it.
+_ABOVE = 1 + 2.0**-51
 # A float64 operation is off by at most 2**-53, relative, and no formula here chains 2**6 of them.
 SLACK = 2.0**-46
 _STEPS = 100
@@ -26,7 +28,7 @@ def end_s(fixed_s, work, server_flops, start_s: ArrayLike = 0.0):
     Newton's steps on it approach from the left and never pass the root.
     """
     busy = work > 0
-    least_s = jnp.max(jnp.where(busy, fixed_s + work / server_flops, -jnp.inf))
+    least_s = jnp.max(jnp.where(busy, fixed_s + work / server_flops, -jnp.inf)) * _ABOVE
 
     def newton(time_s):
         left = jnp.where(busy, time_s - fixed_s, 1.0)
@@ -67,7 +69,7 @@ def shares_by(time_s, fixed_s, server_flop, server_flops, present):
     room = server_flops * (1 - error)
 
     def by(time_s):
-        return jnp.where(busy, server_flop / jnp.where(busy, time_s - fixed_s, 1.0), 0.0)
+        return jnp.where(busy, server_flop / jnp.where(busy, time_s * _ABOVE - fixed_s, 1.0), 0.0)
 
     # A time longer by e cuts every share by e at least; to scale the shares instead would hurt small ones.
     shares = by(time_s)

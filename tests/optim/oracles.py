@@ -127,14 +127,14 @@ def profile(units: int = 4, seed: int = 0) -> SimpleNamespace:
 
 
 def fleet(clients: int = 3, seed: int = 0, spread: float = 1.0, **columns) -> SimpleNamespace:
-    """A made-up fleet: log-normal rates around a phone's, memory that never binds, columns as given."""
+    """A made-up fleet: log-normal rates around a small board's, memory that never binds, columns as given."""
     rng = np.random.default_rng(seed)
 
     def around(value):
         return value * np.exp(spread * rng.normal(size=clients))
 
     made = {
-        "flops": around(5e9),
+        "flops": around(1e8),
         "uplink_bps": around(1e7),
         "downlink_bps": around(3e7),
         "memory_bytes": np.full(clients, 1e12),

@@ -127,7 +127,12 @@ def test_terms_and_their_dense_form_have_one_plan(method):
         np.testing.assert_allclose(sum(seconds), factored.client_s, rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", optim.METHODS)
+SLOW_TWINS = ("alternating", "equal_shares", "common_cut", "no_split")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW_TWINS else ()) for m in optim.METHODS]
+)
 def test_the_pure_twin_gives_the_same_plans_under_vmap(method):
     fleets = [oracles.fleet(4, seed) for seed in range(5)]
     many = [optim.terms(oracles.profile(3), fleet, optim.Work()) for fleet in fleets]

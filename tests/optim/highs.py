@@ -1,0 +1,91 @@
+"""The TLMP as mixed-integer programs for HiGHS: one that is too kind and one that is too strict.
+
+Variables: the round T, z (client, cut) in {0, 1}, and the server's part in either form.
+"""
+
+import numpy as np
+from scipy import optimize, sparse
+
+TANGENTS, LEVELS = 24, 40
+
+
+def tangent_bound_s(costs, server_flops: float, near_s: float, seconds: float = 60.0) -> float:
+    """A lower bound: w z^2 / s (w / s where z = 1) replaced by its tangents w (2 z / s0 - s / s0^2)."""
+    clients, cuts = np.nonzero(costs.allowed)
+    fixed_s, work = costs.fixed_s[clients, cuts], costs.server_flop[clients, cuts] / server_flops
+    pairs, total = len(clients), len(costs.fixed_s)
+    rows = _Rows(1 + 3 * pairs)  # T, z, s (of the server), serving seconds
+    time, chosen, share, serving = 0, 1, 1 + pairs, 1 + 2 * pairs
+    for client in range(total):
+        mine = np.flatnonzero(clients == client)
+        rows.add(chosen + mine, 1.0, 1.0, 1.0)
+        rows.add(
+            [time, *(chosen + mine), *(serving + mine)],
+            [1.0, *-fixed_s[mine], *[-1.0] * len(mine)],
+            0.0,
+            np.inf,
+        )
+    rows.add(share + np.arange(pairs), 1.0, -np.inf, 1.0)
+    for pair in np.flatnonzero(work > 0):
+        rows.add([share + pair, chosen + pair], [1.0, -1.0], -np.inf, 0.0)
+        # Where the optimum's share of this cut would be, and around it.
+        for about in np.geomspace(work[pair] / near_s / 4, 1.0, TANGENTS):
+            slope = work[pair] / about
+            rows.add(
+                [serving + pair, chosen + pair, share + pair], [1.0, -2 * slope, slope / about], 0.0, np.inf
+            )
+    integral = np.zeros(rows.width)
+    integral[chosen : chosen + pairs] = 1
+    return rows.minimise(time, integral, seconds).mip_dual_bound
+
+
+def discretised_round_s(costs, server_flops: float, near_s: float, seconds: float = 60.0) -> float:
+    """An upper bound: every share is one of LEVELS fractions of the server."""
+    clients, cuts = np.nonzero(costs.allowed)
+    options = []
+    for client, cut in zip(clients, cuts, strict=True):
+        work = costs.server_flop[client, cut] / server_flops
+        levels = np.geomspace(work / near_s / 2, 1.0, LEVELS) if work > 0 else [0.0]
+        options += [
+            (client, level, costs.fixed_s[client, cut] + (work / level if level else 0)) for level in levels
+        ]
+    owner, level, end_s = (np.array(column) for column in zip(*options, strict=True))
+    # What could not end by twice the optimum will not be chosen.
+    keep = end_s <= 2 * near_s
+    owner, level, end_s = owner[keep], level[keep], end_s[keep]
+    rows = _Rows(1 + len(owner))
+    for client in range(len(costs.fixed_s)):
+        mine = np.flatnonzero(owner == client)
+        rows.add(1 + mine, 1.0, 1.0, 1.0)
+        rows.add([0, *(1 + mine)], [1.0, *-end_s[mine]], 0.0, np.inf)
+    rows.add(1 + np.arange(len(owner)), level, -np.inf, 1.0)
+    found = rows.minimise(0, np.r_[0, np.ones(len(owner))], seconds)
+    return found.fun if found.x is not None else np.inf
+
+
+class _Rows:
+    """Linear constraints, a row at a time."""
+
+    def __init__(self, width: int):
+        self.width, self.matrix, self.low, self.high = width, [], [], []
+
+    def add(self, columns, values, low: float, high: float) -> None:
+        columns = np.asarray(columns, int)
+        values = np.broadcast_to(np.asarray(values, float), columns.shape)
+        self.matrix.append(
+            sparse.csr_array((values, (np.zeros(len(columns), int), columns)), (1, self.width))
+        )
+        self.low.append(low)
+        self.high.append(high)
+
+    def minimise(self, column: int, integral, seconds: float):
+        goal = np.zeros(self.width)
+        goal[column] = 1.0
+        upper = np.where(integral == 1, 1.0, np.inf)
+        return optimize.milp(
+            goal,
+            integrality=integral,
+            bounds=optimize.Bounds(0.0, upper),
+            constraints=optimize.LinearConstraint(sparse.vstack(self.matrix), self.low, self.high),
+            options={"time_limit": seconds},
+        )

@@ -1,0 +1,76 @@
+import jax
+import numpy as np
+import pytest
+from optim import oracles
+
+from sfl_jax import optim
+from sfl_jax.errors import BadInput
+
+KEY = jax.random.key(3)
+
+
+def instance(seed, per_client=3e7, clients=20, spread=1.0):
+    return optim.terms(
+        oracles.profile(8, seed), oracles.fleet(clients, seed, spread), optim.Work()
+    ), per_client * clients
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_at_rest_neither_half_helps(seed):
+    terms, server_flops = instance(seed)
+    plan = optim.solve(terms, server_flops, "alternating")
+    costs = terms.costs()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        serving_s = np.where(costs.server_flop > 0, costs.server_flop / plan.shares[:, None], 0.0)
+    ends = np.where(costs.allowed, costs.fixed_s + serving_s, np.inf)
+    # Cuts given shares: the best the slowest client could do is what the plan does.
+    assert ends.min(axis=1).max() >= plan.round_s * (1 - 1e-9)
+    clients = np.arange(len(plan.cuts))
+    best_s = oracles.least_time_s(
+        costs.fixed_s[clients, plan.cuts], costs.server_flop[clients, plan.cuts], server_flops
+    )
+    np.testing.assert_allclose(plan.round_s, best_s, rtol=1e-10)
+    assert plan.iterations >= 2
+
+
+def test_a_client_whose_share_falls_to_zero_never_comes_back():
+    # With half the server each, neither is quicker than alone, so nobody asks for the whole of it.
+    costs = optim.Costs(
+        np.array([[1.0, 10.0], [1.0, 9.0]]), np.array([[12.0, 0.0], [12.0, 0.0]]), np.ones((2, 2), bool)
+    )
+    plan = optim.solve(costs, 2.0, "alternating")
+    assert plan.cuts.tolist() == [1, 1]
+    assert plan.round_s == pytest.approx(10.0)
+    assert optim.solve(costs, 2.0).round_s == pytest.approx(9.0)
+
+
+def test_more_starts_are_never_worse_and_often_better():
+    better = 0
+    for seed in range(12):
+        terms, server_flops = instance(seed, per_client=1e8)
+        one = optim.solve(terms, server_flops, "alternating")
+        more = optim.solve(
+            terms, server_flops, "alternating", key=KEY, starts=("equal", "proportional", "random", "random")
+        )
+        assert more.round_s <= one.round_s
+        assert more.iterations > one.iterations
+        better += more.round_s < one.round_s * (1 - 1e-6)
+    assert better >= 3
+
+
+def test_random_starts_differ_from_each_other_and_by_key():
+    terms, server_flops = instance(0, per_client=1e8)
+    rounds = {
+        optim.solve(terms, server_flops, "alternating", key=jax.random.key(seed), starts=("random",)).round_s
+        for seed in range(6)
+    }
+    assert len(rounds) > 1
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"), [((), "choose some of"), (("best",), "choose some"), (("random",), "key")]
+)
+def test_starts_without_sense(starts, message):
+    terms, server_flops = instance(0)
+    with pytest.raises(BadInput, match=message):
+        optim.solve(terms, server_flops, "alternating", starts=starts)

@@ -91,6 +91,7 @@ def round_seconds(chosen: Stages) -> float:
 
 def optimal_cuts(costs: Stages) -> tuple[NDArray[np.int64], float, int]:
     """The cuts (K,) with the shortest staged round, a proven lower bound (s), and the barrier times tried."""
+    costs = _worth_trying(costs)
     order = _Order(costs)
     times = np.unique(costs.before_s[np.isfinite(costs.before_s)])
     times = times[times >= costs.before_s.min(axis=1).max()]
@@ -115,6 +116,18 @@ def optimal_cuts(costs: Stages) -> tuple[NDArray[np.int64], float, int]:
     cuts = order.cuts(times[best], after_s[best])
     bound_s = min(best_s, skipped_s) * (1 - 4 * rounding(len(costs.before_s))) - order.error_s
     return cuts, max(bound_s, 0.0), tried
+
+
+def _worth_trying(costs: Stages) -> Stages:
+    """The table without cuts that last longer, alone, than some round does: no shortest round has them.
+
+    What is left is of the round's own size, and so is the rounding that the bound must allow for.
+    """
+    whole_s = costs.before_s + costs.serving_s + costs.after_s
+    quickest = whole_s.argmin(axis=1)
+    some = Stages(*(part[np.arange(len(quickest)), quickest] for part in costs))
+    worth = whole_s <= round_seconds(some) * (1 + 4 * rounding(len(quickest)))
+    return Stages(*(np.where(worth, part, np.inf) for part in costs))
 
 
 class _Order:

@@ -102,19 +102,16 @@ def test_help_names_every_flag_once_with_its_default(command, capsys):
     assert len(headings) == len(set(headings))
 
 
-SCRIPT = "import sys; from sfl_jax.commands import flags; sys.exit(flags.run({main}, 'train', 'About.'))"
+# A job in the background of a shell is deaf to Ctrl-C, and so are its children: hear it again.
+SCRIPT = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from sfl_jax.commands import flags; sys.exit(flags.run({main}, 'train', 'About.'))"
+)
 
 
 def python(main, *argv):
     command = [sys.executable, "-c", SCRIPT.format(main=main), *argv]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=_hear_ctrl_c
-    )
-
-
-def _hear_ctrl_c():
-    """A job in the background of a shell is deaf to Ctrl-C, and so are its children, these tests too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--rounds=0"], 2), (["stray"], 2), ([], 0)])

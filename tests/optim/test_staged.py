@@ -51,6 +51,12 @@ def test_the_optimum_is_that_of_enumeration_and_the_bound_holds_exactly(costs):
     assert bound_s == pytest.approx(float(optimum), rel=1e-8, abs=1e-300)
 
 
+def test_a_hopeless_cut_does_not_loosen_the_bound():
+    costs = staged.Stages(np.array([[0.0, 0.0]]), np.array([[0.0, 1e6]]), np.array([[0.125, 0.0]]))
+    _, bound_s, _ = staged.optimal_cuts(costs)
+    assert 0.125 * (1 - 1e-12) <= bound_s <= 0.125
+
+
 def test_a_worse_search_would_be_noticed():
     """The barrier times matter: the best after the least first barrier alone is not the optimum."""
     costs = staged.Stages(np.array([[1.0, 2.0]]), np.array([[9.0, 1.0]]), np.array([[1.0, 1.0]]))

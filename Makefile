@@ -38,7 +38,7 @@ clean:
 .venv/python.stamp:
 	$(if $(filter True,$(NEW_ENOUGH)),,$(error sfl_jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is not: try make PYTHON=python3.12))
 	@$(PYTHON) -m venv .venv
-	@$(PIP) hatchling editables
+	@$(PIP) editables hatchling setuptools wheel
 	@touch $@
 
 # Each stamp stands for an installed extra; the larger ones contain the runtime.

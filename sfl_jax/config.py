@@ -15,6 +15,8 @@ METHODS = (
     "exact", "alternating", "regression", "greedy", "equal_shares", "common_cut", "random_cut", "no_split",
 )  # fmt: skip
 BARRIERS = ("session", "staged")
+LINKS = ("fixed", "shannon", "fading")
+BANDS = ("fixed", "pooled", "separate")
 PARTITIONS = ("iid", "dirichlet")
 LAYER_FORMS = ("product", "conv")
 DTYPES = ("float32", "bfloat16")
@@ -67,6 +69,16 @@ class Config:
     server_flops: float = _flag(1e12, FLEET, PLANNING, "compute of the server, FLOP/s", above=0)
     method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
+    links: str = _flag(
+        "fixed", FLEET, PLANNING, "the fleet's rates, or Shannon's by distance, or fading too", choices=LINKS
+    )
+    band: str = _flag(
+        "fixed",
+        FLEET,
+        PLANNING,
+        "equal parts of it, or best parts: of one, or apart up and down",
+        choices=BANDS,
+    )
     min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
     samples_per_client: int = _flag(600, FLEET, ("plan",), "of each client of the random fleet", at_least=1)
     target_round_s: float = _flag(
@@ -161,11 +173,14 @@ def validate(config: Config, command: str = "train") -> None:
     if (
         "target_round_s" in taken
         and config.target_round_s
-        and (config.method, config.barrier) != ("exact", "session")
+        and (config.method, config.barrier, config.band) != ("exact", "session", "fixed")
     ):
         raise BadInput(
-            f"--target_round_s={config.target_round_s}: needs --method=exact and --barrier=session"
+            f"--target_round_s={config.target_round_s}: needs"
+            " --method=exact, --barrier=session and --band=fixed"
         )
+    if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
+        raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")

@@ -51,7 +51,7 @@ class Prepared(NamedTuple):
     """A round before it runs."""
 
     round: int
-    plan: optim.Plan
+    plan: optim.Plan | optim.BandPlan
     rival_s: dict[str, float]
     assignments: Assignment
     learning_rate: float
@@ -79,6 +79,7 @@ def build(config: Config) -> Experiment:
             f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"
         )
     clients = _clients(config).with_samples([len(part) for part in parts])
+    planning.check_links(config, clients)
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
     training = Training(
@@ -147,8 +148,7 @@ def prepare(experiment: Experiment, round: int) -> Prepared | None:
     config = experiment.config
     if round >= config.rounds:
         return None
-    ids = fleet.cohort(config.seed, round, config.clients, config.cohort_size)
-    clients, terms = experiment.fleet.take(ids), experiment.terms.take(ids)
+    ids, clients, terms = cohort(experiment, round)
     plan = planning.solve(config, clients, terms, round)
     indices, steps = datasets.batches(
         experiment.parts, ids, seed=config.seed, round=round, local_epochs=config.local_epochs,
@@ -160,6 +160,14 @@ def prepare(experiment: Experiment, round: int) -> Prepared | None:
     assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices)
     rival_s = {name: _round_s(config, terms, name) for name in RIVALS}
     return Prepared(round, plan, rival_s, assignments, learning_rate(config, round))
+
+
+def cohort(experiment: Experiment, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms]:
+    """Who takes part in a round (indices), and their terms with the links of that round."""
+    config = experiment.config
+    ids = fleet.cohort(config.seed, round, config.clients, config.cohort_size)
+    clients = experiment.fleet.take(ids)
+    return ids, clients, planning.linked(config, clients, experiment.terms.take(ids), round, ids)
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:

@@ -12,20 +12,22 @@ from sfl_jax import models, optim
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 
-MORE_SERVER_FLOPS, MORE_UPLINK = 1e12, 1.1
+MORE_SERVER_FLOPS, MORE = 1e12, 1.1
 # Ends, and sums of shares, that differ by less than this are equal to whoever reads them.
 TOGETHER = 1e-6
 _NAMED = 3  # clients that an error names
 
 
 class Planned(NamedTuple):
-    """A plan with what it was made from. The server of `config` is the plan's, also where it was sought."""
+    """A plan with what it was made from. The server of `config` is the plan's, also where it was sought;
+    the links of `terms` are those of round 0, and of equal parts of the band.
+    """
 
     config: Config
     profile: models.Profile
     fleet: fleets.Fleet
     terms: optim.Terms
-    plan: optim.Plan
+    plan: optim.Plan | optim.BandPlan
 
 
 def make_plan(config: Config) -> Planned:
@@ -36,6 +38,14 @@ def make_plan(config: Config) -> Planned:
     Raises BadInput for a fleet file that is wrong or lacks samples, a min_cut beyond the chain, a method that
     cannot do what is asked, and where some client cannot be served at all.
     """
+    fleet, profile, terms = read_terms(config)
+    if config.target_round_s:
+        config = dataclasses.replace(config, server_flops=smallest_server(config, fleet, terms))
+    return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
+
+
+def read_terms(config: Config) -> tuple[fleets.Fleet, models.Profile, optim.Terms]:
+    """The fleet of `config`, the profile of its network, and their terms with the links of round 0."""
     fleet = read_fleet(config)
     chain = models.create(config.model, config.num_classes, config.image_channels)
     if config.min_cut > len(chain):
@@ -44,9 +54,7 @@ def make_plan(config: Config) -> Planned:
         )
     profile = models.profile(chain, (config.image_size, config.image_size, config.image_channels))
     terms = optim.terms(profile, fleet, work(config))  # pyright: ignore[reportArgumentType] has samples
-    if config.target_round_s:
-        config = dataclasses.replace(config, server_flops=smallest_server(config, fleet, terms))
-    return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
+    return fleet, profile, linked(config, fleet, terms)
 
 
 def read_fleet(config: Config) -> fleets.Fleet:
@@ -57,7 +65,30 @@ def read_fleet(config: Config) -> fleets.Fleet:
     fleet = fleets.read_fleet(config.fleet)
     if fleet.samples is None:
         raise BadInput(f"{config.fleet}: column samples: missing; a plan needs the samples of each client")
+    check_links(config, fleet)
     return fleet
+
+
+def check_links(config: Config, fleet: fleets.Fleet) -> None:
+    """Refuse --links that the fleet does not tell enough for."""
+    for name in ("distance_m", "transmit_w"):
+        if config.links != "fixed" and getattr(fleet, name) is None:
+            raise BadInput(f"--links={config.links}: {config.fleet} has no column {name}")
+
+
+def linked(
+    config: Config,
+    fleet: fleets.Fleet,
+    terms: optim.Terms,
+    round: int = 0,
+    ids: Int64[np.ndarray, " K"] | None = None,
+) -> optim.Terms:
+    """The terms with the links of a round; ids: each client's index where `fleet` is a part of the whole."""
+    if config.links == "fixed":
+        return terms
+    links = fleets.Links(rayleigh=config.links == "fading")
+    rates = fleets.fading_rates(fleet, links, config.seed, round, ids)
+    return terms._replace(uplink_bps=rates.uplink_bps, downlink_bps=rates.downlink_bps)
 
 
 def work(config: Config) -> optim.Work:
@@ -66,14 +97,28 @@ def work(config: Config) -> optim.Work:
     return optim.Work(config.local_epochs, config.batch_size, min_cut=config.min_cut, optimizer_slots=slots)
 
 
-def solve(config: Config, fleet: fleets.Fleet, terms: optim.Terms, round: int = 0) -> optim.Plan:
-    """The plan of `config` for a round; BadInput names, as the fleet does, who cannot be served."""
-    random = config.method == "random_cut"
-    key = jax.random.fold_in(jax.random.key(config.seed), round) if random else None
+def solve(
+    config: Config, fleet: fleets.Fleet, terms: optim.Terms, round: int = 0
+) -> optim.Plan | optim.BandPlan:
+    """The plan of `config` for a round; BadInput names, as the fleet does, who cannot be served.
+
+    Where the band is shared, parts of it are in units of an equal part, at which the terms' rates hold.
+    """
     try:
-        return optim.solve(terms, config.server_flops, config.method, config.barrier, key)
+        if config.band != "fixed":
+            equal = float(len(fleet))
+            band = equal if config.band == "pooled" else (equal, equal)
+            return optim.solve_bandwidth(terms, config.server_flops, band, reference_hz=1.0)
+        return optim.solve(
+            terms, config.server_flops, config.method, config.barrier, round_key(config, round)
+        )
     except optim.Infeasible as error:
         raise BadInput(_named(error, fleet)) from error
+
+
+def round_key(config: Config, round: int) -> jax.Array:
+    """What is random in a round's plan is drawn from this."""
+    return jax.random.fold_in(jax.random.key(config.seed), round)
 
 
 def smallest_server(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> float:
@@ -97,15 +142,20 @@ class Gains(NamedTuple):
 
     server_s: float  # with 1 TFLOP/s more of server
     uplink_s: float  # with 10 % more uplink for every client
+    downlink_s: float
+    compute_s: float  # with 10 % more compute of every client's own
 
 
 def gains(planned: Planned) -> Gains:
-    """What more server and more uplink would bring."""
+    """What more of each would bring: where all-local clients end last, it is no server that they lack."""
     config, _, fleet, terms, plan = planned
     richer = dataclasses.replace(config, server_flops=config.server_flops + MORE_SERVER_FLOPS)
-    faster = terms._replace(uplink_bps=terms.uplink_bps * MORE_UPLINK)
-    after = solve(richer, fleet, terms).round_s, solve(config, fleet, faster).round_s
-    return Gains(*(plan.round_s - round_s for round_s in after))
+    faster = (
+        terms._replace(**{name: getattr(terms, name) * MORE})
+        for name in ("uplink_bps", "downlink_bps", "flops")
+    )
+    plans = [solve(richer, fleet, terms), *(solve(config, fleet, each) for each in faster)]
+    return Gains(*(plan.round_s - after.round_s for after in plans))
 
 
 class Binding(NamedTuple):
@@ -114,7 +164,7 @@ class Binding(NamedTuple):
     A second less off the server for client i makes the round `pull[i]` seconds shorter, cuts being kept.
     """
 
-    server_is_full: bool
+    together: bool  # they end together, for what they share is used up
     clients: Int64[np.ndarray, " N"]
     pull: Float64[np.ndarray, " N"]
 
@@ -125,14 +175,21 @@ def binding(planned: Planned) -> Binding:
     Staged: the slowest client up to the server, and the slowest after it. Under the session barrier: a client
     that needs no server and ends last holds it up alone. Else everybody whom a full server serves ends
     together, and the multipliers of `optim.sensitivity` are the pulls. Where the method leaves some of the
-    server idle, those with the largest share hold it up.
+    server idle, those with the largest share hold it up. Where the band is shared, all end together, with
+    pulls in proportion to a client's part of it over its airtime.
     """
     plan = planned.plan
+    if isinstance(plan, optim.BandPlan):
+        parts = seconds(planned)
+        airtime_s = parts.smashed_up + parts.model_up
+        if planned.config.band == "pooled":
+            airtime_s = airtime_s + parts.model_down + parts.gradient_down
+        weight = np.divide(plan.uplink_hz, airtime_s, out=np.zeros(len(airtime_s)), where=airtime_s > 0)
+        order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]
+        return Binding(True, order, weight[order] / weight.sum())
     if planned.config.barrier == "staged":
         parts = seconds(planned)
-        before_s = parts.model_down + parts.client_forward + parts.smashed_up
-        after_s = parts.gradient_down + parts.client_backward + parts.model_up
-        slowest = np.unique([np.argmax(before_s), np.argmax(after_s)])
+        slowest = np.unique([np.argmax(parts.before_server), np.argmax(parts.after_server)])
         return Binding(False, slowest, np.ones(len(slowest)))
     late = plan.client_s >= plan.round_s * (1 - TOGETHER)
     alone = late & (plan.shares == 0)
@@ -149,21 +206,29 @@ def binding(planned: Planned) -> Binding:
 
 def seconds(planned: Planned) -> optim.Seconds:
     """Each client's seconds by term; (K,) each. Staged, the whole server serves one after the other."""
-    shares = np.where(np.isnan(planned.plan.shares), planned.config.server_flops, planned.plan.shares)
-    return planned.terms.seconds(planned.plan.cuts, shares)
+    plan, terms = planned.plan, planned.terms
+    if isinstance(plan, optim.BandPlan):
+        terms = terms._replace(
+            uplink_bps=terms.uplink_bps * plan.uplink_hz, downlink_bps=terms.downlink_bps * plan.downlink_hz
+        )
+    shares = np.where(np.isnan(plan.shares), planned.config.server_flops, plan.shares)
+    return terms.seconds(plan.cuts, shares)
 
 
 def table(planned: Planned) -> dict[str, Shaped[np.ndarray, " K"]]:
     """What is known of each client: client, cut, unit, share_flops, <term>_s …, client_s.
 
     `unit` is the last unit that the client holds, "" at cut 0; `share_flops` is NaN under the staged barrier.
+    Where the band is shared, uplink_part and downlink_part follow, 1 being an equal part.
     """
-    last_units = np.array(["", *planned.profile.names])
+    plan, last_units = planned.plan, np.array(["", *planned.profile.names])
+    banded = isinstance(plan, optim.BandPlan)
     return {
         "client": planned.fleet.client,
-        "cut": planned.plan.cuts,
-        "unit": last_units[planned.plan.cuts],
-        "share_flops": planned.plan.shares,
+        "cut": plan.cuts,
+        "unit": last_units[plan.cuts],
+        "share_flops": plan.shares,
+        **({"uplink_part": plan.uplink_hz, "downlink_part": plan.downlink_hz} if banded else {}),
         **{f"{name}_s": values for name, values in seconds(planned)._asdict().items()},
-        "client_s": planned.plan.client_s,
+        "client_s": plan.client_s,
     }

@@ -14,7 +14,8 @@ REFUSED = [
     ("model", "resnet50"), ("image_size", 7), ("partition", "random"), ("dirichlet_alpha", 0.0),
     ("clients", 0), ("cohort_size", 0), ("fleet", "no/such/fleet.csv"), ("server_flops", 0.0),
     ("server_flops", -1e9), ("server_flops", math.inf), ("server_flops", math.nan), ("method", "best"),
-    ("barrier", "none"), ("min_cut", -1), ("rounds", 0), ("local_epochs", 0), ("batch_size", 0),
+    ("barrier", "none"), ("links", "radio"), ("band", "both"),
+    ("min_cut", -1), ("rounds", 0), ("local_epochs", 0), ("batch_size", 0),
     ("batch_size", 2**31), ("optimizer", "lamb"), ("learning_rate", 0.0), ("learning_rate", math.nan),
     ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9), ("learning_rate_schedule", "step"),
     ("warmup_rounds", -1), ("seed", -1), ("clients_per_chunk", 0), ("execution", "loop"),
@@ -98,11 +99,15 @@ def test_limits_between_flags_name_both():
     with pytest.raises(BadInput, match=r"--warmup_rounds=6: must be at most --rounds=5"):
         validate(Config(rounds=5, warmup_rounds=6))
     validate(Config(clients=5), "plan")  # planning knows no cohort
-    for other in ({"method": "greedy"}, {"barrier": "staged"}):
+    for other in ({"method": "greedy"}, {"barrier": "staged"}, {"band": "pooled"}):
         with pytest.raises(
-            BadInput, match=r"--target_round_s=2.0: needs --method=exact and --barrier=session"
+            BadInput, match=r"--target_round_s=2.0: needs --method=exact, --barrier=session and --band=fixed"
         ):
             validate(Config(target_round_s=2.0, **other), "plan")
+    for other in ({"method": "greedy"}, {"barrier": "staged"}):
+        for command in ("train", "plan"):
+            with pytest.raises(BadInput, match=r"--band=pooled: needs --method=exact and --barrier=session"):
+                validate(Config(band="pooled", **other), command)
 
 
 def test_fleet_must_be_a_file(tmp_path):

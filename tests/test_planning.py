@@ -1,12 +1,15 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from sfl_jax import fleet as fleets
 from sfl_jax import optim, planning
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet import Fleet, write_fleet
+from sfl_jax.optim import bandwidth
 
 TINY = Config(model="efficientnetv2-tiny", server_flops=1e10)
 HEADER = "client,flops,uplink_bps,downlink_bps,memory_bytes,samples\n"
@@ -61,7 +64,7 @@ def test_a_client_by_hand(planned):
 
 def test_pull_is_what_a_second_less_brings(planned):
     who = planning.binding(planned)
-    assert who.server_is_full
+    assert who.together
     assert sorted(who.clients) == np.flatnonzero(planned.plan.shares).tolist()
     assert who.pull.sum() == pytest.approx(1)
     assert (np.diff(who.pull) <= 0).all()
@@ -77,10 +80,14 @@ def test_pull_is_what_a_second_less_brings(planned):
 def test_a_client_that_needs_no_server_holds_up_alone(tiny):
     slow = planning.make_plan(dataclasses.replace(tiny, method="no_split"))
     who = planning.binding(slow)
-    assert not who.server_is_full
+    assert not who.together
     assert who.clients.tolist() == [int(np.argmax(slow.plan.client_s))]
     assert who.pull.tolist() == [1.0]
-    assert planning.gains(slow).server_s == 0
+    gains = planning.gains(slow)
+    assert gains.server_s == 0
+    # What it lacks is compute of its own, and nearly all of its time is that.
+    assert gains.compute_s == pytest.approx(slow.plan.round_s * (1 - 1 / 1.1), rel=0.05)
+    assert gains.compute_s > 10 * max(gains.uplink_s, gains.downlink_s)
 
 
 def test_staged_rounds_are_held_up_before_and_after_the_server(planned, tiny):
@@ -115,12 +122,16 @@ def test_equal_shares_are_held_up_by_the_one_that_uses_its_share(tiny):
 def test_gains_are_those_of_planning_anew(planned, tiny, tmp_path):
     gains = planning.gains(planned)
     richer = planning.make_plan(dataclasses.replace(tiny, server_flops=1e10 + 1e12))
-    faster = dataclasses.replace(planned.fleet, uplink_bps=planned.fleet.uplink_bps * 1.1)
-    write_fleet(tmp_path / "fleet.csv", faster)
-    uplink = planning.make_plan(dataclasses.replace(TINY, fleet=str(tmp_path / "fleet.csv")))
+    after = {}
+    for name in ("uplink_bps", "downlink_bps", "flops"):
+        faster = dataclasses.replace(planned.fleet, **{name: getattr(planned.fleet, name) * 1.1})
+        write_fleet(tmp_path / "fleet.csv", faster)
+        after[name] = planning.make_plan(dataclasses.replace(TINY, fleet=str(tmp_path / "fleet.csv"))).plan
     assert gains.server_s == pytest.approx(planned.plan.round_s - richer.plan.round_s, rel=1e-6)
-    assert gains.uplink_s == pytest.approx(planned.plan.round_s - uplink.plan.round_s, rel=1e-6)
+    for gain_s, plan in zip(gains[1:], after.values(), strict=True):
+        assert gain_s == pytest.approx(planned.plan.round_s - plan.round_s, rel=1e-6)
     assert min(gains) > 0
+    assert len({round(gain_s / gains.server_s, 6) for gain_s in gains}) == 4
 
 
 @pytest.mark.parametrize("factor", [1.02, 1.5, 1e4])
@@ -178,3 +189,77 @@ def test_a_fleet_file_must_say_how_many_samples(tmp_path):
     path.write_text("client,flops,uplink_bps,downlink_bps,memory_bytes\na,1e9,1e6,1e6,1e9\n")
     with pytest.raises(BadInput, match="column samples: missing"):
         planning.make_plan(dataclasses.replace(TINY, fleet=str(path)))
+
+
+def test_links_by_distance_replace_the_rates_and_fade_with_the_round(tiny, planned):
+    fleet = planned.fleet
+    far = dataclasses.replace(fleet, distance_m=np.geomspace(10, 400, 12), transmit_w=np.full(12, 0.2))
+    ids = np.array([7, 2])
+
+    def rates(links, round, chosen=slice(None), **part):
+        config, some = dataclasses.replace(tiny, links=links), np.arange(12)[chosen]
+        terms = planning.linked(config, far.take(some), planned.terms.take(some), round, **part)
+        return terms.uplink_bps, terms.downlink_bps
+
+    np.testing.assert_array_equal(rates("fixed", 0), (fleet.uplink_bps, fleet.downlink_bps))
+    plain, faded = rates("shannon", 0), rates("fading", 3)
+    assert (np.diff(plain) < 0).all()  # farther is slower
+    np.testing.assert_array_equal(plain, rates("shannon", 3))
+    for round in (0, 4):
+        assert (np.array(faded) != rates("fading", round)).all()
+    expected = fleets.fading_rates(far, fleets.Links(), tiny.seed, 3)
+    np.testing.assert_array_equal(faded, (expected.uplink_bps, expected.downlink_bps))
+    # A cohort fades as its members do in the whole fleet, which needs to know who they are.
+    np.testing.assert_array_equal(rates("fading", 3, ids, ids=ids), np.array(faded)[:, ids])
+    assert (np.array(rates("fading", 3, ids)) != np.array(faded)[:, ids]).all()
+
+
+def test_a_fleet_without_distances_cannot_have_links_by_distance(tiny):
+    with pytest.raises(BadInput, match=r"--links=fading: .*fleet.csv has no column distance_m"):
+        planning.make_plan(dataclasses.replace(tiny, links="fading"))
+
+
+def test_random_fleets_are_planned_on_fading_links():
+    config = dataclasses.replace(TINY, clients=4, links="fading")
+    fading = planning.make_plan(config)
+    rates = fleets.fading_rates(fading.fleet, fleets.Links(), config.seed, 0)
+    np.testing.assert_array_equal(fading.terms.uplink_bps, rates.uplink_bps)
+    assert fading.plan.round_s != planning.make_plan(dataclasses.replace(config, links="fixed")).plan.round_s
+
+
+@pytest.mark.parametrize("band", ["pooled", "separate"])
+def test_a_shared_band_shortens_the_round_and_adds_up(tiny, band):
+    links_bind = dataclasses.replace(tiny, server_flops=1e13)
+    shared = planning.make_plan(dataclasses.replace(links_bind, band=band))
+    assert shared.plan.bound_s <= shared.plan.round_s < 0.8 * planning.make_plan(links_bind).plan.round_s
+    table = planning.table(shared)
+    for way in ("uplink", "downlink"):
+        assert table[f"{way}_part"].sum() == pytest.approx(12, rel=1e-6)
+        assert table[f"{way}_part"].sum() <= 12
+    assert (table["uplink_part"] == table["downlink_part"]).all() == (band == "pooled")
+    terms = [name for name in table if name.endswith("_s") and name != "client_s"]
+    np.testing.assert_allclose(sum(table[name] for name in terms), table["client_s"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("band", ["pooled", "separate"])
+def test_pull_under_a_shared_band_is_what_a_second_less_brings(tiny, band):
+    """The least round with the cuts kept, by the prices of solve_bandwidth on tables with one column."""
+    shared = planning.make_plan(dataclasses.replace(tiny, band=band))
+    who = planning.binding(shared)
+    assert who.pull.sum() == pytest.approx(1)
+    budgets = np.r_[TINY.server_flops, [12.0] if band == "pooled" else [12.0, 12.0]]
+    fixed_s, amounts, _ = bandwidth._demands(shared.terms, 1.0, pooled=band == "pooled")
+    rows, cuts = np.arange(12), shared.plan.cuts
+    mine = amounts[:, rows, cuts] / budgets[:, None]
+
+    def round_s(nudge):
+        with jax.enable_x64(True):
+            one = fixed_s[rows, cuts][:, None] + nudge[:, None], mine[:, :, None]
+            return float(bandwidth._compiled(*one, np.ones((12, 1), bool), np.ones(12, bool))[3])
+
+    step = 1e-3 * shared.plan.round_s
+    for place in (0, 5, 11):
+        nudge = step * (np.arange(12) == who.clients[place])
+        slope = (round_s(nudge) - round_s(-nudge)) / (2 * step)
+        assert slope == pytest.approx(who.pull[place], rel=0.05)
+    assert who.pull[0] > 1.2 * who.pull[-1]

@@ -1,12 +1,16 @@
-"""A plan as a picture: where each client's time goes, the cuts, and what a larger server would bring."""
+"""A plan as a picture: where each client's time goes, the cuts, and what a larger server would bring.
+
+Of the regression's plans, also the data and the curves fitted to them.
+"""
 
 import dataclasses
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sfl_jax import optim
 from sfl_jax.planning import MORE_SERVER_FLOPS, Planned, seconds, solve
 
 # The two directions of one thing share a hue.
@@ -25,8 +29,13 @@ _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
 
 def write_plot(file: BinaryIO, planned: Planned) -> None:
     """Draw the plan into an open PNG file."""
-    figure = Figure(figsize=(11, 10), layout="constrained")
-    axes = figure.subplot_mosaic([["clients", "clients"], ["cuts", "servers"]])
+    curves = optim.fit_curves(planned.terms) if planned.config.method == "regression" else ()
+    rows: list[Any] = [["clients"] * 4, ["cuts", "cuts", "servers", "servers"]]
+    rows += [[curve.quantity for curve in curves]] if curves else []
+    figure = Figure(figsize=(11, 5 * len(rows)), layout="constrained")
+    axes = figure.subplot_mosaic(rows)
+    for curve in curves:
+        _draw_fit(axes[curve.quantity], curve)
     _draw_clients(axes["clients"], planned)
     _draw_cuts(axes["cuts"], planned)
     _draw_servers(axes["servers"], planned)
@@ -61,6 +70,16 @@ def _draw_cuts(axes: Axes, planned: Planned) -> None:
     axes.bar(np.arange(len(names)), counts, color=_COLOURS["server"])
     axes.set(title="Cuts", xlabel="last unit on the client", ylabel="clients")
     axes.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=7)
+
+
+def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
+    fit, continuous = curve.chosen, np.linspace(curve.cuts[0], curve.cuts[-1], 300)
+    axes.plot(curve.cuts, curve.values, ".", color="black", markersize=4, label="traced")
+    axes.plot(continuous, fit(continuous), color=_COLOURS["server"], label=fit.family)
+    axes.set(
+        title=curve.quantity, xlabel=f"cut; R² {fit.r2:.4f}, worst error {fit.worst:.1%}", ylim=(0, None)
+    )
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_servers(axes: Axes, planned: Planned) -> None:

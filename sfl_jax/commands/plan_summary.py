@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
+from sfl_jax import optim
 from sfl_jax.planning import Gains, Planned, binding, seconds
 
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
-_ASKED = ("model", "image_size", "barrier", "method", "server_flops")
+_ASKED = ("model", "image_size", "barrier", "method", "links", "band", "server_flops")
 _SETTINGS = (
     "image_channels",
     "num_classes",
@@ -17,6 +18,7 @@ _SETTINGS = (
     "optimizer",
     "momentum",
 )
+_LINKS = {"fixed": "the fleet's links", "shannon": "Shannon links", "fading": "Shannon links as in round 0"}
 _SHOWN = 3  # clients and cuts that are named
 
 
@@ -27,10 +29,22 @@ def head(planned: Planned) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _ASKED},
         "round_s": plan.round_s,
         "bound_s": plan.bound_s,
+        "iterations": plan.iterations,
+        **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
         "convention": CONVENTION,
     }
+
+
+def fits(planned: Planned) -> list[dict[str, Any]]:
+    """The curve that the regression chose for each quantity, and how well it fits."""
+    curves = optim.fit_curves(planned.terms)
+    return [
+        {"quantity": curve.quantity, "family": curve.chosen.family, "parameters": curve.chosen.parameters,
+         "r2": curve.chosen.r2, "worst_error": curve.chosen.worst}
+        for curve in curves
+    ]  # fmt: skip
 
 
 def summary(planned: Planned, gains: Gains) -> str:
@@ -38,19 +52,24 @@ def summary(planned: Planned, gains: Gains) -> str:
     config, plan = planned.config, planned.plan
     clients = _count(len(planned.fleet), "client")
     network = f"{config.model} at {config.image_size}x{config.image_size}"
-    lines = {
-        "plan": f"{config.method}, {config.barrier} barrier, {network}, {clients}",
-        "round": f"{plan.round_s:.5g} s",
-        "bound": f"{plan.bound_s:.5g} s, proven for every method; {_gap(plan.gap)}",
-        "server": _server(planned),
-        "cuts": _cuts(planned),
-        "time": _time(planned),
-        "held up by": _held_up(planned),
-        "+1 TFLOP/s": f"of server: {_change(gains.server_s, plan.round_s)}",
-        "+10 %": f"of uplink for all: {_change(gains.uplink_s, plan.round_s)}",
-        "convention": CONVENTION,
-    }
-    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+    more = [
+        ("+1 TFLOP/s", "of server", gains.server_s), ("+10 %", "of uplink for all", gains.uplink_s),
+        ("+10 %", "of downlink for all", gains.downlink_s),
+        ("+10 %", "of compute for all clients", gains.compute_s),
+    ]  # fmt: skip
+    lines = [
+        ("plan", f"{config.method}, {config.barrier} barrier, {_LINKS[config.links]}, {network}, {clients}"),
+        ("round", f"{plan.round_s:.5g} s"),
+        ("bound", f"{plan.bound_s:.5g} s, proven for every method; {_gap(plan.gap)}"),
+        ("server", _server(planned)),
+        *([("band", _band(planned.plan))] if isinstance(planned.plan, optim.BandPlan) else []),
+        ("cuts", _cuts(planned)),
+        ("time", _time(planned)),
+        ("held up by", _held_up(planned)),
+        *((name, f"{what}: {_change(gain_s, plan.round_s)}") for name, what, gain_s in more),
+        ("convention", CONVENTION),
+    ]
+    return "\n".join(f"{name:<11} {text}" for name, text in lines)
 
 
 def _gap(gap: float) -> str:
@@ -68,6 +87,12 @@ def _server(planned: Planned) -> str:
     given = f"{shares.sum() / flops:.1%} of it given to {_count(served, 'client')}"
     alone = f"; {_count(len(shares) - served, 'client')} without" if served < len(shares) else ""
     return f"{flops:.4g} FLOP/s{smallest}, {given}{alone}"
+
+
+def _band(plan: optim.BandPlan) -> str:
+    ways = {"up": plan.uplink_hz, "down": plan.downlink_hz}
+    parts = (f"{parts.min():.3g} to {parts.max():.3g} equal parts {way}" for way, parts in ways.items())
+    return f"{', '.join(parts)} of a client"
 
 
 def _cuts(planned: Planned) -> str:
@@ -93,8 +118,9 @@ def _held_up(planned: Planned) -> str:
         longest = max(parts, key=lambda name: parts[name][client])
         where = f"longest {longest} {parts[longest][client]:.3g} s"
         named.append(f"{planned.fleet.client[client]} (pull {pull:.0%}, {where})")
-    together = f"a full server: {_count(len(who.clients), 'client')} end together, first "
-    return (together if who.server_is_full else "") + ", ".join(named)
+    shared = "a full band" if isinstance(planned.plan, optim.BandPlan) else "a full server"
+    together = f"{shared}: {_count(len(who.clients), 'client')} end together, first "
+    return (together if who.together else "") + ", ".join(named)
 
 
 def _change(gain_s: float, round_s: float) -> str:

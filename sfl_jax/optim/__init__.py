@@ -1,6 +1,7 @@
 """The training-latency minimisation problem: from costs to a plan with a proven bound."""
 
 from sfl_jax.optim.alternating import STARTS
+from sfl_jax.optim.bandwidth import BandPlan, solve_bandwidth
 from sfl_jax.optim.costs import Costs, Seconds, Terms, Work, samples_processed, terms
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "STAGED_METHODS",
     "STARTS",
+    "BandPlan",
     "Costs",
     "Curve",
     "Fit",
@@ -31,5 +33,6 @@ __all__ = [
     "smallest_server",
     "solve",
     "solve_arrays",
+    "solve_bandwidth",
     "terms",
 ]

@@ -110,6 +110,16 @@ class Seconds(NamedTuple):
     client_backward: Floats
     model_up: Floats
 
+    @property
+    def before_server(self) -> Floats:
+        """Until the smashed data are at the server."""
+        return self.model_down + self.client_forward + self.smashed_up
+
+    @property
+    def after_server(self) -> Floats:
+        """From when the server has done its work."""
+        return self.gradient_down + self.client_backward + self.model_up
+
 
 class Energy(NamedTuple):
     """What a client spends and may spend in a round; (K,) each."""

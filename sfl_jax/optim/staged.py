@@ -42,9 +42,8 @@ def stages(terms: Terms, server_flops: float) -> Stages:
         cuts = np.full(clients, cut)
         seconds = terms.seconds(cuts, np.full(clients, server_flops))
         allowed = terms.at(cuts)[2] & np.isfinite(seconds.server)
-        before = seconds.model_down + seconds.client_forward + seconds.smashed_up
-        after = seconds.gradient_down + seconds.client_backward + seconds.model_up
-        columns.append([np.where(allowed, part, np.inf) for part in (before, seconds.server, after)])
+        parts = seconds.before_server, seconds.server, seconds.after_server
+        columns.append([np.where(allowed, part, np.inf) for part in parts])
     return Stages(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib import image
 
 from sfl_jax.commands import plan
 
@@ -57,6 +58,20 @@ def test_plot_and_target(here, capsys):
     assert f"{written['server_flops']:.4g} FLOP/s, the smallest for 2 s" in capsys.readouterr().out
     assert (here / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(os.listdir(here)) == ["fleet.csv", "plan.csv", "plan.json", "plan.png"]
+
+
+def test_a_plan_by_regression_says_and_draws_how_well_its_curves_fit(here):
+    heights = []
+    for method in ("exact", "regression"):
+        assert run(f"--method={method}", "--plot", "--model=efficientnetv2-b0") == 0
+        heights.append(image.imread(here / "plan.png").shape[0])
+    assert heights[1] == 1.5 * heights[0]
+    written = json.loads((here / "plan.json").read_text())
+    quantities = ["forward_flop", "backward_flop", "model_bits", "smashed_bits"]
+    assert [fit["quantity"] for fit in written["fits"]] == quantities
+    assert all(0.5 < fit["r2"] <= 1 and 0 <= fit["worst_error"] < 0.5 for fit in written["fits"])
+    assert all(fit["family"] and fit["parameters"] for fit in written["fits"])
+    assert written["iterations"] >= 1
 
 
 def test_a_server_nobody_needs(here, capsys):

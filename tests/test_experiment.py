@@ -1,0 +1,40 @@
+"""What a round of a training run is made of, before any device has a part in it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sfl_jax import experiment, fleet
+from sfl_jax.config import Config
+from sfl_jax.errors import BadInput
+
+SMALL = Config(model="efficientnetv2-tiny", clients=30, cohort_size=6, server_flops=1e10, links="fading")
+
+
+@pytest.fixture(scope="module")
+def built():
+    return experiment.build(SMALL)
+
+
+def test_a_cohort_is_planned_on_the_links_of_its_round(built):
+    for round in (0, 5):
+        ids, clients, terms = experiment.cohort(built, round)
+        faded = fleet.fading_rates(built.fleet, fleet.Links(), SMALL.seed, round)
+        np.testing.assert_array_equal(terms.uplink_bps, faded.uplink_bps[ids])
+        np.testing.assert_array_equal(terms.downlink_bps, faded.downlink_bps[ids])
+        np.testing.assert_array_equal(terms.flops, built.fleet.flops[ids])
+        np.testing.assert_array_equal(clients.client, built.fleet.client[ids])
+        other = fleet.fading_rates(built.fleet, fleet.Links(), SMALL.seed, round + 1)
+        assert (terms.uplink_bps != other.uplink_bps[ids]).all()
+    fixed = built._replace(config=dataclasses.replace(SMALL, links="fixed"))
+    ids, _, terms = experiment.cohort(fixed, 0)
+    np.testing.assert_array_equal(terms.uplink_bps, built.fleet.uplink_bps[ids])
+
+
+def test_a_fleet_without_distances_is_refused_before_anything_compiles(tmp_path):
+    path = tmp_path / "fleet.csv"
+    fleet.write_fleet(path, dataclasses.replace(fleet.random_fleet(30, seed=0), distance_m=None))
+    with pytest.raises(BadInput, match=r"--links=fading: .* has no column distance_m"):
+        experiment.build(dataclasses.replace(SMALL, fleet=str(path)))
+    assert len(experiment.build(dataclasses.replace(SMALL, fleet=str(path), links="fixed")).fleet) == 30

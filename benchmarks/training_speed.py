@@ -21,7 +21,8 @@ import numpy as np
 import optax
 
 from sfl_jax import models
-from sfl_jax.federated.round import Model, fill_chunks, run_round
+from sfl_jax.federated.balance import fill_chunks
+from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
 
 CLASSES = 10

@@ -27,7 +27,7 @@ TRAINING = ("train", "compare")
 RUNNING = (*TRAINING, "report")
 PLANNING = (*TRAINING, "plan")
 NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
-MACHINE, FILES = "machine", "files"
+MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"
 
 LARGEST_INT = 2**31 - 1
 
@@ -102,7 +102,21 @@ class Config:
 
     clients_per_chunk: int = _flag(4, MACHINE, TRAINING, "clients a device computes at once", at_least=1)
     execution: str = _flag("vmap", MACHINE, TRAINING, "how a chunk is computed", choices=("vmap", "map"))
-    devices: int = _flag(0, MACHINE, TRAINING, "devices to use; 0 is all", at_least=0)
+    devices: int = _flag(0, MACHINE, TRAINING, "devices of a process to use; 0 is all", at_least=0)
+    num_processes: int = _flag(
+        0,
+        PROCESSES,
+        ("train",),
+        "of the run; 0: as SLURM, Open MPI, a TPU pod or GKE says, else 1",
+        at_least=0,
+    )
+    process_id: int = _flag(-1, PROCESSES, ("train",), "of this one; -1: as found", at_least=-1)
+    coordinator_address: str = _flag(
+        "", PROCESSES, ("train",), "host:port at which process 0 can be reached; empty: as found"
+    )
+    heartbeat_timeout_seconds: int = _flag(
+        100, PROCESSES, ("train",), "of silence after which a process counts as dead", at_least=1
+    )
 
     workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run")
     eval_every: int = _flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
@@ -164,6 +178,10 @@ def validate(config: Config, command: str = "train") -> None:
     taken = {field.name for field in fields_of(command)}
     if "cohort_size" in taken and config.cohort_size > config.clients:
         raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={config.clients}")
+    if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
+        raise BadInput(
+            f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"
+        )
     if "warmup_rounds" in taken and config.warmup_rounds > config.rounds:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
     if "fleet" in taken and config.fleet != "random" and not pathlib.Path(config.fleet).is_file():

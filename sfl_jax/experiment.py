@@ -14,7 +14,6 @@ from sfl_jax.config import Config
 from sfl_jax.datasets.images import preprocessing
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.federated.evaluation import compile_evaluation, in_batches
 from sfl_jax.federated.round import Model, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 
@@ -109,12 +108,11 @@ def run(experiment: Experiment, state: State) -> Iterator[tuple[State, metrics.R
     donated to the round that follows it.
     """
     config, data = experiment.config, experiment.dataset
-    samples = federated_devices.replicate(Samples(data.train_images, data.train_labels), experiment.devices)
-    held_out = jax.device_put(in_batches(data.test_images, data.test_labels), experiment.devices[0])
-    run_round = federated_devices.compile_round(
-        experiment.training, config.clients_per_chunk, experiment.devices, config.execution
-    )
-    evaluate = compile_evaluation(experiment.training.chain, experiment.training.preprocess)
+    devices, training = experiment.devices, experiment.training
+    samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices)
+    held_out = federated_devices.place_held_out(data.test_images, data.test_labels, devices)
+    run_round = federated_devices.compile_round(training, config.clients_per_chunk, devices, config.execution)
+    evaluate = federated_devices.compile_evaluation(training.chain, training.preprocess, devices)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     clock = metrics.Stopwatch()
@@ -128,7 +126,7 @@ def run(experiment: Experiment, state: State) -> Iterator[tuple[State, metrics.R
         test_loss = test_accuracy = None
         if state.round % config.eval_every == 0 or state.round == config.rounds:
             test_loss, test_accuracy = map(
-                float, evaluate(federated_devices.on_first(model.variables), held_out)
+                float, federated_devices.on_first(evaluate(model.variables, held_out))
             )
         train_loss = float(federated_devices.on_first(loss))
         if not math.isfinite(train_loss):

@@ -3,6 +3,7 @@ time.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -28,22 +29,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config) -> int:
     """Train, write config.json and metrics.jsonl into the workdir, and end with a table.
 
-    Those of an earlier run in the same place stay, as previous-config.json and previous-metrics.jsonl.
+    Those of an earlier run in the same place stay, as previous-config.json and previous-metrics.jsonl. Of
+    several processes the first alone writes.
     """
     workdir = Path(config.workdir)
     ensure_writable(workdir, "workdir", config.workdir)
+    from sfl_jax.federated import processes
+
+    processes.join(config)
+    with processes.together():
+        return _train(config, workdir, processes.is_first())
+
+
+def _train(config, workdir, is_first):
     from sfl_jax import experiment, metrics
 
     compiling, wall = metrics.CompileClock(), metrics.Stopwatch()
     built = experiment.build(config)
-    for name in ("config.json", "metrics.jsonl"):
-        if (workdir / name).exists():
-            (workdir / name).replace(workdir / f"previous-{name}")
-    with whole_file(workdir / "config.json") as file:
-        file.write(
-            json.dumps(settings(config) | {"environment": environment(built.devices)}, indent=2).encode()
-        )
-    log = metrics.Log(workdir / "metrics.jsonl")
+    if is_first:
+        _begin_files(workdir, settings(config) | {"environment": environment(built.devices)})
+    log = metrics.Log(workdir / "metrics.jsonl" if is_first else Path(os.devnull))
     start = state = experiment.start(built)
     last = None
     try:
@@ -56,6 +61,14 @@ def train(config: Config) -> int:
         log.close()
     print(summary(config, state.simulated_s, last, wall.seconds, compiling.seconds))
     return 0
+
+
+def _begin_files(workdir, written):
+    for name in ("config.json", "metrics.jsonl"):
+        if (workdir / name).exists():
+            (workdir / name).replace(workdir / f"previous-{name}")
+    with whole_file(workdir / "config.json") as file:
+        file.write(json.dumps(written, indent=2).encode())
 
 
 def settings(config: Config) -> dict[str, Any]:

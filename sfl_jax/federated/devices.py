@@ -1,8 +1,8 @@
 """The client axis over devices. No other file knows that there may be several.
 
-The body of a round is written once, in `round.py`. With one device it is jitted; with several, `jax.pmap`
-maps it over the client axis: variables and samples are on every device, each device runs its own clients,
-and the weighted sums meet in one `psum`.
+The body of a round is written once, in `round.py`. With one device it is jitted; with several, of one process
+or many, `jax.pmap` maps it over the client axis: the model is on every device, each device has the samples
+of its own clients and runs them, and the weighted sums meet in one `psum`.
 """
 
 import functools
@@ -14,25 +14,29 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sfl_jax.errors import BadInput
-from sfl_jax.federated.round import fill_chunks, run_round
-from sfl_jax.federated.session import Assignment, Training
+from sfl_jax.federated import evaluation
+from sfl_jax.federated.balance import fill_chunks
+from sfl_jax.federated.round import run_round
+from sfl_jax.federated.session import Assignment, Samples, Training
+from sfl_jax.models import Chain
 
 AXIS = "devices"
 
 
 def choose_devices(count: int) -> list[Any]:
-    """The first `count` devices of this process, 0 meaning all; BadInput where there are fewer."""
-    devices = jax.local_devices()
-    if count > len(devices):
-        raise BadInput(
-            f"--devices={count}: must be 0 to {len(devices)}, the {devices[0].platform} devices here"
-        )
-    return devices[: count or None]
+    """The first `count` devices of every process, process by process, 0 meaning all; BadInput where there are
+    fewer.
+    """
+    here = jax.local_devices()
+    if count > len(here):
+        raise BadInput(f"--devices={count}: must be 0 to {len(here)}, the {here[0].platform} devices here")
+    groups = (jax.local_devices(process_index=process) for process in range(jax.process_count()))
+    return [device for group in groups for device in group[: count or None]]
 
 
 def replicate(tree: Any, devices: Sequence[Any]) -> Any:
-    """The arrays of `tree`, whole on every device."""
-    return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec()), may_alias=False)
+    """The arrays of `tree`, whole on every device of this process."""
+    return jax.device_put(tree, _sharding(devices, PartitionSpec()), may_alias=False)
 
 
 def on_first(tree: Any) -> Any:
@@ -40,11 +44,18 @@ def on_first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
 
+def place_samples(samples: Samples, devices: Sequence[Any]) -> Samples:
+    """What the rounds of `compile_round` take: NumPy samples go whole to a single device. For several they
+    stay here, since a device is sent, with every round, those of its own clients.
+    """
+    return replicate(samples, devices) if len(devices) == 1 else samples
+
+
 def compile_round(
     training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
 ) -> Callable[..., Any]:
-    """round(model, samples, assignments, key, learning_rate) -> (model, loss), everything
-    replicated but for `assignments`: NumPy, any number of clients, arranged and placed here.
+    """round(model, samples, assignments, key, learning_rate) -> (model, loss): model and loss replicated,
+    samples from `place_samples`, assignments NumPy, of any number of clients, arranged and placed here.
 
     `execution`: "vmap" computes a chunk's clients at once, "map" one after the other. The model given
     are donated.
@@ -57,19 +68,71 @@ def compile_round(
         if len(devices) == 1:
             return jax.jit(functools.partial(body, None), donate_argnums=0)
         return jax.pmap(
-            functools.partial(body, AXIS), AXIS, in_axes=(None, None, 0, None, None), out_axes=None,
+            functools.partial(body, AXIS), AXIS, in_axes=(None, 0, 0, None, None), out_axes=None,
             devices=devices, donate_argnums=0,
         )  # fmt: skip
 
-    def run(model, samples, assignments: Assignment, key, learning_rate):
+    def run(model, samples: Samples, assignments: Assignment, key, learning_rate):
         arranged, size = fill_chunks(assignments, most, len(devices))
-        if len(devices) > 1:
-            arranged = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), arranged)
-        placed = jax.device_put(arranged, NamedSharding(_mesh(devices), PartitionSpec(AXIS)))
-        return compiled(size)(model, samples, placed, key, np.float32(learning_rate))
+        if len(devices) == 1:
+            placed = samples, jax.device_put(arranged, devices[0])
+        else:
+            placed = place_clients(samples, arranged, devices)
+        scalars = replicate((key, np.float32(learning_rate)), devices)
+        return compiled(size)(model, *placed, *scalars)
 
     return run
 
 
-def _mesh(devices):
-    return Mesh(np.asarray(devices), (AXIS,))
+def place_clients(
+    samples: Samples, arranged: Assignment, devices: Sequence[Any]
+) -> tuple[Samples, Assignment]:
+    """What `fill_chunks` arranged, on the devices of this process, each with the samples of its clients.
+
+    The leading axis becomes (devices here, ...). A device has room for one sample an index, or for all that
+    there are if these are fewer, so that shapes do not change from round to round.
+    """
+    by_device = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), arranged)
+    parts = []
+    for device in _indices_here(devices):
+        own: Assignment = jax.tree.map(lambda x, device=device: x[device], by_device)
+        room = min(own.batches.size, len(samples.labels))
+        is_used = np.arange(own.batches.shape[1]) < own.steps[:, None]
+        rows, local = np.unique(own.batches[is_used], return_inverse=True)
+        batches = np.zeros_like(own.batches)
+        batches[is_used] = local.reshape(-1, own.batches.shape[-1])
+        images, labels = (np.zeros((room, *x.shape[1:]), x.dtype) for x in samples)
+        images[: len(rows)], labels[: len(rows)] = samples.images[rows], samples.labels[rows]
+        parts.append((Samples(images, labels), own._replace(batches=batches)))
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *parts)
+    return jax.device_put(stacked, _sharding(devices, PartitionSpec(AXIS)))
+
+
+def place_held_out(
+    images: np.ndarray, labels: np.ndarray, devices: Sequence[Any], batch: int = evaluation.BATCH
+) -> Samples:
+    """What the evaluations of `compile_evaluation` take: each device has a part."""
+    parts = evaluation.in_batches(images, labels, len(devices), batch)
+    if len(devices) == 1:
+        return jax.device_put(jax.tree.map(lambda x: x[0], parts), devices[0])
+    own = jax.tree.map(lambda x: x[_indices_here(devices)], parts)
+    return jax.device_put(own, _sharding(devices, PartitionSpec(AXIS)))
+
+
+def compile_evaluation(
+    chain: Chain, preprocess: Callable[[jax.Array], jax.Array], devices: Sequence[Any]
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """evaluate(variables, samples from `place_held_out`) -> (mean cross-entropy, accuracy), replicated."""
+    body = functools.partial(evaluation.evaluate, chain, preprocess)
+    if len(devices) == 1:
+        return jax.jit(functools.partial(body, None))
+    return jax.pmap(functools.partial(body, AXIS), AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+
+def _indices_here(devices) -> list[int]:
+    return [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+
+
+def _sharding(devices, spec):
+    here = [devices[i] for i in _indices_here(devices)]
+    return NamedSharding(Mesh(np.asarray(here), (AXIS,)), spec)

@@ -1,9 +1,8 @@
 """How good the global variables are on held-out samples."""
 
-import functools
+import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -15,26 +14,29 @@ from sfl_jax.models import Chain, Variables
 BATCH = 500
 
 
-def in_batches(images: np.ndarray, labels: np.ndarray, batch: int = BATCH) -> Samples:
-    """Samples as (N / batch, batch, ...) NumPy arrays, the last batch filled up with samples of label -1."""
-    missing = -len(labels) % batch
+def in_batches(images: np.ndarray, labels: np.ndarray, parts: int = 1, batch: int = BATCH) -> Samples:
+    """Samples as (parts, N', B, ...) NumPy arrays, B at most `batch`, filled up with samples of label -1."""
+    of_part = -(-len(labels) // parts)
+    batches = -(-of_part // batch)
+    shape = parts, batches, -(-of_part // batches)
+    missing = math.prod(shape) - len(labels)
     images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
     labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])
-    return Samples(images.reshape(-1, batch, *images.shape[1:]), labels.reshape(-1, batch))
+    return Samples(images.reshape(*shape, *images.shape[1:]), labels.reshape(shape))
 
 
-def compile_evaluation(
-    chain: Chain, preprocess: Callable[[Array], Array]
-) -> Callable[..., tuple[Array, Array]]:
-    """evaluate(variables, samples from `in_batches`) -> (mean cross-entropy, accuracy); labels of -1 do not
-    count.
-    """
-    return jax.jit(functools.partial(_evaluate, chain, preprocess))
-
-
-def _evaluate(
-    chain: Chain, preprocess: Callable[[Array], Array], variables: Variables, samples: Samples
+def evaluate(
+    chain: Chain,
+    preprocess: Callable[[Array], Array],
+    axis_name: str | None,
+    variables: Variables,
+    samples: Samples,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(mean cross-entropy, accuracy) over samples in batches (N', B, ...); labels of -1 do not count.
+
+    Under `axis_name` these are some of the samples, and the means are those of all devices'.
+    """
+
     def add_batch(sums, batch):
         images, labels = batch
         logits, _ = chain.apply(variables, preprocess(images))
@@ -42,6 +44,7 @@ def _evaluate(
         loss = jnp.where(counts, cross_entropy(logits, jnp.maximum(labels, 0)), 0).sum()
         return (sums[0] + loss, sums[1] + (counts & (logits.argmax(-1) == labels)).sum()), None
 
-    (loss, correct), _ = lax.scan(add_batch, (jnp.zeros(()), jnp.zeros((), jnp.int32)), tuple(samples))
-    total = (samples.labels >= 0).sum()
+    sums, _ = lax.scan(add_batch, (jnp.zeros(()), jnp.zeros((), jnp.int32)), tuple(samples))
+    sums = *sums, (samples.labels >= 0).sum()
+    loss, correct, total = sums if axis_name is None else lax.psum(sums, axis_name)
     return loss / total, correct / total

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
@@ -12,8 +11,6 @@ from jaxtyping import Array, Float, Key
 from sfl_jax.federated.packing import packing
 from sfl_jax.federated.session import Assignment, Samples, Training, run_session
 from sfl_jax.models import Variables
-
-PADDING = 0.05  # part of a cohort that may be added as idle clients to fill the last chunk
 
 
 class Model(NamedTuple):
@@ -102,30 +99,6 @@ def sum_of_sessions(
     )
     (packed, stats), loss = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)[0]
     return Variables(params.unpack(packed), batch_stats.unpack(stats)), loss
-
-
-def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 1) -> tuple[Assignment, int]:
-    """NumPy assignments ordered for D devices and padded with idle clients, and the clients of a chunk.
-
-    Clients of like session length share a chunk, and chunks are dealt to the devices in turn, so that few
-    steps are masked and no device gets all long sessions. A chunk may be smaller than asked where that
-    saves padding. The leading axis becomes D * (chunks of a device) * (clients of a chunk), device by
-    device.
-    """
-    clients = len(assignments.client)
-    sizes = range(1, min(clients_per_chunk, -(-clients // devices)) + 1)
-    padded = {size: -(-clients // (size * devices)) * size * devices for size in sizes}
-    least = max(min(padded.values()), int(clients * (1 + PADDING)))
-    size = max(size for size in sizes if padded[size] <= least)
-    order = np.argsort(-np.asarray(assignments.steps), kind="stable")
-
-    def arrange(x):
-        filled = np.zeros((padded[size], *x.shape[1:]), x.dtype)
-        filled[:clients] = np.asarray(x)[order]
-        dealt = filled.reshape(-1, devices, size, *x.shape[1:]).swapaxes(0, 1)
-        return dealt.reshape(filled.shape)
-
-    return jax.tree.map(arrange, assignments), size
 
 
 def _alone(session, chunk):

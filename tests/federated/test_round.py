@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from federated import rounds
 
 from sfl_jax import metrics
-from sfl_jax.federated.round import Model, fill_chunks, run_round, start_model
+from sfl_jax.federated.round import Model, run_round, start_model
 
 KEY = jax.random.key(7)
 
@@ -130,27 +129,6 @@ def test_nobody_came_keeps_the_variables():
     for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(rounds.start()[0]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.isnan(loss)
-
-
-@pytest.mark.parametrize(
-    ("clients", "chunk", "devices"), [(10, 4, 1), (7, 4, 1), (97, 4, 1), (6, 2, 4), (1, 8, 2), (9, 3, 2)]
-)
-def test_chunks_hold_every_client_once(clients, chunk, devices):
-    work = rounds.assignments(cuts=[1] * clients)
-    arranged, size = fill_chunks(work, chunk, devices)
-    assert 1 <= size <= chunk
-    assert len(arranged.client) % (size * devices) == 0
-    there = arranged.weight > 0
-    assert sorted(arranged.client[there]) == sorted(work.client)
-    order = np.argsort(arranged.client[there])
-    np.testing.assert_array_equal(arranged.batches[there][order], work.batches)
-    assert not arranged.steps[~there].any()
-
-
-def test_padding_is_small_where_it_can_be():
-    for clients in range(1, 200):
-        arranged, _ = fill_chunks(rounds.assignments(cuts=[1] * clients, steps=1, batch=1), 4)
-        assert len(arranged.client) <= clients * 1.05
 
 
 def test_learning_rate_free_optimisers_match_optax_sgd():

@@ -1,0 +1,59 @@
+"""Which device runs which clients of a round: all devices shall be done at the same time."""
+
+import heapq
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from sfl_jax.federated.session import Assignment
+
+PADDING = 0.05  # part of a cohort that may be added as idle clients to fill the last chunk
+
+
+def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 1) -> tuple[Assignment, int]:
+    """NumPy assignments ordered for D devices and padded with idle clients, and the clients of a chunk.
+
+    Clients of like session length share a chunk, so that few steps are masked; `deal` balances the chunks.
+    The leading axis becomes D * (chunks of a device) * (clients of a chunk), device by device; its length
+    depends on the number of clients alone, so that other clients compile nothing.
+    """
+    steps = np.asarray(assignments.steps)
+    size = _chunk_size(len(steps), clients_per_chunk, devices)
+    order = np.argsort(-steps, kind="stable")
+    chunks = -(-len(steps) // size)
+    slots = -(-chunks // devices)
+    starts = deal(steps[order][::size], devices, slots) * size
+    places = (starts[:, None] + np.arange(size)).reshape(-1)[: len(steps)]
+
+    def arrange(x):
+        filled = np.zeros((devices * slots * size, *x.shape[1:]), x.dtype)
+        filled[places] = np.asarray(x)[order]
+        return filled
+
+    return jax.tree.map(arrange, assignments), size
+
+
+def deal(steps: Int[np.ndarray, " N"], devices: int, slots: int) -> Int[np.ndarray, " N"]:
+    """A place in 0..devices*slots - 1, device by device, for each of N chunks, longest first.
+
+    Each goes to the device that has least to do so far and a slot left: longest processing time first, which
+    is within a third of the best possible (Graham 1969) where slots do not bind.
+    """
+    queue, used = [(0, device) for device in range(devices)], [0] * devices
+    places = np.empty(len(steps), np.int64)
+    for chunk, own in enumerate(steps):
+        load, device = heapq.heappop(queue)
+        places[chunk] = device * slots + used[device]
+        used[device] += 1
+        if used[device] < slots:
+            heapq.heappush(queue, (load + int(own), device))
+    return places
+
+
+def _chunk_size(clients, clients_per_chunk, devices):
+    """The largest that pads little; smaller than asked for where that saves padding."""
+    sizes = range(1, min(clients_per_chunk, -(-clients // devices)) + 1)
+    padded = {size: -(-clients // (size * devices)) * size * devices for size in sizes}
+    least = max(min(padded.values()), int(clients * (1 + PADDING)))
+    return max(size for size in sizes if padded[size] <= least)

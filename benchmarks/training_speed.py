@@ -99,8 +99,7 @@ def import_timm():
         }
         interpolation = enum.Enum("InterpolationMode", modes)
         for name in ("", ".functional"):
-            sys.modules[f"torchvision.transforms{name}"].InterpolationMode = interpolation  # type:
-            ignore[attr - defined]
+            sys.modules[f"torchvision.transforms{name}"].InterpolationMode = interpolation
     import timm
     import torch
 

@@ -3,14 +3,12 @@
 `vmap` over per-client convolution weights makes grouped convolutions, which XLA runs in naive loops on CPU
 and poorly on GPU. Each convolution therefore has two forms with equal results:
 
-- `product`: a 1x1 convolution is a matrix product; a kxk one concatenates its shifted inputs and is one
-  product; a depthwise one is a sum of shifted products. A client axis becomes a batch axis of the product.
+- `product`: matrix products and shifted sums, see `products`; a client axis becomes a batch axis of them.
 - `conv`: `lax.conv_general_dilated`, the reference, from which costs are traced.
 
 Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C).
 """
 
-import functools
 import math
 from typing import Any
 
@@ -20,6 +18,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import core, lax
+
+from sfl_jax.models import products
 
 BN_MOMENTUM = 0.9
 BN_EPSILON = 1e-3
@@ -86,9 +86,7 @@ class Conv(nn.Module):
         x, kernel = promote_dtype(x, self.param("kernel", kernel_init, shape), dtype=self.dtype)
         if self.form == "conv":
             return _lax_conv(x, kernel, self.stride)
-        taps = _shifted(x, self.kernel_size, self.stride)
-        patches = jnp.concatenate([shifted for _, shifted in taps], axis=-1)
-        return patches @ jnp.concatenate([kernel[tap] for tap, _ in taps], axis=0)
+        return products.convolution(x, kernel, self.stride)
 
 
 class DepthwiseConv(nn.Module):
@@ -106,8 +104,7 @@ class DepthwiseConv(nn.Module):
         x, kernel = promote_dtype(x, self.param("depthwise_kernel", depthwise_init, shape), dtype=self.dtype)
         if self.form == "conv":
             return _lax_conv(x, kernel, self.stride, groups=channels)
-        taps = _shifted(x, self.kernel_size, self.stride)
-        return functools.reduce(jnp.add, [shifted * kernel[tap] for tap, shifted in taps])
+        return products.depthwise(x, kernel, self.stride)
 
 
 class BatchNorm(nn.Module):
@@ -120,18 +117,18 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", zeros, channels)
         running_mean = self.variable("batch_stats", "mean", zeros, None, channels)
         running_var = self.variable("batch_stats", "var", ones, None, channels)
+        rows = x.reshape(-1, x.shape[-1])  # XLA:CPU sums over one axis faster than over three, or over ones
         if train:
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            axes = tuple(range(x.ndim - 1))
-            mean = wide.mean(axes)
-            var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0)
+            wide = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
+            mean = wide.mean(0)
+            var = jnp.maximum((wide * wide).mean(0) - mean * mean, 0)
             if not self.is_initializing():
                 running_mean.value = BN_MOMENTUM * running_mean.value + (1 - BN_MOMENTUM) * mean
                 running_var.value = BN_MOMENTUM * running_var.value + (1 - BN_MOMENTUM) * var
         else:
             mean, var = running_mean.value, running_var.value
         multiplier = scale * lax.rsqrt(var + BN_EPSILON)
-        return (x * multiplier + (bias - mean * multiplier)).astype(x.dtype)
+        return (rows * multiplier + (bias - mean * multiplier)).astype(x.dtype).reshape(x.shape)
 
 
 class SqueezeExcite(nn.Module):
@@ -177,37 +174,9 @@ class DropPath(nn.Module):
         return x * (keep / self.survival).astype(x.dtype)
 
 
-def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
-    """SAME padding of one axis as (before, after); the odd one goes after."""
-    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
-    return total // 2, total - total // 2
-
-
 def _lax_conv(x, kernel, stride, groups=1):
-    padding = [same_padding(size, kernel.shape[0], stride) for size in x.shape[1:3]]
+    padding = [axis.padding for axis in products.axes(x.shape, kernel.shape, stride)]
     axes = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=axes, feature_group_count=groups
     )
-
-
-def _shifted(x, kernel_size, stride):
-    """[((row, column) of the kernel, what it meets at all output positions)]; no tap meets padding alone."""
-    if kernel_size == 1 and stride == 1:
-        return [((0, 0), x)]
-    rows, columns = (_live_taps(size, kernel_size, stride) for size in x.shape[1:3])
-    padding = [same_padding(size, kernel_size, stride) for size in x.shape[1:3]]
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = (-(-size // stride) for size in x.shape[1:3])
-
-    def met(first, outputs):
-        return slice(first, first + (outputs - 1) * stride + 1, stride)
-
-    taps = [(row, column) for row in rows for column in columns]
-    return [(tap, padded[:, met(tap[0], height), met(tap[1], width)]) for tap in taps]
-
-
-def _live_taps(size, kernel_size, stride):
-    before, _ = same_padding(size, kernel_size, stride)
-    starts = range(-before, size + kernel_size, stride)[: -(-size // stride)]
-    return [tap for tap in range(kernel_size) if any(0 <= start + tap < size for start in starts)]

@@ -9,7 +9,7 @@ from jax import lax
 from models import oracles
 from scipy import stats
 
-from sfl_jax.models import layers
+from sfl_jax.models import layers, products
 
 SHAPES = [  # height, width, kernel size, stride
     (1, 1, 3, 1), (1, 2, 3, 2), (2, 2, 3, 2), (5, 6, 3, 1), (5, 6, 3, 2), (3, 2, 1, 1), (5, 4, 1, 2),
@@ -87,12 +87,12 @@ def test_odd_padding_goes_after_the_image(form):
     ],
 )  # fmt: skip
 def test_same_padding_by_hand(size, kernel_size, stride, padding):
-    assert layers.same_padding(size, kernel_size, stride) == padding
+    assert products.Axis(size, kernel_size, stride).padding == padding
 
 
 @given(st.integers(1, 600), st.integers(1, 9), st.integers(1, 5))
 def test_same_padding_is_that_of_lax(size, kernel_size, stride):
-    assert [layers.same_padding(size, kernel_size, stride)] == lax.padtype_to_pads(
+    assert [products.Axis(size, kernel_size, stride).padding] == lax.padtype_to_pads(
         (size,), (kernel_size,), (stride,), "SAME"
     )
 

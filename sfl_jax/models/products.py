@@ -1,0 +1,286 @@
+"""Convolutions without `lax.conv`: matrix products and shifted sums, with gradients of the same kind.
+
+Two shifts make all of it. `_patches` sets what the taps of a kernel meet side by side; `_fold` is its
+transpose and adds up what the taps send back. JAX would differentiate a shifted slice into a padded one,
+which XLA:CPU computes with a condition for every number; here an array is padded once, and then sliced.
+
+Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C); padding is SAME.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+FEW = 4  # positions of a depthwise convolution's outputs up to which each is written out
+
+
+class Axis(NamedTuple):
+    """How the taps of a kernel lie along one axis of an image."""
+
+    size: int
+    kernel_size: int
+    stride: int
+
+    @property
+    def outputs(self) -> int:
+        """Positions of the kernel."""
+        return -(-self.size // self.stride)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """SAME padding as (before, after); the odd one goes after."""
+        total = max((self.outputs - 1) * self.stride + self.kernel_size - self.size, 0)
+        return total // 2, total - total // 2
+
+    @property
+    def live(self) -> range:
+        """The taps that meet the image somewhere; the others see padding alone."""
+        before = self.padding[0]
+        ends = (self.outputs - 1) * self.stride
+        return range(max(0, before - ends), min(self.kernel_size, before + self.size))
+
+    def met(self, tap: int) -> slice:
+        """What a tap meets, of the padded axis."""
+        return slice(tap, tap + (self.outputs - 1) * self.stride + 1, self.stride)
+
+    def senders(self, residue: int) -> list[tuple[int, int]]:
+        """[(tap, output - j)] that reach the positions j * stride + residue."""
+        at = residue + self.padding[0]
+        return [(tap, (at - tap) // self.stride) for tap in self.live if (at - tap) % self.stride == 0]
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Padding of the outputs within which every sender lies, as (before, after)."""
+        shifts = [shift for residue in range(self.stride) for _, shift in self.senders(residue)]
+        return max(0, -min(shifts)), max(0, max(shifts))
+
+
+def axes(image_shape: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int) -> tuple[Axis, Axis]:
+    """The rows and the columns of a convolution."""
+    return Axis(image_shape[1], kernel_shape[0], stride), Axis(image_shape[2], kernel_shape[1], stride)
+
+
+def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """(B, H, W, C_in) -> (B, ceil(H / stride), ceil(W / stride), C_out): one product and one shift, of
+    whichever side has fewer channels.
+    """
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        return x @ kernel[0, 0]
+    rows, columns = axes(x.shape, kernel.shape, stride)
+    odd = rows.kernel_size % 2 == columns.kernel_size % 2 == 1
+    if stride == 1 and odd and kernel.shape[3] < kernel.shape[2]:
+        return _shift_last(x, kernel, (rows, columns))
+    return _shift_first(x, kernel, (rows, columns))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shift_first(x, kernel, grid):
+    return _shift_first_forward(x, kernel, grid)[0]
+
+
+def _shift_first_forward(x, kernel, grid):
+    patches = _patches(x, grid)
+    return patches @ _matrix(_live(kernel, grid)), (patches, kernel)
+
+
+def _shift_first_backward(grid, residuals, gradient):
+    patches, kernel = residuals
+    live = _live(kernel, grid)
+    of_x = _fold(gradient @ _matrix(live).T, grid)
+    return of_x, _revive(_product_of(patches, gradient).reshape(live.shape), kernel.shape, grid)
+
+
+_shift_first.defvjp(_shift_first_forward, _shift_first_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shift_last(x, kernel, grid):
+    return _shift_last_forward(x, kernel, grid)[0]
+
+
+def _shift_last_forward(x, kernel, grid):
+    """A convolution of stride 1 is the transpose of the one with the kernel turned around."""
+    return _fold(x @ _turned(_live(kernel, grid)), grid), (x, kernel)
+
+
+def _shift_last_backward(grid, residuals, gradient):
+    x, kernel = residuals
+    live = _live(kernel, grid)
+    patches = _patches(gradient, grid)
+    of_x = patches @ _turned(live).T
+    rows, columns, inputs, outputs = live.shape
+    turned = _product_of(x, patches).reshape(inputs, rows, columns, outputs)
+    of_kernel = turned.transpose(1, 2, 0, 3)[::-1, ::-1]
+    return of_x, _revive(of_kernel, kernel.shape, grid)
+
+
+_shift_last.defvjp(_shift_last_forward, _shift_last_backward)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """(B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C), every channel with its own kernel."""
+    grid = axes(x.shape, kernel.shape, stride)
+    if grid[0].outputs * grid[1].outputs > FEW:
+        return _depthwise_shifted(x, kernel, grid)
+    outputs = _depthwise_written_out(x, kernel, _meetings(grid))
+    return jnp.reshape(outputs, (len(x), grid[0].outputs, grid[1].outputs, -1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise_shifted(x, kernel, grid):
+    return _depthwise_shifted_forward(x, kernel, grid)[0]
+
+
+def _depthwise_shifted_forward(x, kernel, grid):
+    padded = _pad(x, [axis.padding for axis in grid])
+    terms = [padded[:, grid[0].met(a), grid[1].met(b)] * kernel[a, b] for a, b in _taps(grid)]
+    return functools.reduce(jnp.add, terms), (x, kernel)
+
+
+def _depthwise_shifted_backward(grid, residuals, gradient):
+    x, kernel = residuals
+    padded, gradient = _pad(x, [axis.padding for axis in grid]), lax.optimization_barrier(gradient)
+    of_x = _fold_with(lambda tap, sent: sent * kernel[tap], gradient, grid)
+    taps = {
+        (a, b): (padded[:, grid[0].met(a), grid[1].met(b)] * gradient).sum((0, 1, 2)) for a, b in _taps(grid)
+    }
+    return of_x, _kernel_of(taps, kernel)
+
+
+_depthwise_shifted.defvjp(_depthwise_shifted_forward, _depthwise_shifted_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise_written_out(x, kernel, meetings):
+    return _depthwise_written_out_forward(x, kernel, meetings)[0]
+
+
+def _depthwise_written_out_forward(x, kernel, meetings):
+    """(B, positions, C): for small images, where most shifts are padding."""
+    pixels = lax.optimization_barrier(x).reshape(len(x), -1, x.shape[-1])
+    terms = [(output, pixels[:, pixel] * kernel[tap]) for output, pixel, tap in meetings]
+    return jnp.stack(list(_add_up(terms).values()), axis=1), (x, kernel)
+
+
+def _depthwise_written_out_backward(meetings, residuals, gradient):
+    x, kernel = residuals
+    pixels = lax.optimization_barrier(x).reshape(len(x), -1, x.shape[-1])
+    gradient = lax.optimization_barrier(gradient)
+    of_pixels = _add_up([(pixel, gradient[:, output] * kernel[tap]) for output, pixel, tap in meetings])
+    unmet = jnp.zeros_like(pixels[:, 0])
+    of_x = jnp.stack([of_pixels.get(pixel, unmet) for pixel in range(pixels.shape[1])], axis=1)
+    taps = _add_up([(tap, gradient[:, output] * pixels[:, pixel]) for output, pixel, tap in meetings])
+    return of_x.reshape(x.shape), _kernel_of({tap: total.sum(0) for tap, total in taps.items()}, kernel)
+
+
+_depthwise_written_out.defvjp(_depthwise_written_out_forward, _depthwise_written_out_backward)
+
+
+def _meetings(grid):
+    """((output position, pixel, tap), ...) by output, positions counted row by row."""
+    rows, columns = grid
+    met = []
+    for y, x in itertools.product(range(rows.outputs), range(columns.outputs)):
+        for a, b in _taps(grid):
+            row = y * rows.stride + a - rows.padding[0]
+            column = x * columns.stride + b - columns.padding[0]
+            if 0 <= row < rows.size and 0 <= column < columns.size:
+                met.append((y * columns.outputs + x, row * columns.size + column, (a, b)))
+    return tuple(met)
+
+
+def _patches(x, grid):
+    """(B, H, W, C) -> (B, outputs, outputs, taps * C)."""
+    padded = jnp.pad(x, ((0, 0), *(axis.padding for axis in grid), (0, 0)))
+    return jnp.concatenate([padded[:, grid[0].met(a), grid[1].met(b)] for a, b in _taps(grid)], axis=-1)
+
+
+def _fold(patches, grid):
+    """The transpose of `_patches`."""
+    channels = patches.shape[-1] // len(_taps(grid))
+    order = {tap: number * channels for number, tap in enumerate(_taps(grid))}
+    return _fold_with(lambda tap, sent: sent[..., order[tap] : order[tap] + channels], patches, grid)
+
+
+def _fold_with(take, sent, grid):
+    """Adds up at every pixel `take(tap, sent)` of the outputs whose taps met it."""
+    rows, columns = grid
+    stride = rows.stride
+    reach = [axis.reach for axis in grid]
+    padded = _pad(sent, reach)
+
+    def plane(row, column):
+        """The pixels that leave these residues by the stride."""
+        terms = [
+            take((a, b), _window(padded, reach[0][0] + up, rows, reach[1][0] + left, columns))
+            for a, up in rows.senders(row)
+            for b, left in columns.senders(column)
+        ]
+        return functools.reduce(jnp.add, terms) if terms else None
+
+    planes = [[plane(row, column) for column in range(stride)] for row in range(stride)]
+    if stride == 1:
+        return planes[0][0]
+    some = next(x for x in itertools.chain(*planes) if x is not None)
+    filled = [[jnp.zeros_like(some) if x is None else x for x in row] for row in planes]
+    woven = jnp.stack([jnp.stack(row, axis=3) for row in filled], axis=2)
+    whole = woven.reshape(len(some), rows.outputs * stride, columns.outputs * stride, -1)
+    return whole[:, : rows.size, : columns.size]
+
+
+def _window(x, top, rows, left, columns):
+    return x[:, top : top + rows.outputs, left : left + columns.outputs]
+
+
+def _pad(x, amounts):
+    """Padded and kept, so that XLA does not pad anew within every slice."""
+    return lax.optimization_barrier(jnp.pad(x, ((0, 0), *amounts, (0, 0))))
+
+
+def _taps(grid):
+    return list(itertools.product(grid[0].live, grid[1].live))
+
+
+def _live(kernel, grid):
+    rows, columns = (axis.live for axis in grid)
+    return kernel[rows.start : rows.stop, columns.start : columns.stop]
+
+
+def _revive(live, shape, grid):
+    """The gradient of a whole kernel: 0 for taps that met nothing."""
+    around = [(axis.live.start, size - axis.live.stop) for axis, size in zip(grid, shape[:2], strict=True)]
+    return jnp.pad(live, (*around, (0, 0), (0, 0)))
+
+
+def _matrix(kernel):
+    """(taps * C_in, C_out)."""
+    return kernel.reshape(-1, kernel.shape[-1])
+
+
+def _turned(kernel):
+    """(C_in, taps * C_out) of the kernel turned around."""
+    return kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+
+
+def _product_of(x, y):
+    """Sum over samples and positions of the outer products of two images' channels."""
+    return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
+
+
+def _add_up(terms):
+    """{name: sum of its terms} of [(name, term)], in the order of first appearance."""
+    sums = {}
+    for name, term in terms:
+        sums[name] = sums[name] + term if name in sums else term
+    return sums
+
+
+def _kernel_of(taps, kernel):
+    """A depthwise kernel's gradient from {tap: (C,)}."""
+    zero = jnp.zeros_like(kernel[0, 0, 0])
+    every = itertools.product(range(kernel.shape[0]), range(kernel.shape[1]))
+    return jnp.stack([taps.get(tap, zero) for tap in every]).reshape(kernel.shape)

@@ -78,7 +78,7 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _shift_first(x, kernel, grid):
+def _shift_first(x, kernel, grid) -> jax.Array:
     return _shift_first_forward(x, kernel, grid)[0]
 
 
@@ -98,7 +98,7 @@ _shift_first.defvjp(_shift_first_forward, _shift_first_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _shift_last(x, kernel, grid):
+def _shift_last(x, kernel, grid) -> jax.Array:
     return _shift_last_forward(x, kernel, grid)[0]
 
 
@@ -131,7 +131,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise_shifted(x, kernel, grid):
+def _depthwise_shifted(x, kernel, grid) -> jax.Array:
     return _depthwise_shifted_forward(x, kernel, grid)[0]
 
 
@@ -155,7 +155,7 @@ _depthwise_shifted.defvjp(_depthwise_shifted_forward, _depthwise_shifted_backwar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise_written_out(x, kernel, meetings):
+def _depthwise_written_out(x, kernel, meetings) -> jax.Array:
     return _depthwise_written_out_forward(x, kernel, meetings)[0]
 
 

@@ -78,7 +78,7 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _shift_first(x, kernel, grid) -> jax.Array:
+def _shift_first(x, kernel, grid):
     return _shift_first_forward(x, kernel, grid)[0]
 
 
@@ -98,7 +98,7 @@ _shift_first.defvjp(_shift_first_forward, _shift_first_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _shift_last(x, kernel, grid) -> jax.Array:
+def _shift_last(x, kernel, grid):
     return _shift_last_forward(x, kernel, grid)[0]
 
 
@@ -126,12 +126,11 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     grid = axes(x.shape, kernel.shape, stride)
     if grid[0].outputs * grid[1].outputs > FEW:
         return _depthwise_shifted(x, kernel, grid)
-    outputs = _depthwise_written_out(x, kernel, _meetings(grid))
-    return jnp.reshape(outputs, (len(x), grid[0].outputs, grid[1].outputs, -1))
+    return _depthwise_written_out(x, kernel, grid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise_shifted(x, kernel, grid) -> jax.Array:
+def _depthwise_shifted(x, kernel, grid):
     return _depthwise_shifted_forward(x, kernel, grid)[0]
 
 
@@ -155,21 +154,23 @@ _depthwise_shifted.defvjp(_depthwise_shifted_forward, _depthwise_shifted_backwar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise_written_out(x, kernel, meetings) -> jax.Array:
-    return _depthwise_written_out_forward(x, kernel, meetings)[0]
+def _depthwise_written_out(x, kernel, grid):
+    return _depthwise_written_out_forward(x, kernel, grid)[0]
 
 
-def _depthwise_written_out_forward(x, kernel, meetings):
-    """(B, positions, C): for small images, where most shifts are padding."""
+def _depthwise_written_out_forward(x, kernel, grid):
+    """Position by position: for small images, where most shifts are padding."""
     pixels = lax.optimization_barrier(x).reshape(len(x), -1, x.shape[-1])
-    terms = [(output, pixels[:, pixel] * kernel[tap]) for output, pixel, tap in meetings]
-    return jnp.stack(list(_add_up(terms).values()), axis=1), (x, kernel)
+    terms = [(output, pixels[:, pixel] * kernel[tap]) for output, pixel, tap in _meetings(grid)]
+    outputs = jnp.stack(list(_add_up(terms).values()), axis=1)
+    return outputs.reshape(len(x), grid[0].outputs, grid[1].outputs, -1), (x, kernel)
 
 
-def _depthwise_written_out_backward(meetings, residuals, gradient):
+def _depthwise_written_out_backward(grid, residuals, gradient):
     x, kernel = residuals
+    meetings = _meetings(grid)
     pixels = lax.optimization_barrier(x).reshape(len(x), -1, x.shape[-1])
-    gradient = lax.optimization_barrier(gradient)
+    gradient = lax.optimization_barrier(gradient).reshape(len(x), -1, x.shape[-1])
     of_pixels = _add_up([(pixel, gradient[:, output] * kernel[tap]) for output, pixel, tap in meetings])
     unmet = jnp.zeros_like(pixels[:, 0])
     of_x = jnp.stack([of_pixels.get(pixel, unmet) for pixel in range(pixels.shape[1])], axis=1)
@@ -181,7 +182,7 @@ _depthwise_written_out.defvjp(_depthwise_written_out_forward, _depthwise_written
 
 
 def _meetings(grid):
-    """((output position, pixel, tap), ...) by output, positions counted row by row."""
+    """[(output position, pixel, tap)] by output, positions counted row by row."""
     rows, columns = grid
     met = []
     for y, x in itertools.product(range(rows.outputs), range(columns.outputs)):
@@ -190,7 +191,7 @@ def _meetings(grid):
             column = x * columns.stride + b - columns.padding[0]
             if 0 <= row < rows.size and 0 <= column < columns.size:
                 met.append((y * columns.outputs + x, row * columns.size + column, (a, b)))
-    return tuple(met)
+    return met
 
 
 def _patches(x, grid):

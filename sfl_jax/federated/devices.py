@@ -62,15 +62,7 @@ def compile_round(
     """
     most = 1 if execution == "map" else clients_per_chunk
 
-    @functools.cache
-    def compiled(size: int):
-        body = functools.partial(run_round, training, size)
-        if len(devices) == 1:
-            return jax.jit(functools.partial(body, None), donate_argnums=0)
-        return jax.pmap(
-            functools.partial(body, AXIS), AXIS, in_axes=(None, 0, 0, None, None), out_axes=None,
-            devices=devices, donate_argnums=0,
-        )  # fmt: skip
+    compiled = functools.cache(functools.partial(map_round, training, devices))
 
     def run(model, samples: Samples, assignments: Assignment, key, learning_rate):
         arranged, size = fill_chunks(assignments, most, len(devices))
@@ -82,6 +74,20 @@ def compile_round(
         return compiled(size)(model, *placed, *scalars)
 
     return run
+
+
+def map_round(training: Training, devices: Sequence[Any], size: int) -> Callable[..., Any]:
+    """`run_round` over the devices for chunks of `size` clients: jitted on one, mapped by `jax.pmap` on more.
+
+    What it takes is placed already, see `place_clients`; the model given is donated.
+    """
+    body = functools.partial(run_round, training, size)
+    if len(devices) == 1:
+        return jax.jit(functools.partial(body, None), donate_argnums=0)
+    return jax.pmap(
+        functools.partial(body, AXIS), AXIS, in_axes=(None, 0, 0, None, None), out_axes=None,
+        devices=devices, donate_argnums=0,
+    )  # fmt: skip
 
 
 def place_clients(

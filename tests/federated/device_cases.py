@@ -1,35 +1,267 @@
 """What `test_devices.py` runs in processes of their own, where there are eight virtual devices."""
 
+import functools
+import re
+from collections import Counter
+from unittest import mock
+
 import jax
 import numpy as np
 from federated import rounds
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from sfl_jax.federated import devices
-from sfl_jax.federated.round import Model
+from benchmarks import scaling
+from sfl_jax import models
+from sfl_jax.federated import devices, evaluation, round
+from sfl_jax.federated.balance import fill_chunks
+from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Samples
+from sfl_jax.models import Chain
 
 
-def after_rounds(count, chunk=2, execution="vmap", clients=None, training=None):
+def short(chain):
+    """Fewer units, one of each kind: what devices do with a network depends on its variables alone."""
+    stem, fused, *_, separable, _, head, classifier = chain.units
+    return Chain((stem, fused, separable, head, classifier))
+
+
+SHORT = {"product": short(rounds.CHAIN), "conv": short(rounds.REFERENCE_CHAIN)}
+KEY = jax.random.key(7)
+
+
+def samples_of(chain):
+    return Samples(*map(np.asarray, rounds.start(chain)[1]))
+
+
+def cohort(chain, clients=rounds.CUTS, seed=0):
+    return rounds.assignments(np.arange(clients) % (len(chain) + 1), seed=seed)
+
+
+def after_rounds(count, chunk=2, execution="vmap", clients=rounds.CUTS, chain=rounds.CHAIN):
     """(model, loss, …) after two rounds on `count` devices, as NumPy."""
-    training = training or rounds.training(link=rounds.SCALING)
     chosen = devices.choose_devices(count)
-    run = devices.compile_round(training, chunk, chosen, execution)
-    variables, samples = rounds.start(training.chain)
-    samples = devices.place_samples(Samples(*map(np.asarray, samples)), chosen)
-    model = Model(devices.replicate(variables, chosen))
-    cuts = np.arange(clients or rounds.CUTS) % (len(training.chain) + 1)
+    run = devices.compile_round(rounds.training(link=rounds.SCALING, chain=chain), chunk, chosen, execution)
+    samples = devices.place_samples(samples_of(chain), chosen)
+    model = devices.replicate(Model(rounds.start(chain)[0]), chosen)
     for seed in range(2):
-        work = rounds.assignments(cuts, seed=seed)
-        model, *rest = result = run(model, samples, work, jax.random.key(7), rounds.RATE)
+        with jax.transfer_guard_device_to_device("disallow"):
+            result = run(model, samples, cohort(chain, clients, seed), KEY, rounds.RATE)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model)), "the model is donated"
+        model = result[0]
     for leaf in jax.tree.leaves(result):
         assert leaf.sharding.is_fully_replicated
         assert len(leaf.sharding.device_set) == count
-    return jax.tree.map(np.asarray, devices.on_first((model, *rest)))
+    return jax.tree.map(np.asarray, devices.on_first(result))
 
 
-def equality():
+def distance(result, other):
+    return rounds.difference(result[:2], other[:2])
+
+
+def whole_network():
     """9 clients, unequal, in chunks of 2: nothing divides evenly."""
     one = after_rounds(1)
     assert rounds.difference(one[0].variables, rounds.start()[0]) > 0.01
     for count in (2, 4, 8):
-        assert rounds.difference(one[:2], after_rounds(count)[:2]) < 1e-5, count
+        assert distance(one, after_rounds(count)) < 1e-5, count
+
+
+def small_network():
+    chain = SHORT["product"]
+    assert distance(after_rounds(1, chain=chain), after_rounds(4, chain=chain)) < 1e-5
+
+
+def executions_and_cohorts():
+    """Every execution, both layer forms, chunks and cohorts that do and do not divide."""
+    cases = {
+        "product": [(4, 3, "vmap", 9), (2, 2, "map", 9), (8, 4, "vmap", 3), (8, 2, "vmap", 1)],
+        "conv": [(4, 2, "vmap", 9), (2, 3, "map", 9)],
+    }
+    for form, table in cases.items():
+        ones = {}
+        for count, chunk, execution, clients in table:
+            if clients not in ones:
+                ones[clients] = after_rounds(1, 1, clients=clients, chain=SHORT[form])
+            several = after_rounds(count, chunk, execution, clients, SHORT[form])
+            assert distance(ones[clients], several) < 1e-5, (form, count, chunk, execution, clients)
+
+
+def mutations():
+    """What makes several devices equal to one, left out: each must show."""
+    chain = SHORT["conv"]
+    one = after_rounds(1, chain=chain)
+    assert distance(one, after_rounds(4, chain=chain)) < 1e-5
+    psum, gather = jax.lax.psum, devices.fill_chunks
+
+    def last_client_twice(assignments, most, count):
+        arranged, size = gather(assignments, most, count)
+        return arranged._replace(weight=np.where(arranged.client == 11, 2, 1) * arranged.weight), size
+
+    def not_summed(tree, axis_name):
+        return tree
+
+    def weights_of_this_device(tree, axis_name):
+        """Normalised on each device alone, and the means added up."""
+        return psum(tree, axis_name) if len(jax.tree.leaves(tree)) > 1 else tree
+
+    breaks = {
+        "no sum": mock.patch.object(round.lax, "psum", not_summed),
+        "weights of one device": mock.patch.object(round.lax, "psum", weights_of_this_device),
+        "a client counted twice": mock.patch.object(devices, "fill_chunks", last_client_twice),
+        "another device's samples": mock.patch.object(np, "unique", shifted_unique),
+    }
+    for name, broken in breaks.items():
+        with broken:
+            assert distance(one, after_rounds(4, chain=chain)) > 1e-3, name
+
+
+def shifted_unique(values, *, unique=np.unique, **options):
+    rows, local = unique(values, **options)
+    return rows, (local + 1) % len(rows)
+
+
+def evaluations():
+    """130 samples on 8 devices in batches of at most 6, the last ones filled up."""
+    chain = SHORT["conv"]
+    variables, _ = rounds.start(chain)
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (130, 16, 16, 1), np.uint8), rng.integers(0, 10, 130, np.int32)
+    results = {}
+    for count in (1, 2, 8):
+        chosen = devices.choose_devices(count)
+        held_out = devices.place_held_out(images, labels, chosen, batch=6)
+        evaluate = devices.compile_evaluation(chain, rounds.preprocess, chosen)
+        loss, accuracy = evaluate(devices.replicate(variables, chosen), held_out)
+        results[count] = float(devices.on_first(loss)), float(devices.on_first(accuracy))
+        if count > 1:
+            assert {s.data.shape[0] for s in held_out.images.addressable_shards} == {1}
+    logits, _ = jax.jit(functools.partial(chain.apply, train=False))(variables, rounds.preprocess(images))
+    right = np.asarray(logits).argmax(-1) == labels
+    loss = -np.mean(np.asarray(jax.nn.log_softmax(logits))[np.arange(130), labels])
+    for count, got in results.items():
+        np.testing.assert_allclose(got, (loss, right.mean()), rtol=1e-5, err_msg=str(count))
+    with mock.patch.object(evaluation.lax, "psum", lambda tree, _: tree):
+        evaluate = devices.compile_evaluation(chain, rounds.preprocess, chosen)
+        part, _ = evaluate(devices.replicate(variables, chosen), held_out)
+    assert abs(float(devices.on_first(part)) / loss - 1) > 1e-4
+
+
+def placed(count, chain, chunk=2):
+    """(what a round takes on `count` devices, the clients of a chunk)."""
+    chosen = devices.choose_devices(count)
+    arranged, size = fill_chunks(cohort(chain), chunk, count)
+    own = devices.place_clients(samples_of(chain), arranged, chosen)
+    model = devices.replicate(Model(rounds.start(chain)[0]), chosen)
+    return (model, *own, *devices.replicate((KEY, np.float32(rounds.RATE)), chosen)), size
+
+
+def placement():
+    """A device holds the model, its own clients, their samples, and nothing of other clients."""
+    chain, count = SHORT["conv"], 4
+    (model, samples, assignments, *_), _ = placed(count, chain)
+    arranged, _ = fill_chunks(cohort(chain), 2, count)
+    everything = samples_of(chain)
+    for leaf in jax.tree.leaves(model):
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {leaf.shape}
+    by_device = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), arranged)
+    for shard in range(count):
+        here, images, labels = jax.tree.map(
+            lambda x, shard=shard: np.asarray(x.addressable_shards[shard].data)[0],
+            (assignments, samples.images, samples.labels),
+        )
+        np.testing.assert_array_equal(here.client, by_device.client[shard])
+        wanted = {
+            index
+            for steps, batches in zip(by_device.steps[shard], by_device.batches[shard], strict=True)
+            for index in batches[:steps].reshape(-1)
+        }
+        # Rows beyond those of its clients are empty room.
+        np.testing.assert_array_equal(images[: len(wanted)], everything.images[sorted(wanted)])
+        assert not images[len(wanted) :].any()
+        for k, steps in enumerate(here.steps):
+            np.testing.assert_array_equal(
+                labels[here.batches[k, :steps]], everything.labels[by_device.batches[shard][k, :steps]]
+            )
+
+
+def collectives(text):
+    """(kind, bytes of the result) of every collective in a compiled program."""
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    found = []
+    for shapes, kind in re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text):
+        arrays = re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", shapes)
+        sizes = [int(bits) // 8 * np.prod([int(n) for n in dims.split(",") if n]) for _, bits, dims in arrays]
+        found.append((kind, int(sum(sizes))))
+    return found
+
+
+def crossing_bytes():
+    """The compiled program sums the model, the loss and the weight over devices, and moves nothing else."""
+    for chain in (rounds.CHAIN, SHORT["conv"]):
+        arguments, size = placed(4, chain)
+        training = rounds.training(chain=chain)
+        program = devices.map_round(training, devices.choose_devices(4), size)
+        found = collectives(program.lower(*arguments).compile().as_text())
+        assert {kind for kind, _ in found} == {"all-reduce"}
+        expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)))
+        assert sum(amount for _, amount in found) == expected
+        floats = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
+        assert expected == 4 * (floats + 2)
+
+
+def work_of_devices():
+    """Steps counted while they run, device by device, are those that the paper model says."""
+    chain, counts = SHORT["conv"], Counter()
+
+    def counting(images):
+        # Given something of the client's own, it runs once for each client of a chunk.
+        device = jax.lax.axis_index(devices.AXIS)
+        jax.debug.callback(lambda device, _: counts.update([int(device)]), device, images[0, 0, 0, 0])
+        return rounds.preprocess(images)
+
+    for count in (2, 8):
+        chosen = devices.choose_devices(count)
+        work = scaling.cohort(clients=13, steps=5, batch=4, samples=64)
+        training = rounds.training(chain=chain)._replace(preprocess=counting)
+        run = devices.compile_round(training, 2, chosen)
+        model = devices.replicate(Model(rounds.start(chain)[0]), chosen)
+        counts.clear()
+        jax.block_until_ready(run(model, samples_of(chain), work, KEY, rounds.RATE))
+        jax.effects_barrier()
+        expected = scaling.device_steps(*fill_chunks(work, 2, count), count)
+        assert [counts[device] for device in range(count)] == expected.tolist()
+
+
+def lowered(chain, platform, chunk=2):
+    """The StableHLO of a round on four devices of a platform that is not here."""
+    arguments, size = placed(4, chain, chunk)
+    body = functools.partial(run_round, rounds.training(chain=chain), size, devices.AXIS)
+
+    def on_a_device(model, samples, assignments, key, rate):
+        samples, assignments = jax.tree.map(lambda x: x[0], (samples, assignments))
+        return body(model, samples, assignments, key, rate)
+
+    mesh = Mesh(np.asarray(devices.choose_devices(4)), (devices.AXIS,))
+    own = P(devices.AXIS)
+    mapped = jax.shard_map(
+        on_a_device, mesh=mesh, in_specs=(P(), own, own, P(), P()), out_specs=P(), check_vma=False
+    )
+    program = jax.jit(mapped, donate_argnums=0).trace(*arguments).lower(lowering_platforms=(platform,))
+    return program.as_text(), arguments[0]
+
+
+def other_platforms():
+    """On CUDA and TPU: products, not grouped convolutions; donation kept; sums the only collectives."""
+    for platform in ("cuda", "tpu"):
+        text, model = lowered(rounds.CHAIN, platform)
+        assert "stablehlo.dot_general" in text
+        assert not re.search(r"stablehlo\.convolution", text)
+        kinds = set(re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text))
+        assert kinds == {"all_reduce"}, kinds
+        donated = text.count("tf.aliasing_output") + text.count("jax.buffer_donor")
+        assert donated == len(jax.tree.leaves(model))
+        # The other form is what these checks are there to tell apart.
+        text, _ = lowered(rounds.REFERENCE_CHAIN, platform)
+        groups = re.findall(r"(?:feature|batch)_group_count = (\d+)", text)
+        assert max(map(int, groups)) > 1

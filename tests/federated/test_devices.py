@@ -10,8 +10,13 @@ import pytest
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices
 
+# Both sides of every comparison are compiled alike, and most of the time goes into compiling.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+SLOW = ("executions_and_cohorts", "mutations")
+CASES = ("small_network", "evaluations", "placement", "crossing_bytes", "work_of_devices", "other_platforms")
 
-def run_case(name, flags=""):
+
+def run_case(name, flags=FAST_COMPILATION):
     """Runs a function of `device_cases` on eight virtual devices."""
     tests = Path(__file__).parents[1]
     environment = {
@@ -27,9 +32,15 @@ def run_case(name, flags=""):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
+def test_on_eight_devices(case):
+    run_case(case)
+
+
 @pytest.mark.slow
 def test_several_devices_give_the_numbers_of_one():
-    run_case("equality")
+    """The whole network, compiled as it is in use."""
+    run_case("whole_network", flags="")
 
 
 def test_more_devices_than_there_are():

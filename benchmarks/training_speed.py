@@ -87,13 +87,18 @@ def import_timm():
     """(torch, timm); timm imports torchvision for what is not used here, so empty modules stand in for it."""
     try:
         import torchvision  # noqa: F401
-    except ImportError:
+    except (ImportError, RuntimeError):  # RuntimeError: it was built for another torch
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
         for name in ("", ".transforms", ".transforms.functional", ".ops", ".ops.misc", ".datasets"):
             module = types.ModuleType(f"torchvision{name}")
             module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
             module.__path__ = []
             module.__getattr__ = _anything  # type: ignore[method-assign]
             sys.modules[module.__name__] = module
+            parent, _, child = module.__name__.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, module)
         modes = {
             mode.upper(): mode for mode in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
         }

@@ -1,3 +1,5 @@
+import os
+
 import hypothesis
 
 # How long an example takes says more about the machine, and about compiling, than about the code. The profile
@@ -5,3 +7,5 @@ import hypothesis
 hypothesis.settings.register_profile("project", deadline=None)
 if hypothesis.settings.get_current_profile_name() != "ci":
     hypothesis.settings.load_profile("project")
+
+os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported

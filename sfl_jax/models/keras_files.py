@@ -1,0 +1,75 @@
+"""Weights files as Keras writes them, read without Keras: which layers there are, and their arrays.
+
+Three formats: `.weights.h5` and the `.keras` archive that holds one (Keras 3), and the older `.h5`, of a
+whole model or of its weights alone. They are told apart by what they hold, not by their names. Nothing is
+unpickled and no code in a file is run; arrays are read when they are asked for.
+"""
+
+import contextlib
+import io
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+
+from sfl_jax.errors import BadInput
+
+ARCHIVED = "model.weights.h5"  # in a .keras archive
+UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile)
+
+
+class Stored(NamedTuple):
+    """The layers of a file.
+
+    arrays: by layer, in Keras' order of a layer's variables; layers without variables have none.
+    by_class: whether layers go by class and number ("conv2d_3", as in .weights.h5) or by their own names.
+    whole_model: whether all layers are listed, so that one which is absent was not in the model.
+    """
+
+    arrays: Mapping[str, Sequence[Any]]
+    by_class: bool
+    whole_model: bool
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Stored]:
+    """What the file at `path` holds, while the block lasts. BadInput where it cannot be read."""
+    if not Path(path).is_file():
+        raise BadInput(f"--init_from={path}: no such file")
+    try:
+        with h5py.File(_hdf5(path), "r") as file:
+            yield _stored(file, path)
+    except BadInput:
+        raise
+    except UNREADABLE as error:
+        raise BadInput(f"--init_from={path}: not a weights file that Keras wrote ({error})") from error
+
+
+def _hdf5(path):
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        return io.BytesIO(archive.read(ARCHIVED))
+
+
+def _stored(file, path):
+    if "layers" in file:
+        layers = {
+            name: [group["vars"][str(number)] for number in range(len(group["vars"]))]
+            for name, group in file["layers"].items()
+            if "vars" in group
+        }
+        return Stored(layers, by_class=True, whole_model=True)
+    group = file.get("model_weights", file)
+    if "layer_names" not in group.attrs:
+        raise BadInput(f"--init_from={path}: an HDF5 file without layers; give one that Keras wrote")
+    layers = {}
+    for name in map(_text, group.attrs["layer_names"]):
+        layers[name] = [group[name][_text(key)] for key in group[name].attrs["weight_names"]]
+    return Stored(layers, by_class=False, whole_model="model_config" in file.attrs)
+
+
+def _text(name):
+    return name.decode() if isinstance(name, bytes) else str(name)

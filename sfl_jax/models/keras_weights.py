@@ -1,0 +1,253 @@
+"""Weights of keras.applications.efficientnet_v2 into a chain and back. Keras itself is not needed.
+
+Given the same variables and scaled images, Keras and a chain compute the same. What differs around that:
+
+- input scaling: inside Keras' models (`include_preprocessing`), before a chain; `Imported.scaling` says
+  which scaling the weights expect;
+- stochastic depth: Keras spreads its rates over the number of blocks before depth scaling, so that the last
+  blocks of B1, B2 and B3 drop more than 0.2 (B3's 0.295); a chain counts all blocks, as Google's release;
+- dropout before the classifier: 0.2 for every variant in Keras; the published rates in a chain;
+- activation: Keras' classifier ends in a softmax unless `classifier_activation=None`; a chain gives logits.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import h5py
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sfl_jax.errors import BadInput
+from sfl_jax.models.chain import Chain, Variables
+from sfl_jax.models.keras_files import Stored, opened
+
+
+class InputScaling(NamedTuple):
+    """Pixels 0..255 to what a stem takes: pixel / divisor + offset, one number or one per channel."""
+
+    divisor: tuple[float, ...]
+    offset: tuple[float, ...]
+
+
+SIGNED = InputScaling((127.5,), (-1.0,))  # Keras' models without preprocessing expect [-1, 1]
+CENTRED = InputScaling((128.0,), (-1.0,))  # Keras' S, M, L, and every model of grey images
+IMAGENET = InputScaling(  # mean and standard deviation of ImageNet: Keras' B0 to B3 of colour images
+    (0.229 * 255, 0.224 * 255, 0.225 * 255), (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225)
+)
+
+
+class Imported(NamedTuple):
+    """A chain's variables, and the scaling of the images that they expect."""
+
+    variables: Variables
+    scaling: InputScaling
+
+
+class _Place(NamedTuple):
+    """Where a variable lives: in Keras, and in a chain."""
+
+    layer: str  # Keras' name of the layer
+    group: str  # its class and number, the address in a .weights.h5
+    position: int  # among the layer's variables
+    name: str
+    shape: tuple[int, ...]
+    unit: int
+    path: tuple[str, ...]
+
+
+# Within a unit, what a chain and Keras call a layer, and its class there; in the order of the network.
+_LAYERS = (
+    ("conv", "conv", "conv2d"),
+    ("bn", "bn", "batch_normalization"),
+    ("expand_conv", "expand_conv", "conv2d"),
+    ("expand_bn", "expand_bn", "batch_normalization"),
+    ("depthwise_conv", "dwconv2", "depthwise_conv2d"),
+    ("depthwise_bn", "bn", "batch_normalization"),
+    ("squeeze_excite/reduce", "se_reduce", "conv2d"),
+    ("squeeze_excite/expand", "se_expand", "conv2d"),
+    ("project_conv", "project_conv", "conv2d"),
+    ("project_bn", "project_bn", "batch_normalization"),
+    ("dense", "predictions", "dense"),
+)
+_PREFIXES = {"stem": "stem_", "head": "top_", "classifier": ""}  # any other unit's: its name and _
+_POSITIONS = {  # of a layer's variables in Keras, and their names there
+    "batch_normalization": {
+        "scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance",
+    },
+    "conv2d": {"kernel": "kernel", "bias": "bias"},
+    "depthwise_conv2d": {"depthwise_kernel": "depthwise_kernel"},
+    "dense": {"dense_kernel": "kernel", "bias": "bias"},
+}  # fmt: skip
+_CLASSIFIER = "predictions"
+
+
+def load(source: Any, model: str, chain: Chain, variables: Variables) -> Imported:
+    """The variables of a Keras EfficientNetV2, in the layout and the dtypes of `variables`.
+
+    Args:
+      source: the path of a .weights.h5, .h5 or .keras file, or a live Keras model.
+      model: the variant, a key of `models.VARIANTS`.
+      chain: of that variant.
+      variables: fresh ones. Their classifier stays where the source has none, or one of other classes.
+
+    A chain of one channel takes weights of three: as if the grey image stood in all three channels. This is
+    exact where all channels are scaled alike; with IMAGENET it is so inside the image, and at its border up
+    to the difference between padding with each channel's mean and with grey 128.
+
+    Raises BadInput that names the first variable which is missing, of another shape, not finite or left over.
+    """
+    where = f"--init_from={source}" if isinstance(source, str) else "the Keras model"
+    places = _places(chain, variables)
+    with _layers_of(source) as stored:
+        layers = _by_name(stored, places)
+        scaling = _scaling(stored, model)
+        classifier = [place for place in places if place.layer == _CLASSIFIER]
+        if _other_classes(layers.get(_CLASSIFIER, ()), classifier):
+            places = [place for place in places if place not in classifier]
+            layers.pop(_CLASSIFIER, None)
+        if _stem_shapes(layers, places) == (3, 1):
+            scaling = _grey(layers, scaling)
+        values = [_value(layers, place, where, model) for place in places]
+        _refuse_rest(layers, places, where, model)
+    units = [flatten_dict(chain.unit_variables(variables, index)) for index in range(len(chain))]
+    for place, value in zip(places, values, strict=True):
+        fresh = units[place.unit][place.path]
+        units[place.unit][place.path] = jnp.asarray(value.reshape(fresh.shape), fresh.dtype)
+    trees = [unflatten_dict(unit) for unit in units]
+    params, batch_stats = ([tree.get(part, {}) for tree in trees] for part in ("params", "batch_stats"))
+    return Imported(Variables(tuple(params), tuple(batch_stats)), scaling)
+
+
+def save(path: str, chain: Chain, variables: Variables, scaling: InputScaling = SIGNED) -> None:
+    """Writes a .weights.h5 that the same Keras model loads, and that `load` reads again.
+
+    With `scaling` SIGNED the Keras model is to be made with `include_preprocessing=False` and takes images in
+    [-1, 1]; with the others it scales pixels itself. `path` must end in .weights.h5 for Keras to take it.
+    """
+    inside = {IMAGENET: ("rescaling", "normalization"), CENTRED: ("rescaling",), SIGNED: ()}[scaling]
+    with h5py.File(path, "w") as file:
+        for name in inside:
+            file.create_group(f"layers/{name}/vars").attrs["name"] = name
+        for place, value in zip(*to_keras(chain, variables), strict=True):
+            group = file.require_group(f"layers/{place.group}/vars")
+            group.attrs["name"] = place.layer
+            group[str(place.position)] = value
+
+
+def to_keras(chain: Chain, variables: Variables) -> tuple[list[_Place], list[np.ndarray]]:
+    """Every variable of a chain as Keras shapes it, with its place there, in the order of the network."""
+    places = _places(chain, variables)
+    units = [flatten_dict(chain.unit_variables(variables, index)) for index in range(len(chain))]
+    return places, [np.asarray(units[place.unit][place.path]).reshape(place.shape) for place in places]
+
+
+def published_scaling(model: str) -> InputScaling:
+    """The scaling that a variant's ImageNet weights were trained with, as Google published them."""
+    return IMAGENET if model.removeprefix("efficientnetv2-").startswith("b") else CENTRED
+
+
+def _places(chain, variables):
+    places, numbers = [], {}
+    for index, unit in enumerate(chain.units):
+        leaves = flatten_dict(chain.unit_variables(variables, index))
+        prefix = _PREFIXES.get(unit.name, f"{unit.name}_")
+        for ours, keras, kind in _LAYERS:
+            paths = {path[-1]: path for path in leaves if "/".join(path[1:-1]) == ours}
+            if not paths:
+                continue
+            number = numbers[kind] = numbers.get(kind, -1) + 1
+            group = f"{kind}_{number}" if number else kind
+            names = [(leaf, name) for leaf, name in _POSITIONS[kind].items() if leaf in paths]
+            for position, (leaf, name) in enumerate(names):
+                shape = _keras_shape(leaf, kind, leaves[paths[leaf]].shape)
+                places.append(_Place(prefix + keras, group, position, name, shape, index, paths[leaf]))
+    return places
+
+
+def _keras_shape(leaf, kind, shape):
+    """Equal up to axes of length 1, so that a reshape converts."""
+    if leaf == "depthwise_kernel":
+        return (*shape[:2], shape[3], 1)
+    return (1, 1, *shape) if kind == "conv2d" and len(shape) == 2 else shape
+
+
+@contextlib.contextmanager
+def _layers_of(source: Any) -> Iterator[Stored]:
+    if isinstance(source, str):
+        with opened(source) as stored:
+            yield stored
+    else:
+        arrays = {layer.name: [np.asarray(weight) for weight in layer.weights] for layer in source.layers}
+        yield Stored(arrays, by_class=False, whole_model=True)
+
+
+def _by_name(stored, places) -> dict[str, Sequence[Any]]:
+    names = {place.group: place.layer for place in places} if stored.by_class else {}
+    return {names.get(name, name): list(arrays) for name, arrays in stored.arrays.items() if arrays}
+
+
+def _scaling(stored, model):
+    """By the layers that scale the input. Weights alone may come from a model that was made without them."""
+    if any(name.startswith("normalization") for name in stored.arrays):
+        return IMAGENET
+    if any(name.startswith("rescaling") for name in stored.arrays):
+        return CENTRED
+    return SIGNED if stored.whole_model else published_scaling(model)
+
+
+def _other_classes(arrays, places):
+    """Whether a classifier is absent or differs in the number of classes alone."""
+    if not arrays:
+        return True
+    kernel, ours = arrays[0].shape, places[0].shape
+    return len(kernel) == 2 and kernel[0] == ours[0] and kernel[1] != ours[1]
+
+
+def _stem_shapes(layers, places):
+    """Channels of the images: (the source's, the chain's)."""
+    stored, ours = layers.get("stem_conv", ()), places[0].shape
+    return (stored[0].shape[2] if stored and stored[0].ndim == 4 else None, ours[2])
+
+
+def _grey(layers, scaling):
+    """Makes the stem in `layers` one of grey images; the scaling of these.
+
+    With grey g, kernels W_c and g / d_c + o_c in channel c, sum_c W_c (g / d_c + o_c) is linear in g: the
+    slope makes the kernel, and what the new scaling's offset leaves of the constant moves batch norm's mean.
+    """
+    target = scaling if len(set(zip(*scaling, strict=True))) == 1 else CENTRED
+    (divisor,), (offset,) = target
+    channels = np.broadcast_to(scaling, (2, np.shape(scaling)[1]))
+    divisors, offsets = (np.broadcast_to(row, 3)[:, None] for row in channels)
+    kernel = np.asarray(layers["stem_conv"][0], np.float64)
+    constant = (kernel * (offsets - offset * divisor / divisors)).sum((0, 1, 2))
+    layers["stem_conv"][0] = (kernel * (divisor / divisors)).sum(2, keepdims=True)
+    layers["stem_bn"][2] = np.asarray(layers["stem_bn"][2], np.float64) - constant
+    return target
+
+
+def _value(layers, place, where, model):
+    arrays = layers.get(place.layer, ())
+    variable = f"{place.layer}/{place.name}"
+    if len(arrays) <= place.position:
+        raise BadInput(f"{where}: holds no {variable}; {model} needs it")
+    array = arrays[place.position]
+    if array.shape != place.shape:
+        raise BadInput(f"{where}: {variable} has shape {array.shape}; {model} needs {place.shape}")
+    if array.dtype.kind != "f":
+        raise BadInput(f"{where}: {variable} holds {array.dtype}; it must hold floats")
+    value = np.asarray(array)
+    if not np.isfinite(value).all():
+        raise BadInput(f"{where}: {variable} holds numbers that are not finite")
+    return value
+
+
+def _refuse_rest(layers: Mapping[str, Sequence[Any]], places, where, model):
+    used = {}
+    for place in places:
+        used[place.layer] = place.position + 1
+    for name, arrays in layers.items():
+        if len(arrays) > used.get(name, 0):
+            raise BadInput(f"{where}: {name} holds {len(arrays)} variables; {model} has {used.get(name, 0)}")

@@ -54,6 +54,9 @@ class Config:
     drop_rate_scale: float = _flag(
         1.0, NETWORK, TRAINING, "times the published dropout and stochastic depth", at_least=0, at_most=1
     )
+    init_from: str = _flag(
+        "", NETWORK, TRAINING, "weights from Keras to start with: .weights.h5, .h5, .keras"
+    )
     head_init_scale: float = _flag(
         1.0, NETWORK, TRAINING, "times the published scale of the classifier's initial kernel", at_least=0
     )

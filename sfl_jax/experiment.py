@@ -16,6 +16,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.round import Model, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
+from sfl_jax.models import keras_weights
 
 RIVALS = ("no_split", "common_cut")  # whose clocks run beside the plan's
 
@@ -34,6 +35,8 @@ class Experiment(NamedTuple):
     terms: optim.Terms
     training: Training
     devices: list[Any]
+    scaling: keras_weights.InputScaling
+    imported: models.Variables | None  # what to start from; None is fresh
 
 
 class State(NamedTuple):
@@ -81,22 +84,20 @@ def build(config: Config) -> Experiment:
     planning.check_links(config, clients)
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
-    training = Training(
-        chain, optimizer(config), preprocessing(config.image_size), server_optimizer=server_optimizer(config)
-    )
-    return Experiment(config, dataset, parts, clients, terms, training, devices)
+    imported, scaling = None, keras_weights.SIGNED
+    if config.init_from:
+        fresh = _fresh_variables(config, chain, channels)
+        imported, scaling = keras_weights.load(config.init_from, config.model, chain, fresh)
+    preprocess = preprocessing(config.image_size, *scaling)
+    training = Training(chain, optimizer(config), preprocess, server_optimizer=server_optimizer(config))
+    return Experiment(config, dataset, parts, clients, terms, training, devices, scaling, imported)
 
 
 def start(experiment: Experiment) -> State:
     """The state before the first round."""
-    side, channels = experiment.config.image_size, experiment.dataset.train_images.shape[-1]
-    variables = experiment.training.chain.init(
-        jax.random.key(experiment.config.seed), jnp.zeros((1, side, side, channels))
-    )
-    *units, classifier = variables.params
-    classifier = jax.tree.map(lambda x: experiment.config.head_init_scale * x, classifier)
-    variables = variables._replace(params=(*units, classifier))
-    clocks = dict.fromkeys((experiment.config.method, *RIVALS), 0.0)
+    config, channels = experiment.config, experiment.dataset.train_images.shape[-1]
+    variables = experiment.imported or _fresh_variables(config, experiment.training.chain, channels)
+    clocks = dict.fromkeys((config.method, *RIVALS), 0.0)
     model = start_model(experiment.training, variables)
     return State(0, federated_devices.replicate(model, experiment.devices), clocks)
 
@@ -191,6 +192,14 @@ def learning_rate(config: Config, round: int) -> float:
         return config.learning_rate
     progress = (round - config.warmup_rounds) / (config.rounds - config.warmup_rounds)
     return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _fresh_variables(config, chain, channels):
+    images = jnp.zeros((1, config.image_size, config.image_size, channels))
+    variables = chain.init(jax.random.key(config.seed), images)
+    *units, classifier = variables.params
+    classifier = jax.tree.map(lambda x: config.head_init_scale * x, classifier)
+    return variables._replace(params=(*units, classifier))
 
 
 def _clients(config):

@@ -47,7 +47,7 @@ def _train(config, workdir, is_first):
     compiling, wall = metrics.CompileClock(), metrics.Stopwatch()
     built = experiment.build(config)
     if is_first:
-        _begin_files(workdir, settings(config) | {"environment": environment(built.devices)})
+        _begin_files(workdir, settings(config) | {"environment": environment(built)})
     log = metrics.Log(workdir / "metrics.jsonl" if is_first else Path(os.devnull))
     start = state = experiment.start(built)
     last = None
@@ -76,12 +76,13 @@ def settings(config: Config) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields_of("train")}
 
 
-def environment(devices: Sequence[Any]) -> dict[str, Any]:
+def environment(built: Any) -> dict[str, Any]:
     """What the numbers of a run may depend on besides its settings."""
     return {
         "python": platform.python_version(),
         "packages": {"sfl_jax": __version__} | {name: version(name) for name in PACKAGES},
-        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in devices],
+        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in built.devices],
+        "input_scaling": built.scaling._asdict(),
         "git_commit": _git_commit(),
     }
 

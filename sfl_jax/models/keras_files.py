@@ -54,7 +54,7 @@ def _hdf5(path):
         return io.BytesIO(archive.read(ARCHIVED))
 
 
-def _stored(file, path):
+def _stored(file: Any, path: str) -> Stored:
     if "layers" in file:
         layers = {
             name: [group["vars"][str(number)] for number in range(len(group["vars"]))]

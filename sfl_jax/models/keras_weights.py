@@ -111,11 +111,11 @@ def load(source: Any, model: str, chain: Chain, variables: Variables) -> Importe
             scaling = _grey(layers, scaling)
         values = [_value(layers, place, where, model) for place in places]
         _refuse_rest(layers, places, where, model)
-    units = [flatten_dict(chain.unit_variables(variables, index)) for index in range(len(chain))]
+    units = _by_path(chain, variables)
     for place, value in zip(places, values, strict=True):
         fresh = units[place.unit][place.path]
         units[place.unit][place.path] = jnp.asarray(value.reshape(fresh.shape), fresh.dtype)
-    trees = [unflatten_dict(unit) for unit in units]
+    trees: list[Any] = [unflatten_dict(unit) for unit in units]
     params, batch_stats = ([tree.get(part, {}) for tree in trees] for part in ("params", "batch_stats"))
     return Imported(Variables(tuple(params), tuple(batch_stats)), scaling)
 
@@ -139,7 +139,7 @@ def save(path: str, chain: Chain, variables: Variables, scaling: InputScaling = 
 def to_keras(chain: Chain, variables: Variables) -> tuple[list[_Place], list[np.ndarray]]:
     """Every variable of a chain as Keras shapes it, with its place there, in the order of the network."""
     places = _places(chain, variables)
-    units = [flatten_dict(chain.unit_variables(variables, index)) for index in range(len(chain))]
+    units = _by_path(chain, variables)
     return places, [np.asarray(units[place.unit][place.path]).reshape(place.shape) for place in places]
 
 
@@ -148,10 +148,14 @@ def published_scaling(model: str) -> InputScaling:
     return IMAGENET if model.removeprefix("efficientnetv2-").startswith("b") else CENTRED
 
 
-def _places(chain, variables):
+def _by_path(chain, variables) -> list[dict[Any, Any]]:
+    """The variables of each unit, by ("params" or "batch_stats", names of layers, name)."""
+    return [flatten_dict(chain.unit_variables(variables, index)) for index in range(len(chain))]
+
+
+def _places(chain, variables) -> list[_Place]:
     places, numbers = [], {}
-    for index, unit in enumerate(chain.units):
-        leaves = flatten_dict(chain.unit_variables(variables, index))
+    for index, (unit, leaves) in enumerate(zip(chain.units, _by_path(chain, variables), strict=True)):
         prefix = _PREFIXES.get(unit.name, f"{unit.name}_")
         for ours, keras, kind in _LAYERS:
             paths = {path[-1]: path for path in leaves if "/".join(path[1:-1]) == ours}
@@ -183,7 +187,7 @@ def _layers_of(source: Any) -> Iterator[Stored]:
         yield Stored(arrays, by_class=False, whole_model=True)
 
 
-def _by_name(stored, places) -> dict[str, Sequence[Any]]:
+def _by_name(stored, places) -> dict[str, list[Any]]:
     names = {place.group: place.layer for place in places} if stored.by_class else {}
     return {names.get(name, name): list(arrays) for name, arrays in stored.arrays.items() if arrays}
 
@@ -218,9 +222,8 @@ def _grey(layers, scaling):
     slope makes the kernel, and what the new scaling's offset leaves of the constant moves batch norm's mean.
     """
     target = scaling if len(set(zip(*scaling, strict=True))) == 1 else CENTRED
-    (divisor,), (offset,) = target
-    channels = np.broadcast_to(scaling, (2, np.shape(scaling)[1]))
-    divisors, offsets = (np.broadcast_to(row, 3)[:, None] for row in channels)
+    divisor, offset = target.divisor[0], target.offset[0]
+    divisors, offsets = (np.broadcast_to(row, 3)[:, None] for row in scaling)
     kernel = np.asarray(layers["stem_conv"][0], np.float64)
     constant = (kernel * (offsets - offset * divisor / divisors)).sum((0, 1, 2))
     layers["stem_conv"][0] = (kernel * (divisor / divisors)).sum(2, keepdims=True)

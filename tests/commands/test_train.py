@@ -5,12 +5,18 @@ import json
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import keras_models
 
-from sfl_jax import experiment, metrics
+from sfl_jax import experiment, metrics, models
 from sfl_jax.commands import train
 from sfl_jax.config import Config, fields_of
+from sfl_jax.models import keras_weights
+
+IMAGES = jnp.zeros((1, 32, 32, 1))
 
 SMALL = [
     "--model=efficientnetv2-tiny", "--clients=600", "--cohort_size=3", "--rounds=3", "--eval_every=2",
@@ -76,6 +82,41 @@ def test_an_earlier_run_is_kept(monkeypatch, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatch, tmp_path):
+    chain, started = models.create("efficientnetv2-tiny"), []
+    given = chain.init(jax.random.key(7), IMAGES)
+    keras_weights.save(str(tmp_path / "given.weights.h5"), chain, given, keras_weights.CENTRED)
+    monkeypatch.setattr(experiment, "run", lambda built, state: iter(started.append((built, state)) or ()))
+    monkeypatch.setattr(train, "summary", lambda *_: "")
+    flags = [*SMALL, f"--workdir={tmp_path}", "--head_init_scale=0"]
+    for more in ([f"--init_from={tmp_path / 'given.weights.h5'}"], []):
+        assert train.main([*flags, *more]) == 0
+    (built, imported), (_, fresh) = started
+    jax.tree.map(np.testing.assert_array_equal, imported.model.variables, given)
+    stems = [state.model.variables.params[0]["conv"]["kernel"] for state in (imported, fresh)]
+    assert not np.array_equal(*stems)
+    pixels = np.array([0, 128, 255], np.uint8).reshape(1, 1, 3, 1) * np.ones((1, 32, 1, 1), np.uint8)
+    scaled = built.training.preprocess(np.pad(pixels, ((0, 0), (0, 0), (0, 29), (0, 0))))
+    np.testing.assert_allclose(scaled[0, 0, :4, 0], [-1, 0, 127 / 128, -1])
+    scalings = [
+        json.loads((tmp_path / name).read_text())["environment"]["input_scaling"]
+        for name in ("previous-config.json", "config.json")
+    ]
+    assert scalings == [{"divisor": [128.0], "offset": [-1.0]}, {"divisor": [127.5], "offset": [-1.0]}]
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypatch, tmp_path):
+    model = keras_models.make("efficientnetv2-b0", include_preprocessing=True, classes=1000)
+    model.save(tmp_path / "b0.keras")
+    config = Config(model="efficientnetv2-b0", init_from=str(tmp_path / "b0.keras"))
+    built = experiment.build(config)
+    assert built.scaling == keras_weights.CENTRED  # the images of MNIST are grey
+    top = next(layer for layer in model.layers if layer.name == "top_conv")
+    kernel = experiment.start(built).model.variables.params[-2]["conv"]["kernel"]
+    np.testing.assert_array_equal(kernel, np.asarray(top.kernel.value))
+
+
 def test_the_table_compares_the_clocks():
     last = metrics.Round(2, 0.5, 0.4, 0.9123, 1.0, 1.0, 2.0, 9.0, 100.0, 10, 3.5)
     clocks = {"exact": 2.0, "no_split": 5.0, "common_cut": math.inf}
@@ -99,6 +140,9 @@ def test_the_table_compares_the_clocks():
         (["train"], r"'train' is no flag"),
         (["--fleet={fleet}"], r"--clients=600: must be 1, the clients of --fleet="),
         (["--fleet={dead}"], r"dead.csv:2: column uplink_bps: '0'"),
+        (["--init_from=nowhere.h5"], r"--init_from=nowhere.h5: no such file"),
+        (["--init_from={fleet}"], r"--init_from=.*fleet.csv: not a weights file that Keras wrote"),
+        (["--init_from={weights}"], r"--init_from=.*: holds no block2b_expand_conv/kernel; "),
         (["--workdir={file}/run"], r"--workdir=.*cannot be written"),
     ],
 )  # fmt: skip
@@ -107,7 +151,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, line, tmp_path, cap
     (tmp_path / "fleet.csv").write_text(header + "a,1e9,1e6,1e6,1e9\n")
     (tmp_path / "dead.csv").write_text(header + "a,1e9,0,1e6,1e9\n")
     (tmp_path / "file").write_text("")
-    places = {name: tmp_path / f"{name}.csv" for name in ("fleet", "dead")} | {"file": tmp_path / "file"}
+    client, _ = models.create("efficientnetv2-tiny").split(3)
+    keras_weights.save(str(tmp_path / "weights"), client, client.init(jax.random.key(0), IMAGES))
+    places = {name: tmp_path / f"{name}.csv" for name in ("fleet", "dead")}
+    places |= {name: tmp_path / name for name in ("file", "weights")}
     workdir = tmp_path / "run"
     given = [flag.format(**places) for flag in flags]
     assert train.main([*SMALL, f"--workdir={workdir}", *given]) == 2

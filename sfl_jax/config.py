@@ -26,6 +26,7 @@ SCHEDULES = ("constant", "cosine")
 TRAINING = ("train", "compare")
 RUNNING = (*TRAINING, "report")
 PLANNING = (*TRAINING, "plan")
+DATALESS = ("plan", "compare")  # compare with --plan_only, where no dataset says so
 NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
 MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"
 
@@ -45,8 +46,8 @@ class Config:
 
     model: str = _flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=MODELS)
     image_size: int = _flag(32, NETWORK, PLANNING, "side of the images, pixels", at_least=8, at_most=4096)
-    image_channels: int = _flag(1, NETWORK, ("plan",), "1 grey, 3 colour", at_least=1, at_most=4096)
-    num_classes: int = _flag(10, NETWORK, ("plan",), "classes to tell apart", at_least=1)
+    image_channels: int = _flag(1, NETWORK, DATALESS, "1 grey, 3 colour", at_least=1, at_most=4096)
+    num_classes: int = _flag(10, NETWORK, DATALESS, "classes to tell apart", at_least=1)
     layer_form: str = _flag(
         "product", NETWORK, TRAINING, "how convolutions are computed", choices=LAYER_FORMS
     )
@@ -83,7 +84,7 @@ class Config:
         choices=BANDS,
     )
     min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
-    samples_per_client: int = _flag(600, FLEET, ("plan",), "of each client of the random fleet", at_least=1)
+    samples_per_client: int = _flag(600, FLEET, DATALESS, "of each client of the random fleet", at_least=1)
     target_round_s: float = _flag(
         0.0, FLEET, ("plan",), "find the smallest server for this round; 0: off", at_least=0
     )
@@ -124,6 +125,7 @@ class Config:
     workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run")
     eval_every: int = _flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
     output: str = _flag("plan.json", FILES, ("plan",), "the plan; a .csv is written beside it")
+    plan_only: bool = _flag(False, FILES, ("compare",), "train nothing: plans over sweeps of the fleet")
     plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def validate(config: Config, command: str = "train") -> None:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
 
     taken = {field.name for field in fields_of(command)}
-    if "cohort_size" in taken and config.cohort_size > config.clients:
+    if "cohort_size" in taken and not config.plan_only and config.cohort_size > config.clients:
         raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={config.clients}")
     if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
         raise BadInput(
@@ -200,6 +202,12 @@ def validate(config: Config, command: str = "train") -> None:
             f"--target_round_s={config.target_round_s}: needs"
             " --method=exact, --barrier=session and --band=fixed"
         )
+    if config.plan_only and config.band != "fixed":
+        raise BadInput(f"--band={config.band}: must be fixed with --plan_only, which compares every method")
+    for name in ("image_channels", "num_classes", "samples_per_client"):
+        value, training = getattr(config, name), command == "compare" and not config.plan_only
+        if training and value != getattr(Config, name):
+            raise BadInput(f"--{name}={value}: needs --plan_only; in training the dataset says it")
     if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
         raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
     for name in ("dataset", "workdir"):

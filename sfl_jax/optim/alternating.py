@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sfl_jax.optim.shares import optimal_shares
-from sfl_jax.optim.table import least, sweep, table
+from sfl_jax.optim.table import FEW, least, sweep, table
 
 Start = Literal["equal", "proportional", "random"]
 STARTS: tuple[str, ...] = get_args(Start)
@@ -87,9 +87,13 @@ def _starts(costs, swept, server_flops, present, starts, key):
         if start == "equal":
             weights = jnp.ones(clients)
         elif start == "proportional":
-            weights = sweep(swept, count, lambda _, column, total: total + column[1], jnp.zeros(clients))
-            weights = costs.weight * weights
+            weights = costs.weight * sweep(swept, count, _add_work, jnp.zeros(clients), FEW)
         else:
             weights = jax.random.exponential(jax.random.fold_in(key, index), (clients,), float)
         weights = jnp.where(present, weights, 0.0)
         yield server_flops * weights / jnp.maximum(jnp.sum(weights), jnp.finfo(float).tiny)
+
+
+def _add_work(_, column, total):
+    _, per_weight, allowed = column
+    return total + jnp.where(allowed, per_weight, 0.0)

@@ -9,7 +9,7 @@ from jax import lax
 
 from sfl_jax.optim.alternating import cuts_for
 from sfl_jax.optim.shares import end_s
-from sfl_jax.optim.table import least, sweep, table
+from sfl_jax.optim.table import FEW, least, sweep, table
 
 
 def no_split(costs):
@@ -39,7 +39,7 @@ def random_cut(costs, server_flops, key):
         _, per_weight, allowed = column
         return allowed & ((server_flops > 0) | (per_weight <= 0))
 
-    number = sweep(swept, count, lambda _, column, n: n + usable(column), jnp.zeros(clients, jnp.int32))
+    number = sweep(swept, count, lambda _, column, n: n + usable(column), jnp.zeros(clients, jnp.int32), FEW)
     chosen = jax.random.randint(key, (clients,), 0, jnp.maximum(number, 1), jnp.int32)
 
     def pick(cut, column, state):
@@ -47,7 +47,7 @@ def random_cut(costs, server_flops, key):
         here = usable(column)
         return jnp.where(here & (seen == chosen), cut, cuts), seen + here
 
-    return sweep(swept, count, pick, (no_split(costs), jnp.zeros(clients, jnp.int32)))[0]
+    return sweep(swept, count, pick, (no_split(costs), jnp.zeros(clients, jnp.int32)), FEW)[0]
 
 
 def equal_shares(costs, server_flops, present):
@@ -60,15 +60,16 @@ def greedy(costs, server_flops, present):
     """One client at a time: whoever holds the round up takes the cut that shortens it most, shares re-solved.
 
     Starts with as little on the server as each client can. Holding up is who ends last, and among those
-    that share the server who takes most of it. Stops when that client cannot help; O(C K) a step and
-    up to some K steps, so for small fleets. Returns cuts and steps.
+    that share the server who takes most of it; where others end as late, it is enough that this client no
+    longer does. Stops when that client cannot help; O(C K) a step and up to some K steps, so for small
+    fleets. Returns cuts and steps.
     """
     clients, count = costs.shape
     everywhere = jnp.arange(count, dtype=jnp.int32)
 
     def improves(state):
-        _, now_s, before_s, steps = state
-        return (now_s < before_s) & (steps < 4 * clients)
+        _, _, helped, steps = state
+        return helped & (steps < 4 * clients)
 
     def improve(state):
         cuts, now_s, _, steps = state
@@ -79,29 +80,37 @@ def greedy(costs, server_flops, present):
         its_s, its_work, allowed = _row(costs, who, everywhere)
 
         def with_its(new_s, new_work):
-            return _round_s(fixed_s.at[who].set(new_s), work.at[who].set(new_work), server_flops, present)
+            ends = _ends_s(fixed_s.at[who].set(new_s), work.at[who].set(new_work), server_flops, present)
+            return jnp.max(jnp.stack(ends)), jnp.where(new_work > 0, ends[0], new_s)
 
-        trials_s = jnp.where(allowed, jax.vmap(with_its)(its_s, its_work), jnp.inf)
-        best = jnp.argmin(trials_s).astype(jnp.int32)
-        cuts = jnp.where(trials_s[best] < now_s, cuts.at[who].set(best), cuts)
-        return cuts, jnp.minimum(trials_s[best], now_s), now_s, steps + 1
+        rounds_s, its_ends_s = jax.vmap(with_its)(its_s, its_work)
+        rounds_s = jnp.where(allowed & (its_ends_s < now_s), rounds_s, jnp.inf)
+        least_s = jnp.min(rounds_s)
+        best = jnp.argmin(jnp.where(rounds_s <= least_s, its_ends_s, jnp.inf)).astype(jnp.int32)
+        helps = least_s <= now_s
+        return jnp.where(helps, cuts.at[who].set(best), cuts), jnp.minimum(least_s, now_s), helps, steps + 1
 
     def least_work(_, column):
         fixed_s, per_weight, allowed = column
         return jnp.where(allowed & (fixed_s < jnp.inf), per_weight, jnp.inf)
 
-    cuts = least(table(costs), costs.shape, least_work)[1]
+    cuts = least(table(costs), costs.shape, least_work, FEW)[1]
     fixed_s, work, _ = costs.at(cuts)
-    first = cuts, _round_s(fixed_s, work, server_flops, present), jnp.asarray(jnp.inf), jnp.int32(0)
+    first = cuts, _round_s(fixed_s, work, server_flops, present), jnp.asarray(True), jnp.int32(0)
     cuts, _, _, steps = lax.while_loop(improves, improve, first)
     return cuts, steps
 
 
 def _round_s(fixed_s, work, server_flops, present):
     """The round of fixed cuts with optimal shares, as a comparison needs it: not rounded to the safe side."""
+    return jnp.max(jnp.stack(_ends_s(fixed_s, work, server_flops, present)))
+
+
+def _ends_s(fixed_s, work, server_flops, present):
+    """When those who share the server end (-inf if nobody), and the last of the others (0)."""
     work = jnp.where(present, work, 0.0)
     idle_s = jnp.max(jnp.where(present & (work <= 0), fixed_s, 0.0))
-    return jnp.maximum(end_s(fixed_s, work, server_flops), idle_s)
+    return end_s(fixed_s, work, server_flops), idle_s
 
 
 def _row(costs, client, cuts):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sfl_jax.optim.shares import SLACK, end_s, rounding
-from sfl_jax.optim.table import least, sweep, table
+from sfl_jax.optim.table import FEW, least, sweep, table
 
 _PASSES = 200
 _LARGE, _SAMPLED = 1 << 17, 64
@@ -41,7 +41,7 @@ class _Search(NamedTuple):
     passes: jax.Array
 
 
-def exact(costs, server_flops, present) -> Optimum:
+def exact(costs, server_flops, present, block: int | None = None) -> Optimum:
     """Optimal cuts and the proven bound; costs or terms, server_flops () FLOP/s, present (K,) bool.
 
     A pass at a guess T either proves that T cannot be met or gives cuts that meet it. Frozen, these cuts
@@ -64,7 +64,7 @@ def exact(costs, server_flops, present) -> Optimum:
         return (open_ & (at.passes < _PASSES)) | (at.passes == 0)
 
     def step(at: _Search) -> _Search:
-        cuts = _best_cuts(swept, costs.shape, at.guess_s)
+        cuts = _best_cuts(swept, costs.shape, at.guess_s, block)
         need, frozen_s, shared = _tried(costs, cuts, at.guess_s, server_flops, present)
         met = need <= server_flops * (1 - error)
         low_s, low_need = _either(met, (at.low_s, at.low_need), (at.guess_s, need))
@@ -134,7 +134,7 @@ def _sampled_s(costs, server_flops, present):
         return jnp.zeros(())
     few, here = costs.take(slice(None, None, _SAMPLED)), present[::_SAMPLED]
     part = jnp.sum(here) / jnp.maximum(jnp.sum(present), 1)
-    return exact(few, server_flops * part, here).bound_s
+    return exact(few, server_flops * part, here, FEW).bound_s
 
 
 def _ends_alone(swept, costs, server_flops):
@@ -145,10 +145,10 @@ def _ends_alone(swept, costs, server_flops):
         work = costs.weight * per_weight
         return jnp.where(allowed, fixed_s + jnp.where(work > 0, work / server_flops, 0.0), jnp.inf)
 
-    return least(swept, costs.shape, end)[0]
+    return least(swept, costs.shape, end, FEW)[0]
 
 
-def _best_cuts(swept, shape, time_s):
+def _best_cuts(swept, shape, time_s, block):
     """For every client the cut that needs the least share to end by time_s; (K,) int32, L if none can.
 
     The share is weight * v / (T - a) with v the work per weight, so the most (T - a) / v wins, and no
@@ -170,4 +170,4 @@ def _best_cuts(swept, shape, time_s):
         return jnp.where(better, this, most), jnp.where(better, cut, cuts)
 
     start = jnp.full(clients, -1.0), jnp.full(clients, count - 1, jnp.int32)
-    return lax.optimization_barrier(sweep(swept, count, step, start)[1])
+    return lax.optimization_barrier(sweep(swept, count, step, start, block)[1])

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import interpolate, optimize
 
 from sfl_jax.optim.costs import Floats, Terms
-from sfl_jax.optim.table import least, table
+from sfl_jax.optim.table import FEW, least, table
 
 SAMPLES_PER_UNIT = 16
 QUANTITIES = ("forward_flop", "backward_flop", "model_bits", "smashed_bits")
@@ -140,7 +140,7 @@ def rounded(terms, samples):
     def distance(cut, column):
         return jnp.where(column[2], jnp.abs(wanted - cut), jnp.inf)
 
-    return least(table(terms), terms.shape, distance)[1]
+    return least(table(terms), terms.shape, distance, FEW)[1]
 
 
 def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:

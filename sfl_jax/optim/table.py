@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from sfl_jax.optim.costs import Costs, Terms
 
+FEW = 8
 # Of one cut: fixed seconds (K,), work per weight (K,) or (), allowed (K,).
 Column = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -23,13 +24,9 @@ class Dense(NamedTuple):
 
     costs: Costs
 
-    @property
-    def block(self) -> int:
-        return _block(self.costs.shape[1])
-
-    def columns(self, first) -> Iterator[Column]:
-        parts = [lax.dynamic_slice_in_dim(part, first, self.block, axis=1) for part in self.costs]
-        for index in range(self.block):
+    def columns(self, first, number: int) -> Iterator[Column]:
+        parts = [lax.dynamic_slice_in_dim(part, first, number, axis=1) for part in self.costs]
+        for index in range(number):
             fixed_s, work, allowed = (part[:, index] for part in parts)
             yield fixed_s, work, allowed
 
@@ -42,14 +39,10 @@ class Factored(NamedTuple):
     joules: tuple[ArrayLike, ...] | None  # per FLOP, per bit up, per bit of the model, budget; (K,) each
     rows: jax.Array  # (C, 6): the four amounts, server work, needed bytes (inf where min_cut forbids)
 
-    @property
-    def block(self) -> int:
-        return _block(len(self.rows))
-
-    def columns(self, first) -> Iterator[Column]:
-        rows = lax.dynamic_slice_in_dim(self.rows, first, self.block)
+    def columns(self, first, number: int) -> Iterator[Column]:
+        rows = lax.dynamic_slice_in_dim(self.rows, first, number)
         compute, up, down, model = self.coefficients
-        for index in range(self.block):
+        for index in range(number):
             flop, up_bits, down_bits, model_bits, work, needed_bytes = rows[index]
             fixed_s = compute * flop + up * up_bits + down * down_bits + model * model_bits
             allowed = needed_bytes <= self.memory_bytes
@@ -57,11 +50,6 @@ class Factored(NamedTuple):
                 per_flop, per_bit, per_model_bit, budget = self.joules
                 allowed &= per_flop * flop + per_bit * up_bits + per_model_bit * model_bits <= budget
             yield fixed_s, work, allowed
-
-
-def _block(count: int) -> int:
-    """Cuts unrolled at a time: all of a usual network's, for a loop would carry its state through memory."""
-    return count if count <= 64 else 32
 
 
 def table(costs: Costs | Terms) -> Dense | Factored:
@@ -84,14 +72,18 @@ def table(costs: Costs | Terms) -> Dense | Factored:
     )
 
 
-def sweep(swept: Dense | Factored, count: int, step: Callable, start):
-    """step(cut, column, state) over all `count` cuts in order."""
-    block = swept.block
+def sweep(swept: Dense | Factored, count: int, step: Callable, start, block: int | None = None):
+    """step(cut, column, state) over all `count` cuts in order.
+
+    block: cuts unrolled at a time; by default all of a usual network's, for a loop carries its state through
+    memory. What runs once, or over few clients, compiles sooner with FEW.
+    """
+    block = min(block or (count if count <= 64 else 32), count)
 
     def through(index, state):
         # The last block is moved back to fit; what it repeats is not allowed a second time.
         first = jnp.minimum(index * block, count - block)
-        for offset, (fixed_s, work, allowed) in enumerate(swept.columns(first)):
+        for offset, (fixed_s, work, allowed) in enumerate(swept.columns(first, block)):
             cut = (first + offset).astype(jnp.int32)
             state = step(cut, (fixed_s, work, allowed & (cut >= index * block)), state)
         return state
@@ -99,7 +91,9 @@ def sweep(swept: Dense | Factored, count: int, step: Callable, start):
     return lax.fori_loop(0, -(-count // block), through, start) if block < count else through(0, start)
 
 
-def least(swept: Dense | Factored, shape: tuple[int, int], value: Callable[..., jax.Array]):
+def least(
+    swept: Dense | Factored, shape: tuple[int, int], value: Callable[..., jax.Array], block: int | None = None
+):
     """Of every client the least value(cut, column) (K,) over cuts, and its first cut; L if all are inf."""
     clients, count = shape
 
@@ -109,4 +103,5 @@ def least(swept: Dense | Factored, shape: tuple[int, int], value: Callable[..., 
         better = this < best_value
         return jnp.where(better, this, best_value), jnp.where(better, cut, best_cut)
 
-    return sweep(swept, count, step, (jnp.full(clients, jnp.inf), jnp.full(clients, count - 1, jnp.int32)))
+    start = jnp.full(clients, jnp.inf), jnp.full(clients, count - 1, jnp.int32)
+    return sweep(swept, count, step, start, block)

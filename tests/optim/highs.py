@@ -3,24 +3,32 @@
 Variables: the round T, z (client, cut) in {0, 1}, and the server's part in either form.
 """
 
+import time
+from typing import NamedTuple
+
 import numpy as np
 from scipy import optimize, sparse
 
 TANGENTS, LEVELS = 24, 40
 
 
-def tangent_bound_s(costs, server_flops: float, near_s: float, seconds: float = 60.0) -> float:
+class Answer(NamedTuple):
+    round_s: float  # a bound of the tangents, the best that was found of the discretised
+    wall_s: float
+
+
+def tangent(costs, server_flops: float, near_s: float, seconds: float = 60.0) -> Answer:
     """A lower bound: w z^2 / s (w / s where z = 1) replaced by its tangents w (2 z / s0 - s / s0^2)."""
     clients, cuts = np.nonzero(costs.allowed)
     fixed_s, work = costs.fixed_s[clients, cuts], costs.server_flop[clients, cuts] / server_flops
     pairs, total = len(clients), len(costs.fixed_s)
     rows = _Rows(1 + 3 * pairs)  # T, z, s (of the server), serving seconds
-    time, chosen, share, serving = 0, 1, 1 + pairs, 1 + 2 * pairs
+    end, chosen, share, serving = 0, 1, 1 + pairs, 1 + 2 * pairs
     for client in range(total):
         mine = np.flatnonzero(clients == client)
         rows.add(chosen + mine, 1.0, 1.0, 1.0)
         rows.add(
-            [time, *(chosen + mine), *(serving + mine)],
+            [end, *(chosen + mine), *(serving + mine)],
             [1.0, *-fixed_s[mine], *[-1.0] * len(mine)],
             0.0,
             np.inf,
@@ -36,10 +44,11 @@ def tangent_bound_s(costs, server_flops: float, near_s: float, seconds: float = 
             )
     integral = np.zeros(rows.width)
     integral[chosen : chosen + pairs] = 1
-    return rows.minimise(time, integral, seconds).mip_dual_bound
+    found, wall_s = rows.minimise(end, integral, seconds)
+    return Answer(found.mip_dual_bound, wall_s)
 
 
-def discretised_round_s(costs, server_flops: float, near_s: float, seconds: float = 60.0) -> float:
+def discretised(costs, server_flops: float, near_s: float, seconds: float = 60.0) -> Answer:
     """An upper bound: every share is one of LEVELS fractions of the server."""
     clients, cuts = np.nonzero(costs.allowed)
     options = []
@@ -59,8 +68,8 @@ def discretised_round_s(costs, server_flops: float, near_s: float, seconds: floa
         rows.add(1 + mine, 1.0, 1.0, 1.0)
         rows.add([0, *(1 + mine)], [1.0, *-end_s[mine]], 0.0, np.inf)
     rows.add(1 + np.arange(len(owner)), level, -np.inf, 1.0)
-    found = rows.minimise(0, np.r_[0, np.ones(len(owner))], seconds)
-    return found.fun if found.x is not None else np.inf
+    found, wall_s = rows.minimise(0, np.r_[0, np.ones(len(owner))], seconds)
+    return Answer(found.fun if found.x is not None else np.inf, wall_s)
 
 
 class _Rows:
@@ -82,10 +91,13 @@ class _Rows:
         goal = np.zeros(self.width)
         goal[column] = 1.0
         upper = np.where(integral == 1, 1.0, np.inf)
-        return optimize.milp(
+        constraints = optimize.LinearConstraint(sparse.vstack(self.matrix), self.low, self.high)
+        start = time.perf_counter()
+        found = optimize.milp(
             goal,
             integrality=integral,
             bounds=optimize.Bounds(0.0, upper),
-            constraints=optimize.LinearConstraint(sparse.vstack(self.matrix), self.low, self.high),
+            constraints=constraints,
             options={"time_limit": seconds},
         )
+        return found, time.perf_counter() - start

@@ -1,10 +1,13 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from optim import oracles
 
 from sfl_jax import optim
 from sfl_jax.errors import BadInput
+from sfl_jax.optim.alternating import _starts
+from sfl_jax.optim.table import table as table_of
 
 KEY = jax.random.key(3)
 
@@ -65,6 +68,18 @@ def test_random_starts_differ_from_each_other_and_by_key():
         for seed in range(6)
     }
     assert len(rounds) > 1
+
+
+@pytest.mark.parametrize("units", [7, 10, 70])
+def test_a_proportional_start_gives_each_client_its_part_of_the_work_it_may_leave(units):
+    """Whatever the number of cuts that a sweep unrolls at a time, each counts once."""
+    terms = optim.terms(oracles.profile(units), oracles.fleet(5), optim.Work(min_cut=2))
+    costs = terms.costs()
+    work = np.where(costs.allowed, costs.server_flop, 0.0).sum(axis=1)
+    with jax.enable_x64(True):
+        table = table_of(jax.tree.map(jnp.asarray, terms))
+        (shares,) = _starts(terms, table, 3e9, np.ones(5, bool), ("proportional",), None)
+    np.testing.assert_allclose(shares, 3e9 * work / work.sum(), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ def test_greedy_moves_who_holds_up_the_round_as_long_as_that_helps():
     assert plan.iterations == 3
 
 
+def test_greedy_is_not_stopped_by_others_who_end_as_late():
+    # All three end at 9; together on the server at 1 + 3 * 4/4 = 4, which no single move reaches.
+    costs = optim.Costs(np.tile([1.0, 9.0], (3, 1)), np.tile([4.0, 0.0], (3, 1)), np.ones((3, 2), bool))
+    plan = optim.solve(costs, 4.0, "greedy")
+    assert plan.cuts.tolist() == [0, 0, 0]
+    np.testing.assert_allclose(plan.round_s, 4.0, rtol=1e-11)
+
+
 def test_greedy_is_a_local_optimum_between_no_split_and_exact():
     for seed in range(5):
         terms = optim.terms(oracles.profile(5, seed), oracles.fleet(8, seed), optim.Work())

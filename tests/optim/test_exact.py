@@ -102,8 +102,8 @@ def scarce_medium_rich(clients, seed=0):
 def test_highs_bounds_the_optimum_from_both_sides(regime):
     costs, server_flops = scarce_medium_rich(6)[regime]
     plan = optim.solve(costs, server_flops)
-    below = highs.tangent_bound_s(costs, server_flops, plan.round_s)
-    above = highs.discretised_round_s(costs, server_flops, plan.round_s)
+    below = highs.tangent(costs, server_flops, plan.round_s).round_s
+    above = highs.discretised(costs, server_flops, plan.round_s).round_s
     assert below <= plan.bound_s * (1 + 1e-6)
     assert plan.round_s <= above * (1 + 1e-6)
     assert above / below < 1.12  # or both would say little
@@ -114,5 +114,5 @@ def test_highs_bounds_the_optimum_from_both_sides(regime):
 def test_highs_bounds_the_optimum_of_fifty_clients(regime):
     costs, server_flops = scarce_medium_rich(50)[regime]
     plan = optim.solve(costs, server_flops)
-    assert highs.tangent_bound_s(costs, server_flops, plan.round_s) <= plan.bound_s * (1 + 1e-6)
-    assert plan.round_s <= highs.discretised_round_s(costs, server_flops, plan.round_s) * (1 + 1e-6)
+    assert highs.tangent(costs, server_flops, plan.round_s).round_s <= plan.bound_s * (1 + 1e-6)
+    assert plan.round_s <= highs.discretised(costs, server_flops, plan.round_s).round_s * (1 + 1e-6)

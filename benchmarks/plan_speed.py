@@ -1,0 +1,207 @@
+"""How fast plans are made, and how good each method's are: python -m benchmarks.plan_speed [speed ...]
+
+EfficientNetV2-S at 32x32 (C = 44 cuts) and random fleets, on the CPU, everything compiled and warm. The
+server is scarce, medium or rich: so many times the FLOP/s of all clients together. Times are minima over
+repeats, those compared are taken in turns; on a machine that others use too they are upper bounds.
+"""
+
+import argparse
+import functools
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfl_jax import comparison, models, optim
+from sfl_jax import fleet as fleets
+from tests.optim import highs
+
+# The server's FLOP/s over those of all clients together.
+REGIMES = {"scarce": 0.01, "medium": 0.1, "rich": 1.0}
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def profile():
+    chain = models.create("efficientnetv2-s", num_classes=10, in_channels=1)
+    return models.profile(chain, image_shape=(32, 32, 1))
+
+
+def instance(clients, regime, seed=0, spread=1.0):
+    """Terms of a random fleet and the server's FLOP/s; spread 0: clients with equal rates."""
+    fleet = fleets.random_fleet(clients, seed=seed).with_samples(np.full(clients, 600))
+    terms = optim.terms(profile(), fleet, optim.Work())
+    return comparison.spread(terms, spread), REGIMES[regime] * terms.flops.sum()
+
+
+def seconds(*calls, repeats):
+    """The least wall time of each call, taken in turns; the first turn compiles."""
+    best = [np.inf] * len(calls)
+    for turn in range(repeats + 1):
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if turn:
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best
+
+
+def show(title, header, rows):
+    table = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print(f"\n{title}")
+    for row in table:
+        print(
+            "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), flush=True
+        )
+
+
+def float32_bisection(terms, server_flops):
+    """The plain alternative: 24 halvings in float32 on the dense table, without a proof."""
+    costs = terms.costs()
+    table = [jnp.asarray(part, jnp.float32) for part in (costs.fixed_s, costs.server_flop)]
+    allowed, high_s = jnp.asarray(costs.allowed), float(optim.solve(terms, server_flops, "no_split").round_s)
+
+    @jax.jit
+    def run(fixed_s, work, allowed):
+        def halve(_, bracket):
+            low, high = bracket
+            middle = 0.5 * (low + high)
+            shares = jnp.where(allowed & (fixed_s < middle), work / (middle - fixed_s), jnp.inf)
+            fits = jnp.sum(jnp.min(shares, axis=1)) <= server_flops
+            return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+
+        return jax.lax.fori_loop(0, 24, halve, (jnp.float32(0.0), jnp.float32(high_s)))
+
+    return lambda: jax.block_until_ready(run(*table, allowed))
+
+
+def speed(quick):
+    """The exact plan of one round, against a plain bisection."""
+    rows = []
+    for clients in (100, 10_000) if quick else (100, 10_000, 1_000_000):
+        for regime in REGIMES:
+            for spread in (1.0, 0.0):
+                terms, server_flops = instance(clients, regime, spread=spread)
+                exact = functools.partial(optim.solve, terms, server_flops)
+                plain = float32_bisection(terms, server_flops)
+                exact_s, plain_s = seconds(exact, plain, repeats=max(3, 20_000 // clients))
+                plan = exact()
+                rows.append(
+                    [clients, regime, f"{spread:g}", f"{1e3 * exact_s:.3f}", plan.iterations,
+                     f"{plan.gap:.0e}", f"{1e3 * plain_s:.3f}", f"{plain_s / exact_s:.2f}"]
+                )  # fmt: skip
+    header = ["K", "server", "spread", "ms", "passes", "proven gap", "float32 bisection, ms", "ratio"]
+    show("exact, session barrier, float64, C = 44", header, rows)
+
+
+def memory(quick):
+    """Peak memory before and after a plan of very many clients; their dense table would be 2.25 float64."""
+    clients = 100_000 if quick else 1_000_000
+    terms, server_flops = instance(clients, "medium")
+    optim.solve(terms.take(np.arange(100)), server_flops)
+
+    def peak_gib():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    before = peak_gib()
+    optim.solve(terms, server_flops)
+    dense = 2.25 * 8 * np.prod(terms.shape) / 2**30
+    print(f"\nK = {clients}: peak memory {before:.2f} GiB before the plan, {peak_gib():.2f} after;")
+    print(f"the table of all clients and cuts would be {dense:.2f} GiB")
+
+
+def rounds(quick):
+    """Many rounds at once, with the pure twin."""
+    count = 100 if quick else 1000
+    instances = [instance(100, "medium", seed) for seed in range(count)]
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        terms = jax.tree.map(lambda *parts: np.stack(parts), *(terms for terms, _ in instances))
+        flops = np.array([server_flops for _, server_flops in instances])
+        solve = jax.jit(jax.vmap(optim.solve_arrays))
+        (wall_s,) = seconds(lambda: jax.block_until_ready(solve(terms, flops)), repeats=5)
+        found = solve(terms, flops)
+        worst = float(jnp.max(found.round_s / found.bound_s)) - 1
+    print(f"\n{count} rounds of K = 100 in one vmapped call: {1e3 * wall_s:.0f} ms; worst gap {worst:.0e}")
+
+
+def quality(quick):
+    """How far each method is from the optimum, and how long it takes."""
+    seeds, rows = range(4 if quick else 20), []
+    for clients in (20, 100):
+        for regime in REGIMES:
+            instances = [instance(clients, regime, seed) for seed in seeds]
+            bests_s = [optim.solve(*each).round_s for each in instances]
+            for scheme in comparison.schemes("session"):
+                plans = [comparison.plan_of(scheme, *each, "session", KEY) for each in instances]
+                ratios = np.array(
+                    [p.round_s / s if p else np.inf for p, s in zip(plans, bests_s, strict=True)]
+                )
+                call = functools.partial(comparison.plan_of, scheme, *instances[0], "session", KEY)
+                (wall_s,) = seconds(call, repeats=5)
+                rows.append(
+                    [clients, regime, scheme, f"{ratios.mean():.3f}", f"{ratios.max():.3f}",
+                     f"{np.mean(ratios < 1 + 1e-6):.0%}", f"{1e3 * wall_s:.2f}"]
+                )  # fmt: skip
+    header = ["K", "server", "method", "mean", "worst", "optimal in", "ms"]
+    show(f"round over the optimum, {len(seeds)} random fleets each", header, rows)
+
+
+def problems(quick):
+    """The staged barrier, and bandwidth shared too (medium server)."""
+    seeds, rows = range(4 if quick else 20), []
+    for clients in (20, 100):
+        equal = float(clients)
+        calls = {"staged barrier": lambda terms, flops: optim.solve(terms, flops, barrier="staged")}
+        for name, band in (("one band", equal), ("two bands", (equal, equal))):
+            calls[name] = functools.partial(_shared, band=band)
+        for name, call in calls.items():
+            instances = [instance(clients, "medium", seed) for seed in seeds]
+            gaps = [call(*each).gap for each in instances]
+            (wall_s,) = seconds(functools.partial(call, *instances[0]), repeats=3)
+            rows.append(
+                [clients, name, f"{1e3 * wall_s:.1f}", f"{np.quantile(gaps, 0.95):.0e}", f"{max(gaps):.0e}"]
+            )
+    show("other problems, medium server", ["K", "problem", "ms", "gap, 95 %", "worst"], rows)
+
+
+def _shared(terms, flops, band):
+    return optim.solve_bandwidth(terms, flops, band, reference_hz=1.0)
+
+
+def against_highs(quick):
+    """The same problem as a mixed-integer program, from below and from above."""
+    clients, limit_s, rows = (10 if quick else 50), (10.0 if quick else 60.0), []
+    for regime in REGIMES:
+        terms, server_flops = instance(clients, regime)
+        costs, call = terms.costs(), functools.partial(optim.solve, terms, server_flops)
+        (wall_s,) = seconds(call, repeats=200)
+        plan = call()
+        for form in (highs.tangent, highs.discretised):
+            found = form(costs, server_flops, plan.round_s, limit_s)
+            rows.append(
+                [clients, regime, form.__name__, f"{found.round_s / plan.round_s:.4f}", f"{found.wall_s:.2f}",
+                 f"{1e3 * wall_s:.3f}", f"{found.wall_s / wall_s:.0f}"]
+            )  # fmt: skip
+    header = ["K", "server", "form", "its value / exact", "HiGHS, s", "exact, ms", "ratio"]
+    show(f"HiGHS (stopped after {limit_s:g} s), its bound from below, its best from above", header, rows)
+
+
+PARTS = {part.__name__: part for part in (memory, speed, rounds, quality, problems, against_highs)}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all by default")
+    parser.add_argument("--quick", action="store_true", help="fewer clients, rounds and fleets")
+    options = parser.parse_args()
+    for name in options.parts or PARTS:
+        PARTS[name](options.quick)
+
+
+if __name__ == "__main__":
+    main()

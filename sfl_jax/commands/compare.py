@@ -1,0 +1,99 @@
+"""Every scheme's simulated clock over one training; with --plan_only, every method's plans over sweeps of
+the fleet and the server, and under misjudged costs.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sfl_jax.commands import flags
+from sfl_jax.config import Config
+from sfl_jax.files import ensure_writable, whole_file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return flags.run(compare, "compare", str(__doc__), argv)
+
+
+def compare(config: Config) -> int:
+    """Train and write schemes.csv and .png; with --plan_only methods.csv, methods.png and errors.png."""
+    ensure_writable(config.workdir, "workdir", config.workdir)
+    return compare_plans(config) if config.plan_only else compare_clocks(config)
+
+
+def compare_plans(config: Config) -> int:
+    """Every method's plans, no training."""
+    from sfl_jax import comparison
+    from sfl_jax.commands import compare_plot
+
+    rows = [*comparison.sweeps(config), *comparison.errors(config)]
+    written = [Path(config.workdir) / name for name in ("methods.csv", "methods.png", "errors.png")]
+    write_csv(written[0], comparison.Row._fields, rows)
+    compare_plot.write_methods(written[1], rows, config)
+    compare_plot.write_errors(written[2], rows, config)
+    print(methods_table(rows))
+    print(f"written: {', '.join(map(str, written))}")
+    return 0
+
+
+def compare_clocks(config: Config) -> int:
+    """One training, and the clock of every scheme beside its accuracy."""
+    from sfl_jax import comparison, experiment
+    from sfl_jax.commands import compare_plot, train
+
+    code = train.train(config)
+    if code:
+        return code
+    workdir = Path(config.workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]
+    accuracies = [line["test_accuracy"] for line in lines]
+    clocks = comparison.clocks(experiment.build(config), len(lines))
+    rows = zip([line["round"] for line in lines], accuracies, *clocks.values(), strict=True)
+    write_csv(workdir / "schemes.csv", ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
+    compare_plot.write_clocks(workdir / "schemes.png", accuracies, clocks, config)
+    own_s, *_ = totals = [seconds[-1] for seconds in clocks.values()]
+    print("\nsimulated time of every scheme, the accuracy being the same")
+    for name, total_s in zip(clocks, totals, strict=True):
+        print(
+            f"  {name:<26}"
+            + (f"{total_s:>10.1f} s   {total_s / own_s:.2f}x" if math.isfinite(total_s) else "not possible")
+        )
+    print(f"written: {workdir / 'schemes.csv'}, {workdir / 'schemes.png'}")
+    return 0
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; empty where a number is not finite or missing."""
+    with whole_file(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+        text.detach()
+
+
+def methods_table(rows: Sequence[Any]) -> str:
+    """Each scheme's round over the optimum: the mean and the worst of all cases of a sweep."""
+    lines = [f"{'round over the optimum':<24}" + "".join(f"{name:>20}" for name in _sweeps(rows))]
+    for scheme in dict.fromkeys(row.scheme for row in rows):
+        cells = []
+        for sweep in _sweeps(rows):
+            ratios = [
+                row.round_s / row.optimum_s for row in rows if (row.scheme, row.sweep) == (scheme, sweep)
+            ]
+            cells.append(f"{sum(ratios) / len(ratios):.3f} <= {max(ratios):.3f}")
+        lines.append(f"  {scheme:<22}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _sweeps(rows: Sequence[Any]) -> list[str]:
+    return list(dict.fromkeys(row.sweep for row in rows))
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value

@@ -1,0 +1,142 @@
+"""Pictures of a comparison: methods over sweeps, under misjudged costs, and accuracy against each clock."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+from sfl_jax.comparison import DRAWS, ERRORS, FOUR_STARTS, Row
+from sfl_jax.config import Config
+from sfl_jax.files import whole_file
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; dashes where a hue comes twice.
+_STYLES = {
+    "exact": ("black", "-"),
+    "regression": ("#d55e00", "-"),
+    "alternating": ("#0072b2", "-"),
+    FOUR_STARTS: ("#0072b2", "--"),
+    "greedy": ("#009e73", "-"),
+    "equal_shares": ("#e69f00", "-"),
+    "common_cut": ("#cc79a7", "-"),
+    "random_cut": ("#999999", "-"),
+    "no_split": ("#56b4e9", "-"),
+}
+_AXES = {
+    "server_flops": ("Server", "FLOP/s"),
+    "clients": ("Clients that share it", "clients"),
+    "uplink": ("Uplink", "times as fast"),
+    "heterogeneity": ("Heterogeneity", "0: all alike, 1: the fleet as it is"),
+}
+
+
+def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
+    """Each scheme's round over the optimum in every sweep: mean over the fleets, and the range of them."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for sweep, axes in zip(_AXES, figure.subplots(2, 2, sharey=True).flat, strict=True):
+        _draw_sweep(axes, sweep, [row for row in rows if row.sweep == sweep])
+    axes = figure.axes[0]
+    figure.axes[0].set_ylabel("round / optimum")
+    figure.axes[2].set_ylabel("round / optimum")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(
+        f"{config.model} at {config.image_size}x{config.image_size}, {config.barrier} barrier,"
+        f" {config.clients if config.fleet == 'random' else Path(config.fleet).name} clients,"
+        f" server {config.server_flops:g} FLOP/s unless swept"
+    )
+    _save(figure, path)
+
+
+def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
+    """How much longer kept plans last than plans made on the true costs, over all draws."""
+    rows = [row for row in rows if row.sweep == "error"]
+    schemes = [name for name in _STYLES if name in {row.scheme for row in rows if np.isfinite(row.round_s)}]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for error, axes in zip(ERRORS, figure.subplots(1, 2, sharey=True), strict=True):
+        ratios = [
+            [row.round_s / row.optimum_s for row in rows if (row.scheme, row.value) == (scheme, error)]
+            for scheme in schemes
+        ]
+        drawn = axes.boxplot(
+            ratios, orientation="horizontal", whis=(5, 95), showfliers=False, patch_artist=True, widths=0.6
+        )
+        for box, median, scheme in zip(drawn["boxes"], drawn["medians"], schemes, strict=True):
+            box.set(facecolor=_STYLES[scheme][0], alpha=0.5)
+            median.set(color="black")
+        axes.set_yticks(np.arange(len(schemes)) + 1, schemes)
+        axes.set_xscale("log")
+        axes.set(title=f"rates off by up to {error:.0%}", xlabel="round of the plan kept / planned anew")
+        _plain(axes.xaxis)
+        axes.grid(axis="x", alpha=0.3)
+    figure.axes[0].invert_yaxis()  # and so the other, which shares it
+    figure.suptitle(
+        f"Plans made on nominal costs, {DRAWS} draws of the true ones (box: quartiles, line: 5-95 %)"
+    )
+    _save(figure, path)
+
+
+def write_clocks(
+    path: Path, accuracies: Sequence[float | None], clocks: Mapping[str, np.ndarray], config: Config
+) -> None:
+    """Test accuracy against the simulated time of every scheme that can serve all clients."""
+    percent = 100 * np.array(accuracies, float)  # NaN where a round was not evaluated
+    evaluated = np.isfinite(percent)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for name, seconds in clocks.items():
+        if not np.isfinite(seconds[-1]):
+            continue
+        colour, dashes = _STYLES.get(name, ("black", "-"))
+        own = name == next(iter(clocks))
+        axes.plot(
+            seconds[evaluated], percent[evaluated],
+            color=colour, linestyle=dashes, linewidth=2.5 if own else 1.5, marker=".",
+            label=f"{name}, {seconds[-1]:.4g} s" + (" (this plan)" if own else ""),
+        )  # fmt: skip
+    axes.set(
+        title=f"One training of {config.model} on {config.dataset}, every scheme's clock",
+        xlabel="simulated time, s",
+        ylabel="test accuracy, %",
+        xscale="log",
+    )
+    _plain(axes.xaxis)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _draw_sweep(axes: Axes, sweep: str, rows: Sequence[Row]) -> None:
+    title, label = _AXES[sweep]
+    for scheme in (name for name in _STYLES if name in {row.scheme for row in rows}):
+        mine = [row for row in rows if row.scheme == scheme]
+        values = np.unique([row.value for row in mine])
+        ratios = np.array([[r.round_s / r.optimum_s for r in mine if r.value == value] for value in values])
+        ratios[~np.isfinite(ratios)] = np.nan
+        colour, dashes = _STYLES[scheme]
+        width = 4.0 if scheme == "exact" else 1.5  # others lie on it
+        axes.plot(values, ratios.mean(axis=1), color=colour, linestyle=dashes, linewidth=width, label=scheme)
+        axes.fill_between(
+            values, ratios.min(axis=1), ratios.max(axis=1), color=colour, alpha=0.1, linewidth=0
+        )
+    axes.set(title=title, xlabel=label, yscale="log", xscale="linear" if sweep == "heterogeneity" else "log")
+    _plain(axes.yaxis)
+    if sweep in ("clients", "uplink"):
+        axes.set_xticks(np.unique([row.value for row in rows])[:: 2 if sweep == "uplink" else 1])
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+
+
+def _plain(axis: Axis) -> None:
+    """A logarithmic axis with a few numbers as people write them."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)

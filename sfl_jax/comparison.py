@@ -1,0 +1,185 @@
+"""Every method side by side: over what a fleet may be like, under costs that were misjudged, and on a run's
+clocks.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from sfl_jax import experiment, optim, planning
+from sfl_jax.config import Config
+
+# What is compared: every method, and alternation also as the best of several starts.
+FOUR_STARTS = "alternating, 4 starts"
+_STARTS = {FOUR_STARTS: ("equal", "proportional", "random", "random")}
+
+FACTORS = 2.0 ** np.arange(-4, 5)  # of the server, and of every uplink
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the clients, with the server as it is
+SPREADS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # 0: all alike, 1: as they are, more: further apart
+ERRORS, DRAWS = (0.1, 0.2), 200
+RANDOM_FLEETS = 5
+
+
+class Case(NamedTuple):
+    """One instance: a sweep and its value there, and which of several random fleets it is made from."""
+
+    sweep: str
+    value: float
+    fleet: int
+    terms: optim.Terms
+    server_flops: float
+    present: Bool[np.ndarray, " K"]
+
+
+class Row(NamedTuple):
+    """How one scheme does in one case, a line of the CSV. Not finite where it cannot serve every client.
+
+    sweep: server_flops (value in FLOP/s), clients, uplink (times as fast), heterogeneity (see `spread`), or
+      error (largest relative error of the costs that the plan was made on; `draw` numbers the draws).
+    round_s: of its plan; under error, of the plan made on nominal costs when the true ones come.
+    optimum_s, bound_s: of the exact plan, under error that of the true costs; the proven bound.
+    iterations: of the method.
+    """
+
+    sweep: str
+    value: float
+    fleet: int
+    draw: int
+    scheme: str
+    round_s: float
+    optimum_s: float
+    bound_s: float
+    iterations: int
+
+
+def schemes(barrier: str) -> tuple[str, ...]:
+    """What can be compared under a barrier, exact first."""
+    return optim.STAGED_METHODS if barrier == "staged" else (*optim.METHODS, FOUR_STARTS)
+
+
+def plan_of(
+    scheme: str,
+    terms: optim.Terms,
+    server_flops: float,
+    barrier: str,
+    key: jax.Array,
+    present: Bool[np.ndarray, " K"] | None = None,
+) -> optim.Plan | None:
+    """The plan of one scheme; None where it cannot serve every client."""
+    method, starts = scheme.split(",")[0], _STARTS.get(scheme, ("equal",))
+    try:
+        return optim.solve(terms, server_flops, method, barrier, key, present, starts=starts)
+    except optim.Infeasible:
+        return None
+
+
+def sweeps(config: Config) -> Iterator[Row]:
+    """Every scheme in every case of `cases`."""
+    key = planning.round_key(config, 0)
+    for case in cases(config):
+        of_case = case.terms, case.server_flops, config.barrier, key, case.present
+        best = plan_of("exact", *of_case)
+        for scheme in schemes(config.barrier):
+            plan = plan_of(scheme, *of_case)
+            yield Row(*case[:3], 0, scheme, *_numbers(plan, best))
+
+
+def cases(config: Config) -> Iterator[Case]:
+    """One thing changed at a time about the fleet and the server of `config`.
+
+    Of a random fleet, several are drawn; fewer clients are the first ones of the fleet.
+    """
+    for number, terms in enumerate(_fleets(config)):
+        clients, flops = terms.shape[0], config.server_flops
+        everybody = np.ones(clients, bool)
+        for factor in FACTORS:
+            yield Case("server_flops", flops * factor, number, terms, flops * factor, everybody)
+        for count in sorted({max(1, round(fraction * clients)) for fraction in FRACTIONS}):
+            yield Case("clients", count, number, terms, flops, np.arange(clients) < count)
+        for factor in FACTORS:
+            faster = terms._replace(uplink_bps=terms.uplink_bps * factor)
+            yield Case("uplink", factor, number, faster, flops, everybody)
+        for value in SPREADS:
+            yield Case("heterogeneity", value, number, spread(terms, value), flops, everybody)
+
+
+def spread(terms: optim.Terms, value: float) -> optim.Terms:
+    """Clients brought together or apart: compute and both links to the power `value`, geometric mean kept."""
+    rates = {name: getattr(terms, name) for name in ("flops", "uplink_bps", "downlink_bps")}
+    means = {name: np.exp(np.log(values).mean()) for name, values in rates.items()}
+    return terms._replace(
+        **{name: means[name] * (values / means[name]) ** value for name, values in rates.items()}
+    )
+
+
+def errors(config: Config, draws: int = DRAWS) -> Iterator[Row]:
+    """Plans made on nominal costs, kept while compute and links turn out up to 10 % or 20 % off.
+
+    Each rate of each client is off by a factor drawn evenly from [1 - error, 1 + error].
+    """
+    terms, key = next(_fleets(config)), planning.round_key(config, 0)
+    plans = {
+        scheme: plan_of(scheme, terms, config.server_flops, config.barrier, key)
+        for scheme in schemes(config.barrier)
+    }
+    rng = np.random.default_rng(config.seed)
+    for error in ERRORS:
+        for draw in range(draws):
+            true = terms._replace(
+                **{
+                    name: getattr(terms, name) * rng.uniform(1 - error, 1 + error, terms.shape[0])
+                    for name in ("flops", "uplink_bps", "downlink_bps")
+                }
+            )
+            best = plan_of("exact", true, config.server_flops, config.barrier, key)
+            for scheme, plan in plans.items():
+                kept = plan and plan._replace(round_s=kept_round_s(plan, true, config))
+                yield Row("error", error, 0, draw, scheme, *_numbers(kept, best))
+
+
+def kept_round_s(plan: optim.Plan, terms: optim.Terms, config: Config) -> float:
+    """The round of a plan's cuts and shares under other terms than it was made on."""
+    if config.barrier == "session":
+        return float(np.sum(terms.seconds(plan.cuts, plan.shares), axis=0).max())
+    seconds = terms.seconds(plan.cuts, np.full(len(plan.cuts), config.server_flops))
+    return float(seconds.before_server.max() + seconds.server.sum() + seconds.after_server.max())
+
+
+def clocks(built: experiment.Experiment, rounds: int) -> dict[str, Float64[np.ndarray, " R"]]:
+    """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first.
+
+    Training is the same under every scheme, so its plans are all that a clock needs.
+    """
+    config = built.config
+    own = config.method if config.band == "fixed" else f"{config.method}, {config.band} band"
+    names = [own, *(scheme for scheme in schemes(config.barrier) if scheme != own)]
+    rounds_s = np.full((len(names), rounds), np.inf)
+    for round in range(rounds):
+        _, clients, terms = experiment.cohort(built, round)
+        key = planning.round_key(config, round)
+        rounds_s[0, round] = planning.solve(config, clients, terms, round).round_s
+        for index, scheme in enumerate(names[1:], start=1):
+            plan = plan_of(scheme, terms, config.server_flops, config.barrier, key)
+            rounds_s[index, round] = plan.round_s if plan else np.inf
+    return dict(zip(names, np.cumsum(rounds_s, axis=1), strict=True))
+
+
+def _fleets(config: Config) -> Iterator[optim.Terms]:
+    """The fleet of a file, or several random ones. BadInput names clients that no method can serve."""
+    exact = dataclasses.replace(config, method="exact")
+    seeds = range(config.seed, config.seed + (RANDOM_FLEETS if config.fleet == "random" else 1))
+    for seed in seeds:
+        fleet, _, terms = planning.read_terms(dataclasses.replace(config, seed=seed))
+        planning.solve(exact, fleet, terms)
+        yield terms
+
+
+def _numbers(plan: optim.Plan | None, best: optim.Plan | None) -> tuple[float, float, float, int]:
+    """round_s, optimum_s, bound_s, iterations."""
+    mine = (plan.round_s, plan.iterations) if plan else (np.inf, 0)
+    exact = (best.round_s, best.bound_s) if best else (np.inf, np.inf)
+    return mine[0], *exact, mine[1]

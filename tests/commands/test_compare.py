@@ -1,0 +1,85 @@
+"""launch.compare: one training with every scheme's clock, and plans without any training."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+
+from sfl_jax import comparison
+from sfl_jax.commands import compare
+from sfl_jax.config import Config
+
+TINY = ["--model=efficientnetv2-tiny", "--server_flops=3e9", "--layer_form=conv"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_training_and_every_clock(tmp_path, capsys):
+    small = ["--clients=600", "--cohort_size=2", "--rounds=3", "--eval_every=2", "--clients_per_chunk=2"]
+    assert compare.main([*TINY, *small, f"--workdir={tmp_path}"]) == 0
+    rows = table(tmp_path / "schemes.csv")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [int(row["round"]) for row in rows] == [line["round"] for line in lines] == [1, 2, 3]
+    assert [float(row["exact_s"]) for row in rows] == pytest.approx([line["simulated_s"] for line in lines])
+    assert rows[0]["test_accuracy"] == ""
+    assert float(rows[2]["test_accuracy"]) == lines[2]["test_accuracy"]
+    for scheme in comparison.schemes("session"):
+        seconds = np.array([float(row[f"{scheme}_s"]) for row in rows])
+        assert (seconds >= [line["simulated_s"] * (1 - 1e-9) for line in lines]).all()
+    assert (tmp_path / "schemes.png").read_bytes()[:8] == PNG
+    out = capsys.readouterr().out
+    assert "no_split" in out
+    assert f"written: {tmp_path / 'schemes.csv'}" in out
+
+
+def test_plans_without_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparison, "DRAWS", 3)
+    errors = comparison.errors
+    monkeypatch.setattr(comparison, "errors", lambda config: errors(config, draws=3))
+    assert compare.main([*TINY, "--plan_only", "--clients=6", f"--workdir={tmp_path}"]) == 0
+    rows = table(tmp_path / "methods.csv")
+    assert list(rows[0]) == list(comparison.Row._fields)
+    schemes = len(comparison.schemes("session"))
+    assert sum(row["sweep"] == "error" for row in rows) == 2 * 3 * schemes
+    swept = [row for row in rows if row["sweep"] == "server_flops"]
+    assert len(swept) == len(comparison.FACTORS) * comparison.RANDOM_FLEETS * schemes
+    for name in ("methods.png", "errors.png"):
+        assert (tmp_path / name).read_bytes()[:8] == PNG
+    assert sorted(os.listdir(tmp_path)) == ["errors.png", "methods.csv", "methods.png"]
+    ratio = max(
+        float(row["round_s"]) / float(row["optimum_s"]) for row in swept if row["scheme"] == "no_split"
+    )
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("no_split"))
+    assert f"<= {ratio:.3f}" in line
+
+
+def test_what_is_infinite_or_missing_is_empty_in_the_table(tmp_path):
+    compare.write_csv(tmp_path / "a.csv", ("x", "y", "z"), [(1.5, None, float("inf")), (2, "a,b", 0.0)])
+    assert (tmp_path / "a.csv").read_text() == 'x,y,z\n1.5,,\n2,"a,b",0.0\n'
+
+
+@pytest.mark.parametrize(("flag", "words"), [
+    ("--num_classes=7", "--num_classes=7: needs --plan_only"),
+    ("--samples_per_client=7", "--samples_per_client=7: needs --plan_only"),
+    ("--band=pooled --plan_only", "--band=pooled: must be fixed with --plan_only"),
+    ("--cohort_size=101", "--cohort_size=101: must be at most --clients=100"),
+    ("--workdir=file/below", "--workdir=file/below: cannot be written"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flag, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert compare.main(flag.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert words in err
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_plans_alone_need_no_cohort():
+    assert Config.from_dict({"clients": 5, "plan_only": True}, "compare").clients == 5

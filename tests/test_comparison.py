@@ -1,0 +1,119 @@
+"""Schemes side by side: what a sweep changes, what an error does to a plan that is kept, a run's clocks."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from sfl_jax import comparison, experiment, metrics, optim, planning
+from sfl_jax.config import Config
+
+SMALL = Config(clients=6, server_flops=1e11)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(comparison.sweeps(SMALL))
+
+
+def test_every_scheme_is_in_every_case_of_every_sweep(rows):
+    schemes = comparison.schemes("session")
+    assert set(optim.METHODS) < set(schemes)
+    by_case = {case: list(group) for case, group in itertools.groupby(rows, lambda row: row[:4])}
+    assert {len(group) for group in by_case.values()} == {len(schemes)}
+    assert {sweep for sweep, *_ in by_case} == {"server_flops", "clients", "uplink", "heterogeneity"}
+    assert {fleet for _, _, fleet, _ in by_case} == set(range(comparison.RANDOM_FLEETS))
+    for group in by_case.values():
+        assert tuple(row.scheme for row in group) == schemes
+        assert len({(row.optimum_s, row.bound_s) for row in group}) == 1
+        assert all(row.bound_s <= row.optimum_s <= row.round_s * (1 + 1e-9) for row in group)
+        assert group[0].round_s == group[0].optimum_s
+
+
+def test_a_sweep_changes_what_it_says(rows):
+    exact = [row for row in rows if row.scheme == "exact" and row.fleet == 0]
+
+    def rounds_s(sweep):
+        return np.array([row.round_s for row in exact if row.sweep == sweep])
+
+    assert (np.diff(rounds_s("server_flops")) <= 0).all()
+    assert (np.diff(rounds_s("uplink")) <= 0).all()
+    assert (np.diff(rounds_s("clients")) >= 0).all()
+    for sweep in ("server_flops", "uplink", "clients", "heterogeneity"):
+        assert len(set(rounds_s(sweep))) > 1
+    fleet, _, terms = planning.read_terms(SMALL)
+    few = optim.solve(terms.take(np.arange(3)), SMALL.server_flops)
+    (row,) = (row for row in exact if (row.sweep, row.value) == ("clients", 3))
+    assert row.round_s == pytest.approx(few.round_s, rel=1e-9)
+    assert len(fleet) == 6
+    (row,) = (row for row in exact if (row.sweep, row.value) == ("uplink", 1))
+    assert row.round_s == pytest.approx(optim.solve(terms, SMALL.server_flops).round_s, rel=1e-9)
+
+
+def test_spread_keeps_geometric_means_and_scales_distances_from_them():
+    _, _, terms = planning.read_terms(SMALL)
+    for value in (0.0, 0.5, 1.0, 2.0):
+        spread = comparison.spread(terms, value)
+        for name in ("flops", "uplink_bps", "downlink_bps"):
+            before, after = np.log(getattr(terms, name)), np.log(getattr(spread, name))
+            np.testing.assert_allclose(after.mean(), before.mean(), rtol=1e-12)
+            np.testing.assert_allclose(after.std(), value * before.std(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(spread.samples, terms.samples)
+
+
+@pytest.mark.parametrize("barrier", ["session", "staged"])
+def test_a_plan_kept_under_its_own_costs_lasts_as_planned(barrier):
+    config = dataclasses.replace(SMALL, barrier=barrier)
+    _, _, terms = planning.read_terms(config)
+    plan = optim.solve(terms, config.server_flops, barrier=barrier)
+    assert comparison.kept_round_s(plan, terms, config) == pytest.approx(plan.round_s, rel=1e-9)
+    slower = terms._replace(
+        flops=terms.flops / 2, uplink_bps=terms.uplink_bps / 2, downlink_bps=terms.downlink_bps / 2
+    )
+    kept_s = comparison.kept_round_s(plan, slower, config)
+    assert plan.round_s * 1.1 < kept_s <= 2 * plan.round_s
+
+
+def test_errors_are_as_large_as_they_say_and_cost_a_kept_plan_something():
+    rows = list(comparison.errors(SMALL, draws=20))
+    assert len(rows) == 2 * 20 * len(comparison.schemes("session"))
+    exact = [row for row in rows if row.scheme == "exact"]
+    small, large = (
+        [row.round_s / row.optimum_s for row in exact if row.value == error] for error in (0.1, 0.2)
+    )
+    assert min(small + large) >= 1 - 1e-9
+    assert 1.005 < np.mean(small) < np.mean(large)
+    # Where all rates are off by at most e, times are by at most 1/(1 - e), and so is what is lost.
+    assert max(small) <= 1.1 / 0.9
+    assert max(large) <= 1.2 / 0.8
+    nominal_s = optim.solve(planning.read_terms(SMALL)[2], SMALL.server_flops).round_s
+    for error in comparison.ERRORS:
+        optima = np.array([row.optimum_s for row in exact if row.value == error]) / nominal_s
+        assert ((1 / (1 + error) <= optima) & (optima <= 1 / (1 - error))).all()
+        assert len(set(optima)) == 20
+    assert [row.optimum_s for row in comparison.errors(SMALL, draws=2)][:9] == [
+        row.optimum_s for row in rows[:9]
+    ]
+
+
+def test_the_clock_of_a_run_is_that_of_its_own_plans():
+    config = Config(clients=12, cohort_size=5, rounds=4, server_flops=1e11)
+    built = experiment.build(dataclasses.replace(config, links="fading"))
+    clocks = comparison.clocks(built, 4)
+    assert list(clocks) == list(comparison.schemes("session"))
+    prepared = [experiment.prepare(built, round) for round in range(4)]
+    np.testing.assert_allclose(clocks["exact"], np.cumsum([each.plan.round_s for each in prepared]))
+    for rival in experiment.RIVALS:
+        np.testing.assert_allclose(clocks[rival], np.cumsum([each.rival_s[rival] for each in prepared]))
+    assert all((clocks["exact"] <= clock * (1 + 1e-9)).all() for clock in clocks.values())
+    assert clocks["random_cut"][-1] > clocks["exact"][-1] * 1.01
+    assert metrics.Round._fields[0] == "round"
+
+
+def test_a_scheme_that_cannot_serve_everybody_never_ends():
+    built = experiment.build(Config(model="efficientnetv2-tiny", clients=12, cohort_size=5, rounds=2))
+    poor = built.terms._replace(memory_bytes=np.where(np.arange(12) % 2, 1e12, 1.2e6))
+    clocks = comparison.clocks(built._replace(terms=poor), 2)
+    assert np.isinf(clocks["no_split"]).all()
+    assert np.isfinite(clocks["exact"]).all()

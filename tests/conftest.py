@@ -1,6 +1,8 @@
 import os
 
 import hypothesis
+import jax
+import pytest
 
 # How long an example takes says more about the machine, and about compiling, than about the code. The profile
 # that CI servers get by themselves knows this already, and repeats the same examples every time.
@@ -9,3 +11,10 @@ if hypothesis.settings.get_current_profile_name() != "ci":
     hypothesis.settings.load_profile("project")
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def full_float32():
+    """GPUs and TPUs round the inputs of products to fewer bits unless told otherwise."""
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")

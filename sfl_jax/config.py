@@ -29,15 +29,19 @@ PLANNING = (*TRAINING, "plan")
 DATALESS = ("plan", "compare")  # compare with --plan_only, where no dataset says so
 NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
 MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"
+HARMLESS = (MACHINE, PROCESSES, FILES)
 
 LARGEST_INT = 2**31 - 1
 
 
 def _flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limits: Any) -> Any:
-    """A field with what a flag needs; limits: choices, at_least, at_most, above, below."""
-    return dataclasses.field(
-        default=default, metadata={"group": group, "commands": commands, "help": text, **limits}
-    )
+    """A field with what a flag needs; limits: choices, at_least, at_most, above, below.
+
+    harmless: whether a run may go on with another value. It may where that changes no numbers but for
+    rounding, as under some headings, and where it names a file whose contents are compared.
+    """
+    metadata = {"group": group, "commands": commands, "help": text, "harmless": group in HARMLESS}
+    return dataclasses.field(default=default, metadata=metadata | limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +67,13 @@ class Config:
     )
 
     dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
-    data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset")
+    data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True)
     partition: str = _flag("iid", DATA, TRAINING, "how clients divide the samples", choices=PARTITIONS)
     dirichlet_alpha: float = _flag(0.5, DATA, TRAINING, "evenness of dirichlet", above=0, at_most=1e6)
 
     clients: int = _flag(100, FLEET, PLANNING, "clients in all", at_least=1)
     cohort_size: int = _flag(10, FLEET, TRAINING, "clients that take part in a round", at_least=1)
-    fleet: str = _flag("random", FLEET, PLANNING, "random, or the path of a fleet.csv")
+    fleet: str = _flag("random", FLEET, PLANNING, "random, or the path of a fleet.csv", harmless=True)
     server_flops: float = _flag(1e12, FLEET, PLANNING, "compute of the server, FLOP/s", above=0)
     method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
@@ -82,6 +86,15 @@ class Config:
         PLANNING,
         "equal parts of it, or best parts: of one, or apart up and down",
         choices=BANDS,
+    )
+    drop_probability: float = _flag(
+        0.0, FLEET, TRAINING, "of a client of the cohort, to drop out of a round", at_least=0, at_most=1
+    )
+    jitter: float = _flag(
+        0.0, FLEET, TRAINING, "mean part by which a client is slower than planned", at_least=0, at_most=1e6
+    )
+    deadline_factor: float = _flag(
+        0.0, FLEET, TRAINING, "times the planned round, after which nobody is waited for; 0: none", at_least=0
     )
     min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
     samples_per_client: int = _flag(600, FLEET, DATALESS, "of each client of the random fleet", at_least=1)
@@ -102,6 +115,10 @@ class Config:
     server_momentum: float = _flag(
         0.0, LEARNING, TRAINING, "of the mean change of a round", at_least=0, below=1
     )
+    on_divergence: str = _flag(
+        "stop", LEARNING, TRAINING, "when a client's loss or update is not finite",
+        choices=("stop", "skip_client"), harmless=True,
+    )  # fmt: skip
     seed: int = _flag(0, LEARNING, PLANNING, "of all that is random", at_least=0)
 
     clients_per_chunk: int = _flag(4, MACHINE, TRAINING, "clients a device computes at once", at_least=1)
@@ -124,6 +141,17 @@ class Config:
 
     workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run")
     eval_every: int = _flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
+    checkpoint_every_rounds: int = _flag(
+        0, FILES, TRAINING, "rounds between checkpoints; 0: by time alone", at_least=0
+    )
+    checkpoint_every_s: float = _flag(
+        300.0, FILES, TRAINING, "seconds between checkpoints; 0: by rounds alone", at_least=0
+    )
+    keep: int = _flag(2, FILES, TRAINING, "checkpoints to keep", at_least=1)
+    on_write_error: str = _flag("stop", FILES, TRAINING, "when the disk fails", choices=("stop", "continue"))
+    allow_config_change: bool = _flag(
+        False, FILES, TRAINING, "go on with a run that was made with other settings"
+    )
     output: str = _flag("plan.json", FILES, ("plan",), "the plan; a .csv is written beside it")
     plan_only: bool = _flag(False, FILES, ("compare",), "train nothing: plans over sweeps of the fleet")
     plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
@@ -147,6 +175,18 @@ class Config:
         config = cls(**values)
         validate(config, command)
         return config
+
+
+def settings(config: Config, command: str) -> dict[str, Any]:
+    """The flags of a command, by name."""
+    return {field.name: getattr(config, field.name) for field in fields_of(command)}
+
+
+def changes(before: Mapping[str, Any], config: Config, command: str) -> list[str]:
+    """The settings that make other numbers than those of `before` do: "--seed=1 (was 0)"."""
+    harmful = [field for field in fields_of(command) if not field.metadata["harmless"]]
+    pairs = [(f.name, getattr(config, f.name), before.get(f.name, f.default)) for f in harmful]
+    return [f"--{name}={now} (was {was})" for name, now, was in pairs if now != was]
 
 
 def fields_of(command: str) -> list[dataclasses.Field[Any]]:
@@ -187,6 +227,8 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(
             f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"
         )
+    if 0 < config.deadline_factor < 1:
+        raise BadInput(f"--deadline_factor={config.deadline_factor:g}: must be 0, or at least 1")
     if "warmup_rounds" in taken and config.warmup_rounds > config.rounds:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
     if "fleet" in taken and config.fleet != "random" and not pathlib.Path(config.fleet).is_file():

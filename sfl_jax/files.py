@@ -1,7 +1,9 @@
-"""Files that are whole or absent: refused early where they cannot be written, put in place in one step."""
+"""Files that are whole or absent, and directories that are fit to write to, by one process at a time."""
 
 import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,37 @@ def ensure_writable(directory: str | os.PathLike[str], flag: str, value: str) ->
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"--{flag}={value}: cannot be written ({reason}); choose another place") from error
+
+
+def ensure_room(directory: str | os.PathLike[str], flag: str, value: str, needed_bytes: int) -> None:
+    """BadInput, naming --flag=value, where the disk of `directory` has less room than that."""
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < needed_bytes:
+        raise BadInput(
+            f"--{flag}={value}: {free_bytes / 1e6:.1f} MB free, {needed_bytes / 1e6:.1f} MB needed; "
+            "make room, or choose another place"
+        )
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator[None]:
+    """Hold the lock of `directory`; BadInput where another process does.
+
+    The lock ends with its process, however that ends: a .lock file left behind locks nothing.
+    """
+    with Path(directory, ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "unknown"
+            raise BadInput(
+                f"--{flag}={value}: run {who} is at work in it; wait, or choose another place"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """What a run measures: a line of JSON a round, and clocks that keep compiling apart from training."""
 
+import hashlib
 import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -29,31 +31,67 @@ class Round(NamedTuple):
 
 
 class Log:
-    """metrics.jsonl, appended line by line; each line is on disk when `write` returns to its caller."""
+    """metrics.jsonl, of which the first `kept_bytes` stay; never half a line of it is on the disk for long.
 
-    def __init__(self, path: Path):
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+    bytes, sha256: of the lines that are on the disk.
+    """
+
+    def __init__(self, path: Path, kept_bytes: int = 0):
+        path.touch()
+        self._file = path.open("r+b", buffering=0)
+        self._file.truncate(kept_bytes)
+        self._digest = hashlib.sha256(self._file.read())
+        self._pending = b""
+        self.bytes = kept_bytes
 
     def write(self, metrics: Round) -> None:
+        """Add a line. OSError where it cannot be written; it is tried again with the next."""
         values = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in metrics._asdict().items()
         }
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(values).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that could not be written before. OSError where that fails again."""
+        rest = self._pending
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self.bytes)
+            self._file.seek(self.bytes)
+            raise
+        self._digest.update(self._pending)
+        self.bytes += len(self._pending)
+        self._pending = b""
+
+    def sync(self) -> None:
+        """Flush, and wait until the disk has it all."""
+        self.flush()
+        os.fsync(self._file.fileno())
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
     def close(self) -> None:
         self._file.close()
 
 
 class CompileClock:
-    """Seconds that JAX spent tracing, lowering and compiling, and how often it compiled, since this clock
-    was made.
-    """
+    """Seconds that JAX spends tracing, lowering and compiling, and how often it compiles, within a `with`."""
 
-    def __init__(self):
-        self.seconds, self.compilations = 0.0, 0
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self.compilations = seconds, 0
+
+    def __enter__(self) -> "CompileClock":
         jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add)
 
     def _add(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
@@ -62,10 +100,10 @@ class CompileClock:
 
 
 class Stopwatch:
-    """Wall seconds since it was made."""
+    """Wall seconds since it was made, added to those of before."""
 
-    def __init__(self):
-        self._start = time.perf_counter()
+    def __init__(self, before_s: float = 0.0):
+        self._start = time.perf_counter() - before_s
 
     @property
     def seconds(self) -> float:

@@ -2,8 +2,7 @@
 time.
 """
 
-import json
-import os
+import contextlib
 import platform
 import subprocess
 import sys
@@ -12,12 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from sfl_jax import __version__
 from sfl_jax.commands import flags
-from sfl_jax.config import Config, fields_of
-from sfl_jax.files import ensure_writable, whole_file
+from sfl_jax.commands.interruption import interruption
+from sfl_jax.config import Config
+from sfl_jax.files import ensure_writable, locked
 
-DIVERGED = 3
+DIVERGED, INTERRUPTED = 3, 75
+AGAIN = "run the same command again to go on"
+REMEDY = "try a lower --learning_rate, more --warmup_rounds, or --on_divergence=skip_client"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "tensorflow-datasets")
 
 
@@ -27,53 +31,78 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
-    """Train, write config.json and metrics.jsonl into the workdir, and end with a table.
-
-    Those of an earlier run in the same place stay, as previous-config.json and previous-metrics.jsonl. Of
-    several processes the first alone writes.
+    """Train, or go on with the run in the workdir, which gets config.json, metrics.jsonl and checkpoints; end
+    with a table. Of several processes the first alone writes.
     """
-    workdir = Path(config.workdir)
-    ensure_writable(workdir, "workdir", config.workdir)
+    ensure_writable(config.workdir, "workdir", config.workdir)
     from sfl_jax.federated import processes
 
     processes.join(config)
-    with processes.together():
-        return _train(config, workdir, processes.is_first())
+    writes = processes.is_first()
+    lock = locked(config.workdir, "workdir", config.workdir) if writes else contextlib.nullcontext()
+    with lock, interruption() as stop, processes.together():
+        try:
+            return _train(config, lambda: processes.any_of(stop.asked), writes)
+        except OSError as error:
+            print(f"error: --workdir={config.workdir}: {error}; {AGAIN} once that is mended", file=sys.stderr)
+            return INTERRUPTED
 
 
-def _train(config, workdir, is_first):
-    from sfl_jax import experiment, metrics
+def _train(config, is_asked_to_stop, writes) -> int:
+    from sfl_jax import experiment, metrics, recording
+    from sfl_jax.checkpoints import Checkpoints
 
-    compiling, wall = metrics.CompileClock(), metrics.Stopwatch()
-    built = experiment.build(config)
-    if is_first:
-        _begin_files(workdir, settings(config) | {"environment": environment(built)})
-    log = metrics.Log(workdir / "metrics.jsonl" if is_first else Path(os.devnull))
-    start = state = experiment.start(built)
-    last = None
+    logging.set_verbosity(logging.ERROR)  # absl's, to which orbax speaks
+    workdir = Path(config.workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
+    progress = recording.reached(config, checkpoints)
+    if progress is not None and progress.round >= config.rounds:
+        print(f"--workdir={config.workdir}: done, all {config.rounds} rounds; nothing was trained")
+        return 0
+    before_s, compiled_s = (progress.wall_s, progress.compile_s) if progress else (0.0, 0.0)
+    clock = metrics.Stopwatch(before_s)
+    with metrics.CompileClock(compiled_s) as compiling:
+        built = experiment.build(config)
+        inputs = experiment.inputs(built)
+        if progress is None:
+            state = experiment.start(built)
+        else:
+            recording.check_inputs(config, progress, inputs)
+            state = experiment.resume(built, checkpoints, progress)
+            print(f"--workdir={config.workdir}: going on after round {state.round} of {config.rounds}")
+        recorder = (
+            recording.Recorder(config, checkpoints, progress, clock, compiling)
+            if writes
+            else recording.Silent(clock, compiling)
+        )
+        with contextlib.closing(recorder):
+            recorder.begin(state, inputs, environment(built))
+            return _rounds(experiment, built, state, recorder, is_asked_to_stop)
+
+
+def _rounds(experiment, built, start, recorder, is_asked_to_stop) -> int:
+    """Run the rounds that are left, under the eyes of `recorder`; the exit code."""
+    config, state, last = built.config, start, None
     try:
-        for state, last in _with_progress(experiment.run(built, start), config.rounds):  # noqa: B007
-            log.write(last)
+        rounds = _with_progress(experiment.run(built, start, recorder.clock), start.round, config.rounds)
+        while not is_asked_to_stop() and (done := next(rounds, None)):
+            state, last = done
+            recorder.add(state, last)
+        recorder.save(state, wait=True)
     except experiment.Diverged as error:
-        print(f"error: {error}; try a lower --learning_rate or more --warmup_rounds", file=sys.stderr)
+        recorder.save(error.state, wait=True)
+        print(f"error: {error}; round {error.state.round} is saved; {REMEDY}", file=sys.stderr)
         return DIVERGED
-    finally:
-        log.close()
-    print(summary(config, state.simulated_s, last, wall.seconds, compiling.seconds))
+    if recorder.saved_round != state.round:
+        print(
+            f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}", file=sys.stderr
+        )
+        return INTERRUPTED
+    if state.round < config.rounds:
+        print(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}", file=sys.stderr)
+        return INTERRUPTED
+    print(summary(config, state.simulated_s, last, recorder.clock.seconds, recorder.compiling.seconds))
     return 0
-
-
-def _begin_files(workdir, written):
-    for name in ("config.json", "metrics.jsonl"):
-        if (workdir / name).exists():
-            (workdir / name).replace(workdir / f"previous-{name}")
-    with whole_file(workdir / "config.json") as file:
-        file.write(json.dumps(written, indent=2).encode())
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """The flags of a training run, by name."""
-    return {field.name: getattr(config, field.name) for field in fields_of("train")}
 
 
 def environment(built: Any) -> dict[str, Any]:
@@ -102,11 +131,11 @@ def summary(config: Config, simulated_s: dict[str, float], last: Any, wall_s: fl
     return "\n".join(lines)
 
 
-def _with_progress(rounds, total):
+def _with_progress(rounds, done, total):
     """The rounds with a bar on a terminal, or with a line for each evaluation elsewhere."""
     from tqdm import tqdm
 
-    bar = tqdm(total=total, unit="round", disable=None, dynamic_ncols=True)
+    bar = tqdm(initial=done, total=total, unit="round", disable=None, dynamic_ncols=True)
     for state, last in rounds:
         bar.update(last.round - bar.n)
         if last.test_accuracy is not None:

@@ -54,11 +54,12 @@ def place_samples(samples: Samples, devices: Sequence[Any]) -> Samples:
 def compile_round(
     training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
 ) -> Callable[..., Any]:
-    """round(model, samples, assignments, key, learning_rate) -> (model, loss): model and loss replicated,
-    samples from `place_samples`, assignments NumPy, of any number of clients, arranged and placed here.
+    """round(model, samples, assignments, key, learning_rate) -> (model, loss, diverged) as of `run_round`,
+    replicated; samples from `place_samples`, assignments NumPy, of any number of clients, arranged and placed
+    here.
 
     `execution`: "vmap" computes a chunk's clients at once, "map" one after the other. The model given
-    are donated.
+    is donated.
     """
     most = 1 if execution == "map" else clients_per_chunk
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
@@ -45,6 +47,11 @@ def join(config: Config) -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes files and lines."""
     return jax.process_index() == 0
+
+
+def any_of(here: bool) -> bool:
+    """Whether it is true in any process; all must ask."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
 @contextlib.contextmanager

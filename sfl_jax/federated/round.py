@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from sfl_jax.federated.packing import packing
 from sfl_jax.federated.session import Assignment, Samples, Training, run_session
@@ -20,6 +20,14 @@ class Model(NamedTuple):
     server_state: Any = ()
 
 
+class Sums(NamedTuple):
+    """Weighted sums over clients; `weight` is that of the clients in them."""
+
+    variables: Any
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
 def run_round(
     training: Training,
     clients_per_chunk: int,
@@ -29,27 +37,32 @@ def run_round(
     assignments: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
-) -> tuple[Model, Float[Array, ""]]:
-    """One round: (the model that its clients' weighted mean makes, the weighted mean of their losses).
+) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
+    """One round: (the model that its clients' weighted mean makes, the weighted mean of their losses, who
+    diverged).
 
-    Under `axis_name` this is one device's part of it: weights and sums are those of all devices. Where the
-    weights add up to 0 nobody came, the model stays as it is and the loss is NaN.
+    A client diverged if its loss or its variables are not finite; in its place stands its id, -1 in those of
+    the others. It is never in the mean. Without `training.skip_diverged` such a round leaves the model as it
+    is, and so does, always, a step of the server that is not finite, or a round to which nobody came: there
+    the loss is NaN.
+
+    Under `axis_name` this is one device's part of it: all results are those of all devices.
     """
-    came = _total(assignments.weight.sum(), axis_name)
-    mean, loss = _total(
-        sum_of_sessions(
-            training,
-            clients_per_chunk,
-            model.variables,
-            samples,
-            assignments._replace(weight=assignments.weight / came),
-            round_key,
-            learning_rate,
-        ),
-        axis_name,
+    sums, diverged = sum_of_sessions(
+        training, clients_per_chunk, model.variables, samples, assignments, round_key, learning_rate
     )
-    new = _server_step(training.server_optimizer, model, mean), loss
-    return jax.tree.map(lambda new, old: jnp.where(came > 0, new, old), new, (model, jnp.nan))
+    if axis_name is not None:
+        # A sum too: one kind of message between devices, sent once.
+        everywhere = jnp.zeros((lax.axis_size(axis_name), len(diverged)), diverged.dtype)
+        own = everywhere.at[lax.axis_index(axis_name)].set(diverged + 1)
+        sums, ids = lax.psum((sums, own.reshape(-1)), axis_name)
+        diverged = ids - 1
+    mean, loss = jax.tree.map(lambda x: x / sums.weight.astype(x.dtype), (sums.variables, sums.loss))
+    new = _server_step(training.server_optimizer, model, mean)
+    sound = _finite(packing(new.variables.params).pack(new.variables.params))
+    taken = sound if training.skip_diverged else sound & (diverged < 0).all()
+    new = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, model)
+    return new, jnp.where(sound, loss, jnp.nan), diverged
 
 
 def start_model(training: Training, variables: Variables) -> Model:
@@ -75,11 +88,11 @@ def sum_of_sessions(
     assignments: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
-) -> tuple[Variables, Float[Array, ""]]:
-    """The weighted sum of the variables and the losses of K clients.
+) -> tuple[Sums, Int[Array, " K"]]:
+    """(the weighted sums of the variables and the losses of K clients, who diverged: see `run_round`).
 
     Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
-    is that of one chunk. A client of weight 0 has no influence whatever its numbers are, NaN included.
+    is that of one chunk. A client that diverged, or of weight 0, has no influence whatever its numbers are.
     """
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
@@ -89,16 +102,19 @@ def sum_of_sessions(
                 training, variables, samples, one, round_key, learning_rate, loop_steps=chunk.steps.max()
             )
 
-        results = _alone(session, chunk) if clients_per_chunk == 1 else jax.vmap(session)(chunk)
-        return jax.tree.map(lambda total, x: total + _weighted_sum(chunk.weight, x), sums, results), None
+        trained, loss = _alone(session, chunk) if clients_per_chunk == 1 else jax.vmap(session)(chunk)
+        finite = jax.vmap(_finite)((trained, loss))
+        weight = jnp.where(finite, chunk.weight, 0)
+        new = Sums(trained, loss, weight=jnp.ones_like(weight))
+        diverged = jnp.where(finite | (chunk.weight == 0), -1, chunk.client)
+        return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
 
     params, batch_stats = packing(variables.params), packing(variables.batch_stats)
-    like = (
-        (params.pack(variables.params), batch_stats.pack(variables.batch_stats)),
-        jnp.zeros((), jnp.result_type(float)),
-    )
-    (packed, stats), loss = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)[0]
-    return Variables(params.unpack(packed), batch_stats.unpack(stats)), loss
+    packed = params.pack(variables.params), batch_stats.pack(variables.batch_stats)
+    like = Sums(packed, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
+    sums, diverged = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)
+    total = Variables(params.unpack(sums.variables[0]), batch_stats.unpack(sums.variables[1]))
+    return sums._replace(variables=total), diverged.reshape(-1)
 
 
 def _alone(session, chunk):
@@ -111,5 +127,5 @@ def _weighted_sum(weights, values):
     return jnp.tensordot(weights.astype(values.dtype), jnp.where(present, values, 0), axes=1)
 
 
-def _total(tree, axis_name):
-    return tree if axis_name is None else lax.psum(tree, axis_name)
+def _finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

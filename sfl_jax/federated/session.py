@@ -57,7 +57,8 @@ class Training(NamedTuple):
     preprocess: uint8 images (B, H, W, C) -> float images of the network's size. link: None is the identity,
     which leaves no trace in the compiled program. server_optimizer: takes variables - mean as a gradient,
     once a round (Reddi et al., arXiv 2003.00295); None takes
-      the mean itself, which is federated averaging.
+      the mean itself, which is federated averaging. skip_diverged: whether a round goes on without the
+      clients whose numbers are not finite; otherwise it changes nothing.
     """
 
     chain: Chain
@@ -65,6 +66,7 @@ class Training(NamedTuple):
     preprocess: Callable[[Array], Array]
     link: Link | None = None
     server_optimizer: optax.GradientTransformation | None = None
+    skip_diverged: bool = False
 
 
 def run_session(

@@ -2,7 +2,7 @@
 
 from sfl_jax.fleet.clients import Fleet, random_fleet
 from sfl_jax.fleet.files import read_fleet, write_fleet
-from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates
+from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, slowdowns
 
 __all__ = [
     "Fleet",
@@ -12,5 +12,6 @@ __all__ = [
     "fading_rates",
     "random_fleet",
     "read_fleet",
+    "slowdowns",
     "write_fleet",
 ]

@@ -12,6 +12,7 @@ class Purpose(IntEnum):
     COHORT = 3
     FADING = 4
     AVAILABILITY = 5
+    SLOWDOWN = 6
 
 
 def generator(seed: int, purpose: Purpose, round: int) -> np.random.Generator:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Float64, Int, Int64
 
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet.clients import Fleet
@@ -34,6 +34,14 @@ def availability(
     if not 0 <= drop_probability <= 1:
         raise BadInput(f"drop_probability={drop_probability}: must be 0 to 1")
     return _of(ids, uniforms(seed, Purpose.AVAILABILITY, round, (_rows(ids), 1)))[:, 0] >= drop_probability
+
+
+def slowdowns(
+    seed: int, round: int, ids: Sequence[int] | Int[np.ndarray, " K"], jitter: float
+) -> Float64[np.ndarray, " K"]:
+    """How many times as long as planned the clients `ids` take: 1 + jitter * Exp(1), independently."""
+    draw = _of(ids, uniforms(seed, Purpose.SLOWDOWN, round, (_rows(ids), 1)))[:, 0]
+    return 1 - jitter * np.log1p(-draw)
 
 
 @dataclass(frozen=True)

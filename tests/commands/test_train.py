@@ -73,13 +73,32 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     assert first == second
 
 
-def test_an_earlier_run_is_kept(monkeypatch, tmp_path):
+def test_a_finished_run_is_not_trained_again(run, capsys, monkeypatch):
+    workdir, _ = run
+    monkeypatch.setattr(experiment, "build", lambda *_: pytest.fail("built"))
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert train.main([*SMALL, f"--workdir={workdir}"]) == 0
+    assert "done, all 3 rounds" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_refused_with_the_difference(run, capsys):
+    workdir, _ = run
+    given = ["--learning_rate=0.03", "--seed=1", "--clients_per_chunk=2", "--eval_every=1"]
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert train.main([*SMALL, f"--workdir={workdir}", *given]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert "--learning_rate=0.03 (was 0.02), --seed=1 (was 0): " in said
+    assert "chunk" not in said
+    assert "--allow_config_change" in said
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_lines_without_a_checkpoint_are_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("earlier\n")
-    monkeypatch.setattr(experiment, "run", lambda *_: iter(()))
-    monkeypatch.setattr(train, "summary", lambda *_: "")
-    assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 0
-    assert (tmp_path / "previous-metrics.jsonl").read_text() == "earlier\n"
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 2
+    assert "has a metrics.jsonl but no checkpoint to go on from" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "earlier\n"
 
 
 def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatch, tmp_path):
@@ -161,17 +180,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, line, tmp_path, cap
     captured = capsys.readouterr()
     [said] = captured.err.splitlines()
     assert re.search(line, said), said
-    assert not list(workdir.glob("*"))
-
-
-def test_a_diverged_run_stops_with_its_own_code(tmp_path, capsys, monkeypatch):
-    def diverge(*_):
-        raise experiment.Diverged("round 1: the training loss is nan")
-        yield
-
-    monkeypatch.setattr(experiment, "run", diverge)
-    assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 3
-    assert "round 1: the training loss is nan" in capsys.readouterr().err
+    assert [path.name for path in workdir.glob("*")] in ([], [".lock"])
 
 
 def test_learning_rate_rises_and_falls():

@@ -38,15 +38,25 @@ def cohort(chain, clients=rounds.CUTS, seed=0):
     return rounds.assignments(np.arange(clients) % (len(chain) + 1), seed=seed)
 
 
-def after_rounds(count, chunk=2, execution="vmap", clients=rounds.CUTS, chain=rounds.CHAIN):
-    """(model, loss, …) after two rounds on `count` devices, as NumPy."""
+def after_rounds(
+    count, chunk=2, execution="vmap", clients=rounds.CUTS, chain=rounds.CHAIN, broken=None, **changes
+):
+    """(model, loss, diverged) after two rounds on `count` devices, as NumPy; the `broken`-th client sees
+    nothing but black.
+    """
     chosen = devices.choose_devices(count)
-    run = devices.compile_round(rounds.training(link=rounds.SCALING, chain=chain), chunk, chosen, execution)
-    samples = devices.place_samples(samples_of(chain), chosen)
+    training = rounds.training(link=rounds.SCALING, chain=chain)._replace(**changes)
+    run = devices.compile_round(training, chunk, chosen, execution)
+    own = samples_of(chain)
+    samples = devices.place_samples(own, chosen)
     model = devices.replicate(Model(rounds.start(chain)[0]), chosen)
     for seed in range(2):
+        work = cohort(chain, clients, seed)
+        if broken is not None:
+            own, work = rounds.poisoned(own, work, broken)
+            samples = devices.place_samples(own, chosen)
         with jax.transfer_guard_device_to_device("disallow"):
-            result = run(model, samples, cohort(chain, clients, seed), KEY, rounds.RATE)
+            result = run(model, samples, work, KEY, rounds.RATE)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model)), "the model is donated"
         model = result[0]
     for leaf in jax.tree.leaves(result):
@@ -70,6 +80,16 @@ def whole_network():
 def small_network():
     chain = SHORT["product"]
     assert distance(after_rounds(1, chain=chain), after_rounds(4, chain=chain)) < 1e-5
+
+
+def divergence():
+    """A client whose loss is NaN is in no device's sum, and every device names it."""
+    changes = {"preprocess": rounds.preprocess_black_to_nan, "skip_diverged": True, "chain": SHORT["conv"]}
+    one, four = (after_rounds(count, broken=4, **changes) for count in (1, 4))
+    for _, loss, diverged in (one, four):
+        assert np.isfinite(loss)
+        assert sorted(set(diverged.tolist())) == [-1, 4 + 3]
+    assert distance(one, four) < 1e-5
 
 
 def executions_and_cohorts():
@@ -102,8 +122,9 @@ def mutations():
         return tree
 
     def weights_of_this_device(tree, axis_name):
-        """Normalised on each device alone, and the means added up."""
-        return psum(tree, axis_name) if len(jax.tree.leaves(tree)) > 1 else tree
+        """The sums of all devices, over the weight of one."""
+        (sums, _), (total, diverged) = tree, psum(tree, axis_name)
+        return total._replace(weight=sums.weight), diverged
 
     breaks = {
         "no sum": mock.patch.object(round.lax, "psum", not_summed),
@@ -197,7 +218,9 @@ def collectives(text):
 
 
 def crossing_bytes():
-    """The compiled program sums the model, the loss and the weight over devices, and moves nothing else."""
+    """The compiled program sums the model, the loss, the weight and who diverged over devices, and moves
+    nothing else.
+    """
     for chain in (rounds.CHAIN, SHORT["conv"]):
         arguments, size = placed(4, chain)
         training = rounds.training(chain=chain)
@@ -205,7 +228,8 @@ def crossing_bytes():
         found = collectives(program.lower(*arguments).compile().as_text())
         assert {kind for kind, _ in found} == {"all-reduce"}
         expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)))
-        assert sum(amount for _, amount in found) == expected
+        places = arguments[2].client.size
+        assert sum(amount for _, amount in found) == expected + 4 * places
         floats = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
         assert expected == 4 * (floats + 2)
 

@@ -26,8 +26,21 @@ def preprocess(images):
     return images.astype(jnp.result_type(float)) / 127.5 - 1
 
 
+def preprocess_black_to_nan(images):
+    return jnp.where((images == 0).all((1, 2, 3), keepdims=True), jnp.nan, preprocess(images))
+
+
 def training(optimizer="sgd", link=None, chain=CHAIN):
     return Training(chain, OPTIMIZERS[optimizer], preprocess, link)
+
+
+def poisoned(samples, work, client):
+    """(samples of which the last is black, work in which that is all that the k-th client sees)."""
+    batches = work.batches.copy()
+    batches[client] = len(samples.labels) - 1
+    images = np.array(samples.images)
+    images[-1] = 0
+    return samples._replace(images=images), work._replace(batches=batches)
 
 
 def start(chain=CHAIN, size=16):

@@ -12,7 +12,7 @@ from sfl_jax.federated import devices
 
 # Both sides of every comparison are compiled alike, and most of the time goes into compiling.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-SLOW = ("executions_and_cohorts", "mutations")
+SLOW = ("executions_and_cohorts", "mutations", "divergence")
 CASES = ("small_network", "evaluations", "placement", "crossing_bytes", "work_of_devices", "other_platforms")
 
 

@@ -6,23 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from federated import rounds
 
 from sfl_jax import metrics
 from sfl_jax.federated.round import Model, run_round, start_model
+from sfl_jax.federated.session import Link
 
 KEY = jax.random.key(7)
 
 
 @functools.cache
-def compiled(clients_per_chunk, link=None):
-    training = rounds.training(link=link)
+def compiled(clients_per_chunk, link=None, **changes):
+    training = rounds.training(link=link)._replace(**changes)
     return jax.jit(functools.partial(run_round, training, clients_per_chunk, None))
 
 
 def run(work, clients_per_chunk=3, link=None):
     variables, samples = rounds.start()
-    model, loss = compiled(clients_per_chunk, link)(
+    model, loss, _ = compiled(clients_per_chunk, link)(
         Model(variables), samples, work, KEY, jnp.asarray(rounds.RATE)
     )
     return model.variables, loss
@@ -82,16 +84,16 @@ def test_cuts_change_nothing_with_the_identity_link():
 def test_new_cuts_steps_weights_and_cohorts_compile_nothing():
     work = rounds.assignments()
     run(work)
-    clock = metrics.CompileClock()
     other = rounds.assignments(cuts=[5] * rounds.CUTS, seed=1)
-    run(
-        other._replace(
-            client=other.client + 50, steps=other.steps[::-1].copy(), weight=other.weight[::-1].copy()
+    with metrics.CompileClock() as clock:
+        run(
+            other._replace(
+                client=other.client + 50, steps=other.steps[::-1].copy(), weight=other.weight[::-1].copy()
+            )
         )
-    )
-    assert clock.compilations == 0
-    jax.jit(lambda x: x * 3.25)(jnp.ones(7))
-    assert clock.compilations > 0, "the counter counts"
+        assert clock.compilations == 0
+        jax.jit(lambda x: x * 3.25)(jnp.ones(7))
+        assert clock.compilations > 0, "the counter counts"
 
 
 def test_chunks_give_the_same_mean():
@@ -131,6 +133,53 @@ def test_nobody_came_keeps_the_variables():
     assert np.isnan(loss)
 
 
+# The images of client 4 are NaN: its loss is. Or the gradient that comes back to it is: its update alone is.
+BROKEN = {
+    "loss": {"preprocess": rounds.preprocess_black_to_nan},
+    "update": {"link": Link(up=lambda x: x, down=lambda g: g * jnp.nan)},
+}
+
+
+@pytest.mark.parametrize("number", BROKEN)
+def test_a_diverged_client_has_no_influence_and_is_named(number):
+    variables, samples = rounds.start()
+    cuts = np.full(rounds.CUTS, len(rounds.CHAIN))  # without a message from the server, but for client 4
+    cuts[4] = 3
+    samples, work = rounds.poisoned(samples, rounds.assignments(cuts), 4)
+
+    def run(skip, work):
+        step = compiled(3, **BROKEN[number], skip_diverged=skip)
+        return step(Model(variables), samples, work, KEY, jnp.asarray(rounds.RATE))
+
+    absent = work._replace(weight=np.where(np.arange(rounds.CUTS) == 4, 0, work.weight))
+    model, loss, diverged = run(True, work)
+    expected, expected_loss, nobody = run(True, absent)
+    assert diverged.tolist() == [-1] * 4 + [work.client[4]] + [-1] * 4
+    assert nobody.tolist() == [-1] * rounds.CUTS
+    assert loss == expected_loss
+    assert np.isfinite(loss)
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert rounds.difference(model.variables, variables) > 1e-3
+
+    model, _, diverged = run(False, work)
+    assert diverged.tolist() == [-1] * 4 + [work.client[4]] + [-1] * 4
+    for a, b in zip(jax.tree.leaves(model.variables), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_step_of_the_server_that_overflows_is_not_taken():
+    variables, samples = rounds.start()
+    optimizer = optax.chain(optax.scale(1e30), optax.scale(1e30))
+    start = Model(variables, optimizer.init(variables.params))
+    step = compiled(3, server_optimizer=optimizer)
+    model, loss, diverged = step(start, samples, rounds.assignments(), KEY, jnp.asarray(rounds.RATE))
+    assert np.isnan(loss)
+    assert (diverged < 0).all()
+    for a, b in zip(jax.tree.leaves(model.variables), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_learning_rate_free_optimisers_match_optax_sgd():
     """The session applies the rate itself; that is what optax.sgd does."""
     params, gradients = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.5, 0.25])}
@@ -150,8 +199,8 @@ def test_server_momentum_adds_up_the_mean_changes():
     for seed in range(2):
         work = rounds.assignments(seed=seed)
         before = model.variables
-        mean, _ = compiled(3)(Model(before), samples, work, KEY, jnp.asarray(rounds.RATE))
-        model, _ = step(model, samples, work, KEY, jnp.asarray(rounds.RATE))
+        mean, _, _ = compiled(3)(Model(before), samples, work, KEY, jnp.asarray(rounds.RATE))
+        model, _, _ = step(model, samples, work, KEY, jnp.asarray(rounds.RATE))
         velocity = jax.tree.map(
             lambda old, new, v: 0.9 * v + (np.asarray(old) - new),
             before.params, mean.variables.params, velocity or jax.tree.map(np.zeros_like, before.params),
@@ -160,3 +209,22 @@ def test_server_momentum_adds_up_the_mean_changes():
         assert rounds.difference(model.variables.params, expected) < 1e-5
         # Statistics are averaged, not accelerated.
         assert rounds.difference(model.variables.batch_stats, mean.variables.batch_stats) == 0
+
+
+def test_a_client_that_does_not_come_has_no_influence_though_all_its_data_are_nan():
+    """The same compiled shape: its place is there, without weight and without steps."""
+    samples, _ = rounds.poisoned(rounds.start()[1], rounds.assignments(), 4)
+    step = compiled(3, preprocess=rounds.preprocess_black_to_nan)
+
+    def run(work):
+        return step(Model(rounds.start()[0]), samples, work, KEY, jnp.asarray(rounds.RATE))
+
+    work = rounds.assignments()
+    there = np.arange(rounds.CUTS) != 4
+    absent = work._replace(weight=work.weight * there, steps=work.steps * there)
+    _, broken = rounds.poisoned(samples, absent, 4)
+    for a, b in zip(jax.tree.leaves(run(absent)), jax.tree.leaves(run(broken)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Had it come, it would have been seen.
+    assert run(work._replace(batches=broken.batches))[2].max() == work.client[4]
+    assert rounds.difference(run(work)[0].variables, run(absent)[0].variables) > 1e-4

@@ -1,0 +1,212 @@
+"""Checkpoints on disk: whole or absent, written while training goes on, and checked before use.
+
+`checkpoints/000012/` is the state after round 12: `model/` (orbax), `progress.json`, and `SHA256SUMS` of
+both, which `sha256sum -c` understands too. It takes this name in one step, once all of it is on the disk.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sfl_jax.errors import BadInput
+from sfl_jax.files import ensure_room
+
+MODEL, PROGRESS, SUMS = "model", "progress.json", "SHA256SUMS"
+
+
+class Progress(NamedTuple):
+    """What a run has reached, besides its model.
+
+    round: rounds done. simulated_s: every scheme's clock. wall_s, compile_s: clocks of the machine.
+    log_bytes, log_sha256: how much of metrics.jsonl belongs to these rounds, and its digest.
+    settings: the flags of the run. inputs: digests of what its flags name.
+    """
+
+    round: int
+    simulated_s: dict[str, float]
+    wall_s: float
+    compile_s: float
+    log_bytes: int
+    log_sha256: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be used; the message says why."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest `keep` of which stay. One thread writes them, one at a time."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self.keep = directory, keep
+        self._damaged: set[str] = set()
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, model: Any, progress: Progress) -> None:
+        """Copy `model` to the host and write it in the background. Raises what the save before raised."""
+        self.wait()
+        on_host = jax.tree.map(np.array, model)  # a copy: the next round takes over the buffers of this one
+        self._writing = self._writer.submit(self._write, on_host, progress)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what the writing raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def newest(self, log: bytes) -> Progress | None:
+        """The progress of the newest checkpoint that is whole and whose rounds are in `log`; None where there
+        is none at all. A damaged one before it is passed over with a warning.
+
+        Raises:
+          BadInput: there are checkpoints, but not one that can be used.
+        """
+        damages = {}
+        for path in reversed(self._paths()):
+            try:
+                progress = _read(path, log)
+            except Damaged as error:
+                damages[path.name] = str(error)
+                continue
+            if damages:
+                self._damaged |= set(damages)
+                logging.warning("%s; going on from checkpoint %s", _listed(damages), path.name)
+            return progress
+        if damages:
+            raise BadInput(
+                f"{self.directory}: no checkpoint can be used: {_listed(damages)}; nothing was deleted; "
+                "choose another --workdir"
+            )
+        return None
+
+    def ensure_room(self, workdir: str, model: Any) -> None:
+        """BadInput where the checkpoints that are still to come do not fit on the disk."""
+        missing = max(1, self.keep + 1 - len(self._paths()))
+        model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        ensure_room(self.directory.parent, "workdir", workdir, missing * model_bytes)
+
+    def restore(self, progress: Progress, like: Any) -> Any:
+        """The model of a checkpoint in NumPy arrays; `like` has its structure, shapes and types.
+
+        Raises:
+          BadInput: it is another network's.
+        """
+        path = self.directory / _name(progress.round)
+        try:
+            return _restore_model(path / MODEL, like)
+        except Exception as error:
+            raise BadInput(f"{path}: is no checkpoint of this network ({_line(error)})") from error
+
+    def _write(self, model, progress):
+        try:
+            self._put(model, progress)
+        except Exception as error:
+            for part in self.directory.glob(".*.part"):
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"checkpoint of round {progress.round}: {_line(error)}") from error
+
+    def _put(self, model, progress):
+        path = self.directory / _name(progress.round)
+        part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _save_model(part / MODEL, model)
+        (part / PROGRESS).write_text(json.dumps(progress._asdict()))
+        (part / SUMS).write_text(_sums(part))
+        for inside in [*part.rglob("*"), part]:
+            _sync(inside)
+        if path.exists():  # damaged, or of rounds that are being run again
+            path.rename(old)
+        part.rename(path)
+        _sync(self.directory)
+        self._damaged.discard(path.name)
+        self._delete_superseded(progress.round)
+
+    def _delete_superseded(self, round):
+        paths = [path for path in self._paths() if int(path.name) <= round]
+        whole = [path for path in paths if path.name not in self._damaged]
+        left = {*self.directory.glob(".*.part"), *self.directory.glob(".*.old")}
+        for path in {*paths} - {*whole[-self.keep :]} | left:
+            shutil.rmtree(path)
+
+    def _paths(self):
+        """Finished checkpoints, the oldest first."""
+        paths = self.directory.glob("[0-9]*")
+        return sorted((path for path in paths if path.name.isdecimal()), key=lambda path: int(path.name))
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of types, shapes and contents."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(f"{array.dtype}{array.shape}".encode())
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def _name(round):
+    return f"{round:06d}"
+
+
+def _read(path, log) -> Progress:
+    try:
+        if _sums(path) != (path / SUMS).read_text():
+            raise Damaged(f"its files differ from {SUMS}")
+        progress = Progress(**json.loads((path / PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise Damaged(_line(error)) from error
+    if hashlib.sha256(log[: progress.log_bytes]).hexdigest() != progress.log_sha256:
+        raise Damaged("metrics.jsonl lacks its rounds")
+    return progress
+
+
+def _sums(path) -> str:
+    """A line of digest and name for every file below `path`."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != SUMS)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return "".join(f"{sum}  {file.relative_to(path)}\n" for sum, file in zip(digests, files, strict=True))
+
+
+def _save_model(path, model):
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(path, model)
+
+
+def _restore_model(path, like):
+    """Arrays as they are on the disk: neither cast, nor cut, nor placed on devices."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    with ocp.PyTreeCheckpointer() as reader:
+        model = reader.restore(path, item=like, restore_args=as_numpy)
+    for there, wanted in zip(jax.tree.leaves(model), jax.tree.leaves(like), strict=True):
+        if (there.shape, there.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"{there.dtype}{there.shape} instead of {wanted.dtype}{wanted.shape}")
+    return model
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _listed(damages):
+    return "; ".join(f"checkpoint {name} is damaged ({reason})" for name, reason in damages.items())
+
+
+def _line(error):
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,140 @@
+"""What a run leaves on disk round by round, and where a run that was stopped goes on."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from sfl_jax import experiment, metrics
+from sfl_jax.checkpoints import Checkpoints, Progress
+from sfl_jax.config import Config, changes, settings
+from sfl_jax.errors import BadInput
+from sfl_jax.federated import devices as federated_devices
+from sfl_jax.files import whole_file
+
+LOG = "metrics.jsonl"
+
+
+def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:
+    """What the run in the workdir has reached; None where there is none.
+
+    Raises:
+      BadInput: it was made with other settings, none of its checkpoints can be used, or it has none.
+    """
+    path = Path(config.workdir) / LOG
+    log = path.read_bytes() if path.exists() else b""
+    progress = checkpoints.newest(log)
+    if progress is None and log:
+        raise BadInput(
+            f"--workdir={config.workdir}: has a {LOG} but no checkpoint to go on from; choose another"
+        )
+    if progress is not None:
+        _refuse(config, changes(progress.settings, config, "train"))
+    return progress
+
+
+def check_inputs(config: Config, progress: Progress, inputs: dict[str, str]) -> None:
+    """BadInput where the dataset or the fleet is not that of the run."""
+    differ = [name for name in inputs if inputs[name] != progress.inputs.get(name)]
+    _refuse(config, [f"--{name}={getattr(config, name)} (has other contents now)" for name in differ])
+
+
+def _refuse(config, differences):
+    if differences and not config.allow_config_change:
+        raise BadInput(
+            f"{', '.join(differences)}: the run in --workdir={config.workdir} was made with other settings; "
+            "take those, or another --workdir, or --allow_config_change to go on all the same"
+        )
+
+
+class Recorder:
+    """Writes config.json at the start, the line of every round, and a checkpoint where one is due.
+
+    What the disk refuses raises OSError with --on_write_error=stop; with continue it is said, and what was
+    not written is tried again with the next round or checkpoint.
+
+    clock, compiling: the run's clocks. saved_round: that of the newest checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoints: Checkpoints,
+        progress: Progress | None,
+        clock: metrics.Stopwatch,
+        compiling: metrics.CompileClock,
+    ):
+        self.config, self.checkpoints, self.clock, self.compiling = config, checkpoints, clock, compiling
+        self.workdir = Path(config.workdir)
+        self.saved_round = progress.round if progress else -1
+        self.log = metrics.Log(self.workdir / LOG, progress.log_bytes if progress else 0)
+        self._inputs: dict[str, str] = {}
+        self._saved_at = time.monotonic()
+
+    def begin(self, state: experiment.State, inputs: dict[str, str], environment: dict[str, Any]) -> None:
+        """Describe the run, save its first state. BadInput where the disk lacks room for its checkpoints."""
+        self._inputs = inputs
+        self.checkpoints.ensure_room(self.config.workdir, state.model)
+        with whole_file(self.workdir / "config.json") as file:
+            described = settings(self.config, "train") | {"environment": environment}
+            file.write(json.dumps(described, indent=2).encode())
+        self.save(state, wait=True)
+
+    def add(self, state: experiment.State, line: metrics.Round) -> None:
+        """The line of a round, and a checkpoint if it is time for one."""
+        self._try(lambda: self.log.write(line))
+        every, every_s = self.config.checkpoint_every_rounds, self.config.checkpoint_every_s
+        late = every_s and time.monotonic() - self._saved_at >= every_s
+        if late or (every and state.round % every == 0):
+            self.save(state)
+
+    def save(self, state: experiment.State, wait: bool = False) -> None:
+        """A checkpoint of `state`, unless it has one; `wait`: until it is on the disk."""
+        if state.round != self.saved_round:
+            self._try(self.checkpoints.wait)
+            if self._try(lambda: self._save(state)):
+                self.saved_round, self._saved_at = state.round, time.monotonic()
+        if wait and not self._try(self.checkpoints.wait):
+            self.saved_round = -1
+
+    def close(self) -> None:
+        self.log.close()
+
+    def _save(self, state):
+        self.log.sync()
+        progress = Progress(
+            state.round, state.simulated_s, self.clock.seconds, self.compiling.seconds, self.log.bytes,
+            self.log.sha256, settings(self.config, "train"), self._inputs,
+        )  # fmt: skip
+        self.checkpoints.save(federated_devices.on_first(state.model), progress)
+
+    def _try(self, write) -> bool:
+        """Whether it could be written."""
+        try:
+            write()
+        except OSError as error:
+            if self.config.on_write_error == "stop":
+                raise
+            logging.warning("not written: %s", error)
+            return False
+        return True
+
+
+class Silent(Recorder):
+    """The recorder of a process that leaves the writing to another."""
+
+    def __init__(self, clock: metrics.Stopwatch, compiling: metrics.CompileClock):
+        self.clock, self.compiling = clock, compiling
+
+    def begin(self, state: experiment.State, inputs: dict[str, str], environment: dict[str, Any]) -> None:
+        pass
+
+    def add(self, state: experiment.State, line: metrics.Round) -> None:
+        pass
+
+    def save(self, state: experiment.State, wait: bool = False) -> None:
+        self.saved_round = state.round
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,180 @@
+"""Checkpoints: what comes back, what is kept, and every way in which a file can be damaged."""
+
+import hashlib
+import pickle
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from federated import rounds
+
+from sfl_jax.checkpoints import Checkpoints, Progress
+from sfl_jax.errors import BadInput
+from sfl_jax.federated.round import Model
+
+LOG = b"".join(b"round %d\n" % number for number in range(1, 10))
+
+
+def progress(round):
+    size = LOG.index(b"%d\n" % (round + 1)) - len("round ")
+    digest = hashlib.sha256(LOG[:size]).hexdigest()
+    clocks = {"exact": 0.1 * round, "no_split": float("inf")}
+    return Progress(round, clocks, 1.5, 0.5, size, digest, {"seed": 3}, {"fleet": "ab"})
+
+
+def model(round):
+    variables, _ = rounds.start()
+    changed = jax.tree.map(lambda x: x + round, variables)
+    return Model(changed, optax.sgd(1.0, 0.9).init(changed.params))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with the checkpoints of rounds 2 and 5."""
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("saved") / "checkpoints", keep=2)
+    for round in (2, 5):
+        checkpoints.save(model(round), progress(round))
+    checkpoints.wait()
+    return checkpoints.directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def test_what_was_saved_comes_back(saved, monkeypatch):
+    monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
+    monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("unpickled"))
+    checkpoints = Checkpoints(saved, keep=2)
+    found = checkpoints.newest(LOG)
+    assert found == progress(5)
+    back = checkpoints.restore(found, jax.eval_shape(lambda: model(0)))
+    assert jax.tree.structure(back) == jax.tree.structure(model(5))
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(model(5)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_buffers_may_be_reused_while_it_is_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
+    given = model(2)
+    checkpoints.save(given, progress(2))
+    overwrite(given)
+    checkpoints.wait()
+    back = checkpoints.restore(progress(2), jax.eval_shape(lambda: model(0)))
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(model(2)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_stay(keep, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep)
+    for round in range(4):
+        checkpoints.save({"x": np.ones(3)}, progress(round))
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{r:06d}" for r in range(4 - keep, 4)]
+
+
+def damages(path):
+    """(how, the damage done to a file) of every way."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = bytes([*content[:middle], content[middle] ^ 1, *content[middle + 1 :]])
+    yield "cut", lambda: path.write_bytes(content[:middle])
+    yield "zeroed", lambda: path.write_bytes(bytes(len(content)))
+    yield "flipped", lambda: path.write_bytes(flipped)
+    yield "removed", path.unlink
+
+
+def test_any_damage_to_any_file_is_noticed(saved, tmp_path, caplog):
+    files = sorted(path.relative_to(saved) for path in (saved / "000005").rglob("*") if path.is_file())
+    assert len(files) > 8
+    tried = 0
+    for name in files:
+        for way in range(4):
+            copy = shutil.copytree(saved, tmp_path / str(tried))
+            how, damage = list(damages(copy / name))[way]
+            damage()
+            caplog.clear()
+            assert Checkpoints(copy, keep=2).newest(LOG) == progress(2), (name, how)
+            [warning] = caplog.messages
+            assert "checkpoint 000005 is damaged" in warning
+            assert "going on from checkpoint 000002" in warning
+            tried += 1
+    assert tried == 4 * len(files)
+
+
+def test_an_added_file_is_noticed(copy, caplog):
+    (copy / "000005" / "model" / "more").write_text("")
+    assert Checkpoints(copy, keep=2).newest(LOG) == progress(2)
+
+
+def test_the_sums_can_be_checked_by_hand(saved):
+    done = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=saved / "000005", capture_output=True, check=False
+    )
+    assert done.returncode == 0
+    assert b"FAILED" not in done.stdout
+
+
+def test_a_log_that_lost_lines_is_noticed(saved, caplog):
+    assert Checkpoints(saved, keep=2).newest(LOG[: len("round 1\n") * 3]) == progress(2)
+    assert "metrics.jsonl lacks its rounds" in caplog.text
+    assert Checkpoints(saved, keep=2).newest(LOG.replace(b"round 4", b"round 5")) == progress(2)
+
+
+def test_all_damaged_stops_and_deletes_nothing(copy):
+    for path in copy.glob("*/SHA256SUMS"):
+        path.write_text("")
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(BadInput, match=r"no checkpoint can be used: checkpoint 000005 .*; checkpoint 000002"):
+        Checkpoints(copy, keep=2).newest(LOG)
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_unfinished_ones_are_no_checkpoints(copy, caplog):
+    (copy / "000005").rename(copy / ".000005.part")
+    checkpoints = Checkpoints(copy, keep=2)
+    assert checkpoints.newest(LOG) == progress(2)
+    assert not caplog.messages
+    checkpoints.save({"x": np.ones(3)}, progress(6))
+    checkpoints.wait()
+    assert sorted(path.name for path in copy.iterdir()) == ["000002", "000006"]
+
+
+def test_a_damaged_one_is_replaced_and_does_not_count(copy, caplog):
+    (copy / "000005" / "progress.json").write_text("{}")
+    checkpoints = Checkpoints(copy, keep=2)
+    assert checkpoints.newest(LOG) == progress(2)
+    checkpoints.save({"x": np.ones(3)}, progress(4))
+    checkpoints.wait()
+    assert sorted(path.name for path in copy.iterdir()) == ["000002", "000004", "000005"]
+    checkpoints.save({"x": np.ones(3)}, progress(5))
+    checkpoints.wait()
+    assert sorted(path.name for path in copy.iterdir()) == ["000004", "000005"]
+    assert Checkpoints(copy, keep=2).newest(LOG) == progress(5)
+
+
+def test_another_network_is_refused(saved):
+    like = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), model(0)))
+    with pytest.raises(BadInput, match="000005: is no checkpoint of this network"):
+        Checkpoints(saved, keep=2).restore(progress(5), like)
+
+
+def test_what_the_disk_refuses_is_raised_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "checkpoints", keep=2)
+    checkpoints.save({"x": np.ones(3)}, progress(1))
+    with pytest.raises(OSError, match="checkpoint of round 1: "):
+        checkpoints.wait()
+    checkpoints.wait()  # said once
+
+
+def test_no_checkpoints(tmp_path):
+    assert Checkpoints(tmp_path / "none", keep=2).newest(b"") is None

@@ -1,0 +1,168 @@
+"""Runs that are killed, interrupted, or short of room, in processes of their own.
+
+All take one compilation cache, so that a start costs seconds: a cached program is the same program.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sfl_jax.config import Config
+
+ROUNDS = 8
+FLAGS = [
+    "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", "--clients=1200", "--cohort_size=2",
+    "--clients_per_chunk=2", f"--rounds={ROUNDS}", "--eval_every=4", "--server_flops=1e10",
+    "--server_momentum=0.5", "--drop_probability=0.2", "--jitter=0.1", "--deadline_factor=1.3",
+    "--checkpoint_every_rounds=2",
+]  # fmt: skip
+CLOCKS = ("wall_s", "client_samples_per_s")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def begin(environment):
+    """begin(workdir, *flags) -> a process that trains."""
+
+    def begin(workdir, *flags):
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch.train", *FLAGS, f"--workdir={workdir}", *flags],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def quiet(begin, tmp_path_factory):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("quiet")
+    finish(begin(workdir))
+    return workdir
+
+
+def finish(process, code=0):
+    out, err = process.communicate()
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def numbers(workdir):
+    """The lines of metrics.jsonl without the machine's clocks."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+
+
+def final_model(workdir):
+    """The digests of the arrays of the last checkpoint, by file. (orbax names its files at random.)"""
+    from sfl_jax import experiment
+    from sfl_jax.checkpoints import Checkpoints
+
+    settings = json.loads((workdir / "config.json").read_text())
+    del settings["environment"]
+    built = experiment.build(Config.from_dict(settings))
+    checkpoints = Checkpoints(workdir / "checkpoints", 2)
+    progress = checkpoints.newest((workdir / "metrics.jsonl").read_bytes())
+    assert progress.round == settings["rounds"]
+    import jax
+
+    model = checkpoints.restore(progress, jax.eval_shape(lambda: experiment.initial_model(built)))
+    return [leaf.tobytes() for leaf in jax.tree.leaves(model)]
+
+
+def wait_for(path, process, lines=1):
+    """Until a file has so many lines."""
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def same(workdir, quiet):
+    assert numbers(workdir) == numbers(quiet)
+    assert final_model(workdir) == final_model(quiet)
+
+
+def test_the_same_seed_gives_the_same_bits(begin, quiet, tmp_path):
+    finish(begin(tmp_path))
+    same(tmp_path, quiet)
+    assert any(line["clients"] < 2 for line in numbers(quiet)), "nobody dropped out"
+    finish(begin(tmp_path / "other", "--seed=1", "--rounds=4"))
+    assert numbers(tmp_path / "other") != numbers(quiet)[:4]
+
+
+def test_killed_at_a_line_it_goes_on_bitwise(begin, quiet, tmp_path):
+    process = begin(tmp_path)
+    wait_for(tmp_path / "metrics.jsonl", process, lines=3)
+    process.kill()
+    process.communicate()
+    out, _ = finish(begin(tmp_path))
+    assert "going on after round" in out
+    same(tmp_path, quiet)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
+    """Runs of a few seconds each; the moments lie anywhere in them, their starts and their saves too."""
+    rng, start = random.Random(0), time.monotonic()
+    finish(begin(tmp_path / "timed"))
+    whole_s = time.monotonic() - start
+    killed = 0
+    for run in range(20):
+        workdir = tmp_path / str(run)
+        for _ in range(3):
+            process = begin(workdir, "--checkpoint_every_rounds=1")
+            try:
+                process.wait(rng.uniform(0.2, 1.0) * whole_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+            process.communicate()
+        finish(begin(workdir))
+        same(workdir, quiet)
+    assert killed >= 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_ends_with_75(number, begin, quiet, tmp_path):
+    process = begin(tmp_path, "--checkpoint_every_rounds=0")
+    wait_for(tmp_path / "metrics.jsonl", process, lines=2)
+    process.send_signal(number)
+    _, err = finish(process, 75)
+    done = len(numbers(tmp_path))
+    assert f"interrupted, round {done} of {ROUNDS} is saved; run the same command again to go on" in err
+    out, _ = finish(begin(tmp_path))
+    assert f"going on after round {done} of {ROUNDS}" in out
+    same(tmp_path, quiet)
+
+
+def test_a_second_run_in_the_workdir_is_refused_and_a_dead_one_is_not_in_the_way(begin, tmp_path):
+    process = begin(tmp_path)
+    wait_for(tmp_path / "metrics.jsonl", process)
+    _, err = finish(begin(tmp_path), 2)
+    assert f"run {process.pid} is at work in it" in err
+    process.kill()
+    process.communicate()
+    assert (tmp_path / ".lock").read_text() == f"{process.pid}\n"
+    finish(begin(tmp_path))
+
+
+def test_other_chunks_give_the_same_numbers_but_for_rounding(begin, quiet, tmp_path):
+    finish(begin(tmp_path, "--clients_per_chunk=1"))
+    for a, b in zip(numbers(tmp_path), numbers(quiet), strict=True):
+        assert a == pytest.approx(b, rel=2e-3)

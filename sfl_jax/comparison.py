@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float64
 
 from sfl_jax import experiment, optim, planning
 from sfl_jax.config import Config
+from sfl_jax.turnout import delays, turnout
 
 # What is compared: every method, and alternation also as the best of several starts.
 FOUR_STARTS = "alternating, 4 starts"
@@ -155,16 +156,19 @@ def clocks(built: experiment.Experiment, rounds: int) -> dict[str, Float64[np.nd
     Training is the same under every scheme, so its plans are all that a clock needs.
     """
     config = built.config
-    own = config.method if config.band == "fixed" else f"{config.method}, {config.band} band"
-    names = [own, *(scheme for scheme in schemes(config.barrier) if scheme != own)]
+    name = config.method if config.band == "fixed" else f"{config.method}, {config.band} band"
+    names = [name, *(scheme for scheme in schemes(config.barrier) if scheme != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
     for round in range(rounds):
-        _, clients, terms = experiment.cohort(built, round)
-        key = planning.round_key(config, round)
-        rounds_s[0, round] = planning.solve(config, clients, terms, round).round_s
+        ids, clients, terms = experiment.cohort(built, round)
+        key, delayed = planning.round_key(config, round), delays(config, round, ids)
+        own = planning.solve(config, clients, terms, round)
+        rounds_s[0, round] = turnout(own.client_s, own.round_s, delayed, config.deadline_factor).round_s
         for index, scheme in enumerate(names[1:], start=1):
             plan = plan_of(scheme, terms, config.server_flops, config.barrier, key)
-            rounds_s[index, round] = plan.round_s if plan else np.inf
+            if plan is not None:
+                lasted = turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor)
+                rounds_s[index, round] = lasted.round_s
     return dict(zip(names, np.cumsum(rounds_s, axis=1), strict=True))
 
 

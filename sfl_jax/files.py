@@ -48,9 +48,10 @@ def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator
             raise BadInput(
                 f"--{flag}={value}: run {who} is at work in it; wait, or choose another place"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # only a note; a full disk is found by what needs room
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield
 
 

@@ -3,6 +3,7 @@
 All take one compilation cache, so that a start costs seconds: a cached program is the same program.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -166,3 +167,39 @@ def test_other_chunks_give_the_same_numbers_but_for_rounding(begin, quiet, tmp_p
     finish(begin(tmp_path, "--clients_per_chunk=1"))
     for a, b in zip(numbers(tmp_path), numbers(quiet), strict=True):
         assert a == pytest.approx(b, rel=2e-3)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=False)
+    if mounted.returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(path):
+    """Take all the room there is."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_bitwise_once_there_is_room(begin, quiet, small_disk):
+    process = begin(small_disk / "run", "--checkpoint_every_rounds=1")
+    wait_for(small_disk / "run" / "metrics.jsonl", process, lines=2)
+    fill(small_disk / "filler")
+    _, err = finish(process, 75)
+    assert "run the same command again to go on once that is mended" in err
+    text = (small_disk / "run" / "metrics.jsonl").read_text()
+    assert all(json.loads(line) for line in text.splitlines()), "a half line"
+    _, err = finish(begin(small_disk / "run"), 2)
+    assert "MB needed; make room" in err
+    (small_disk / "filler").unlink()
+    finish(begin(small_disk / "run"))
+    same(small_disk / "run", quiet)

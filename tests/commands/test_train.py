@@ -105,11 +105,10 @@ def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatc
     chain, started = models.create("efficientnetv2-tiny"), []
     given = chain.init(jax.random.key(7), IMAGES)
     keras_weights.save(str(tmp_path / "given.weights.h5"), chain, given, keras_weights.CENTRED)
-    monkeypatch.setattr(experiment, "run", lambda built, state: iter(started.append((built, state)) or ()))
-    monkeypatch.setattr(train, "summary", lambda *_: "")
-    flags = [*SMALL, f"--workdir={tmp_path}", "--head_init_scale=0"]
-    for more in ([f"--init_from={tmp_path / 'given.weights.h5'}"], []):
-        assert train.main([*flags, *more]) == 0
+    monkeypatch.setattr(experiment, "run", lambda *given: iter(started.append(given[:2]) or ()))
+    for name, more in {"given": [f"--init_from={tmp_path / 'given.weights.h5'}"], "fresh": []}.items():
+        flags = [*SMALL, f"--workdir={tmp_path / name}", "--head_init_scale=0"]
+        assert train.main([*flags, *more]) == 75, "no round was run"
     (built, imported), (_, fresh) = started
     jax.tree.map(np.testing.assert_array_equal, imported.model.variables, given)
     stems = [state.model.variables.params[0]["conv"]["kernel"] for state in (imported, fresh)]
@@ -118,8 +117,8 @@ def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatc
     scaled = built.training.preprocess(np.pad(pixels, ((0, 0), (0, 0), (0, 29), (0, 0))))
     np.testing.assert_allclose(scaled[0, 0, :4, 0], [-1, 0, 127 / 128, -1])
     scalings = [
-        json.loads((tmp_path / name).read_text())["environment"]["input_scaling"]
-        for name in ("previous-config.json", "config.json")
+        json.loads((tmp_path / name / "config.json").read_text())["environment"]["input_scaling"]
+        for name in ("given", "fresh")
     ]
     assert scalings == [{"divisor": [128.0], "offset": [-1.0]}, {"divisor": [127.5], "offset": [-1.0]}]
 

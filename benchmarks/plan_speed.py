@@ -173,7 +173,7 @@ def _shared(terms, flops, band):
 
 def against_highs(quick):
     """The same problem as a mixed-integer program, from below and from above."""
-    clients, limit_s, rows = (10 if quick else 50), (10.0 if quick else 60.0), []
+    clients, limit_s, rows = (10 if quick else 50), (5.0 if quick else 20.0), []
     for regime in REGIMES:
         terms, server_flops = instance(clients, regime)
         costs, call = terms.costs(), functools.partial(optim.solve, terms, server_flops)

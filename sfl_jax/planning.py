@@ -1,6 +1,7 @@
 """From a fleet and a network to a plan, who holds its round up, and what would shorten it."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -52,9 +53,20 @@ def read_terms(config: Config) -> tuple[fleets.Fleet, models.Profile, optim.Term
         raise BadInput(
             f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"
         )
-    profile = models.profile(chain, (config.image_size, config.image_size, config.image_channels))
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(_compile_plan, config, fleet, len(chain))
+        profile = models.profile(chain, (config.image_size, config.image_size, config.image_channels))
+        compiled.result()
     terms = optim.terms(profile, fleet, work(config))  # pyright: ignore[reportArgumentType] has samples
     return fleet, profile, linked(config, fleet, terms)
+
+
+def _compile_plan(config: Config, fleet: fleets.Fleet, units: int) -> None:
+    """Compile the search for the optimum, on a network that costs nothing, while the real one is traced."""
+    if config.barrier == "session" and config.band == "fixed":
+        per_unit, per_cut = np.zeros(units, np.int64), np.zeros(units + 1, np.int64)
+        free = models.Profile((), per_unit, per_unit, per_unit, per_unit, per_unit, per_cut)
+        optim.solve(optim.terms(free, fleet, work(config)), config.server_flops)  # pyright: ignore[reportArgumentType]
 
 
 def read_fleet(config: Config) -> fleets.Fleet:
@@ -194,14 +206,14 @@ def binding(planned: Planned) -> Binding:
     late = plan.client_s >= plan.round_s * (1 - TOGETHER)
     alone = late & (plan.shares == 0)
     full = bool(plan.shares.sum() >= planned.config.server_flops * (1 - TOGETHER))
-    if alone.any():
+    if alone.any() and not full:
         weight = alone.astype(float)
     elif full:
         weight = optim.sensitivity(planned.terms, plan).per_client_s
     else:
         weight = (late & (plan.shares >= plan.shares.max() * (1 - TOGETHER))).astype(float)
     order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]
-    return Binding(full and not alone.any(), order, weight[order] / weight.sum())
+    return Binding(full, order, weight[order] / weight.sum())
 
 
 def seconds(planned: Planned) -> optim.Seconds:

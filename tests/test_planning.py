@@ -263,3 +263,14 @@ def test_pull_under_a_shared_band_is_what_a_second_less_brings(tiny, band):
         slope = (round_s(nudge) - round_s(-nudge)) / (2 * step)
         assert slope == pytest.approx(who.pull[place], rel=0.05)
     assert who.pull[0] > 1.2 * who.pull[-1]
+
+
+def test_a_full_server_holds_up_also_where_a_client_alone_ends_as_late(planned):
+    """Of very many clients, some that train alone end within rounding of the round; it is not theirs."""
+    alone = int(np.argmin(planned.plan.shares))
+    shares = np.where(np.arange(12) == alone, 0.0, planned.plan.shares)
+    shares *= TINY.server_flops / shares.sum()
+    ends = np.where(np.arange(12) == alone, planned.plan.round_s * (1 - 1e-8), planned.plan.client_s)
+    who = planning.binding(planned._replace(plan=planned.plan._replace(shares=shares, client_s=ends)))
+    assert who.together
+    assert alone not in who.clients

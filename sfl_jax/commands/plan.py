@@ -1,6 +1,7 @@
 """Cuts and server shares for a round of a fleet: the plan, how good it can be, what would shorten it."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sfl_jax.commands import flags
@@ -24,13 +25,15 @@ def plan(config: Config) -> None:
     from sfl_jax.commands.plan_summary import head, summary
 
     planned = planning.make_plan(config)
-    print(summary(planned, planning.gains(planned)))
-    if config.plot:
-        from sfl_jax.commands.plan_plot import write_plot
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write_plan, output, head(planned), planning.table(planned))
+        print(summary(planned, planning.gains(planned)))
+        if config.plot:
+            from sfl_jax.commands.plan_plot import write_plot
 
-        with whole_file(written[-1]) as file:
-            write_plot(file, planned)
-    write_plan(output, head(planned), planning.table(planned))
+            with whole_file(written[-1]) as file:
+                write_plot(file, planned)
+        writing.result()
     print(f"{'written':<11} {', '.join(map(str, written))}")
 
 

@@ -114,5 +114,8 @@ def test_highs_bounds_the_optimum_from_both_sides(regime):
 def test_highs_bounds_the_optimum_of_fifty_clients(regime):
     costs, server_flops = scarce_medium_rich(50)[regime]
     plan = optim.solve(costs, server_flops)
-    assert highs.tangent(costs, server_flops, plan.round_s).round_s <= plan.bound_s * (1 + 1e-6)
-    assert plan.round_s <= highs.discretised(costs, server_flops, plan.round_s).round_s * (1 + 1e-6)
+    below = highs.tangent(costs, server_flops, plan.round_s).round_s
+    above = highs.discretised(costs, server_flops, plan.round_s).round_s
+    assert below <= plan.bound_s * (1 + 1e-6)
+    assert plan.round_s <= above * (1 + 1e-6)
+    assert above / below < 1.25  # or both would say little; HiGHS is stopped after a minute each

@@ -124,6 +124,9 @@ class Config:
     clients_per_chunk: int = _flag(4, MACHINE, TRAINING, "clients a device computes at once", at_least=1)
     execution: str = _flag("vmap", MACHINE, TRAINING, "how a chunk is computed", choices=("vmap", "map"))
     devices: int = _flag(0, MACHINE, TRAINING, "devices of a process to use; 0 is all", at_least=0)
+    compilation_cache: bool = _flag(
+        True, MACHINE, TRAINING, "keep compiled programs in the user's cache directory"
+    )
     num_processes: int = _flag(
         0,
         PROCESSES,

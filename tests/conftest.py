@@ -11,6 +11,9 @@ if hypothesis.settings.get_current_profile_name() != "ci":
     hypothesis.settings.load_profile("project")
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported
+# Neither use nor fill the user's cache of compiled programs: processes that tests start, and this one.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,7 @@ def train(config: Config) -> int:
 
 
 def _train(config, is_asked_to_stop, writes) -> int:
-    from sfl_jax import experiment, metrics, recording
+    from sfl_jax import compilation_cache, experiment, metrics, recording
     from sfl_jax.checkpoints import Checkpoints
 
     logging.set_verbosity(logging.ERROR)  # absl's, to which orbax speaks
@@ -59,6 +59,8 @@ def _train(config, is_asked_to_stop, writes) -> int:
     if progress is not None and progress.round >= config.rounds:
         print(f"--workdir={config.workdir}: done, all {config.rounds} rounds; nothing was trained")
         return 0
+    if config.compilation_cache:
+        compilation_cache.enable()
     before_s, compiled_s = (progress.wall_s, progress.compile_s) if progress else (0.0, 0.0)
     clock = metrics.Stopwatch(before_s)
     with metrics.CompileClock(compiled_s) as compiling:

@@ -1,0 +1,36 @@
+"""Compiled programs kept on disk, so that a second start of the same run need not compile them again."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from sfl_jax.errors import BadInput
+from sfl_jax.files import ensure_writable
+
+
+def enable() -> Path | None:
+    """Turns JAX's persistent compilation cache on; its directory, None where there is no place for it.
+
+    Programs are machine code of this host for these releases, hence a directory for each pair of them, under
+    $XDG_CACHE_HOME or ~/.cache. A directory that the user has given to JAX stays.
+    """
+    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
+        return Path(jax.config.jax_compilation_cache_dir)  # pyright: ignore[reportAttributeAccessIssue]
+    directory = default_directory()
+    try:
+        ensure_writable(directory, "compilation_cache", str(directory))
+    except BadInput:
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return directory
+
+
+def default_directory() -> Path:
+    """Where this user's programs for this host and these releases are kept."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    caches = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    return caches / "sfl_jax" / f"jax-{jax.__version__}-jaxlib-{version('jaxlib')}-{platform.node()}"

@@ -94,7 +94,7 @@ def write_clocks(
         axes.plot(
             seconds[evaluated], percent[evaluated],
             color=colour, linestyle=dashes, linewidth=2.5 if own else 1.5, marker=".",
-            label=f"{name}, {seconds[-1]:.4g} s" + (" (this plan)" if own else ""),
+            label=f"{name}, {seconds[-1]:,.1f} s" + (" (this plan)" if own else ""),
         )  # fmt: skip
     axes.set(
         title=f"One training of {config.model} on {config.dataset}, every scheme's clock",

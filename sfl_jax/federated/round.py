@@ -23,7 +23,7 @@ class Model(NamedTuple):
 class Sums(NamedTuple):
     """Weighted sums over clients; `weight` is that of the clients in them."""
 
-    variables: Any
+    variables: Any  # packed
     loss: Float[Array, ""]
     weight: Float[Array, ""]
 
@@ -58,20 +58,30 @@ def run_round(
         sums, ids = lax.psum((sums, own.reshape(-1)), axis_name)
         diverged = ids - 1
     mean, loss = jax.tree.map(lambda x: x / sums.weight.astype(x.dtype), (sums.variables, sums.loss))
-    new = _server_step(training.server_optimizer, model, mean)
-    sound = _finite(packing(new.variables.params).pack(new.variables.params))
+    params, batch_stats = packing(model.variables.params), packing(model.variables.batch_stats)
+    old = model._replace(variables=_packed(model.variables))
+    new = _server_step(training.server_optimizer, old, mean)
+    sound = _finite(new.variables.params)
     taken = sound if training.skip_diverged else sound & (diverged < 0).all()
-    new = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, model)
-    return new, jnp.where(sound, loss, jnp.nan), diverged
+    # Not a select, which XLA would compile, with all that it depends on, into the slice of every small leaf.
+    new = lax.cond(taken, lambda: new, lambda: old)
+    variables = Variables(params.unpack(new.variables.params), batch_stats.unpack(new.variables.batch_stats))
+    return new._replace(variables=variables), jnp.where(sound, loss, jnp.nan), diverged
 
 
 def start_model(training: Training, variables: Variables) -> Model:
     """The model before the first round."""
     optimizer = training.server_optimizer
-    return Model(variables, () if optimizer is None else optimizer.init(variables.params))
+    return Model(variables, () if optimizer is None else optimizer.init(_packed(variables).params))
+
+
+def _packed(variables):
+    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
+    return Variables(params.pack(variables.params), batch_stats.pack(variables.batch_stats))
 
 
 def _server_step(optimizer, model, mean):
+    """All variables packed."""
     if optimizer is None:
         return model._replace(variables=mean)
     params = model.variables.params
@@ -89,7 +99,7 @@ def sum_of_sessions(
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
 ) -> tuple[Sums, Int[Array, " K"]]:
-    """(the weighted sums of the variables and the losses of K clients, who diverged: see `run_round`).
+    """(the weighted sums of packed variables and of losses over K clients, who diverged: see `run_round`).
 
     Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
     is that of one chunk. A client that diverged, or of weight 0, has no influence whatever its numbers are.
@@ -105,16 +115,15 @@ def sum_of_sessions(
         trained, loss = _alone(session, chunk) if clients_per_chunk == 1 else jax.vmap(session)(chunk)
         finite = jax.vmap(_finite)((trained, loss))
         weight = jnp.where(finite, chunk.weight, 0)
-        new = Sums(trained, loss, weight=jnp.ones_like(weight))
+        new = Sums(Variables(*trained), loss, weight=jnp.ones_like(weight))
         diverged = jnp.where(finite | (chunk.weight == 0), -1, chunk.client)
         return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
 
-    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
-    packed = params.pack(variables.params), batch_stats.pack(variables.batch_stats)
-    like = Sums(packed, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
+    like = Sums(
+        _packed(variables), jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype)
+    )
     sums, diverged = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)
-    total = Variables(params.unpack(sums.variables[0]), batch_stats.unpack(sums.variables[1]))
-    return sums._replace(variables=total), diverged.reshape(-1)
+    return sums, diverged.reshape(-1)
 
 
 def _alone(session, chunk):

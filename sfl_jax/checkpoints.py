@@ -180,16 +180,26 @@ def _sums(path) -> str:
     return "".join(f"{sum}  {file.relative_to(path)}\n" for sum, file in zip(digests, files, strict=True))
 
 
+def _checkpointer():
+    """Of this process alone: of several, only one writes, and each reads for itself."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def _save_model(path, model):
-    with ocp.PyTreeCheckpointer() as writer:
-        writer.save(path, model)
+    with _checkpointer() as writer:
+        writer.save(path, args=ocp.args.PyTreeSave(model))
 
 
 def _restore_model(path, like):
     """Arrays as they are on the disk: neither cast, nor cut, nor placed on devices."""
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
-    with ocp.PyTreeCheckpointer() as reader:
-        model = reader.restore(path, item=like, restore_args=as_numpy)
+    with _checkpointer() as reader:
+        model = reader.restore(path, args=ocp.args.PyTreeRestore(like, restore_args=as_numpy))
     for there, wanted in zip(jax.tree.leaves(model), jax.tree.leaves(like), strict=True):
         if (there.shape, there.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"{there.dtype}{there.shape} instead of {wanted.dtype}{wanted.shape}")

@@ -17,6 +17,7 @@ from sfl_jax import __version__
 from sfl_jax.commands import flags
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.config import Config
+from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_writable, locked
 
 DIVERGED, INTERRUPTED = 3, 75
@@ -35,6 +36,8 @@ def train(config: Config) -> int:
     with a table. Of several processes the first alone writes.
     """
     ensure_writable(config.workdir, "workdir", config.workdir)
+    from jax.errors import JaxRuntimeError
+
     from sfl_jax.federated import processes
 
     processes.join(config)
@@ -43,9 +46,19 @@ def train(config: Config) -> int:
     with lock, interruption() as stop, processes.together():
         try:
             return _train(config, lambda: processes.any_of(stop.asked), writes)
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise BadInput(_too_large(config)) from error
         except OSError as error:
             print(f"error: --workdir={config.workdir}: {error}; {AGAIN} once that is mended", file=sys.stderr)
             return INTERRUPTED
+
+
+def _too_large(config) -> str:
+    flag = "clients_per_chunk" if config.clients_per_chunk > 1 else "batch_size"
+    value = getattr(config, flag)
+    return f"--{flag}={value}: does not fit into the memory; try {max(value // 2, 1)}"
 
 
 def _train(config, is_asked_to_stop, writes) -> int:

@@ -3,10 +3,13 @@ import signal
 import subprocess
 import sys
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sfl_jax.commands import flags
-from sfl_jax.config import Config, fields_of
+from sfl_jax.config import Config, fields_of, validate
 from sfl_jax.errors import BadInput
 
 BAD = [
@@ -135,3 +138,33 @@ def test_ctrl_c_as_a_process():
     done = python(f"lambda c: __import__('os').kill(__import__('os').getpid(), {int(signal.SIGINT)})")
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
+
+
+NAMES = [field.name for field in fields_of("train")]
+WORDS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["0", "-1", "1e999", "nan", "true", "", "1_000", "0x10", "١", "9" * 30, "a b", "\x00"]),
+    st.integers().map(str),
+    st.floats().map(str),
+)
+ARGUMENTS = st.lists(
+    st.one_of(
+        WORDS,
+        st.builds("{}{}={}".format, st.sampled_from(["-", "--", "--no"]), st.sampled_from(NAMES), WORDS),
+        st.builds("--{}".format, st.sampled_from(NAMES)),
+    ),
+    max_size=4,
+)
+
+
+@given(ARGUMENTS)
+@hypothesis.settings(max_examples=300)
+def test_whatever_is_given_is_a_config_or_refused(arguments):
+    """No other exception, and nothing that validation would not accept."""
+    arguments = [a for a in arguments if "flagfile" not in a]
+    try:
+        config = flags.parse(arguments, "train")
+    except BadInput:
+        return
+    validate(config, "train")
+    assert Config.from_dict(config.to_dict()) == config

@@ -135,6 +135,23 @@ def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypa
     np.testing.assert_array_equal(kernel, np.asarray(top.kernel.value))
 
 
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [("--clients_per_chunk=9", "chunk=9: does not fit into the memory; try 4"),
+     ("--clients_per_chunk=1", "batch_size=32: does not fit into the memory; try 16")],
+)  # fmt: skip
+def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkeypatch, capsys):
+    def exhaust(*_):
+        # More than any machine has: the error is the allocator's own.
+        jax.block_until_ready(jnp.zeros((2**46,), jnp.int8))
+        yield
+
+    monkeypatch.setattr(experiment, "run", exhaust)
+    assert train.main([*SMALL, f"--workdir={tmp_path}", flag]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert line in said
+
+
 def test_the_table_compares_the_clocks():
     last = metrics.Round(2, 0.5, 0.4, 0.9123, 1.0, 1.0, 2.0, 9.0, 100.0, 10, 3.5)
     clocks = {"exact": 2.0, "no_split": 5.0, "common_cut": math.inf}

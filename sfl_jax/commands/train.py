@@ -64,11 +64,17 @@ def _too_large(config) -> str:
 def _train(config, is_asked_to_stop, writes) -> int:
     from sfl_jax import compilation_cache, experiment, metrics, recording
     from sfl_jax.checkpoints import Checkpoints
+    from sfl_jax.federated import processes
 
     logging.set_verbosity(logging.ERROR)  # absl's, to which orbax speaks
     workdir = Path(config.workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     progress = recording.reached(config, checkpoints)
+    # Also keeps the first from writing while another still looks for what there is.
+    processes.agree(
+        progress.round if progress else -1,
+        f"--workdir={config.workdir}: must be one place for all processes, but they find other rounds in it",
+    )
     if progress is not None and progress.round >= config.rounds:
         print(f"--workdir={config.workdir}: done, all {config.rounds} rounds; nothing was trained")
         return 0

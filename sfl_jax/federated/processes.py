@@ -6,6 +6,7 @@ to it that each computes its own clients. Only the first writes.
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -54,6 +55,14 @@ def any_of(here: bool) -> bool:
     return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
+def agree(value: int, complaint: str) -> None:
+    """BadInput with this complaint where the processes have different values; all must ask."""
+    if jax.process_count() > 1:
+        values = multihost_utils.process_allgather(np.array(value))
+        if (values != values[0]).any():
+            raise BadInput(f"{complaint} (process by process: {', '.join(map(str, values))})")
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Ends this process at once, with a line, where the block fails because another process is gone.
@@ -65,8 +74,9 @@ def together() -> Iterator[None]:
             if not is_first():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # What XLA raises begins with a status code; it is a ValueError where it shows on dispatch.
+        if jax.process_count() == 1 or not re.match(r"[A-Z_]+: ", str(error)):
             raise
         reason = " ".join(str(error).split())
         print(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -107,3 +108,32 @@ def test_processes_that_cannot_be_are_refused(capsys, tmp_path):
         assert train.main([*RUN, f"--workdir={tmp_path / 'run'}", *flags]) == 2
         assert line in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+def after_lines(workdir, count, processes, timeout=1200):
+    """Waits until metrics.jsonl has so many lines."""
+    ends = time.monotonic() + timeout
+    while len(lines(workdir)) < count:
+        assert time.monotonic() < ends
+        assert all(child.poll() is None for child, *_ in processes), finish(processes)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_one_process_killed_ends_all(launch, tmp_path):
+    heartbeat_s = 60
+    flags = "--rounds=60", "--eval_every=60"
+    processes = launch(2, tmp_path / "run", *flags, f"--heartbeat_timeout_seconds={heartbeat_s}")
+    after_lines(tmp_path / "run", 12, processes)
+    processes[1][0].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    results = finish(processes)
+    # Some seconds more, since this machine may be busy.
+    assert time.monotonic() - killed_at < heartbeat_s + 30
+    for process, (code, _, said) in enumerate(results):
+        assert code != 0
+        if process != 1:
+            assert re.search(r"error: process \d of \d stops|the JAX distributed service detected", said), (
+                said
+            )
+    assert len(lines(tmp_path / "run")) < 60

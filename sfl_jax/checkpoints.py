@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -123,7 +124,10 @@ class Checkpoints:
         part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _save_model(part / MODEL, model)
+        # Orbax meets a full disk with tracebacks of its own threads; copying meets it with an error.
+        with tempfile.TemporaryDirectory(prefix="sfl_jax-") as staging:
+            _save_model(Path(staging) / MODEL, model)
+            _copy(Path(staging) / MODEL, part / MODEL)
         (part / PROGRESS).write_text(json.dumps(progress._asdict()))
         (part / SUMS).write_text(_sums(part))
         for inside in [*part.rglob("*"), part]:
@@ -193,6 +197,13 @@ def _checkpointer():
 def _save_model(path, model):
     with _checkpointer() as writer:
         writer.save(path, args=ocp.args.PyTreeSave(model))
+
+
+def _copy(source, target):
+    target.mkdir()
+    for path in sorted(source.rglob("*")):
+        copied = target / path.relative_to(source)
+        copied.mkdir() if path.is_dir() else shutil.copyfile(path, copied)
 
 
 def _restore_model(path, like):

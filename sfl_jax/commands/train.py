@@ -66,7 +66,7 @@ def _train(config, is_asked_to_stop, writes) -> int:
     from sfl_jax.checkpoints import Checkpoints
     from sfl_jax.federated import processes
 
-    logging.set_verbosity(logging.ERROR)  # absl's, to which orbax speaks
+    logging.set_verbosity(logging.FATAL)  # absl's: orbax logs tracebacks of errors that it raises as well
     workdir = Path(config.workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     progress = recording.reached(config, checkpoints)

@@ -78,7 +78,10 @@ def randomise(model, seed=0):
             weight.assign(rng.normal(size=weight.shape) / np.sqrt(fan_in))
 
 
-def passes(model, images, direction):
+def passes(model, images, direction, eagerly=False):
+    """`eagerly`: without compiling, one operation after the other. XLA:CPU makes the gradient of a depthwise
+    kernel dense, (C, C) of it; all at once, those of L took 38 GB.
+    """
     trainable, others = ([v.value for v in vs] for vs in _variables(model))
 
     def run(trainable, others):
@@ -90,7 +93,7 @@ def passes(model, images, direction):
         gradients, (training, updated) = jax.grad(loss, has_aux=True)(trainable)
         return Passes(inference, training, updated, gradients)
 
-    result = compiled(run, trainable, others)
+    result = run(trainable, others) if eagerly else compiled(run, trainable, others)
     named = [
         {variable.path: value for variable, value in zip(vs, values, strict=True)}
         for vs, values in zip(_variables(model), (result.gradients, result.batch_stats), strict=True)

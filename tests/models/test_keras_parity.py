@@ -16,6 +16,7 @@ NEGLIGIBLE = (
     1e-4  # a gradient so much smaller than all of them is 0 but for rounding: batch norm undoes a bias
 )
 VARIANTS = [f"efficientnetv2-{name}" for name in ("b0", "b1", "b2", "b3", "s", "m", "l")]
+LARGE = VARIANTS[4:]  # whose gradients fit into memory with Keras run eagerly and a chain of products
 
 
 def chain_of(model, name, form="conv"):
@@ -81,7 +82,7 @@ def check(name, size, form="conv"):
         chain, variables, scaling = chain_of(model, name, form)
         pixels, direction = keras_models.batch(size)
         images = scaled(pixels, scaling)
-        expected = keras_models.passes(model, images, direction)
+        expected = keras_models.passes(model, images, direction, eagerly=name in LARGE)
         found = errors(passes(chain, variables, images, direction), expected)
     print(f"\n{name} {size}x{size} {form} " + " ".join(f"{error:.1e}" for error in found))
     assert found.inference <= EXACT
@@ -97,7 +98,7 @@ def test_every_kind_of_unit_is_keras(size, form):
 @pytest.mark.parametrize("size", [32, 45])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_and_inference_are_keras(name, size):
-    check(name, size)
+    check(name, size, "product" if name in LARGE else "conv")
 
 
 @pytest.mark.slow

@@ -124,6 +124,7 @@ def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras, which saves
 def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypatch, tmp_path):
     model = keras_models.make("efficientnetv2-b0", include_preprocessing=True, classes=1000)
     model.save(tmp_path / "b0.keras")

@@ -124,8 +124,8 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
     finish(begin(tmp_path / "timed"))
     whole_s = time.monotonic() - start
     killed = 0
-    for run in range(20):
-        workdir = tmp_path / str(run)
+    while killed < 20:
+        workdir = tmp_path / str(killed)
         for _ in range(3):
             process = begin(workdir, "--checkpoint_every_rounds=1")
             try:
@@ -136,7 +136,6 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
             process.communicate()
         finish(begin(workdir))
         same(workdir, quiet)
-    assert killed >= 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -99,6 +99,7 @@ def same(workdir, quiet):
     assert final_model(workdir) == final_model(quiet)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(begin, quiet, tmp_path):
     finish(begin(tmp_path))
     same(tmp_path, quiet)
@@ -138,7 +139,7 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
         same(workdir, quiet)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop_it_saves_and_ends_with_75(number, begin, quiet, tmp_path):
     process = begin(tmp_path, "--checkpoint_every_rounds=0")
     wait_for(tmp_path / "metrics.jsonl", process, lines=2)
@@ -151,6 +152,7 @@ def test_asked_to_stop_it_saves_and_ends_with_75(number, begin, quiet, tmp_path)
     same(tmp_path, quiet)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_workdir_is_refused_and_a_dead_one_is_not_in_the_way(begin, tmp_path):
     process = begin(tmp_path)
     wait_for(tmp_path / "metrics.jsonl", process)
@@ -162,6 +164,7 @@ def test_a_second_run_in_the_workdir_is_refused_and_a_dead_one_is_not_in_the_way
     finish(begin(tmp_path))
 
 
+@pytest.mark.slow
 def test_other_chunks_give_the_same_numbers_but_for_rounding(begin, quiet, tmp_path):
     finish(begin(tmp_path, "--clients_per_chunk=1"))
     for a, b in zip(numbers(tmp_path), numbers(quiet), strict=True):

@@ -66,7 +66,7 @@ def measure(options, count, clients):
         rng.integers(0, 256, (4096, *shape), np.uint8), rng.integers(0, CLASSES, 4096).astype(np.int32)
     )
     work = cohort(clients, options.steps, options.batch, len(samples.labels))
-    run = devices.compile_round(training, options.clients_per_chunk, chosen)
+    run = devices.Rounds(training, options.clients_per_chunk, chosen)
     samples = devices.place_samples(samples, chosen)
     model = devices.replicate(Model(chain.init(jax.random.key(0), jnp.zeros((1, *shape)))), chosen)
 

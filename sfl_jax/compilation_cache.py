@@ -29,6 +29,12 @@ def enable() -> Path | None:
     return directory
 
 
+def notes() -> Path | None:
+    """The file of what was measured here with these releases; None where JAX is told to keep nothing."""
+    keeps = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    return default_directory() / "executions.json" if keeps else None
+
+
 def default_directory() -> Path:
     """Where this user's programs for this host and these releases are kept."""
     home = os.environ.get("XDG_CACHE_HOME", "")

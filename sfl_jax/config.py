@@ -19,6 +19,8 @@ LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
 PARTITIONS = ("iid", "dirichlet")
 LAYER_FORMS = ("product", "conv")
+EXECUTIONS = ("vmap", "map")
+AUTO = "auto"
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("constant", "cosine")
 
@@ -35,7 +37,8 @@ LARGEST_INT = 2**31 - 1
 
 
 def _flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limits: Any) -> Any:
-    """A field with what a flag needs; limits: choices, at_least, at_most, above, below.
+    """A field with what a flag needs; limits: choices, at_least, at_most, above, below. open: the value
+    that leaves the choice to the run.
 
     harmless: whether a run may go on with another value. It may where that changes no numbers but for
     rounding, as under some headings, and where it names a file whose contents are compared.
@@ -53,8 +56,9 @@ class Config:
     image_channels: int = _flag(1, NETWORK, DATALESS, "1 grey, 3 colour", at_least=1, at_most=4096)
     num_classes: int = _flag(10, NETWORK, DATALESS, "classes to tell apart", at_least=1)
     layer_form: str = _flag(
-        "product", NETWORK, TRAINING, "how convolutions are computed", choices=LAYER_FORMS
-    )
+        AUTO, NETWORK, TRAINING, "how convolutions are computed; auto: the faster way",
+        choices=(AUTO, *LAYER_FORMS), open=AUTO,
+    )  # fmt: skip
     compute_dtype: str = _flag("float32", NETWORK, TRAINING, "arithmetic of the layers", choices=DTYPES)
     drop_rate_scale: float = _flag(
         1.0, NETWORK, TRAINING, "times the published dropout and stochastic depth", at_least=0, at_most=1
@@ -121,8 +125,21 @@ class Config:
     )  # fmt: skip
     seed: int = _flag(0, LEARNING, PLANNING, "of all that is random", at_least=0)
 
-    clients_per_chunk: int = _flag(4, MACHINE, TRAINING, "clients a device computes at once", at_least=1)
-    execution: str = _flag("vmap", MACHINE, TRAINING, "how a chunk is computed", choices=("vmap", "map"))
+    clients_per_chunk: int = _flag(
+        0,
+        MACHINE,
+        TRAINING,
+        "clients a device computes at once; 0: what is fastest and fits",
+        at_least=0,
+        open=0,
+    )
+    execution: str = _flag(
+        AUTO, MACHINE, TRAINING, "of a chunk: vmap at once, map one by one, auto the faster",
+        choices=(AUTO, *EXECUTIONS), open=AUTO,
+    )  # fmt: skip
+    memory_budget_gib: float = _flag(
+        0.0, MACHINE, TRAINING, "memory of a device that rounds may take, GiB; 0: what is free", at_least=0
+    )
     devices: int = _flag(0, MACHINE, TRAINING, "devices of a process to use; 0 is all", at_least=0)
     compilation_cache: bool = _flag(
         True, MACHINE, TRAINING, "keep compiled programs in the user's cache directory"
@@ -189,7 +206,17 @@ def changes(before: Mapping[str, Any], config: Config, command: str) -> list[str
     """The settings that make other numbers than those of `before` do: "--seed=1 (was 0)"."""
     harmful = [field for field in fields_of(command) if not field.metadata["harmless"]]
     pairs = [(f.name, getattr(config, f.name), before.get(f.name, f.default)) for f in harmful]
-    return [f"--{name}={now} (was {was})" for name, now, was in pairs if now != was]
+    return [
+        f"--{name}={now} (was {was})"
+        for name, now, was in pairs
+        if now != was and name not in left_open(config)
+    ]
+
+
+def left_open(config: Config) -> list[str]:
+    """The settings whose choice is left to the run, which then keeps it."""
+    fields = dataclasses.fields(config)
+    return [f.name for f in fields if "open" in f.metadata and getattr(config, f.name) == f.metadata["open"]]
 
 
 def fields_of(command: str) -> list[dataclasses.Field[Any]]:

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfl_jax import datasets, fleet, metrics, models, optim, planning
+from sfl_jax import datasets, fleet, metrics, models, optim, planning, tuning
 from sfl_jax.checkpoints import Checkpoints, Progress, digest
-from sfl_jax.config import Config
+from sfl_jax.config import AUTO, Config, left_open
 from sfl_jax.datasets.images import preprocessing
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.federated.round import Model, start_model
+from sfl_jax.federated import execution
+from sfl_jax.federated.round import Model, Outcome, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import keras_weights
 from sfl_jax.turnout import Turnout, delays, turnout
 
 RIVALS = ("no_split", "common_cut")  # whose clocks run beside the plan's
+SHORT_S = 2.0  # a round that takes less is followed by the next before it is read
 
 
 class Diverged(ArithmeticError):
@@ -57,6 +60,16 @@ class State(NamedTuple):
     simulated_s: dict[str, float]
 
 
+class Engine(NamedTuple):
+    """What computes the rounds: the data on the devices, and compiled programs."""
+
+    samples: Samples
+    held_out: Samples
+    run_round: federated_devices.Rounds
+    evaluate: Callable[..., Any]
+    tried: dict[execution.Execution, float]  # seconds that were measured of each alternative
+
+
 class Prepared(NamedTuple):
     """A round before it runs."""
 
@@ -66,6 +79,16 @@ class Prepared(NamedTuple):
     rival_s: dict[str, float]
     assignments: Assignment
     learning_rate: float
+
+
+class Sent(NamedTuple):
+    """A round that the devices compute: the states before and after it, and what will be read of it."""
+
+    prepared: Prepared
+    before: State
+    state: State
+    outcome: Outcome
+    tested: Any  # (loss, accuracy) on held-out samples; None where it is not evaluated
 
 
 def build(config: Config) -> Experiment:
@@ -80,11 +103,7 @@ def build(config: Config) -> Experiment:
         seed=config.seed,
     )
     channels = dataset.train_images.shape[-1]
-    dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
-    chain = models.create(
-        config.model, dataset.num_classes, channels,
-        layer_form=config.layer_form, dtype=dtype, drop_rate_scale=config.drop_rate_scale,
-    )  # fmt: skip
+    chain = _chain(config, dataset, "product" if config.layer_form == AUTO else config.layer_form)
     if config.min_cut > len(chain):
         raise BadInput(
             f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"
@@ -140,48 +159,102 @@ def initial_model(experiment: Experiment) -> Model:
     return start_model(experiment.training, variables)
 
 
+def compile(
+    experiment: Experiment, state: State, before: Mapping[str, Any] | None = None, notes: Path | None = None
+) -> tuple[Experiment, Engine]:
+    """(the experiment with nothing left open, what computes the rounds after `state`).
+
+    before, notes: see `tuning.settle`. A chunk that was left open is halved until the compiled round fits
+    into the memory. BadInput where none does.
+    """
+    data, devices, own = experiment.dataset, experiment.devices, experiment.training
+    is_open = "clients_per_chunk" in left_open(experiment.config)
+    image = (experiment.config.image_size,) * 2 + data.train_images.shape[-1:]
+    profile = models.profile(own.chain, image)
+    images = jax.eval_shape(own.preprocess, data.train_images[: experiment.config.batch_size])
+
+    def seconds(one):
+        chain = _chain(experiment.config, data, one.layer_form)
+        return execution.seconds_per_client(chain, profile, images, one.clients_per_chunk, devices[0])
+
+    config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes)
+    training = own._replace(chain=_chain(config, data, config.layer_form))
+    samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices)
+    held_out = federated_devices.place_held_out(data.test_images, data.test_labels, devices)
+    evaluate = federated_devices.compile_evaluation(training.chain, training.preprocess, devices)
+    first = prepare(experiment, state.round)
+    while True:
+        rounds = federated_devices.Rounds(training, config.clients_per_chunk, devices, config.execution)
+        engine = Engine(samples, held_out, rounds, evaluate, tried)
+        needed = rounds.bytes_needed(*_arguments(config, engine, state, first)) if first else 0
+        smaller = tuning.fit(config, is_open, needed, devices)
+        if smaller == config:
+            return experiment._replace(config=config, training=training), engine
+        config = smaller
+
+
 def run(
-    experiment: Experiment, state: State, clock: metrics.Stopwatch | None = None
+    experiment: Experiment,
+    state: State,
+    engine: Engine,
+    clock: metrics.Stopwatch | None = None,
+    pauses: Callable[[int], bool] = lambda round: False,
 ) -> Iterator[tuple[State, metrics.Round]]:
     """Runs the remaining rounds; yields the state after each and its metrics. Raises Diverged.
 
-    The next round is planned while the devices compute this one. The variables of an earlier state are
-    donated to the round that follows it.
+    Where rounds are short the next is sent off before the metrics of one are read, so that the devices need
+    not wait; the model of the state that is yielded is donated then, see `is_held`. `pauses` says that the
+    state after so many rounds will be wanted. Long rounds gain nothing by this, and can be stopped sooner.
     """
-    config, data = experiment.config, experiment.dataset
-    devices, training = experiment.devices, experiment.training
-    samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices)
-    held_out = federated_devices.place_held_out(data.test_images, data.test_labels, devices)
-    run_round = federated_devices.compile_round(training, config.clients_per_chunk, devices, config.execution)
-    evaluate = federated_devices.compile_evaluation(training.chain, training.preprocess, devices)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-
+    config = experiment.config
     clock = clock or metrics.Stopwatch()
-    ready = prepare(experiment, state.round)
-    before_s = clock.seconds
-    while ready is not None:
-        round_key = jax.random.fold_in(key, ready.round)
-        model, loss, diverged = run_round(
-            state.model, samples, ready.assignments, round_key, ready.learning_rate
-        )
-        done, ready = ready, prepare(experiment, ready.round + 1)
-        before = state._replace(model=model)  # of use only where the round left the model as it was
-        state = State(done.round + 1, model, _add_clocks(state.simulated_s, config.method, done))
-        test_loss = test_accuracy = None
-        if state.round % config.eval_every == 0 or state.round == config.rounds:
-            test_loss, test_accuracy = map(
-                float, federated_devices.on_first(evaluate(model.variables, held_out))
-            )
-        train_loss, diverged = jax.device_get(federated_devices.on_first((loss, diverged)))
-        _judge(experiment, done, before, train_loss, diverged[diverged >= 0])
-        now_s = clock.seconds
-        trained = int(done.assignments.steps.sum()) * config.batch_size
-        yield state, metrics.Round(
-            state.round, float(train_loss), test_loss, test_accuracy, done.turnout.round_s, done.plan.bound_s,
-            state.simulated_s[config.method], now_s, trained / (now_s - before_s),
-            int(done.turnout.came.sum()) - int((diverged >= 0).sum()), float(done.plan.cuts.mean()),
-        )  # fmt: skip
-        before_s = now_s
+    before_s, took_s = clock.seconds, math.inf
+    sent = _send(experiment, engine, state)
+    while sent:
+        may_wait = took_s >= SHORT_S or pauses(sent.state.round)
+        following = None if may_wait else _send(experiment, engine, sent.state, sent.outcome)
+        outcome, tested = jax.device_get(federated_devices.on_first((sent.outcome, sent.tested)))
+        _judge(experiment, sent._replace(state=(following or sent).state), outcome)
+        before_s, took_s = clock.seconds, clock.seconds - before_s
+        yield sent.state, _line(config, sent, outcome, tested, before_s, took_s)
+        sent = following or _send(experiment, engine, sent.state, sent.outcome)
+
+
+def is_held(state: State) -> bool:
+    """Whether the model of this state is there still, and not donated to a round."""
+    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))
+
+
+def _send(experiment, engine, state, previous=None) -> Sent | None:
+    """Plan the round after `state` and send it off to the devices; None after the last."""
+    config, prepared = experiment.config, prepare(experiment, state.round)
+    if prepared is None:
+        return None
+    model, loss, diverged = engine.run_round(*_arguments(config, engine, state, prepared), previous)
+    clocks = _add_clocks(state.simulated_s, config.method, prepared)
+    after = State(state.round + 1, model, clocks)
+    due = after.round % config.eval_every == 0 or after.round == config.rounds
+    tested = engine.evaluate(model.variables, engine.held_out) if due else None
+    came = federated_devices.replicate(np.int32(prepared.turnout.came.sum()), experiment.devices)
+    return Sent(prepared, state, after, Outcome(loss, diverged, came), tested)
+
+
+def _arguments(config, engine, state, prepared):
+    """Of `Rounds`."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), prepared.round)
+    return state.model, engine.samples, prepared.assignments, key, prepared.learning_rate
+
+
+def _line(config, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
+    done = sent.prepared
+    test_loss, test_accuracy = (None, None) if tested is None else map(float, tested)
+    trained = int(done.assignments.steps.sum()) * config.batch_size
+    left_out = int((outcome.diverged >= 0).sum())
+    return metrics.Round(
+        sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
+        done.plan.bound_s, sent.state.simulated_s[config.method], wall_s, trained / took_s,
+        int(outcome.came) - left_out, float(done.plan.cuts.mean()),
+    )  # fmt: skip
 
 
 def prepare(experiment: Experiment, round: int) -> Prepared | None:
@@ -239,6 +312,14 @@ def learning_rate(config: Config, round: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
+def _chain(config, dataset, layer_form):
+    dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
+    return models.create(
+        config.model, dataset.num_classes, dataset.train_images.shape[-1],
+        layer_form=layer_form, dtype=dtype, drop_rate_scale=config.drop_rate_scale,
+    )  # fmt: skip
+
+
 def _fresh_variables(config, chain, channels):
     images = jnp.zeros((1, config.image_size, config.image_size, channels))
     variables = chain.init(jax.random.key(config.seed), images)
@@ -247,19 +328,21 @@ def _fresh_variables(config, chain, channels):
     return variables._replace(params=(*units, classifier))
 
 
-def _judge(experiment, done: Prepared, before: State, train_loss, diverged) -> None:
-    """Name the clients whose numbers are not finite. Raises Diverged where the round was not taken."""
+def _judge(experiment, sent: Sent, outcome: Outcome) -> None:
+    """Name the clients whose numbers are not finite. Raises Diverged where that ends the run, which has left
+    the model as it was.
+    """
+    done = sent.prepared
     names = [
         f"round {done.round + 1}: the loss or the update of client {experiment.fleet.client[id]}, "
         f"cut {done.plan.cuts[done.assignments.client == id][0]}, is not finite"
-        for id in diverged
+        for id in outcome.diverged[outcome.diverged >= 0]
     ]
-    if names and not experiment.training.skip_diverged:
-        raise Diverged("; ".join(names), before)
+    if outcome.is_last(experiment.training):
+        of_server = f"round {done.round + 1}: the step of the server is not finite"
+        raise Diverged("; ".join(names) or of_server, sent.before._replace(model=sent.state.model))
     for name in names:
         logging.warning("%s; left out", name)
-    if len(diverged) < done.turnout.came.sum() and not math.isfinite(train_loss):
-        raise Diverged(f"round {done.round + 1}: the step of the server is not finite", before)
 
 
 def _clients(config):

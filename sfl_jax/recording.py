@@ -82,12 +82,16 @@ class Recorder:
         self.save(state, wait=True)
 
     def add(self, state: experiment.State, line: metrics.Round) -> None:
-        """The line of a round, and a checkpoint if it is time for one."""
+        """The line of a round, and a checkpoint if it is time for one and the state is there still."""
         self._try(lambda: self.log.write(line))
+        if self.is_due(state.round) and experiment.is_held(state):
+            self.save(state)
+
+    def is_due(self, round: int) -> bool:
+        """Whether it is time for a checkpoint after so many rounds."""
         every, every_s = self.config.checkpoint_every_rounds, self.config.checkpoint_every_s
         late = every_s and time.monotonic() - self._saved_at >= every_s
-        if late or (every and state.round % every == 0):
-            self.save(state)
+        return bool(late or (every and round % every == 0))
 
     def save(self, state: experiment.State, wait: bool = False) -> None:
         """A checkpoint of `state`, unless it has one; `wait`: until it is on the disk."""
@@ -132,6 +136,9 @@ class Silent(Recorder):
 
     def add(self, state: experiment.State, line: metrics.Round) -> None:
         pass
+
+    def is_due(self, round: int) -> bool:
+        return False
 
     def save(self, state: experiment.State, wait: bool = False) -> None:
         self.saved_round = state.round

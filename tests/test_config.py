@@ -18,7 +18,8 @@ REFUSED = [
     ("min_cut", -1), ("rounds", 0), ("local_epochs", 0), ("batch_size", 0),
     ("batch_size", 2**31), ("optimizer", "lamb"), ("learning_rate", 0.0), ("learning_rate", math.nan),
     ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9), ("learning_rate_schedule", "step"),
-    ("warmup_rounds", -1), ("seed", -1), ("clients_per_chunk", 0), ("execution", "loop"),
+    ("warmup_rounds", -1), ("seed", -1), ("clients_per_chunk", -1), ("memory_budget_gib", -1.0),
+    ("execution", "loop"),
     ("layer_form", "fft"), ("compute_dtype", "int8"), ("devices", -1), ("eval_every", 0), ("workdir", " "),
     ("dataset", ""),
 ]  # fmt: skip

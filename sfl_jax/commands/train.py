@@ -91,22 +91,33 @@ def _train(config, is_asked_to_stop, writes) -> int:
             recording.check_inputs(config, progress, inputs)
             state = experiment.resume(built, checkpoints, progress)
             print(f"--workdir={config.workdir}: going on after round {state.round} of {config.rounds}")
+        before = progress.settings if progress else None
+        notes = compilation_cache.notes() if config.compilation_cache else None
+        built, engine = experiment.compile(built, state, before, notes)
+        print(_how(built, engine))
         recorder = (
-            recording.Recorder(config, checkpoints, progress, clock, compiling)
+            recording.Recorder(built.config, checkpoints, progress, clock, compiling)
             if writes
             else recording.Silent(clock, compiling)
         )
         with contextlib.closing(recorder):
-            recorder.begin(state, inputs, environment(built))
-            return _rounds(experiment, built, state, recorder, is_asked_to_stop)
+            recorder.begin(state, inputs, environment(built, engine))
+            return _rounds(experiment, built, engine, state, recorder, is_asked_to_stop)
 
 
-def _rounds(experiment, built, start, recorder, is_asked_to_stop) -> int:
+def _rounds(experiment, built, engine, start, recorder, is_asked_to_stop) -> int:
     """Run the rounds that are left, under the eyes of `recorder`; the exit code."""
+    from sfl_jax.federated import processes
+
     config, state, last = built.config, start, None
+
+    def pauses(round):
+        return not processes.is_alone() or is_asked_to_stop() or recorder.is_due(round)
+
     try:
-        rounds = _with_progress(experiment.run(built, start, recorder.clock), start.round, config.rounds)
-        while not is_asked_to_stop() and (done := next(rounds, None)):
+        rounds = experiment.run(built, start, engine, recorder.clock, pauses)
+        rounds = _with_progress(rounds, start.round, config.rounds)
+        while not (is_asked_to_stop() and experiment.is_held(state)) and (done := next(rounds, None)):
             state, last = done
             recorder.add(state, last)
         recorder.save(state, wait=True)
@@ -126,13 +137,25 @@ def _rounds(experiment, built, start, recorder, is_asked_to_stop) -> int:
     return 0
 
 
-def environment(built: Any) -> dict[str, Any]:
+def _how(built, engine) -> str:
+    """How the devices compute this run, in a line."""
+    config, slowest = built.config, max(engine.tried.values(), default=None)
+    together = config.execution == "vmap" and config.clients_per_chunk > 1
+    number = f"{config.clients_per_chunk} clients at once" if together else "one client after the other"
+    how = f"layers in {config.layer_form} form, {number} on each device"
+    if slowest is None:
+        return how
+    return f"{how}: up to {slowest / min(engine.tried.values()):.1f} times as fast as other ways"
+
+
+def environment(built: Any, engine: Any) -> dict[str, Any]:
     """What the numbers of a run may depend on besides its settings."""
     return {
         "python": platform.python_version(),
         "packages": {"sfl_jax": __version__} | {name: version(name) for name in PACKAGES},
         "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in built.devices],
         "input_scaling": built.scaling._asdict(),
+        "seconds_per_client_step": {str(one): seconds for one, seconds in engine.tried.items()},
         "git_commit": _git_commit(),
     }
 

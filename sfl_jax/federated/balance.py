@@ -19,7 +19,7 @@ def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 
     depends on the number of clients alone, so that other clients compile nothing.
     """
     steps = np.asarray(assignments.steps)
-    size = _chunk_size(len(steps), clients_per_chunk, devices)
+    size = chunk_size(len(steps), clients_per_chunk, devices)
     order = np.argsort(-steps, kind="stable")
     chunks = -(-len(steps) // size)
     slots = -(-chunks // devices)
@@ -51,8 +51,8 @@ def deal(steps: Int[np.ndarray, " N"], devices: int, slots: int) -> Int[np.ndarr
     return places
 
 
-def _chunk_size(clients, clients_per_chunk, devices):
-    """The largest that pads little; smaller than asked for where that saves padding."""
+def chunk_size(clients: int, clients_per_chunk: int, devices: int = 1) -> int:
+    """The clients of a chunk, at most `clients_per_chunk`; fewer where that saves idle ones at the end."""
     sizes = range(1, min(clients_per_chunk, -(-clients // devices)) + 1)
     padded = {size: -(-clients // (size * devices)) * size * devices for size in sizes}
     least = max(min(padded.values()), int(clients * (1 + PADDING)))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import evaluation
 from sfl_jax.federated.balance import fill_chunks
-from sfl_jax.federated.round import run_round
+from sfl_jax.federated.round import Outcome, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import Chain
 
@@ -45,39 +45,70 @@ def on_first(tree: Any) -> Any:
 
 
 def place_samples(samples: Samples, devices: Sequence[Any]) -> Samples:
-    """What the rounds of `compile_round` take: NumPy samples go whole to a single device. For several they
+    """What `Rounds` takes: NumPy samples go whole to a single device. For several they
     stay here, since a device is sent, with every round, those of its own clients.
     """
     return replicate(samples, devices) if len(devices) == 1 else samples
 
 
-def compile_round(
-    training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
-) -> Callable[..., Any]:
-    """round(model, samples, assignments, key, learning_rate) -> (model, loss, diverged) as of `run_round`,
-    replicated; samples from `place_samples`, assignments NumPy, of any number of clients, arranged and placed
-    here.
+class Rounds:
+    """round(model, samples, assignments, key, learning_rate, previous) -> (model, loss, diverged) as of
+    `run_round`, replicated; samples from `place_samples`, assignments NumPy, of any number of clients,
+    arranged and placed here. The model given is donated. Compiles once for each shape.
 
-    `execution`: "vmap" computes a chunk's clients at once, "map" one after the other. The model given
-    is donated.
+    `execution`: "vmap" computes a chunk's clients at once, "map" one after the other.
     """
-    most = 1 if execution == "map" else clients_per_chunk
 
-    compiled = functools.cache(functools.partial(map_round, training, devices))
+    def __init__(
+        self, training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
+    ):
+        self._training, self._devices = training, devices
+        self._most = 1 if execution == "map" else clients_per_chunk
+        self._compiled: dict[Any, Any] = {}
 
-    def run(model, samples: Samples, assignments: Assignment, key, learning_rate):
-        arranged, size = fill_chunks(assignments, most, len(devices))
-        if len(devices) == 1:
-            placed = samples, jax.device_put(arranged, devices[0])
+    def __call__(self, *arguments: Any):
+        placed, size = self._place(*arguments)
+        return self._program(placed, size)(*placed)
+
+    def bytes_needed(self, *arguments: Any) -> int:
+        """Of memory on each device, for all that such a round reads, makes and keeps in between. Compiles it,
+        and runs nothing.
+        """
+        program = self._program(*self._place(*arguments))
+        need = program.memory_analysis()
+        made = need.output_size_in_bytes - need.alias_size_in_bytes
+        return need.argument_size_in_bytes + need.temp_size_in_bytes + made
+
+    def _place(
+        self,
+        model,
+        samples: Samples,
+        assignments: Assignment,
+        key,
+        learning_rate,
+        previous: Outcome | None = None,
+    ):
+        arranged, size = fill_chunks(assignments, self._most, len(self._devices))
+        if len(self._devices) == 1:
+            placed = samples, jax.device_put(arranged, self._devices[0])
         else:
-            placed = place_clients(samples, arranged, devices)
-        scalars = replicate((key, np.float32(learning_rate)), devices)
-        return compiled(size)(model, *placed, *scalars)
+            placed = place_clients(samples, arranged, self._devices)
+        if previous is None:  # as good a round as any
+            nobody = np.full(len(arranged.client), -1, np.int32)
+            previous = Outcome(*replicate((np.float32(0), nobody, np.int32(0)), self._devices))
+        scalars = replicate((key, np.float32(learning_rate)), self._devices)
+        return (model, *placed, *scalars, previous), size
 
-    return run
+    def _program(self, arguments, size):
+        shapes = size, *(x.shape for x in jax.tree.leaves(arguments[1:]))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = (
+                map_round(self._training, self._devices, size).lower(*arguments).compile()
+            )
+        return self._compiled[shapes]
 
 
-def map_round(training: Training, devices: Sequence[Any], size: int) -> Callable[..., Any]:
+def map_round(training: Training, devices: Sequence[Any], size: int) -> Any:
     """`run_round` over the devices for chunks of `size` clients: jitted on one, mapped by `jax.pmap` on more.
 
     What it takes is placed already, see `place_clients`; the model given is donated.
@@ -86,7 +117,7 @@ def map_round(training: Training, devices: Sequence[Any], size: int) -> Callable
     if len(devices) == 1:
         return jax.jit(functools.partial(body, None), donate_argnums=0)
     return jax.pmap(
-        functools.partial(body, AXIS), AXIS, in_axes=(None, 0, 0, None, None), out_axes=None,
+        functools.partial(body, AXIS), AXIS, in_axes=(None, 0, 0, None, None, None), out_axes=None,
         devices=devices, donate_argnums=0,
     )  # fmt: skip
 

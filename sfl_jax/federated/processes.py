@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,17 +51,27 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether there is no other process."""
+    return jax.process_count() == 1
+
+
+def of_all(value: Any) -> np.ndarray:
+    """(processes, ...): a number or numbers of each process, in their order; all must ask."""
+    own = np.asarray(value)
+    return own[None] if is_alone() else np.asarray(multihost_utils.process_allgather(own))
+
+
 def any_of(here: bool) -> bool:
     """Whether it is true in any process; all must ask."""
-    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(here)).any())
+    return bool(of_all(here).any())
 
 
 def agree(value: int, complaint: str) -> None:
     """BadInput with this complaint where the processes have different values; all must ask."""
-    if jax.process_count() > 1:
-        values = multihost_utils.process_allgather(np.array(value))
-        if (values != values[0]).any():
-            raise BadInput(f"{complaint} (process by process: {', '.join(map(str, values))})")
+    values = of_all(value)
+    if (values != values[0]).any():
+        raise BadInput(f"{complaint} (process by process: {', '.join(map(str, values))})")
 
 
 @contextlib.contextmanager

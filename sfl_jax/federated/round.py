@@ -20,6 +20,22 @@ class Model(NamedTuple):
     server_state: Any = ()
 
 
+class Outcome(NamedTuple):
+    """How a round went: its loss and who diverged, as of `run_round`, and how many clients came."""
+
+    loss: Float[Array, ""]
+    diverged: Int[Array, " K"]
+    came: Int[Array, ""]
+
+    def is_last(self, training: Training) -> Any:
+        """Whether the run ends here, a bool of JAX or NumPy as the outcome is: a client's numbers are not
+        finite and not to be skipped, or those of the server's step are not.
+        """
+        diverged = (self.diverged >= 0).sum()
+        of_server = (self.loss != self.loss) & (diverged < self.came)  # NaN, as arrays or as NumPy's
+        return of_server if training.skip_diverged else of_server | (diverged > 0)
+
+
 class Sums(NamedTuple):
     """Weighted sums over clients; `weight` is that of the clients in them."""
 
@@ -37,6 +53,7 @@ def run_round(
     assignments: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
+    previous: Outcome | None = None,
 ) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
     """One round: (the model that its clients' weighted mean makes, the weighted mean of their losses, who
     diverged).
@@ -44,7 +61,8 @@ def run_round(
     A client diverged if its loss or its variables are not finite; in its place stands its id, -1 in those of
     the others. It is never in the mean. Without `training.skip_diverged` such a round leaves the model as it
     is, and so does, always, a step of the server that is not finite, or a round to which nobody came: there
-    the loss is NaN.
+    the loss is NaN. A round after the last one changes nothing either: it may be under way before anybody
+    has read how the `previous` one went.
 
     Under `axis_name` this is one device's part of it: all results are those of all devices.
     """
@@ -63,6 +81,8 @@ def run_round(
     new = _server_step(training.server_optimizer, old, mean)
     sound = _finite(new.variables.params)
     taken = sound if training.skip_diverged else sound & (diverged < 0).all()
+    if previous is not None:
+        taken &= ~previous.is_last(training)
     # Not a select, which XLA would compile, with all that it depends on, into the slice of every small leaf.
     new = lax.cond(taken, lambda: new, lambda: old)
     variables = Variables(params.unpack(new.variables.params), batch_stats.unpack(new.variables.batch_stats))

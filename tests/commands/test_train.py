@@ -20,7 +20,7 @@ IMAGES = jnp.zeros((1, 32, 32, 1))
 
 SMALL = [
     "--model=efficientnetv2-tiny", "--clients=600", "--cohort_size=3", "--rounds=3", "--eval_every=2",
-    "--clients_per_chunk=3", "--server_flops=1e10", "--learning_rate=0.02",
+    "--clients_per_chunk=3", "--server_flops=1e10", "--layer_form=product", "--learning_rate=0.02",
 ]  # fmt: skip
 
 

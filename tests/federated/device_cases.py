@@ -46,7 +46,7 @@ def after_rounds(
     """
     chosen = devices.choose_devices(count)
     training = rounds.training(link=rounds.SCALING, chain=chain)._replace(**changes)
-    run = devices.compile_round(training, chunk, chosen, execution)
+    run = devices.Rounds(training, chunk, chosen, execution)
     own = samples_of(chain)
     samples = devices.place_samples(own, chosen)
     model = devices.replicate(Model(rounds.start(chain)[0]), chosen)
@@ -248,7 +248,7 @@ def work_of_devices():
         chosen = devices.choose_devices(count)
         work = scaling.cohort(clients=13, steps=5, batch=4, samples=64)
         training = rounds.training(chain=chain)._replace(preprocess=counting)
-        run = devices.compile_round(training, 2, chosen)
+        run = devices.Rounds(training, 2, chosen)
         model = devices.replicate(Model(rounds.start(chain)[0]), chosen)
         counts.clear()
         jax.block_until_ready(run(model, samples_of(chain), work, KEY, rounds.RATE))

@@ -17,7 +17,7 @@ from sfl_jax.commands import train
 ROOT = Path(__file__).parents[2]
 RUN = [
     "--model=efficientnetv2-tiny", "--image_size=16", "--clients=600", "--cohort_size=5",
-    "--clients_per_chunk=2", "--server_flops=1e10",
+    "--clients_per_chunk=2", "--server_flops=1e10", "--layer_form=product",
 ]  # fmt: skip
 # Compiled fast, and alike in all runs that are compared.
 ENVIRONMENT = {

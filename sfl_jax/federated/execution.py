@@ -1,0 +1,159 @@
+"""How a device computes its clients: in which form of the layers, how many at once; chosen by measurement.
+
+Which is fastest depends on shapes and device. A few of the network's own units, those with most of the work,
+are timed in their real shapes under each alternative: forward, backward and an update, vmapped over clients.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sfl_jax.federated.balance import chunk_size
+from sfl_jax.files import whole_file
+from sfl_jax.models import Chain, Profile
+
+UNITS = 2  # kinds of units that are timed
+CHUNKS = 1, 2, 4, 8, 16
+WORSE, FAR_WORSE = 1.15, 2.0  # times as slow
+STEPS = 2  # of a call that is timed
+ENOUGH_S = 0.3  # of calls that are timed, of one kind of unit
+
+
+class Execution(NamedTuple):
+    """layer_form: see `models.create`. clients_per_chunk: clients that a device computes at once, vmapped;
+    one alone is computed without a client axis.
+    """
+
+    layer_form: str
+    clients_per_chunk: int
+
+    def __str__(self) -> str:
+        return f"{self.layer_form} form, {self.clients_per_chunk} at once"
+
+
+def chunk_sizes(clients: int, devices: int, most: int) -> list[int]:
+    """The sizes worth a try, at most `most`, rising."""
+    return sorted({chunk_size(clients, min(size, most), devices) for size in CHUNKS})
+
+
+def choose(
+    forms: Sequence[str], sizes: Sequence[int], seconds: Callable[[Execution], float]
+) -> tuple[Execution, dict[Execution, float]]:
+    """(the fastest, the `seconds` of each that was tried); nothing is tried where there is no choice.
+
+    `sizes` rise. A form is given up where it is far slower than another, or begins to be slower than itself.
+    """
+    if len(forms) * len(sizes) == 1:
+        return Execution(forms[0], sizes[0]), {}
+    tried: dict[Execution, float] = {}
+    for form in forms:
+        best = math.inf
+        for size in sizes:
+            one = Execution(form, size)
+            tried[one] = now = seconds(one)
+            if now > min(WORSE * best, FAR_WORSE * min(tried.values())):
+                break
+            best = min(best, now)
+    return min(tried, key=tried.__getitem__), tried
+
+
+def seconds_per_client(
+    chain: Chain, profile: Profile, images: jax.ShapeDtypeStruct, clients_per_chunk: int, device: Any
+) -> float:
+    """Measured seconds of a local step of one client in the kinds of units that have most of the work.
+
+    images: (B, H, W, C), of the network's float type; only its shape counts.
+    """
+    inputs = _inputs(chain, images)
+    macs = profile.forward_macs + profile.backward_macs
+    kinds: dict[Any, list[int]] = {}
+    for index, x in enumerate(inputs):
+        kinds.setdefault((x.shape, int(profile.parameters[index]), int(macs[index])), []).append(index)
+    heaviest = sorted(kinds.values(), key=lambda alike: -macs[alike].sum())[:UNITS]
+    return sum(
+        len(alike) * _seconds_of_unit(chain.units[alike[-1]], inputs[alike[-1]], clients_per_chunk, device)
+        for alike in heaviest
+    )
+
+
+def _inputs(chain, images):
+    """The shape that enters each unit."""
+    inputs = []
+
+    def note(_, x):
+        inputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return x
+
+    def run(key, images):
+        return chain.apply(chain.init(key, images), images, at_boundary=note)
+
+    jax.eval_shape(run, jax.random.key(0), images)
+    return inputs
+
+
+def _seconds_of_unit(unit, x, clients, device):
+    """Of a step of one client. Its numbers matter little, but must not become subnormal: hence ones."""
+    shapes = jax.eval_shape(functools.partial(unit.init, train=False), jax.random.key(0), x)
+    axes = () if clients == 1 else (clients,)
+    variables, x, keys = jax.device_put(
+        (
+            jax.tree.map(lambda s: np.ones((*axes, *s.shape), s.dtype), shapes),
+            np.random.default_rng(0).normal(size=(*axes, *x.shape)).astype(x.dtype),
+            jax.random.split(jax.random.key(0), axes) if axes else jax.random.key(0),
+        ),
+        device,
+    )
+
+    def session(variables, x, key):
+        params = variables.pop("params")
+
+        def size(params, x, step):
+            rngs = {"drop": jax.random.fold_in(key, step)}
+            y, _ = unit.apply({"params": params, **variables}, x, True, rngs=rngs, mutable=["batch_stats"])
+            return jnp.square(y).mean(dtype=jnp.float32)
+
+        def step(index, now):
+            return jax.tree.map(lambda v, g: v - 1e-3 * g, now, jax.grad(size, (0, 1))(*now, index))
+
+        return lax.fori_loop(0, STEPS, step, (params, x))
+
+    run = jax.jit(session if clients == 1 else jax.vmap(session)).lower(variables, x, keys).compile()
+    jax.block_until_ready(run(variables, x, keys))
+    times: list[float] = []
+    while sum(times) < ENOUGH_S and len(times) < 5:
+        begun = time.perf_counter()
+        jax.block_until_ready(run(variables, x, keys))
+        times.append(time.perf_counter() - begun)
+    return min(times) / STEPS / clients
+
+
+def remembered(path: Path, key: Sequence[Any]) -> tuple[Execution, dict[Execution, float]] | None:
+    """What an earlier run measured under the same key; None where nothing of it can be read."""
+    try:
+        choice, tried = json.loads(path.read_text())[json.dumps(key)]
+        return Execution(*choice), {Execution(form, size): seconds for form, size, seconds in tried}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(path: Path, key: Sequence[Any], choice: Execution, tried: dict[Execution, float]) -> None:
+    """Keep what was measured for later runs, if the disk lets it."""
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError):
+        entries = {}
+    entries[json.dumps(key)] = choice, [(*one, seconds) for one, seconds in tried.items()]
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps(entries, indent=1).encode())

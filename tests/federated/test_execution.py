@@ -1,0 +1,98 @@
+"""The alternatives of computing clients are timed in real shapes, and the fastest is taken."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sfl_jax import models
+from sfl_jax.federated import execution
+from sfl_jax.federated.execution import Execution, choose, chunk_sizes, remember, remembered
+
+FORMS = ("product", "conv")
+
+
+def timed(table):
+    """(a stand-in for measuring, what it was asked)."""
+    asked = []
+
+    def seconds(one):
+        asked.append(tuple(one))
+        return table[tuple(one)]
+
+    return seconds, asked
+
+
+def test_the_fastest_is_chosen():
+    seconds, asked = timed(
+        {("product", 1): 3.0, ("product", 2): 2.0, ("product", 4): 2.1, ("conv", 1): 2.5, ("conv", 2): 1.9,
+         ("conv", 4): 1.0}
+    )  # fmt: skip
+    choice, tried = choose(FORMS, [1, 2, 4], seconds)
+    assert choice == ("conv", 4)
+    assert len(asked) == 6
+    assert tried[choice] == min(tried.values()) == 1.0
+
+
+def test_no_time_is_spent_on_what_is_far_slower():
+    seconds, asked = timed({("product", 1): 1.0, ("product", 2): 0.9, ("product", 4): 1.2, ("conv", 1): 40.0})
+    choice, _ = choose(FORMS, [1, 2, 4, 8, 16], seconds)
+    assert choice == ("product", 2)
+    assert asked == [("product", 1), ("product", 2), ("product", 4), ("conv", 1)]
+
+
+def test_nothing_is_measured_without_a_choice():
+    assert choose(("conv",), [3], lambda _: pytest.fail("measured")) == (("conv", 3), {})
+
+
+@pytest.mark.parametrize(
+    ("clients", "devices", "most", "sizes"),
+    [(100, 1, 16, [1, 2, 4, 8, 15]), (10, 1, 16, [1, 2, 5, 10]), (10, 1, 4, [1, 2]), (1, 1, 16, [1]),
+     (16, 4, 16, [1, 2, 4]), (3, 8, 16, [1])],
+)  # fmt: skip
+def test_chunks_are_those_that_pad_little(clients, devices, most, sizes):
+    found = chunk_sizes(clients, devices, most)
+    assert found == sorted(set(found))
+    assert max(found) <= most
+    assert found == sizes
+
+
+def test_the_heaviest_units_stand_for_all_that_are_like_them(monkeypatch):
+    chain = models.create("efficientnetv2-b0")
+    profile = models.profile(chain, (32, 32, 1))
+    asked = []
+    monkeypatch.setattr(execution, "_seconds_of_unit", lambda *given: asked.append(given) or 1.0)
+    images = jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32)
+    total = execution.seconds_per_client(chain, profile, images, 3, None)
+    names = [unit.name for unit, *_ in asked]
+    macs = dict(zip(profile.names, profile.forward_macs + profile.backward_macs, strict=True))
+    # Seven equal blocks end stage 6, four end stage 5: more work than any other kind.
+    assert names == ["block6h", "block5e"]
+    assert total == 7 + 4
+    assert 7 * macs["block6h"] + 4 * macs["block5e"] > 0.4 * sum(macs.values())
+    assert [x.shape for _, x, _, _ in asked] == [(8, 1, 1, 192), (8, 2, 2, 112)]
+
+
+def test_a_unit_is_measured_for_one_client_and_for_several():
+    chain = models.create("efficientnetv2-tiny", layer_form="conv")
+    profile = models.profile(chain, (8, 8, 1))
+    images = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
+    for clients in (1, 2):
+        assert 0 < execution.seconds_per_client(chain, profile, images, clients, jax.devices()[0]) < 1
+
+
+def test_what_was_measured_is_found_again(tmp_path):
+    path = tmp_path / "new" / "executions.json"
+    key, tried = ("cpu", 4, "b0"), {Execution("product", 4): 0.25, Execution("conv", 1): 3.0}
+    assert remembered(path, key) is None
+    remember(path, key, Execution("product", 4), tried)
+    remember(path, ("cpu", 2, "b0"), Execution("conv", 1), {})
+    assert remembered(path, key) == (Execution("product", 4), tried)
+    assert remembered(path, ("cpu", 2, "b0")) == (Execution("conv", 1), {})
+    assert remembered(path, ("gpu", 4, "b0")) is None
+    for broken in ("", "[]", "{", '{"[\\"cpu\\", 4, \\"b0\\"]": 3}'):
+        path.write_text(broken)
+        assert remembered(path, key) is None
+    path.unlink()
+    path.mkdir()
+    remember(path, key, Execution("product", 4), tried)  # no place, no trouble
+    assert remembered(path, key) is None

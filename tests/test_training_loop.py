@@ -1,0 +1,155 @@
+"""The loop over rounds: what is sent ahead, what is read when, and that neither changes a number."""
+
+import dataclasses
+import gc
+
+import jax
+import numpy as np
+import pytest
+
+from sfl_jax import experiment
+from sfl_jax.config import Config
+from sfl_jax.federated.round import Outcome
+
+CONFIG = Config(
+    model="efficientnetv2-tiny", layer_form="conv", image_size=8, clients=1200, cohort_size=3, rounds=6,
+    eval_every=2, clients_per_chunk=3, execution="vmap", server_flops=1e10, server_momentum=0.5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    built = experiment.build(CONFIG)
+    return experiment.compile(built, experiment.start(built))
+
+
+def go(compiled, pauses=lambda round: False, **changes):
+    """[(state, line)] of a run from the start, lines without the machine's clocks."""
+    built, engine = compiled
+    built = built._replace(config=dataclasses.replace(built.config, **changes))
+    rounds = experiment.run(built, experiment.start(built), engine, pauses=pauses)
+    return [(state, line._replace(wall_s=0, client_samples_per_s=0)) for state, line in rounds]
+
+
+def variables(state):
+    return jax.tree.map(np.asarray, state.model)
+
+
+@pytest.fixture
+def sent_ahead(monkeypatch):
+    monkeypatch.setattr(experiment, "SHORT_S", np.inf)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    monkeypatch.setattr(experiment, "SHORT_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def quiet(compiled):
+    """A run whose rounds are read one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "SHORT_S", 0.0)
+        return go(compiled)
+
+
+def test_sending_ahead_changes_no_number(compiled, quiet, sent_ahead):
+    ahead = go(compiled)
+    assert [line for _, line in ahead] == [line for _, line in quiet]
+    assert len({line.train_loss for _, line in quiet}) == CONFIG.rounds
+    jax.tree.map(np.testing.assert_array_equal, variables(ahead[-1][0]), variables(quiet[-1][0]))
+
+
+def test_a_round_is_read_after_the_next_was_sent(compiled, sent_ahead, monkeypatch):
+    events = []
+    send, get = experiment._send, jax.device_get
+    monkeypatch.setattr(experiment, "_send", lambda *given: events.append("send") or send(*given))
+    monkeypatch.setattr(jax, "device_get", lambda tree: events.append("read") or get(tree))
+    go(compiled)
+    # The first round compiles: nobody knows yet that rounds are short.
+    assert events[:7] == ["send", "read", "send", "send", "read", "send", "read"]
+    assert events[-3:] == ["send", "read", "send"]  # the last of which finds no round left
+    assert events.count("read") == CONFIG.rounds
+
+
+def test_long_rounds_are_not_sent_ahead(compiled, one_by_one):
+    assert all(experiment.is_held(state) for state, _ in go(compiled)[-1:])
+    built, engine = compiled
+    for state, _ in experiment.run(built, experiment.start(built), engine):
+        assert experiment.is_held(state)
+
+
+def test_a_state_that_is_wanted_is_there(compiled, sent_ahead):
+    held = {}
+    built, engine = compiled
+    wanted = (2, 3)
+    for state, line in experiment.run(built, experiment.start(built), engine, pauses=wanted.__contains__):
+        held[line.round] = experiment.is_held(state)
+    assert all(held[round] for round in (*wanted, CONFIG.rounds))
+    assert not held[4]
+    assert not held[5]
+
+
+def test_few_numbers_leave_the_devices(compiled, sent_ahead, monkeypatch):
+    fetched = []
+    array = type(jax.numpy.zeros(1))
+    value = array._value
+    monkeypatch.setattr(array, "_value", property(lambda self: fetched.append(self.size) or value.fget(self)))
+    go(compiled)
+    evaluations = CONFIG.rounds // CONFIG.eval_every
+    # Of each round the loss, who diverged and how many came; of an evaluation loss and accuracy.
+    assert sum(fetched) == CONFIG.rounds * (1 + CONFIG.cohort_size + 1) + 2 * evaluations, fetched
+
+
+def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead):
+    built, engine = compiled
+    longer = built._replace(config=dataclasses.replace(built.config, rounds=30))
+    compilations, arrays = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    try:
+        for _, line in experiment.run(longer, experiment.start(longer), engine):
+            gc.collect()
+            arrays.append(len(jax.live_arrays()))
+            if line.round == 4:
+                compilations.clear()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert max(arrays[3:]) <= max(arrays[:3])
+    assert compilations == []
+
+
+class TestDivergence:
+    """The learning rate of the third round is infinite."""
+
+    @pytest.fixture(autouse=True)
+    def too_fast(self, monkeypatch):
+        rate = experiment.learning_rate
+        monkeypatch.setattr(
+            experiment, "learning_rate", lambda config, round: np.inf if round == 2 else rate(config, round)
+        )
+
+    def test_the_state_before_is_left_although_the_next_round_was_sent(self, compiled, quiet, sent_ahead):
+        built, engine = compiled
+        rounds, lines = experiment.run(built, experiment.start(built), engine), []
+        with pytest.raises(
+            experiment.Diverged, match=r"round 3: the loss or the update of client \d+, cut"
+        ) as caught:
+            lines.extend(line for _, line in rounds)
+        assert [line.round for line in lines] == [1, 2]
+        assert caught.value.state.round == 2
+        assert caught.value.state.simulated_s == quiet[1][0].simulated_s
+        expected = go(compiled, rounds=2)[-1][0]
+        jax.tree.map(np.testing.assert_array_equal, variables(caught.value.state), variables(expected))
+
+    def test_without_the_look_back_the_round_sent_ahead_would_change_it(
+        self, compiled, sent_ahead, monkeypatch
+    ):
+        monkeypatch.setattr(Outcome, "is_last", lambda self, training: jax.numpy.zeros((), bool))
+        built, _ = compiled
+        built, engine = experiment.compile(experiment.build(CONFIG), experiment.start(built))
+        states = list(experiment.run(built, experiment.start(built), engine))
+        expected = go(compiled, rounds=2)[-1][0]
+        with pytest.raises(AssertionError):
+            jax.tree.map(np.testing.assert_array_equal, variables(states[-1][0]), variables(expected))

@@ -1,0 +1,134 @@
+"""What flags leave open is settled once: by measurement, by memory, and by what the run began with."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from sfl_jax import models, tuning
+from sfl_jax.config import Config, changes, left_open, settings
+from sfl_jax.errors import BadInput
+from sfl_jax.federated import memory
+from sfl_jax.federated.execution import Execution
+
+OPEN = Config(model="efficientnetv2-tiny", clients=100, cohort_size=16, memory_budget_gib=8.0)
+FASTEST_IN_FOURS = {1: 3.0, 2: 2.0, 4: 1.0, 8: 1.5, 16: 4.0}
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return models.profile(models.create(OPEN.model), (32, 32, 1))
+
+
+def in_fours(one):
+    return FASTEST_IN_FOURS[one.clients_per_chunk] * {"product": 1, "conv": 10}[one.layer_form]
+
+
+def settle(profile, config, seconds=in_fours, before=None, notes=None):
+    return tuning.settle(config, before, profile, jax.devices()[:1], seconds, notes)
+
+
+def choice(config):
+    return config.layer_form, config.execution, config.clients_per_chunk
+
+
+def test_what_is_open_is_chosen_by_measurement(profile):
+    config, tried = settle(profile, OPEN)
+    assert choice(config) == ("product", "vmap", 4)
+    assert left_open(config) == []
+    assert tried[Execution("product", 4)] == 1.0
+    assert config == dataclasses.replace(OPEN, layer_form="product", execution="vmap", clients_per_chunk=4)
+
+
+@pytest.mark.parametrize(
+    ("forced", "expected"),
+    [({"layer_form": "conv"}, ("conv", "vmap", 4)), ({"clients_per_chunk": 8}, ("product", "vmap", 8)),
+     ({"execution": "map"}, ("product", "map", 1)), ({"execution": "vmap"}, ("product", "vmap", 4)),
+     ({"execution": "map", "clients_per_chunk": 5}, ("product", "map", 5))],
+)  # fmt: skip
+def test_what_a_flag_says_stays(profile, forced, expected):
+    config, _ = settle(profile, dataclasses.replace(OPEN, **forced))
+    assert choice(config) == expected
+
+
+def test_forced_altogether_measures_nothing(profile):
+    forced = dataclasses.replace(OPEN, layer_form="product", execution="vmap", clients_per_chunk=4)
+    assert settle(profile, forced, lambda _: pytest.fail("measured")) == (forced, {})
+
+
+def test_a_run_that_goes_on_keeps_its_choice(profile):
+    begun, _ = settle(profile, OPEN)
+    before = settings(dataclasses.replace(begun, layer_form="conv", clients_per_chunk=2), "train")
+    again, tried = settle(profile, OPEN, lambda _: pytest.fail("measured"), before)
+    assert choice(again) == ("conv", "vmap", 2)
+    assert not tried
+    assert changes(before, OPEN, "train") == []
+    assert changes(before, dataclasses.replace(OPEN, layer_form="product"), "train") == [
+        "--layer_form=product (was conv)"
+    ]
+
+
+def test_what_was_measured_once_is_not_measured_again(profile, tmp_path):
+    notes = tmp_path / "executions.json"
+    first = settle(profile, OPEN, notes=notes)
+    assert settle(profile, OPEN, lambda _: pytest.fail("measured"), notes=notes) == first
+    # Other shapes are another question.
+    measured = []
+    settle(
+        profile, dataclasses.replace(OPEN, batch_size=8), lambda one: measured.append(one) or 1.0, notes=notes
+    )
+    assert measured
+
+
+def test_the_chunk_fits_into_the_memory(profile):
+    need = functools.partial(tuning.expected_bytes, OPEN, profile)
+    between = dataclasses.replace(OPEN, memory_budget_gib=(need(2) + need(4)) / 2 / tuning.GIB)
+    assert choice(settle(profile, between)[0]) == ("product", "vmap", 2)
+
+
+def test_far_too_little_memory_is_a_line_before_anything_compiles(profile):
+    poor = dataclasses.replace(OPEN, memory_budget_gib=0.001)
+    with pytest.raises(BadInput, match=r"^--batch_size=32: a round needs 0\.\d+ GiB, 0\.001 GiB .*; try 16$"):
+        settle(profile, poor, lambda _: pytest.fail("measured"))
+    wide = dataclasses.replace(OPEN, clients_per_chunk=16, memory_budget_gib=0.05)
+    with pytest.raises(BadInput, match=r"^--clients_per_chunk=16: .* allowed by --memory_budget_gib; try 8$"):
+        settle(profile, wide, lambda _: pytest.fail("measured"))
+
+
+def test_what_the_compiled_round_needs_has_the_last_word():
+    config = dataclasses.replace(OPEN, clients_per_chunk=4, execution="vmap", memory_budget_gib=1.0)
+    fit = functools.partial(tuning.fit, config, devices=jax.devices()[:1])
+    assert fit(is_open=True, needed_bytes=2**30) is config
+    assert choice(fit(is_open=True, needed_bytes=2**30 + 1))[1:] == ("vmap", 2)
+    two = dataclasses.replace(config, clients_per_chunk=2)
+    assert choice(tuning.fit(two, True, 2**31, jax.devices()[:1]))[1:] == ("map", 1)
+    with pytest.raises(BadInput, match=r"--clients_per_chunk=4: a round needs 1\.5 GiB, 1 GiB are .*; try 2"):
+        fit(is_open=False, needed_bytes=3 * 2**29)
+    with pytest.raises(BadInput, match=r"--batch_size=32: .*; try 16"):
+        tuning.fit(dataclasses.replace(config, clients_per_chunk=1), True, 2**31, jax.devices()[:1])
+
+
+def test_the_budget_is_what_the_device_has_left():
+    with open("/proc/meminfo") as file:
+        total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
+    left = tuning.budget_bytes(dataclasses.replace(OPEN, memory_budget_gib=0), jax.devices()[:1])
+    assert 0 < left < total
+    assert left == pytest.approx(memory.available_bytes(jax.devices()[0]), rel=0.2)
+
+    class Gpu:
+        process_index = 0
+
+        def memory_stats(self):
+            return {"bytes_limit": 1000, "bytes_in_use": 200}
+
+    assert memory.available_bytes(Gpu()) == 720
+
+
+def test_more_samples_and_clients_need_more(profile):
+    base = memory.expected_bytes(profile, 32, 4, 1)
+    model = 4 * int(np.sum(profile.parameters) + np.sum(profile.state))
+    assert memory.expected_bytes(profile, 64, 4, 1) > 1.9 * base - 16 * model
+    assert memory.expected_bytes(profile, 32, 8, 1) == 2 * base - 2 * model
+    assert memory.expected_bytes(profile, 32, 4, 2) == base + 4 * model

@@ -1,15 +1,22 @@
-"""A session step of sfl_jax against PyTorch, in pairs within one process: python -m benchmarks.training_speed
+"""Local training of sfl_jax against PyTorch, in pairs within one process: python -m benchmarks.training_speed
 
-The peer is timm's EfficientNetV2 in PyTorch, clients one after the other, as rivals simulate them; on a GPU
-both run there. Prints milliseconds per local step of all K clients, the median ratio of the pairs, and the
-part of this machine's measured matrix-product ceiling that sfl_jax reaches. Needs the `benchmark` extra.
+Peers: timm's EfficientNetV2 in PyTorch, clients one after the other, as rivals simulate them, in its default
+layout, in channels_last and, with --torch_compile, compiled; with --lax_conv also the same network through
+`lax.conv`, vmapped, as plain Flax would compute it. On a GPU all of them run there.
+
+Prints a table, and with --json keeps it: milliseconds per local step of all K clients, of a whole round of
+`--steps` with its aggregation and of the steps alone; the median over pairs of a peer's time over that of the
+round; the part of this machine's measured matrix-product ceiling that the step reaches. Needs the `benchmark`
+extra.
 """
 
 import argparse
 import enum
 import functools
 import importlib.machinery
+import itertools
 import json
+import pathlib
 import statistics
 import sys
 import time
@@ -28,9 +35,9 @@ from sfl_jax.federated.session import Assignment, Samples, Training
 CLASSES = 10
 
 
-def sfl_jax_step(name, clients, batch, size, steps, clients_per_chunk):
-    """A function that runs `steps` local steps of all clients, and its FLOP per local step of all clients."""
-    chain = models.create(name, CLASSES, 1)
+def sfl_jax_round(name, clients, batch, size, steps, clients_per_chunk, layer_form="product"):
+    """(a function that runs a round of so many local steps, at most `steps`; the FLOP of such a step)."""
+    chain = models.create(name, CLASSES, 1, layer_form=layer_form)
     rng = np.random.default_rng(0)
     variables = chain.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
     samples = Samples(
@@ -47,13 +54,18 @@ def sfl_jax_step(name, clients, batch, size, steps, clients_per_chunk):
     work, chunk = fill_chunks(work, clients_per_chunk)
     training = Training(chain, optax.trace(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1)
     run = jax.jit(functools.partial(run_round, training, chunk, None))
-    arguments = jax.device_put((Model(variables), samples, work, jax.random.key(1), np.float32(0.02)))
+    rest = jax.device_put((jax.random.key(1), np.float32(0.02)))
+    model, samples, work = jax.device_put((Model(variables), samples, work))
     profile = models.profile(chain, (size, size, 1))
     flop = 2 * clients * batch * int(profile.forward_macs.sum() + profile.backward_macs.sum())
-    return lambda: jax.block_until_ready(run(*arguments)), flop
+
+    def run_steps(count):
+        jax.block_until_ready(run(model, samples, work._replace(steps=jnp.minimum(work.steps, count)), *rest))
+
+    return run_steps, flop
 
 
-def pytorch_step(name, clients, batch, size, steps, channels_last):
+def pytorch_steps(name, clients, batch, size, channels_last=True, compiled=False):
     """The same work in PyTorch, clients one after the other, each with weights and momentum of its own."""
     torch, timm = import_timm()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,12 +80,14 @@ def pytorch_step(name, clients, batch, size, steps, channels_last):
         return model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
 
     sessions = [one_client() for _ in range(clients)]
+    if compiled:  # the code is compiled once; the weights of each client are its arguments
+        sessions = [(torch.compile(model), optimizer) for model, optimizer in sessions]
     images = torch.randn(batch, 1, size, size, device=device).to(memory_format=layout)
     labels = torch.randint(0, CLASSES, (batch,), device=device)
 
-    def run():
+    def run(count):
         for model, optimizer in sessions:
-            for _ in range(steps):
+            for _ in range(count):
                 optimizer.zero_grad(set_to_none=True)
                 torch.nn.functional.cross_entropy(model(images), labels).backward()
                 optimizer.step()
@@ -127,55 +141,73 @@ def ceiling_flops(size=2048):
     )
 
 
-def seconds(run):
+def seconds(run, *arguments):
     start = time.perf_counter()
-    run()
+    run(*arguments)
     return time.perf_counter() - start
 
 
-def compare(name, clients, batch, size, steps, pairs, clients_per_chunk):
-    """Milliseconds per step of each side, and the median over pairs of PyTorch's time over ours."""
-    ours, flop = sfl_jax_step(name, clients, batch, size, steps, clients_per_chunk)
-    rivals = {
-        "channels_last": pytorch_step(name, clients, batch, size, steps, channels_last=True),
-        "default": pytorch_step(name, clients, batch, size, steps, channels_last=False),
+def compare(name, clients, batch, size, options):
+    """A row: milliseconds of each side, and the medians over pairs of a peer's time over ours."""
+    case, steps = (name, clients, batch, size), options.steps
+    ours, flop = sfl_jax_round(*case, steps, options.clients_per_chunk)
+    peers = {
+        "channels_last": pytorch_steps(*case),
+        "default": pytorch_steps(*case, channels_last=False),
     }
-    for run in (ours, *rivals.values()):
-        run()
-    times = [
-        {"sfl_jax": seconds(ours)} | {k: seconds(run) for k, run in rivals.items()} for _ in range(pairs)
-    ]
+    if options.torch_compile:
+        peers["torch_compile"] = pytorch_steps(*case, compiled=True)
+    if options.lax_conv:
+        peers["lax_conv"] = sfl_jax_round(*case, steps, options.clients_per_chunk, "conv")[0]
+    for run in (ours, *peers.values()):
+        run(1)
+    pairs = []
+    for _ in range(options.pairs):
+        round_s, first_s = seconds(ours, steps), seconds(ours, 1)
+        # A round of one step is that step, the start and the aggregation; a further step is nothing else.
+        times = {"round": round_s / steps, "step": (round_s - first_s) / (steps - 1)}
+        pairs.append(times | {peer: seconds(run, steps) / steps for peer, run in peers.items()})
+
     row = {"model": name, "clients": clients, "batch": batch, "size": size}
-    for side in times[0]:
-        row[f"{side}_ms"] = round(1e3 * statistics.median(t[side] for t in times) / steps, 1)
-    for rival in rivals:
-        row[f"{rival}_over_sfl_jax"] = round(statistics.median(t[rival] / t["sfl_jax"] for t in times), 2)
-    row["of_ceiling"] = round(flop * steps / min(t["sfl_jax"] for t in times) / ceiling_flops(), 3)
+    for side in pairs[0]:
+        row[f"{side}_ms"] = round(1e3 * statistics.median(times[side] for times in pairs), 1)
+    for peer in peers:
+        row[f"{peer}_ratio"] = round(statistics.median(times[peer] / times["round"] for times in pairs), 2)
+    row["of_ceiling"] = round(flop / statistics.median(times["step"] for times in pairs) / ceiling_flops(), 3)
     return row
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default="b0")
     parser.add_argument("--clients", default="16")
     parser.add_argument("--batches", default="32")
     parser.add_argument("--sizes", default="32")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="local steps of a round, at least 2")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--clients_per_chunk", type=int, default=4)
+    parser.add_argument("--torch_compile", action="store_true", help="also PyTorch compiled; takes minutes")
+    parser.add_argument("--lax_conv", action="store_true", help="also lax.conv under vmap; slow on a CPU")
+    parser.add_argument("--json", help="a file for all figures")
     options = parser.parse_args()
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, ceiling {ceiling_flops() / 1e9:.0f} GFLOP/s"
     )
-    for name in options.models.split(","):
-        for clients in map(int, options.clients.split(",")):
-            for batch in map(int, options.batches.split(",")):
-                for size in map(int, options.sizes.split(",")):
-                    row = compare(
-                        f"efficientnetv2-{name}", clients, batch, size, options.steps, options.pairs,
-                        options.clients_per_chunk,
-                    )  # fmt: skip
-                    print(json.dumps(row), flush=True)
+    cases = itertools.product(
+        options.models.split(","),
+        *(map(int, text.split(",")) for text in (options.clients, options.batches, options.sizes)),
+    )
+    rows = []
+    for name, clients, batch, size in cases:
+        row = compare(f"efficientnetv2-{name}", clients, batch, size, options)
+        if not rows:
+            print("  ".join(row))
+        print("  ".join(str(value).rjust(len(key)) for key, value in row.items()), flush=True)
+        rows.append(row)
+        if options.json:
+            pathlib.Path(options.json).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sfl_jax import models
 from sfl_jax.federated import devices
@@ -60,7 +59,7 @@ def measure(options, count, clients):
     shape = options.size, options.size, 1
     profile = models.profile(chain, shape)
     chosen = devices.choose_devices(count)
-    training = Training(chain, optax.trace(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1)
+    training = Training(chain, optimizers.sgd(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1)
     rng = np.random.default_rng(0)
     samples = Samples(
         rng.integers(0, 256, (4096, *shape), np.uint8), rng.integers(0, CLASSES, 4096).astype(np.int32)

@@ -25,9 +25,9 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sfl_jax import models
+from sfl_jax.federated import optimizers
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
@@ -52,7 +52,7 @@ def sfl_jax_round(name, clients, batch, size, steps, clients_per_chunk, layer_fo
         rng.integers(0, 1024, (clients, steps, batch)).astype(np.int32),
     )
     work, chunk = fill_chunks(work, clients_per_chunk)
-    training = Training(chain, optax.trace(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1)
+    training = Training(chain, optimizers.sgd(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1)
     run = jax.jit(functools.partial(run_round, training, chunk, None))
     rest = jax.device_put((jax.random.key(1), np.float32(0.02)))
     model, samples, work = jax.device_put((Model(variables), samples, work))

@@ -17,7 +17,7 @@ from sfl_jax.config import AUTO, Config, left_open
 from sfl_jax.datasets.images import preprocessing
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.federated import execution
+from sfl_jax.federated import execution, optimizers
 from sfl_jax.federated.round import Model, Outcome, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import keras_weights
@@ -287,12 +287,11 @@ def cohort(experiment: Experiment, round: int) -> tuple[np.ndarray, fleet.Fleet,
     return ids, clients, planning.linked(config, clients, experiment.terms.take(ids), round, ids)
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
+def optimizer(config: Config) -> optimizers.LocalOptimizer:
     """The local optimiser without its learning rate, which each round brings along."""
-    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
     if config.optimizer == "adam":
-        return optax.chain(optax.scale_by_adam(b1=config.momentum), decay)
-    return optax.chain(decay, optax.trace(config.momentum) if config.momentum else optax.identity())
+        return optimizers.adam(config.momentum, weight_decay=config.weight_decay)
+    return optimizers.sgd(config.momentum, config.weight_decay)
 
 
 def server_optimizer(config: Config) -> optax.GradientTransformation | None:

@@ -70,7 +70,8 @@ def budget_bytes(config: Config, devices: Sequence[Any]) -> int:
     if config.memory_budget_gib:
         return int(GIB * config.memory_budget_gib)
     own = [device for device in devices if device.process_index == jax.process_index()]
-    return int(processes.of_all(min(map(memory.available_bytes, own))).min())
+    # In GiB: what the processes tell each other are 32 bits.
+    return int(GIB * processes.of_all(min(map(memory.available_bytes, own)) / GIB).min())
 
 
 def expected_bytes(config: Config, profile: models.Profile, clients_per_chunk: int) -> int:

@@ -62,32 +62,24 @@ class Rounds:
     def __init__(
         self, training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
     ):
-        self._training, self._devices = training, devices
+        self._devices = devices
         self._most = 1 if execution == "map" else clients_per_chunk
-        self._compiled: dict[Any, Any] = {}
+        self._program = functools.cache(functools.partial(map_round, training, devices))
 
     def __call__(self, *arguments: Any):
         placed, size = self._place(*arguments)
-        return self._program(placed, size)(*placed)
+        return self._program(size)(*placed)
 
     def bytes_needed(self, *arguments: Any) -> int:
-        """Of memory on each device, for all that such a round reads, makes and keeps in between. Compiles it,
-        and runs nothing.
+        """Of memory on each device, for all that such a round reads, makes and keeps in between. Compiles it
+        for the calls to come, and runs nothing.
         """
-        program = self._program(*self._place(*arguments))
-        need = program.memory_analysis()
+        placed, size = self._place(*arguments)
+        need = self._program(size).lower(*placed).compile().memory_analysis()
         made = need.output_size_in_bytes - need.alias_size_in_bytes
         return need.argument_size_in_bytes + need.temp_size_in_bytes + made
 
-    def _place(
-        self,
-        model,
-        samples: Samples,
-        assignments: Assignment,
-        key,
-        learning_rate,
-        previous: Outcome | None = None,
-    ):
+    def _place(self, model, samples, assignments, key, learning_rate, previous=None):
         arranged, size = fill_chunks(assignments, self._most, len(self._devices))
         if len(self._devices) == 1:
             placed = samples, jax.device_put(arranged, self._devices[0])
@@ -98,14 +90,6 @@ class Rounds:
             previous = Outcome(*replicate((np.float32(0), nobody, np.int32(0)), self._devices))
         scalars = replicate((key, np.float32(learning_rate)), self._devices)
         return (model, *placed, *scalars, previous), size
-
-    def _program(self, arguments, size):
-        shapes = size, *(x.shape for x in jax.tree.leaves(arguments[1:]))
-        if shapes not in self._compiled:
-            self._compiled[shapes] = (
-                map_round(self._training, self._devices, size).lower(*arguments).compile()
-            )
-        return self._compiled[shapes]
 
 
 def map_round(training: Training, devices: Sequence[Any], size: int) -> Any:

@@ -57,7 +57,7 @@ def is_alone() -> bool:
 
 
 def of_all(value: Any) -> np.ndarray:
-    """(processes, ...): a number or numbers of each process, in their order; all must ask."""
+    """(processes, ...): a number or numbers of each process, as 32 bits, in their order; all must ask."""
     own = np.asarray(value)
     return own[None] if is_alone() else np.asarray(multihost_utils.process_allgather(own))
 

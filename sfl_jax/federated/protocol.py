@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, Key
 
+from sfl_jax.federated.optimizers import LocalOptimizer
 from sfl_jax.federated.session import Assignment, Link, Samples, Training
 from sfl_jax.models import Chain, Variables
 
@@ -34,9 +34,7 @@ class Down(NamedTuple):
 class Party:
     """A half of the chain with its variables and its own optimiser."""
 
-    def __init__(
-        self, half: Chain, variables: Variables, optimizer: optax.GradientTransformation, rate: float
-    ):
+    def __init__(self, half: Chain, variables: Variables, optimizer: LocalOptimizer, rate: float):
         self.half, self.variables, self.optimizer, self.rate = half, variables, optimizer, rate
         self.state = optimizer.init(variables.params)
 

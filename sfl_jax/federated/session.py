@@ -15,6 +15,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from sfl_jax.federated.optimizers import LocalOptimizer
 from sfl_jax.federated.packing import Packed, packing
 from sfl_jax.models import Chain, Variables
 
@@ -53,7 +54,7 @@ class Assignment(NamedTuple):
 class Training(NamedTuple):
     """What stays the same for a whole run; static under jit.
 
-    optimizer: an optax transformation without the learning rate, which is an argument of every round.
+    optimizer: of the local steps, without the learning rate, which is an argument of every round.
     preprocess: uint8 images (B, H, W, C) -> float images of the network's size. link: None is the identity,
     which leaves no trace in the compiled program. server_optimizer: takes variables - mean as a gradient,
     once a round (Reddi et al., arXiv 2003.00295); None takes
@@ -62,7 +63,7 @@ class Training(NamedTuple):
     """
 
     chain: Chain
-    optimizer: optax.GradientTransformation
+    optimizer: LocalOptimizer
     preprocess: Callable[[Array], Array]
     link: Link | None = None
     server_optimizer: optax.GradientTransformation | None = None
@@ -87,8 +88,17 @@ def run_session(
     client_key = jax.random.fold_in(round_key, assignment.client)
     params, batch_stats = packing(variables.params), packing(variables.batch_stats)
 
+    def moved(packed, state, steps_done):
+        """The parameters after the last of so many steps, if that was one of the client's own."""
+        own = (steps_done > 0) & (steps_done <= assignment.steps)
+        updates = training.optimizer.updates_of(state, packed)
+        return jax.tree.map(
+            lambda p, u: jnp.where(own, p - (learning_rate * u).astype(p.dtype), p), packed, updates
+        )
+
     def step(index, carry):
         packed, packed_stats, state, loss_sum = carry
+        packed = moved(packed, state, index)
         batch = assignment.batches[index]
         images, labels = training.preprocess(samples.images[batch]), samples.labels[batch]
         key = jax.random.fold_in(client_key, index)
@@ -98,17 +108,18 @@ def run_session(
             return batch_loss(training, now, images, labels, assignment.cut, key)
 
         (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(packed)
-        updates, state = training.optimizer.update(gradients, state, packed)
-        packed = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), packed, updates)
-        new = packed, batch_stats.pack(stats), state, loss_sum + loss
-        return jax.tree.map(lambda n, o: jnp.where(index < assignment.steps, n, o), new, carry)
+        _, state = training.optimizer.update(gradients, state, packed)
+        own = index < assignment.steps
+        packed_stats = jax.tree.map(lambda n, o: jnp.where(own, n, o), batch_stats.pack(stats), packed_stats)
+        # The state need not stay as it was after the client's last step: nothing reads it any more.
+        return packed, packed_stats, state, jnp.where(own, loss_sum + loss, loss_sum)
 
     start = params.pack(variables.params), batch_stats.pack(variables.batch_stats)
     no_loss = jnp.zeros((), jnp.result_type(float))
-    packed, stats, _, loss_sum = lax.fori_loop(
+    packed, stats, state, loss_sum = lax.fori_loop(
         0, loop_steps, step, (*start, training.optimizer.init(start[0]), no_loss)
     )
-    return (packed, stats), loss_sum / jnp.maximum(assignment.steps, 1)
+    return (moved(packed, state, loop_steps), stats), loss_sum / jnp.maximum(assignment.steps, 1)
 
 
 def batch_loss(training, variables, images, labels, cut, key):

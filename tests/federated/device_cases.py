@@ -225,7 +225,7 @@ def crossing_bytes():
         arguments, size = placed(4, chain)
         training = rounds.training(chain=chain)
         program = devices.map_round(training, devices.choose_devices(4), size)
-        found = collectives(program.lower(*arguments).compile().as_text())
+        found = collectives(program.lower(*arguments, None).compile().as_text())
         assert {kind for kind, _ in found} == {"all-reduce"}
         expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)))
         places = arguments[2].client.size

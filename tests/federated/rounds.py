@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sfl_jax import models
+from sfl_jax.federated import optimizers
 from sfl_jax.federated.packing import packing
 from sfl_jax.federated.session import Assignment, Link, Samples, Training, run_session
 
@@ -15,9 +15,9 @@ CUTS = len(CHAIN) + 1
 # Not the identity, so that every cut gives numbers of its own.
 SCALING = Link(up=lambda x: 0.5 * x, down=lambda g: 2.0 * g)
 OPTIMIZERS = {
-    "sgd": optax.trace(0.9),
+    "sgd": optimizers.sgd(0.9),
     # With its usual epsilon Adam makes whole steps of gradients that are 0 but for rounding.
-    "adam": optax.scale_by_adam(eps=1.0),
+    "adam": optimizers.adam(eps=1.0),
 }
 RATE = 0.05
 

@@ -18,6 +18,7 @@ from sfl_jax.datasets.images import preprocessing
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import execution, optimizers
+from sfl_jax.federated.evaluation import batch_at
 from sfl_jax.federated.round import Model, Outcome, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import keras_weights
@@ -46,7 +47,7 @@ class Experiment(NamedTuple):
     training: Training
     devices: list[Any]
     scaling: keras_weights.InputScaling
-    imported: models.Variables | None  # what to start from; None is fresh
+    init_digest: str  # of the weights to start from
     steps_max: int
 
 
@@ -102,7 +103,7 @@ def build(config: Config) -> Experiment:
         alpha=config.dirichlet_alpha,
         seed=config.seed,
     )
-    channels = dataset.train_images.shape[-1]
+    channels = _channels(dataset)
     chain = _chain(config, dataset, "product" if config.layer_form == AUTO else config.layer_form)
     if config.min_cut > len(chain):
         raise BadInput(
@@ -112,16 +113,18 @@ def build(config: Config) -> Experiment:
     planning.check_links(config, clients)
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
-    imported, scaling = None, keras_weights.SIGNED
-    if config.init_from:
-        fresh = _fresh_variables(config, chain, channels)
-        imported, scaling = keras_weights.load(config.init_from, config.model, chain, fresh)
+    # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
+    imported = _imported(config, chain, channels)
+    scaling = imported.scaling if imported else keras_weights.SIGNED
+    init_digest = digest(map(np.asarray, jax.tree.leaves(imported or (None, scaling))))
     training = Training(
         chain, optimizer(config), preprocessing(config.image_size, *scaling),
         server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
     )  # fmt: skip
     steps_max = datasets.max_steps(parts, config.local_epochs, config.batch_size)
-    return Experiment(config, dataset, parts, clients, terms, training, devices, scaling, imported, steps_max)
+    return Experiment(
+        config, dataset, parts, clients, terms, training, devices, scaling, init_digest, steps_max
+    )
 
 
 def inputs(experiment: Experiment) -> dict[str, str]:
@@ -130,9 +133,9 @@ def inputs(experiment: Experiment) -> dict[str, str]:
     arrays = {
         "dataset": [data.train_images, data.train_labels, data.test_images, data.test_labels],
         "fleet": experiment.fleet.columns().values(),
-        "init_from": jax.tree.leaves((experiment.imported, experiment.scaling)),
     }
-    return {name: digest(map(np.asarray, values)) for name, values in arrays.items()}
+    digests = {name: digest(map(np.asarray, values)) for name, values in arrays.items()}
+    return {**digests, "init_from": experiment.init_digest}
 
 
 def start(experiment: Experiment) -> State:
@@ -144,7 +147,8 @@ def start(experiment: Experiment) -> State:
 
 def resume(experiment: Experiment, checkpoints: Checkpoints, progress: Progress) -> State:
     """The state of a checkpoint."""
-    model = checkpoints.restore(progress, jax.eval_shape(lambda: initial_model(experiment)))
+    shapes = jax.eval_shape(lambda: start_model(experiment.training, _fresh_of(experiment)))
+    model = checkpoints.restore(progress, shapes)
     clocks = dict(progress.simulated_s)
     # A method that was changed goes on from the clock of the one before.
     clocks[experiment.config.method] = progress.simulated_s[progress.settings["method"]]
@@ -154,9 +158,8 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, progress: Progress)
 
 def initial_model(experiment: Experiment) -> Model:
     """The model before the first round."""
-    config, channels = experiment.config, experiment.dataset.train_images.shape[-1]
-    variables = experiment.imported or _fresh_variables(config, experiment.training.chain, channels)
-    return start_model(experiment.training, variables)
+    imported = _imported(experiment.config, experiment.training.chain, _channels(experiment.dataset))
+    return start_model(experiment.training, imported.variables if imported else _fresh_of(experiment))
 
 
 def compile(
@@ -180,7 +183,9 @@ def compile(
     config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes)
     training = own._replace(chain=_chain(config, data, config.layer_form))
     samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices)
-    held_out = federated_devices.place_held_out(data.test_images, data.test_labels, devices)
+    held_out = federated_devices.place_held_out(
+        data.test_images, data.test_labels, devices, batch_at(config.image_size)
+    )
     evaluate = federated_devices.compile_evaluation(training.chain, training.preprocess, devices)
     first = prepare(experiment, state.round)
     while True:
@@ -314,9 +319,25 @@ def learning_rate(config: Config, round: int) -> float:
 def _chain(config, dataset, layer_form):
     dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
     return models.create(
-        config.model, dataset.num_classes, dataset.train_images.shape[-1],
+        config.model, dataset.num_classes, _channels(dataset),
         layer_form=layer_form, dtype=dtype, drop_rate_scale=config.drop_rate_scale,
     )  # fmt: skip
+
+
+def _channels(dataset):
+    return dataset.train_images.shape[-1]
+
+
+def _imported(config, chain, channels) -> keras_weights.Imported | None:
+    """What --init_from names; None where it names nothing."""
+    if not config.init_from:
+        return None
+    fresh = _fresh_variables(config, chain, channels)
+    return keras_weights.load(config.init_from, config.model, chain, fresh)
+
+
+def _fresh_of(experiment):
+    return _fresh_variables(experiment.config, experiment.training.chain, _channels(experiment.dataset))
 
 
 def _fresh_variables(config, chain, channels):

@@ -34,6 +34,25 @@ def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:
     return progress
 
 
+def saved(workdir: str) -> tuple[experiment.Experiment, experiment.State]:
+    """The run in a workdir as its newest checkpoint has it.
+
+    Raises BadInput where there is none, and where its dataset, fleet or weights are not to be had any more.
+    """
+    try:
+        described = json.loads((Path(workdir) / "config.json").read_bytes())
+    except OSError as error:
+        raise BadInput(f"--workdir={workdir}: no run is here, config.json cannot be read") from error
+    del described["environment"]
+    config = Config.from_dict(described | {"workdir": str(workdir)})
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep)
+    progress = reached(config, checkpoints)
+    if progress is None:
+        raise BadInput(f"--workdir={workdir}: no checkpoint is here")
+    built = experiment.build(config)
+    return built, experiment.resume(built, checkpoints, progress)
+
+
 def check_inputs(config: Config, progress: Progress, inputs: dict[str, str]) -> None:
     """BadInput where the dataset or the fleet is not that of the run."""
     differ = [name for name in inputs if inputs[name] != progress.inputs.get(name)]

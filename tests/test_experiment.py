@@ -1,13 +1,17 @@
 """What a round of a training run is made of, before any device has a part in it."""
 
 import dataclasses
+import gc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sfl_jax import experiment, fleet
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
+from sfl_jax.models import keras_weights
 
 SMALL = Config(model="efficientnetv2-tiny", clients=30, cohort_size=6, server_flops=1e10, links="fading")
 
@@ -38,3 +42,31 @@ def test_a_fleet_without_distances_is_refused_before_anything_compiles(tmp_path)
     with pytest.raises(BadInput, match=r"--links=fading: .* has no column distance_m"):
         experiment.build(dataclasses.replace(SMALL, fleet=str(path)))
     assert len(experiment.build(dataclasses.replace(SMALL, fleet=str(path), links="fixed")).fleet) == 30
+
+
+def held_bytes():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_weights_to_start_from_are_held_once(tmp_path, built):
+    chain, path = built.training.chain, str(tmp_path / "given.weights.h5")
+
+    def digests_of(seed):
+        given = chain.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 1)))
+        keras_weights.save(path, chain, given)
+        model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(given))
+        before = held_bytes()
+        own = experiment.build(dataclasses.replace(SMALL, init_from=path))
+        assert held_bytes() - before < model_bytes / 2
+        state = experiment.start(own)
+        assert model_bytes <= held_bytes() - before < 1.5 * model_bytes
+        second = experiment.initial_model(own)
+        assert held_bytes() - before >= 2 * model_bytes
+        for model in (state.model, second):
+            jax.tree.map(np.testing.assert_array_equal, model.variables, given)
+        return experiment.inputs(own)
+
+    one, other = digests_of(1), digests_of(2)
+    assert one["init_from"] != other["init_from"]
+    assert one["dataset"] == other["dataset"]

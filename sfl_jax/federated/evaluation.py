@@ -11,7 +11,12 @@ from jaxtyping import Array, Float
 from sfl_jax.federated.session import Samples, cross_entropy
 from sfl_jax.models import Chain, Variables
 
-BATCH = 500
+BATCH = 500  # samples of 32x32 at once
+
+
+def batch_at(image_size: int) -> int:
+    """Samples of an evaluation's batch: fewer of larger images, so that the memory stays that of `BATCH`."""
+    return max(1, min(BATCH, BATCH * 32**2 // image_size**2))
 
 
 def in_batches(images: np.ndarray, labels: np.ndarray, parts: int = 1, batch: int = BATCH) -> Samples:

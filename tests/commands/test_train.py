@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from models import keras_models
 
-from sfl_jax import experiment, metrics, models
+from sfl_jax import experiment, metrics, models, recording
 from sfl_jax.commands import train
 from sfl_jax.config import Config, fields_of
+from sfl_jax.errors import BadInput
 from sfl_jax.models import keras_weights
 
 IMAGES = jnp.zeros((1, 32, 32, 1))
@@ -121,6 +122,26 @@ def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatc
         for name in ("given", "fresh")
     ]
     assert scalings == [{"divisor": [128.0], "offset": [-1.0]}, {"divisor": [127.5], "offset": [-1.0]}]
+
+
+def test_a_trained_run_is_exported_for_keras(run, tmp_path):
+    workdir, _ = run
+    built, state = recording.saved(str(workdir))
+    assert state.round == 3
+    chain, path = built.training.chain, str(tmp_path / "trained.weights.h5")
+    keras_weights.save(path, chain, state.model.variables, built.scaling)
+    fresh = chain.init(jax.random.key(0), IMAGES)
+    reread = keras_weights.load(path, "efficientnetv2-tiny", chain, fresh)
+    jax.tree.map(np.testing.assert_array_equal, reread.variables, state.model.variables)
+    images = built.training.preprocess(built.dataset.test_images[:500])
+    logits, _ = jax.jit(chain.apply)(reread.variables, images)
+    accuracy = (np.argmax(logits, -1) == built.dataset.test_labels[:500]).mean()
+    assert accuracy == pytest.approx(lines(workdir)[-1]["test_accuracy"], abs=0.1)
+
+
+def test_where_there_is_no_run_none_is_exported(tmp_path):
+    with pytest.raises(BadInput, match=r"^--workdir=.*: no run is here"):
+        recording.saved(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -1,0 +1,40 @@
+"""Pixels to a network's images: padded or resized under jit, against Pillow."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfl_jax.datasets.images import preprocessing
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 28, 20, 3), np.uint8)
+
+
+def resized(image, size):
+    """Bilinear, with anti-aliasing where it shrinks, channel by channel."""
+    channels = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(image.shape[-1])]
+    return np.stack([np.asarray(c.resize((size, size), Image.Resampling.BILINEAR)) for c in channels], -1)
+
+
+@pytest.mark.parametrize("size", [12, 64, 224])
+def test_other_sizes_are_resized_bilinearly_under_jit(size):
+    made = np.asarray(jax.jit(preprocessing(size))(IMAGES))
+    assert (made.shape, made.dtype) == ((2, size, size, 3), np.float32)
+    pixels = np.stack([resized(image, size) for image in IMAGES])
+    np.testing.assert_allclose(made, pixels / 127.5 - 1, atol=1e-4)
+    assert np.abs(made[:, :, ::-1] - (pixels / 127.5 - 1)).max() > 0.1
+
+
+@pytest.mark.parametrize(("size", "before"), [(28, 0), (32, 2), (35, 3)])
+def test_a_small_border_is_black_and_keeps_every_pixel(size, before):
+    square = IMAGES[:, :, :1].repeat(28, 2)
+    made = np.asarray(jax.jit(preprocessing(size))(square))
+    inside = made[:, before : before + 28, before : before + 28]
+    np.testing.assert_allclose(inside, square / 127.5 - 1, atol=1e-6)
+    assert (made == -1).sum() >= 2 * 3 * (size**2 - 28**2)
+
+
+def test_channels_have_scales_of_their_own():
+    divisor, offset = (100.0, 200.0, 50.0), (-1.0, 0.0, 1.0)
+    made = jax.jit(preprocessing(28, divisor, offset))(IMAGES[:, :, :1].repeat(28, 2))
+    np.testing.assert_allclose(made, IMAGES[:, :, :1].repeat(28, 2) / divisor + offset, atol=1e-5)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfl_jax import models
-from sfl_jax.federated import devices
+from sfl_jax.federated import devices, optimizers
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.round import Model
 from sfl_jax.federated.session import Assignment, Samples, Training
@@ -25,20 +25,27 @@ CLASSES = 10
 FLOAT_BYTES = 4
 
 
-def reduced_bytes(profile: models.Profile) -> int:
-    """What every device brings to the sum of a round: parameters, batch-norm statistics, loss, weight."""
-    return FLOAT_BYTES * (int(profile.parameters.sum() + profile.state.sum()) + 2)
+def reduced_bytes(profile: models.Profile, places: int) -> int:
+    """What every device brings to the sum of a round: parameters, batch-norm statistics, loss, weight, and
+    for every place of the cohort whether it diverged.
+    """
+    return FLOAT_BYTES * (int(profile.parameters.sum() + profile.state.sum()) + 2 + places)
 
 
-def sent_bytes(profile: models.Profile, count: int) -> float:
+def sent_bytes(profile: models.Profile, places: int, count: int) -> float:
     """What a device sends (and receives) in a round when `count` devices reduce in a ring."""
-    return 2 * (count - 1) / count * reduced_bytes(profile)
+    return 2 * (count - 1) / count * reduced_bytes(profile, places)
 
 
 def device_steps(arranged: Assignment, size: int, count: int) -> np.ndarray:
     """Client steps that each of `count` devices runs, masked ones of shorter sessions included."""
     longest = arranged.steps.reshape(count, -1, size).max(-1)
     return size * longest.sum(-1)
+
+
+def step_macs(profile: models.Profile, batch: int) -> int:
+    """Multiply-accumulates of a client's step."""
+    return batch * int(profile.forward_macs.sum() + profile.backward_macs.sum())
 
 
 def cohort(clients: int, steps: int, batch: int, samples: int, seed: int = 0) -> Assignment:
@@ -75,8 +82,8 @@ def measure(options, count, clients):
         model, *rest = run(model, samples, work, jax.random.key(1), 0.02)
         jax.block_until_ready((model, rest))
         times.append(time.perf_counter() - start)
-    steps = device_steps(*fill_chunks(work, options.clients_per_chunk, len(chosen)), len(chosen))
-    macs = int(profile.forward_macs.sum() + profile.backward_macs.sum())
+    arranged, size = fill_chunks(work, options.clients_per_chunk, len(chosen))
+    steps = device_steps(arranged, size, len(chosen))
     return {
         "model": options.model,
         "devices": len(chosen),
@@ -84,8 +91,8 @@ def measure(options, count, clients):
         "round_s": round(statistics.median(times[1:]), 4),
         "steps_needed": int(work.steps.sum()),
         "steps_of_the_busiest_device": int(steps.max()),
-        "flop_of_the_busiest_device": 2 * macs * options.batch * int(steps.max()),
-        "sent_bytes_of_a_device": round(sent_bytes(profile, len(chosen))),
+        "flop_of_the_busiest_device": 2 * step_macs(profile, options.batch) * int(steps.max()),
+        "sent_bytes_of_a_device": round(sent_bytes(profile, len(arranged.steps), len(chosen))),
     }
 
 

@@ -22,6 +22,7 @@ LAYER_FORMS = ("product", "conv")
 EXECUTIONS = ("vmap", "map")
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("default", "high", "highest")
 SCHEDULES = ("constant", "cosine")
 
 # Commands that take a flag, and the headings of --help.
@@ -60,6 +61,9 @@ class Config:
         choices=(AUTO, *LAYER_FORMS), open=AUTO,
     )  # fmt: skip
     compute_dtype: str = _flag("float32", NETWORK, TRAINING, "arithmetic of the layers", choices=DTYPES)
+    matmul_precision: str = _flag(
+        "default", NETWORK, TRAINING, "of float32 products on GPU and TPU", choices=PRECISIONS
+    )
     drop_rate_scale: float = _flag(
         1.0, NETWORK, TRAINING, "times the published dropout and stochastic depth", at_least=0, at_most=1
     )
@@ -141,6 +145,9 @@ class Config:
         0.0, MACHINE, TRAINING, "memory of a device that rounds may take, GiB; 0: what is free", at_least=0
     )
     devices: int = _flag(0, MACHINE, TRAINING, "devices of a process to use; 0 is all", at_least=0)
+    deterministic: bool = _flag(
+        False, MACHINE, TRAINING, "the same bits in every run on a GPU too, which is slower"
+    )
     compilation_cache: bool = _flag(
         True, MACHINE, TRAINING, "keep compiled programs in the user's cache directory"
     )

@@ -7,42 +7,17 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
+import stand_ins
 import yaml
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "launch" / "cluster"
-# Starts $TASKS processes with the variables of SLURM's srun, passes SIGTERM on, exits with the highest code.
-SRUN = f"""#!{sys.executable}
-import os, signal, subprocess, sys
-count = int(os.environ["TASKS"])
-tasks = [
-    subprocess.Popen(sys.argv[1:], env=os.environ | dict(
-        SLURM_STEP_NODELIST="127.0.0.1", SLURM_STEP_NUM_NODES="1", SLURM_NTASKS=str(count),
-        SLURM_PROCID=str(task), SLURM_LOCALID=str(task),
-    ))
-    for task in range(count)
-]
-signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
-sys.exit(max(task.wait() % 256 for task in tasks))
-"""
-RECORD = '#!/bin/sh\necho "$@" >> "$RECORD"\n'
 
 
 @pytest.fixture
-def stand_ins(tmp_path):
-    """The environment of a batch job of one task, with srun, scontrol and gcloud that are not real."""
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": RECORD, "gcloud": RECORD}.items():
-        (binaries / name).write_text(text)
-        (binaries / name).chmod(0o755)
-    return os.environ | {
-        "PATH": f"{binaries}:{os.environ['PATH']}",
-        "RECORD": str(tmp_path / "record"),
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": "4711",
-        "TASKS": "1",
-    }
+def environment(tmp_path):
+    """That of a batch job of one task."""
+    return os.environ | stand_ins.variables(tmp_path) | {"SLURM_SUBMIT_DIR": str(ROOT)}
 
 
 @pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda path: path.name)
@@ -80,12 +55,12 @@ def test_the_pods_of_the_job_find_each_other():
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False), (3, False), (134, False)])
-def test_slurm_requeues_what_was_interrupted(code, requeued, stand_ins, tmp_path):
+def test_slurm_requeues_what_was_interrupted(code, requeued, environment, tmp_path):
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given\nexit {code}\n')
     program.chmod(0o755)
     done = subprocess.run(
-        [CLUSTER / "slurm.sh", "--workdir=a b"], env=stand_ins | {"PYTHON": str(program)}, check=False
+        [CLUSTER / "slurm.sh", "--workdir=a b"], env=environment | {"PYTHON": str(program)}, check=False
     )
     assert done.returncode == code
     assert (tmp_path / "given").read_text() == "-u -m launch.train --workdir=a b\n"
@@ -93,10 +68,10 @@ def test_slurm_requeues_what_was_interrupted(code, requeued, stand_ins, tmp_path
     assert (record.read_text() if record.exists() else "") == ("requeue 4711\n" if requeued else "")
 
 
-def test_tpu_hosts_are_given_the_flags_as_they_are(stand_ins, tmp_path):
+def test_tpu_hosts_are_given_the_flags_as_they_are(environment, tmp_path):
     slice_of = {"TPU": "pod", "ZONE": "us-east5-a", "REPOSITORY": "https://example.com/sfl_jax.git"}
     given = ["--workdir=/mnt/a b", "--dataset=set/config"]
-    done = subprocess.run([CLUSTER / "tpu_pod.sh", *given], env=stand_ins | slice_of, check=False)
+    done = subprocess.run([CLUSTER / "tpu_pod.sh", *given], env=environment | slice_of, check=False)
     assert done.returncode == 0
     *_, last = (tmp_path / "record").read_text().splitlines()
     assert last.startswith(
@@ -105,7 +80,7 @@ def test_tpu_hosts_are_given_the_flags_as_they_are(stand_ins, tmp_path):
     assert last.endswith(r"launch.train --workdir=/mnt/a\ b --dataset=set/config")
     done = subprocess.run(
         [CLUSTER / "tpu_pod.sh"],
-        env=stand_ins | slice_of | {"TPU": ""},
+        env=environment | slice_of | {"TPU": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -45,9 +45,10 @@ def compare_clocks(config: Config) -> int:
     """One training, and the clock of every scheme beside its accuracy."""
     from sfl_jax import comparison, experiment
     from sfl_jax.commands import compare_plot, train
+    from sfl_jax.federated import processes
 
     code = train.train(config)
-    if code:
+    if code or not processes.is_first():
         return code
     workdir = Path(config.workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]

@@ -36,14 +36,19 @@ def train(config: Config) -> int:
     with a table. Of several processes the first alone writes.
     """
     ensure_writable(config.workdir, "workdir", config.workdir)
-    from jax.errors import JaxRuntimeError
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(interruption())
+        from jax.errors import JaxRuntimeError
 
-    from sfl_jax.federated import processes
+        from sfl_jax import accelerators
+        from sfl_jax.federated import processes
 
-    processes.join(config)
-    writes = processes.is_first()
-    lock = locked(config.workdir, "workdir", config.workdir) if writes else contextlib.nullcontext()
-    with lock, interruption() as stop, processes.together():
+        accelerators.switch(config)
+        processes.join(config)
+        writes = processes.is_first()
+        if writes:
+            stack.enter_context(locked(config.workdir, "workdir", config.workdir))
+        stack.enter_context(processes.together())
         try:
             return _train(config, lambda: processes.any_of(stop.asked), writes)
         except JaxRuntimeError as error:
@@ -123,15 +128,13 @@ def _rounds(experiment, built, engine, start, recorder, is_asked_to_stop) -> int
         recorder.save(state, wait=True)
     except experiment.Diverged as error:
         recorder.save(error.state, wait=True)
-        print(f"error: {error}; round {error.state.round} is saved; {REMEDY}", file=sys.stderr)
+        processes.say(f"error: {error}; round {error.state.round} is saved; {REMEDY}")
         return DIVERGED
     if recorder.saved_round != state.round:
-        print(
-            f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}", file=sys.stderr
-        )
+        processes.say(f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}")
         return INTERRUPTED
     if state.round < config.rounds:
-        print(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}", file=sys.stderr)
+        processes.say(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}")
         return INTERRUPTED
     print(summary(config, state.simulated_s, last, recorder.clock.seconds, recorder.compiling.seconds))
     return 0

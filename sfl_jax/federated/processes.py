@@ -5,6 +5,7 @@ to it that each computes its own clients. Only the first writes.
 """
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -19,13 +20,17 @@ from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 
 LOST = 1  # exit code where another process is gone
+# What JAX says where there is nobody to meet: nothing was found, or it is at work already, as in a notebook's
+# second run.
+ALONE = ("coordinator_address should be defined", "before any JAX calls")
 
 
 def join(config: Config) -> None:
     """Meet the other processes of this run, by the flags or as JAX finds them by itself: under SLURM's srun,
     Open MPI's mpirun, on Cloud TPU pods and in GKE. Alone where there are none.
 
-    Must come before JAX computes anything. BadInput where the flags make no sense together.
+    Must come before JAX computes anything. BadInput where the flags make no sense together, or the others
+    cannot be reached.
     """
     given = {
         "coordinator_address": config.coordinator_address or None,
@@ -34,6 +39,8 @@ def join(config: Config) -> None:
     }
     if config.num_processes == 1 or jax.distributed.is_initialized():
         return
+    asked = any(value is not None for value in given.values()) or "JAX_COORDINATOR_ADDRESS" in os.environ
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the command
     try:
         jax.distributed.initialize(
             **given,
@@ -41,14 +48,23 @@ def join(config: Config) -> None:
             shutdown_timeout_seconds=config.heartbeat_timeout_seconds,
         )
     except (ValueError, RuntimeError) as error:
-        # Nothing asked for and nothing found; or JAX is at work already, as in a notebook's second run.
-        if any(value is not None for value in given.values()) or "JAX_COORDINATOR_ADDRESS" in os.environ:
-            raise BadInput(f"--coordinator_address={config.coordinator_address}: {error}") from error
+        if asked or not any(words in str(error) for words in ALONE):
+            address = config.coordinator_address or "(as found)"
+            raise BadInput(
+                f"--coordinator_address={address}: the other processes cannot be reached ({error});"
+                " --num_processes=1 trains alone"
+            ) from error
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes files and lines."""
     return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """A line on stderr that every process would write; the first does."""
+    if is_first():
+        print(line, file=sys.stderr)
 
 
 def is_alone() -> bool:
@@ -76,7 +92,8 @@ def agree(value: int, complaint: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends this process at once, with a line, where the block fails because another process is gone.
+    """Within, the first process alone prints and warns. One whose block fails because another is gone ends at
+    once, with a line of its own.
 
     A process that waits inside a collective cannot see that; JAX's heartbeat ends it, with a line of its own.
     """
@@ -84,6 +101,8 @@ def together() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if not is_first():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                stack.callback(logging.disable, logging.root.manager.disable)
+                logging.disable(logging.WARNING)
             yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # What XLA raises begins with a status code; it is a ValueError where it shows on dispatch.

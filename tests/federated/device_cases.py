@@ -1,8 +1,16 @@
 """What `test_devices.py` runs in processes of their own, where there are eight virtual devices."""
 
+import contextlib
 import functools
+import importlib
+import io
+import json
+import math
 import re
+import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -13,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
 from sfl_jax import models
+from sfl_jax.commands import train
 from sfl_jax.federated import devices, evaluation, round
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.round import Model, run_round
@@ -28,6 +37,7 @@ def short(chain):
 
 SHORT = {"product": short(rounds.CHAIN), "conv": short(rounds.REFERENCE_CHAIN)}
 KEY = jax.random.key(7)
+profiling = importlib.import_module("sfl_jax.models.profile")  # the package's `profile` is the function in it
 
 
 def samples_of(chain):
@@ -74,7 +84,9 @@ def whole_network():
     one = after_rounds(1)
     assert rounds.difference(one[0].variables, rounds.start()[0]) > 0.01
     for count in (2, 4, 8):
-        assert distance(one, after_rounds(count)) < 1e-5, count
+        found = distance(one, after_rounds(count))
+        print(f"{count} devices: {found:.1e} from one after two rounds")
+        assert found < 1e-5, count
 
 
 def small_network():
@@ -143,8 +155,12 @@ def shifted_unique(values, *, unique=np.unique, **options):
 
 
 def evaluations():
-    """130 samples on 8 devices in batches of at most 6, the last ones filled up."""
-    chain = SHORT["conv"]
+    """130 samples on 8 devices in batches of at most 6, the last ones filled up; both forms."""
+    for chain in SHORT.values():
+        evaluations_of(chain)
+
+
+def evaluations_of(chain):
     variables, _ = rounds.start(chain)
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (130, 16, 16, 1), np.uint8), rng.integers(0, 10, 130, np.int32)
@@ -166,6 +182,45 @@ def evaluations():
         evaluate = devices.compile_evaluation(chain, rounds.preprocess, chosen)
         part, _ = evaluate(devices.replicate(variables, chosen), held_out)
     assert abs(float(devices.on_first(part)) / loss - 1) > 1e-4
+
+
+class StopAfter:
+    """A wish to stop that comes after so many rounds."""
+
+    def __init__(self, rounds):
+        self.asked_before, self.rounds = 0, rounds
+
+    @property
+    def asked(self):
+        self.asked_before += 1
+        return self.asked_before > self.rounds
+
+
+def checkpoints_move():
+    """A run that goes on with other devices has the numbers of one that always had one, but for rounding; the
+    server's optimiser moves along.
+    """
+    flags = [
+        "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", "--clients=1200",
+        "--cohort_size=5", "--clients_per_chunk=2", "--rounds=6", "--eval_every=2", "--server_momentum=0.5",
+        "--learning_rate=0.001", "--server_flops=1e10", "--nocompilation_cache",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        one, several = Path(place, "one"), Path(place, "several")
+        assert train.main([*flags, "--devices=1", f"--workdir={one}"]) == 0
+        for count, more, code in ((4, 2, 75), (1, 1, 75), (3, 1, 75), (2, 9, 0)):
+            stop = contextlib.nullcontext(StopAfter(more))
+            with mock.patch.object(train, "interruption", return_value=stop):
+                assert train.main([*flags, f"--devices={count}", f"--workdir={several}"]) == code
+            config = json.loads((several / "config.json").read_text())
+            assert len(config["environment"]["devices"]) == count
+        for name in ("train_loss", "test_loss", "test_accuracy"):
+            a, b = (
+                [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+                for run in (one, several)
+            )
+            assert len(a) == 6
+            np.testing.assert_allclose(np.array(a, float), np.array(b, float), rtol=1e-5, err_msg=name)
 
 
 def placed(count, chain, chunk=2):
@@ -227,11 +282,10 @@ def crossing_bytes():
         program = devices.map_round(training, devices.choose_devices(4), size)
         found = collectives(program.lower(*arguments, None).compile().as_text())
         assert {kind for kind, _ in found} == {"all-reduce"}
-        expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)))
-        places = arguments[2].client.size
-        assert sum(amount for _, amount in found) == expected + 4 * places
+        expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)), arguments[2].client.size)
+        assert sum(amount for _, amount in found) == expected
         floats = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
-        assert expected == 4 * (floats + 2)
+        assert expected == 4 * (floats + 2 + arguments[2].client.size)
 
 
 def work_of_devices():
@@ -257,6 +311,68 @@ def work_of_devices():
         assert [counts[device] for device in range(count)] == expected.tolist()
 
 
+def benchmark():
+    """It runs, and its rows say what the paper model says of the busiest device."""
+    flags = [
+        "--devices=2", "--clients=3", "--steps=2", "--batch=4", "--size=16", "--rounds=1",
+        "--clients_per_chunk=2",
+    ]  # fmt: skip
+    said = io.StringIO()
+    with (
+        mock.patch.object(scaling.models, "create", return_value=SHORT["conv"]),
+        mock.patch.object(sys, "argv", ["scaling", *flags]),
+        contextlib.redirect_stdout(said),
+    ):
+        scaling.main()
+    rows = [json.loads(line) for line in said.getvalue().splitlines()]
+    assert [(row["scaling"], row["devices"], row["clients"]) for row in rows] == [
+        ("weak", 2, 6),
+        ("strong", 2, 3),
+    ]
+    profile = models.profile(SHORT["conv"], (16, 16, 1))
+    for row in rows:
+        work = scaling.cohort(row["clients"], 2, 4, 4096)
+        arranged, size = fill_chunks(work, 2, row["devices"])
+        steps = scaling.device_steps(arranged, size, row["devices"])
+        assert row["flop_of_the_busiest_device"] == 2 * max(steps) * scaling.step_macs(profile, 4)
+        everywhere = 2 * (row["devices"] - 1) * scaling.reduced_bytes(profile, len(arranged.steps))
+        assert row["sent_bytes_of_a_device"] * row["devices"] == everywhere
+        assert row["round_s"] > 0
+
+
+def products(jaxpr, times=1):
+    """Multiply-accumulates of convolutions and products; the body of a loop counts as often as it is known to
+    run, once where that is data.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        total += times * profiling._MACS.get(equation.primitive.name, lambda _: 0)(equation)
+        turns = times * equation.params.get("length", 1)
+        total += sum(products(inner, turns) for inner in profiling._inner_jaxprs(equation.params))
+    return total
+
+
+def work_of_a_step():
+    """A device's program multiplies as often as the paper model says, in every step and for the sums, on one
+    device of one and of four.
+    """
+    chain, chunk = SHORT["conv"], 3
+    profile, training = models.profile(chain, (16, 16, 1)), rounds.training(chain=chain)
+    for count in (1, 4):
+        work = cohort(chain, 24)
+        batch = work.batches.shape[-1]
+        arranged, size = fill_chunks(work, chunk, count)
+        own = jax.tree.map(lambda x, count=count: x[: len(x) // count], arranged)
+        chunks = len(own.client) // size
+        assert (size, chunks) == (chunk, 8 // count)
+        start = Model(rounds.start(chain)[0])
+        body = functools.partial(run_round, training, size, None)
+        traced = jax.make_jaxpr(body)(start, samples_of(chain), own, KEY, np.float32(rounds.RATE))
+        floats = sum(leaf.size for leaf in jax.tree.leaves(start))
+        steps = size * scaling.step_macs(profile, batch)
+        assert products(traced.jaxpr) == chunks * (steps + size * (floats + 2))
+
+
 def lowered(chain, platform, chunk=2):
     """The StableHLO of a round on four devices of a platform that is not here."""
     arguments, size = placed(4, chain, chunk)
@@ -272,17 +388,31 @@ def lowered(chain, platform, chunk=2):
         on_a_device, mesh=mesh, in_specs=(P(), own, own, P(), P()), out_specs=P(), check_vma=False
     )
     program = jax.jit(mapped, donate_argnums=0).trace(*arguments).lower(lowering_platforms=(platform,))
-    return program.as_text(), arguments[0]
+    return program.as_text(), arguments
+
+
+def reduced(text):
+    """Bytes of the results of all sums over devices in StableHLO."""
+    results = re.findall(
+        r'"stablehlo\.all_reduce"\(.*?\}\) : \([^)]*\) -> (\([^)]*\)|tensor<[^>]*>)', text, re.DOTALL
+    )
+    sizes = re.findall(r"tensor<((?:\d+x)*)[fi]32>", " ".join(results))
+    return sum(4 * math.prod(int(n) for n in dims.split("x") if n) for dims in sizes)
 
 
 def other_platforms():
-    """On CUDA and TPU: products, not grouped convolutions; donation kept; sums the only collectives."""
+    """On CUDA and TPU: products, not grouped convolutions; donation kept; the only collective the sum of the
+    model and of who diverged.
+    """
     for platform in ("cuda", "tpu"):
-        text, model = lowered(rounds.CHAIN, platform)
+        text, (model, _, work, *_) = lowered(rounds.CHAIN, platform)
         assert "stablehlo.dot_general" in text
         assert not re.search(r"stablehlo\.convolution", text)
         kinds = set(re.findall(r"stablehlo\.(all_\w+|reduce_scatter|collective_\w+)", text))
         assert kinds == {"all_reduce"}, kinds
+        assert reduced(text) == scaling.reduced_bytes(
+            models.profile(rounds.CHAIN, (16, 16, 1)), work.client.size
+        )
         donated = text.count("tf.aliasing_output") + text.count("jax.buffer_donor")
         assert donated == len(jax.tree.leaves(model))
         # The other form is what these checks are there to tell apart.

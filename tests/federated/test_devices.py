@@ -14,8 +14,11 @@ from sfl_jax.federated.evaluation import BATCH, batch_at
 
 # Both sides of every comparison are compiled alike, and most of the time goes into compiling.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-SLOW = ("executions_and_cohorts", "mutations", "divergence")
-CASES = ("small_network", "evaluations", "placement", "crossing_bytes", "work_of_devices", "other_platforms")
+SLOW = ("executions_and_cohorts", "mutations", "divergence", "checkpoints_move")
+CASES = (
+    "small_network", "evaluations", "placement", "crossing_bytes", "work_of_devices", "work_of_a_step",
+    "benchmark", "other_platforms",
+)  # fmt: skip
 
 
 def run_case(name, flags=FAST_COMPILATION):

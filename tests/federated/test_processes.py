@@ -1,5 +1,9 @@
-"""Runs of several real processes on this machine: the numbers of one, and what happens when one dies."""
+"""Runs of several real processes on this machine: the numbers of one, and what happens when one ends early.
 
+All runs take one compilation cache, so that a start costs seconds: a cached program is the same program.
+"""
+
+import itertools
 import json
 import os
 import re
@@ -11,65 +15,112 @@ import time
 from pathlib import Path
 
 import pytest
+import stand_ins
 
 from sfl_jax.commands import train
 
 ROOT = Path(__file__).parents[2]
+ROUNDS = 12
+# 5 unequal clients in chunks of 2: the processes have unequal work. Small steps, so that rounding stays so.
 RUN = [
-    "--model=efficientnetv2-tiny", "--image_size=16", "--clients=600", "--cohort_size=5",
-    "--clients_per_chunk=2", "--server_flops=1e10", "--layer_form=product",
+    "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", "--partition=dirichlet",
+    "--dirichlet_alpha=2", "--clients=1000", "--cohort_size=5", "--clients_per_chunk=2",
+    "--learning_rate=0.001", "--server_momentum=0.5", "--server_flops=1e10", f"--rounds={ROUNDS}",
+    f"--eval_every={ROUNDS}", "--checkpoint_every_rounds=3",
 ]  # fmt: skip
-# Compiled fast, and alike in all runs that are compared.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-}
+PATIENT = "--heartbeat_timeout_seconds=1000"
+CLOCKS = {"wall_s", "client_samples_per_s"}
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # Compiled fast, and alike in all runs that are compared.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
-@pytest.fixture
-def launch(tmp_path):
-    """launch(count, workdir, *flags) starts a run of that many processes; none outlives the test."""
+def free_port(ports=(0,)):
+    """The first of these ports that is free; 0 is any."""
+    for port in ports:
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return server.getsockname()[1]
+    raise OSError("no free port")
+
+
+class Process:
+    """One that trains; `said` is what it wrote on stdout and stderr."""
+
+    def __init__(self, command, environment, directory):
+        self.paths = [directory / f"{id(self)}.{name}" for name in ("out", "err")]
+        with self.paths[0].open("w") as out, self.paths[1].open("w") as err:
+            self.child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
+
+    @property
+    def said(self):
+        # Gloo itself says on stdout that it is connected.
+        return [re.sub(r"\[Gloo\].*\n", "", path.read_text()) for path in self.paths]
+
+
+@pytest.fixture(scope="module")
+def launch(environment, tmp_path_factory):
+    """launch(count, workdir, *flags) starts a run of that many processes; none outlives the tests."""
     started = []
 
-    def launch(count, workdir, *flags):
-        port, processes = free_port(), []
+    def launch(count, workdir, *flags, variables=None):
+        port = free_port()
         for process in range(count):
             where = f"--coordinator_address=127.0.0.1:{port}", f"--process_id={process}"
-            command = [
-                sys.executable, "-m", "launch.train", *RUN, f"--workdir={workdir}", *flags,
-                f"--num_processes={count}", *(where if count > 1 else ()),
-            ]  # fmt: skip
-            said = [tmp_path / f"{len(started)}.{name}" for name in ("out", "err")]
-            with said[0].open("w") as out, said[1].open("w") as err:
-                child = subprocess.Popen(
-                    command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=out, stderr=err
-                )
-            processes.append((child, *said))
-            started.append(child)
-        return processes
+            command = [sys.executable, "-m", "launch.train", *RUN, f"--workdir={workdir}", *flags]
+            if variables is None:
+                command += [f"--num_processes={count}", *(where if count > 1 else ())]
+            own = environment | (variables(process) if variables else {})
+            started.append(Process(command, own, tmp_path_factory.mktemp("said")))
+        return started[-count:]
 
     yield launch
-    for child in started:
-        child.kill()
-        child.wait()
+    for process in started:
+        process.child.kill()
+        process.child.wait()
 
 
-def finish(processes, timeout=1200):
+def finish(processes, timeout=1800):
     """(exit code, stdout, stderr) of each."""
     ends = time.monotonic() + timeout
-    results = []
-    for child, *said in processes:
-        code = child.wait(ends - time.monotonic())
-        # Gloo itself says on stdout that it is connected.
-        texts = [re.sub(r"\[Gloo\].*\n", "", path.read_text()) for path in said]
-        results.append((code, *texts))
-    return results
+    return [(one.child.wait(ends - time.monotonic()), *one.said) for one in processes]
+
+
+@pytest.fixture(scope="module")
+def one(launch, tmp_path_factory):
+    """The workdir of a run of one process that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("one")
+    [(code, _, said)] = finish(launch(1, workdir))
+    assert code == 0, said
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(launch, tmp_path_factory):
+    """(workdir, what its processes said) of two that nothing disturbed, started as by Open MPI's mpirun."""
+    workdir, port = tmp_path_factory.mktemp("two"), free_port(range(61440, 65536))
+
+    def variables(process):
+        return {
+            "OMPI_MCA_orte_hnp_uri": f"{(port - 61440) * 4096}.0;tcp://127.0.0.1:1",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(process),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+        }
+
+    return workdir, finish(launch(2, workdir, PATIENT, variables=variables))
 
 
 def lines(workdir):
@@ -77,27 +128,130 @@ def lines(workdir):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def assert_same_numbers(one, several):
-    assert [line["round"] for line in one] == [line["round"] for line in several]
-    for a, b in zip(one, several, strict=True):
-        for name in a.keys() - {"wall_s", "client_samples_per_s"}:
-            same = a[name] is None and b[name] is None
-            assert same or b[name] == pytest.approx(a[name], rel=1e-5), name
+def numbers(workdir):
+    """The lines of metrics.jsonl without the machine's clocks."""
+    return [{name: line[name] for name in line.keys() - CLOCKS} for line in lines(workdir)]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_several_processes_give_the_numbers_of_one(count, launch, tmp_path):
-    """5 clients in chunks of 2: the processes have unequal work. Only the first writes and speaks."""
-    flags = "--rounds=3", "--eval_every=3", "--heartbeat_timeout_seconds=1000"
-    [(code, _, said)] = finish(launch(1, tmp_path / "one", *flags))
-    assert code == 0, said
-    results = finish(launch(count, tmp_path / "several", *flags))
-    assert [code for code, *_ in results] == [0] * count, results[0][2]
-    assert_same_numbers(lines(tmp_path / "one"), lines(tmp_path / "several"))
+def assert_close(workdir, other):
+    """But for rounding."""
+    for a, b in zip(numbers(workdir), numbers(other), strict=True):
+        assert {name: value is None for name, value in a.items()} == {
+            name: value is None for name, value in b.items()
+        }
+        known = [name for name, value in a.items() if value is not None]
+        assert [a[name] for name in known] == pytest.approx([b[name] for name in known], rel=1e-5)
+    losses = [line["train_loss"] for line in numbers(workdir)]
+    assert len(losses) == ROUNDS
+    assert min(abs(a / b - 1) for a, b in itertools.pairwise(losses)) > 1e-4, "rounds are alike"
+
+
+def after_lines(workdir, count, processes, timeout=1800):
+    """Waits until metrics.jsonl has so many lines."""
+    ends = time.monotonic() + timeout
+    while len(lines(workdir)) < count:
+        assert time.monotonic() < ends
+        assert all(one.child.poll() is None for one in processes), [one.said for one in processes]
+        time.sleep(0.01)
+
+
+def test_processes_started_by_open_mpi_give_the_numbers_of_one(one, two):
+    """Only the first writes and speaks."""
+    workdir, results = two
+    assert [code for code, *_ in results] == [0, 0], results
+    assert_close(workdir, one)
     assert "test accuracy" in results[0][1]
-    assert not any(out for _, out, _ in results[1:])
-    config = json.loads((tmp_path / "several" / "config.json").read_text())
-    assert len(config["environment"]["devices"]) == count, "each process brought its device"
+    assert results[1][1:] == ("", "")
+    config = json.loads((workdir / "config.json").read_text())
+    assert len(config["environment"]["devices"]) == 2, "each process brought its device"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_processes(launch, one, tmp_path):
+    """2, then 3, then 1. One alone is asked to stop; all do, and the first says so."""
+    for count, until in ((2, 3), (3, 7)):
+        processes = launch(count, tmp_path, PATIENT)
+        after_lines(tmp_path, until, processes)
+        processes[-1].child.terminate()
+        results = finish(processes)
+        assert [code for code, *_ in results] == [75] * count, results
+        told = [f"interrupted, round {len(lines(tmp_path))} of {ROUNDS}" in err for *_, err in results]
+        assert told == [True] + [False] * (count - 1)
+    [(code, out, err)] = finish(launch(1, tmp_path))
+    assert code == 0, err
+    assert "going on after round" in out
+    assert_close(tmp_path, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_killed_ends_all_and_the_same_command_goes_on(victim, launch, two, tmp_path):
+    heartbeat_s = 60
+    flags = (f"--heartbeat_timeout_seconds={heartbeat_s}",)
+    processes = launch(2, tmp_path, *flags)
+    after_lines(tmp_path, 5, processes)
+    processes[victim].child.kill()
+    killed_at = time.monotonic()
+    results = finish(processes)
+    # Some seconds more, since this machine may be busy.
+    assert time.monotonic() - killed_at < heartbeat_s + 30
+    assert results[victim][0] == -signal.SIGKILL
+    code, _, said = results[1 - victim]
+    print(f"process {victim} killed: {code} after {time.monotonic() - killed_at:.1f} s; {said}")
+    assert code in (1, -signal.SIGABRT)
+    assert re.search(r"error: process \d of 2 stops|JAX distributed service detected", said), said
+    assert len(lines(tmp_path)) < ROUNDS
+    results = finish(launch(2, tmp_path, *flags))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert re.search("going on after round [369]", results[0][1])
+    assert numbers(tmp_path) == numbers(two[0])
+
+
+@pytest.mark.slow
+def test_preempted_under_slurm_it_is_requeued_and_goes_on(environment, two, tmp_path):
+    """The job script itself, with two tasks; SLURM asks all of its processes to stop."""
+    job = free_port(range(62000, 65536)) - 61440
+    workdir = tmp_path / "run"
+    queue = Process(
+        ["sbatch", "launch/cluster/slurm.sh", *RUN, f"--workdir={workdir}", PATIENT],
+        environment | stand_ins.variables(tmp_path, job, tasks=2) | {"PYTHON": sys.executable},
+        tmp_path,
+    )
+    try:
+        after_lines(workdir, 3, [queue])
+        os.killpg(int((tmp_path / "record.job").read_text()), signal.SIGTERM)
+        [(code, out, err)] = finish([queue])
+    finally:
+        queue.child.kill()
+    assert code == 0, err
+    assert out.count(f"job {job} was interrupted and saved; requeued") == 1
+    done = int(re.search(r"interrupted, round (\d+) of 12 is saved", err)[1])
+    assert f"going on after round {done} of {ROUNDS}" in out
+    assert numbers(workdir) == numbers(two[0])
+
+
+def case(name, environment, **variables):
+    """A function of `process_cases`, in a process of its own."""
+    tests = Path(__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from federated import process_cases; process_cases.{name}()"],
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(tests), str(ROOT)])} | variables,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_process_reads_the_samples_of_its_own_clients(environment):
+    address = f"127.0.0.1:{free_port()}"
+    both = [case("own_samples", environment, ADDRESS=address, PROCESS=str(process)) for process in (0, 1)]
+    for process in both:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+
+
+def test_processes_find_each_other_on_every_system(environment):
+    process = case("systems", environment)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
 
 
 def test_processes_that_cannot_be_are_refused(capsys, tmp_path):
@@ -110,30 +264,17 @@ def test_processes_that_cannot_be_are_refused(capsys, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def after_lines(workdir, count, processes, timeout=1200):
-    """Waits until metrics.jsonl has so many lines."""
-    ends = time.monotonic() + timeout
-    while len(lines(workdir)) < count:
-        assert time.monotonic() < ends
-        assert all(child.poll() is None for child, *_ in processes), finish(processes)
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_one_process_killed_ends_all(launch, tmp_path):
-    heartbeat_s = 60
-    flags = "--rounds=60", "--eval_every=60"
-    processes = launch(2, tmp_path / "run", *flags, f"--heartbeat_timeout_seconds={heartbeat_s}")
-    after_lines(tmp_path / "run", 12, processes)
-    processes[1][0].send_signal(signal.SIGKILL)
-    killed_at = time.monotonic()
-    results = finish(processes)
-    # Some seconds more, since this machine may be busy.
-    assert time.monotonic() - killed_at < heartbeat_s + 30
-    for process, (code, _, said) in enumerate(results):
-        assert code != 0
-        if process != 1:
-            assert re.search(r"error: process \d of \d stops|the JAX distributed service detected", said), (
-                said
-            )
-    assert len(lines(tmp_path / "run")) < 60
+@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "SLURM_PROCID"])
+def test_a_task_that_cannot_meet_the_others_does_not_train_alone(variable, capsys, tmp_path, monkeypatch):
+    """Otherwise every task of a job would train in the same workdir."""
+    for name, value in {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", variable: "none",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    assert train.main([*RUN, f"--workdir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --coordinator_address=(as found): the other processes cannot be reached")
+    assert "--num_processes=1 trains alone" in said
+    assert not list((tmp_path / "run").iterdir())

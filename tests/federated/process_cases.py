@@ -1,0 +1,135 @@
+"""What `test_processes.py` runs in processes of their own, which meet as a run's do."""
+
+import os
+from unittest import mock
+
+import jax
+import numpy as np
+
+from sfl_jax.config import Config
+from sfl_jax.federated import devices, processes
+from sfl_jax.federated.balance import fill_chunks
+from sfl_jax.federated.session import Assignment, Samples
+
+JOB = {"SLURM_JOB_ID": str(9 * 4096 + 3)}
+ON_TPU = {"TPU_WORKER_HOSTNAMES": "tpu-0.local,tpu-1.local,tpu-2.local", "TPU_WORKER_ID": "2"}
+# What each system sets; what its metadata server says; what is found in it: where process 0 is, how many
+# there are, which one this is.
+SYSTEMS = {
+    "slurm": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "node7",
+            "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3",
+        },
+        {},
+        ("node7:61443", 4, 3),
+    ),
+    "slurm, several nodes": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+            "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+        },
+        {},
+        ("gpu07:61443", 8, 5),
+    ),
+    "slurm, outside of srun": (JOB | {"SLURM_NTASKS": "4"}, {}, None),
+    "open mpi": (
+        {
+            "OMPI_MCA_orte_hnp_uri": f"{5 * 4096}.0;tcp://10.96.0.1,10.148.0.1:34911",
+            "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        },
+        {},
+        ("10.96.0.1:61445", 2, 1),
+    ),
+    "gke": (ON_TPU, {}, ("tpu-0.local:8482", 3, 2)),
+    "gke, several slices": (
+        ON_TPU
+        | {
+            "MEGASCALE_COORDINATOR_ADDRESS": "first:8080",
+            "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1",
+        },
+        {},
+        ("first:8482", 6, 5),
+    ),
+    "cloud tpu": (
+        {},
+        {"agent-worker-number": "1", "worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2"},
+        ("10.0.0.1:8482", 2, 1),
+    ),
+    "nowhere": ({}, {}, None),
+}  # fmt: skip
+
+
+def found(variables, metadata):
+    """(address of process 0, processes, which this is) that `join` meets others with; None where alone."""
+    from jax._src import distributed
+    from jax._src.clusters import cloud_tpu_cluster, cluster
+
+    on_tpu = bool(metadata) or "TPU_WORKER_ID" in variables
+    with (
+        mock.patch.dict(os.environ, variables),
+        mock.patch.object(cluster, "running_in_cloud_tpu_vm", on_tpu),
+        mock.patch.object(cloud_tpu_cluster, "running_in_cloud_tpu_vm", on_tpu),
+        mock.patch.object(
+            cloud_tpu_cluster,
+            "get_metadata",
+            lambda key: (metadata.get(key, ""), 200 if key in metadata else 404),
+        ),
+        mock.patch.object(cloud_tpu_cluster.socket, "gethostbyname"),
+        mock.patch.object(distributed, "_jax") as library,
+        mock.patch.object(distributed, "global_state", distributed.State()) as state,
+    ):
+        if on_tpu:
+            os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which JAX sets elsewhere
+        processes.join(Config())
+        if not library.get_distributed_runtime_client.called:
+            return None
+        return state.coordinator_address, state.num_processes, state.process_id
+
+
+def systems():
+    for name, (variables, metadata, expected) in SYSTEMS.items():
+        assert found(variables, metadata) == expected, name
+
+
+class Recording(np.ndarray):
+    """Images that remember which of them were read."""
+
+    def __getitem__(self, rows):
+        if isinstance(rows, np.ndarray):
+            self.read.update(rows.tolist())
+        return np.asarray(self)[rows]
+
+
+def own_samples():
+    """A process reads the samples of its own clients and no others."""
+    own = int(os.environ["PROCESS"])
+    processes.join(
+        Config(
+            coordinator_address=os.environ["ADDRESS"], num_processes=2, process_id=own,
+            heartbeat_timeout_seconds=1000,
+        )
+    )  # fmt: skip
+    chosen = devices.choose_devices(0)
+    assert [device.process_index for device in chosen] == [0, 1]
+    clients, steps, rng = 7, 3, np.random.default_rng(0)
+    # Client k has the samples 100 k to 100 k + 99.
+    batches = rng.integers(0, 100, (clients, steps, 4)) + 100 * np.arange(clients)[:, None, None]
+    work = Assignment(
+        np.arange(clients), np.ones(clients, np.int32), np.ones(clients, np.float32),
+        rng.integers(1, steps + 1, clients), batches,
+    )  # fmt: skip
+    images = rng.integers(0, 256, (100 * clients, 2, 2, 1), np.uint8).view(Recording)
+    images.read = set()
+    arranged, _ = fill_chunks(work, 2, len(chosen))
+    labels = np.arange(len(images), dtype=np.int32)
+    samples, placed = devices.place_clients(Samples(images, labels), arranged, chosen)
+
+    by_process = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), arranged)
+    here = by_process.client[own][by_process.weight[own] > 0]
+    assert 0 < len(here) < clients
+    np.testing.assert_array_equal(np.asarray(placed.client)[0], by_process.client[own])
+    assert images.read == {row for k in here for row in batches[k, : work.steps[k]].reshape(-1).tolist()}
+    assert samples.images.shape[1] < len(images)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from sfl_jax.optim.shares import SLACK, end_s, rounding
-from sfl_jax.optim.table import FEW, least, sweep, table
+from sfl_jax.optim.table import FEW, MANY, Needed, least, sweep, table
 
 _PASSES = 200
-_LARGE, _SAMPLED = 1 << 17, 64
+_SAMPLE, _HALVINGS = 1 << 12, 12
 
 
 class Optimum(NamedTuple):
@@ -41,8 +41,10 @@ class _Search(NamedTuple):
     passes: jax.Array
 
 
-def exact(costs, server_flops, present, block: int | None = None) -> Optimum:
+def exact(costs, server_flops, present, block: int | None = None, needed: Needed | None = None) -> Optimum:
     """Optimal cuts and the proven bound; costs or terms, server_flops () FLOP/s, present (K,) bool.
+
+    needed: of Terms, the cuts of `needed_cuts`, if not all are to be tried; block as of `sweep`.
 
     A pass at a guess T either proves that T cannot be met or gives cuts that meet it. Frozen, these cuts
     have a closed-form best end, and a guess just below it closes the bracket if the cuts were optimal:
@@ -54,7 +56,7 @@ def exact(costs, server_flops, present, block: int | None = None) -> Optimum:
     much at T in float64, with SLACK on T and `rounding` on the sum, is too much at T (1 - 8 rounding).
     """
     clients, count = costs.shape
-    swept = table(costs)
+    swept = table(costs, needed)
     error = rounding(clients)
     tolerance = 1e-12 + clients * 1e-13
     least_s = jnp.max(jnp.where(present, _ends_alone(swept, costs, server_flops), 0.0))
@@ -129,12 +131,33 @@ def _either(first, these, those):
 
 
 def _sampled_s(costs, server_flops, present):
-    """Where to look first: of very many clients, the optimum of every 64th, with a server as much smaller."""
-    if costs.shape[0] < _LARGE:
+    """Where to look first: of very many clients about the optimum of every so many-th, with a server as much
+    smaller, by halving between what each would take with all of it and with equal shares."""
+    clients, count = costs.shape
+    if clients < MANY:
         return jnp.zeros(())
-    few, here = costs.take(slice(None, None, _SAMPLED)), present[::_SAMPLED]
-    part = jnp.sum(here) / jnp.maximum(jnp.sum(present), 1)
-    return exact(few, server_flops * part, here, FEW).bound_s
+    few, here = costs.take(slice(None, None, clients // _SAMPLE)), present[:: clients // _SAMPLE]
+    flops = server_flops * jnp.sum(here) / jnp.maximum(jnp.sum(present), 1)
+    everywhere = jnp.arange(count)[:, None] + jnp.zeros(len(here), jnp.int32)
+    fixed_s, work, allowed = jax.vmap(few.at)(everywhere)
+    fixed_s = jnp.where(allowed & here, fixed_s, jnp.where(here, jnp.inf, 0.0))
+    work = jnp.where(here, work, 0.0)
+
+    def latest_s(share):
+        waits_s = jnp.where(work > 0, work / share, 0.0)
+        return jnp.max(jnp.min(fixed_s + waits_s, axis=0))
+
+    def halve(_, bracket):
+        low_s, high_s = bracket
+        middle_s = jnp.sqrt(low_s * high_s)
+        left_s = jnp.maximum(middle_s - fixed_s, 0.0)
+        shares = jnp.where(work > 0, work / left_s, jnp.where(fixed_s <= middle_s, 0.0, jnp.inf))
+        met = jnp.sum(jnp.min(shares, axis=0)) <= flops
+        return jnp.where(met, low_s, middle_s), jnp.where(met, middle_s, high_s)
+
+    bracket = latest_s(flops), latest_s(flops / jnp.maximum(jnp.sum(here), 1))
+    found_s = lax.fori_loop(0, _HALVINGS, halve, bracket)[1]
+    return jnp.where(jnp.isfinite(found_s), found_s, 0.0)
 
 
 def _ends_alone(swept, costs, server_flops):

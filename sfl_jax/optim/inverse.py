@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from sfl_jax.errors import BadInput
 from sfl_jax.optim.costs import Costs, Cuts, Floats, Terms
 from sfl_jax.optim.infeasible import why_infeasible
+from sfl_jax.optim.needed import needed_cuts
 from sfl_jax.optim.plan import Infeasible, Plan
 from sfl_jax.optim.shares import SLACK, rounding
 
@@ -32,7 +33,7 @@ def smallest_server(costs: Costs | Terms, round_s: float, present: ArrayLike | N
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
     shares, cuts = np.full(clients, np.inf), np.full(clients, count - 1, np.int32)
     soonest_s = np.full(clients, np.inf)
-    for cut in range(count):
+    for cut in needed_cuts(costs) if isinstance(costs, Terms) else range(count):
         fixed_s, work, allowed = costs.at(np.full(clients, cut))
         soonest_s = np.where(allowed, np.minimum(soonest_s, fixed_s), soonest_s)
         left_s = round_s - fixed_s

@@ -15,10 +15,12 @@ from sfl_jax.optim.alternating import STARTS, alternating
 from sfl_jax.optim.costs import Costs, Terms
 from sfl_jax.optim.exact import exact
 from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
+from sfl_jax.optim.needed import needed_cuts
 from sfl_jax.optim.plan import Plan, Solution
 from sfl_jax.optim.regression import fit_curves, relaxed, rounded
 from sfl_jax.optim.shares import optimal_shares, shares_by
 from sfl_jax.optim.staged import STAGED_METHODS, solve_staged
+from sfl_jax.optim.table import MANY, Needed
 
 Method = Literal[
     "exact",
@@ -32,6 +34,7 @@ Method = Literal[
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 BARRIERS = ("session", "staged")
+_BLOCK = 16  # no fewer cuts are needed of any EfficientNetV2 whose clients have the memory
 
 
 def solve(
@@ -69,7 +72,7 @@ def solve(
         key = None if key is None else jax.device_put(key, cpu)
         flops = np.float64(server_flops)
         # The optimum apart, compiled once for all methods: it bounds them.
-        plan = _exact(costs, flops, here)
+        plan = _exact(costs, flops, here, *_needed(costs))
         if method != "exact":
             chosen = _other(costs, flops, here, method, key, tuple(starts), curves)
             plan = chosen._replace(bound_s=plan.bound_s, iterations=chosen.iterations)
@@ -102,8 +105,18 @@ def solve_arrays(
     return other._replace(bound_s=best.bound_s)
 
 
-def _optimum(costs, server_flops, present) -> Solution:
-    cuts, bound_s, passes = exact(costs, server_flops, present)
+def _needed(costs: Costs | Terms) -> tuple[Needed | None, int | None]:
+    """The cuts that the optimum needs, and how many of them to unroll."""
+    if isinstance(costs, Costs):
+        return None, None
+    cuts, (clients, count) = needed_cuts(costs), costs.shape
+    others = np.setdiff1d(np.arange(count, dtype=np.int32), cuts)
+    blocks = -(-len(cuts) // _BLOCK) if clients >= MANY else 1
+    return Needed(np.concatenate([cuts, others]), np.int32(len(cuts))), blocks * _BLOCK
+
+
+def _optimum(costs, server_flops, present, needed=None, block=None) -> Solution:
+    cuts, bound_s, passes = exact(costs, server_flops, present, block, needed)
     fixed_s, server_flop, allowed = costs.at(cuts)
     shares, ends, round_s = optimal_shares(fixed_s, server_flop, server_flops, present)
     feasible = jnp.all(allowed | ~present) & jnp.isfinite(round_s)
@@ -140,7 +153,7 @@ def _chosen(costs, server_flops, present, method, key, starts, curves) -> Soluti
     return Solution(cuts, shares, ends, round_s, jnp.zeros(()), steps, feasible)
 
 
-_exact = jax.jit(_optimum)
+_exact = jax.jit(_optimum, static_argnames="block")
 _other = partial(jax.jit, static_argnames=("method", "starts"))(_chosen)
 
 

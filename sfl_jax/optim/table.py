@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from sfl_jax.optim.costs import Costs, Terms
 
 FEW = 8
+MANY = 1 << 17  # clients, from where on it is worth to compile for the number of cuts that are needed
 # Of one cut: fixed seconds (K,), work per weight (K,) or (), allowed (K,).
 Column = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -24,11 +25,15 @@ class Dense(NamedTuple):
 
     costs: Costs
 
-    def columns(self, first, number: int) -> Iterator[Column]:
+    @property
+    def number(self) -> int:
+        return self.costs.shape[1]
+
+    def columns(self, first, number: int) -> Iterator[tuple[jax.Array, Column]]:
         parts = [lax.dynamic_slice_in_dim(part, first, number, axis=1) for part in self.costs]
         for index in range(number):
             fixed_s, work, allowed = (part[:, index] for part in parts)
-            yield fixed_s, work, allowed
+            yield first + index, (fixed_s, work, allowed)
 
 
 class Factored(NamedTuple):
@@ -38,8 +43,10 @@ class Factored(NamedTuple):
     memory_bytes: ArrayLike  # (K,)
     joules: tuple[ArrayLike, ...] | None  # per FLOP, per bit up, per bit of the model, budget; (K,) each
     rows: jax.Array  # (C, 6): the four amounts, server work, needed bytes (inf where min_cut forbids)
+    cuts: jax.Array  # (C,) int32: which cut a row is of
+    number: int | jax.Array  # of the rows that are swept, from the first
 
-    def columns(self, first, number: int) -> Iterator[Column]:
+    def columns(self, first, number: int) -> Iterator[tuple[jax.Array, Column]]:
         rows = lax.dynamic_slice_in_dim(self.rows, first, number)
         compute, up, down, model = self.coefficients
         for index in range(number):
@@ -49,11 +56,18 @@ class Factored(NamedTuple):
             if self.joules is not None:
                 per_flop, per_bit, per_model_bit, budget = self.joules
                 allowed &= per_flop * flop + per_bit * up_bits + per_model_bit * model_bits <= budget
-            yield fixed_s, work, allowed
+            yield self.cuts[first + index], (fixed_s, work, allowed)
 
 
-def table(costs: Costs | Terms) -> Dense | Factored:
-    """What `sweep` goes through; made once, outside of a solver's loop."""
+class Needed(NamedTuple):
+    """The cuts that a sweep needs, of any number but in arrays of one shape: nothing is compiled anew."""
+
+    order: ArrayLike  # (C,) int32, all cuts, those first
+    number: ArrayLike  # () int32
+
+
+def table(costs: Costs | Terms, needed: Needed | None = None) -> Dense | Factored:
+    """What `sweep` goes through, all cuts or (of Terms) some; made once, outside of a solver's loop."""
     if isinstance(costs, Costs):
         return Dense(costs)
     samples, per_bit_up, per_bit_down = costs.samples, 1 / costs.uplink_bps, 1 / costs.downlink_bps
@@ -62,18 +76,24 @@ def table(costs: Costs | Terms) -> Dense | Factored:
     if costs.energy is not None:
         airtime_j = costs.energy.transmit_w * per_bit_up
         joules = (samples * costs.energy.j_per_flop, samples * airtime_j, airtime_j, costs.energy.budget_j)
+    needed_bytes = jnp.where(costs.permitted, costs.needed_bytes, jnp.inf)
+    rows, count = jnp.stack([*amounts, costs.work_flop, needed_bytes], axis=1), costs.shape[1]
+    cuts, number = jnp.arange(count, dtype=jnp.int32), count
+    if needed is not None:
+        cuts, number = jnp.asarray(needed.order), jnp.asarray(needed.number)
+        rows = rows[cuts].at[:, -1].set(jnp.where(jnp.arange(count) < number, needed_bytes[cuts], jnp.inf))
     return Factored(
         (samples / costs.flops, samples * per_bit_up, samples * per_bit_down, per_bit_up + per_bit_down),
         costs.memory_bytes,
         joules,
-        jnp.stack(
-            [*amounts, costs.work_flop, jnp.where(costs.permitted, costs.needed_bytes, jnp.inf)], axis=1
-        ),
+        rows,
+        cuts,
+        number,
     )
 
 
 def sweep(swept: Dense | Factored, count: int, step: Callable, start, block: int | None = None):
-    """step(cut, column, state) over all `count` cuts in order.
+    """step(cut, column, state) over the cuts in order; `count` is C.
 
     block: cuts unrolled at a time; by default all of a usual network's, for a loop carries its state through
     memory. What runs once, or over few clients, compiles sooner with FEW.
@@ -83,12 +103,12 @@ def sweep(swept: Dense | Factored, count: int, step: Callable, start, block: int
     def through(index, state):
         # The last block is moved back to fit; what it repeats is not allowed a second time.
         first = jnp.minimum(index * block, count - block)
-        for offset, (fixed_s, work, allowed) in enumerate(swept.columns(first, block)):
-            cut = (first + offset).astype(jnp.int32)
-            state = step(cut, (fixed_s, work, allowed & (cut >= index * block)), state)
+        for offset, (cut, (fixed_s, work, allowed)) in enumerate(swept.columns(first, block)):
+            column = fixed_s, work, allowed & (first + offset >= index * block)
+            state = step(cut.astype(jnp.int32), column, state)
         return state
 
-    return lax.fori_loop(0, -(-count // block), through, start) if block < count else through(0, start)
+    return lax.fori_loop(0, -(-swept.number // block), through, start) if block < count else through(0, start)
 
 
 def least(

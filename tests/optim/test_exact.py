@@ -73,8 +73,8 @@ def test_a_sampled_start_changes_the_passes_not_the_plan(monkeypatch):
     terms = optim.terms(oracles.profile(6), oracles.fleet(300, spread=0.2), optim.Work())
     plain = optim.solve(terms, 1e10)
     exact = __import__("sfl_jax.optim.exact", fromlist=["exact"])
-    monkeypatch.setattr(exact, "_LARGE", 300)
-    monkeypatch.setattr(exact, "_SAMPLED", 8)
+    monkeypatch.setattr(exact, "MANY", 300)
+    monkeypatch.setattr(exact, "_SAMPLE", 40)
     with jax.enable_x64(True):
         sampled = jax.jit(optim.solve_arrays)(terms, 1e10)
     np.testing.assert_allclose(sampled.round_s, plain.round_s, rtol=1e-10)

@@ -156,7 +156,11 @@ def clocks(built: experiment.Experiment, rounds: int) -> dict[str, Float64[np.nd
     Training is the same under every scheme, so its plans are all that a clock needs.
     """
     config = built.config
-    name = config.method if config.band == "fixed" else f"{config.method}, {config.band} band"
+    name = config.method
+    if config.band != "fixed":
+        name += f", {config.band} band"
+    if config.starts != Config.starts:
+        name += f", starts {config.starts}"
     names = [name, *(scheme for scheme in schemes(config.barrier) if scheme != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
     for round in range(rounds):

@@ -14,6 +14,7 @@ MODELS = tuple(f"efficientnetv2-{name}" for name in ("tiny", "b0", "b1", "b2", "
 METHODS = (
     "exact", "alternating", "regression", "greedy", "equal_shares", "common_cut", "random_cut", "no_split",
 )  # fmt: skip
+STARTS = ("equal", "proportional", "random")
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
@@ -84,6 +85,10 @@ class Config:
     fleet: str = _flag("random", FLEET, PLANNING, "random, or the path of a fleet.csv", harmless=True)
     server_flops: float = _flag(1e12, FLEET, PLANNING, "compute of the server, FLOP/s", above=0)
     method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
+    starts: str = _flag(
+        "equal", FLEET, PLANNING, "of alternating and regression, the best is kept: some of "
+        "equal, proportional, random, with commas between",
+    )  # fmt: skip
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
     links: str = _flag(
         "fixed", FLEET, PLANNING, "the fleet's rates, or Shannon's by distance, or fading too", choices=LINKS
@@ -149,7 +154,7 @@ class Config:
         False, MACHINE, TRAINING, "the same bits in every run on a GPU too, which is slower"
     )
     compilation_cache: bool = _flag(
-        True, MACHINE, TRAINING, "keep compiled programs in the user's cache directory"
+        True, MACHINE, PLANNING, "keep compiled programs in the user's cache directory"
     )
     num_processes: int = _flag(
         0,
@@ -281,6 +286,10 @@ def validate(config: Config, command: str = "train") -> None:
             f"--target_round_s={config.target_round_s}: needs"
             " --method=exact, --barrier=session and --band=fixed"
         )
+    if not set(config.starts.split(",")) <= set(STARTS):
+        raise BadInput(f"--starts={config.starts}: must be some of {', '.join(STARTS)}, with commas between")
+    if config.starts != Config.starts and config.method not in ("alternating", "regression"):
+        raise BadInput(f"--starts={config.starts}: needs --method=alternating or --method=regression")
     if config.plan_only and config.band != "fixed":
         raise BadInput(f"--band={config.band}: must be fixed with --plan_only, which compares every method")
     for name in ("image_channels", "num_classes", "samples_per_client"):

@@ -31,23 +31,25 @@ class Planned(NamedTuple):
     plan: optim.Plan | optim.BandPlan
 
 
-def make_plan(config: Config) -> Planned:
-    """The plan for the fleet, the network and the server of `config`.
+def make_plan(config: Config, file: fleets.Fleet | None = None) -> Planned:
+    """The plan for the fleet, the network and the server of `config`; `file`: its fleet file if read already.
 
     With a target_round_s, the plan of the smallest server that meets it.
 
     Raises BadInput for a fleet file that is wrong or lacks samples, a min_cut beyond the chain, a method that
     cannot do what is asked, and where some client cannot be served at all.
     """
-    fleet, profile, terms = read_terms(config)
+    fleet, profile, terms = read_terms(config, file)
     if config.target_round_s:
         config = dataclasses.replace(config, server_flops=smallest_server(config, fleet, terms))
     return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
 
 
-def read_terms(config: Config) -> tuple[fleets.Fleet, models.Profile, optim.Terms]:
+def read_terms(
+    config: Config, file: fleets.Fleet | None = None
+) -> tuple[fleets.Fleet, models.Profile, optim.Terms]:
     """The fleet of `config`, the profile of its network, and their terms with the links of round 0."""
-    fleet = read_fleet(config)
+    fleet = read_fleet(config, file)
     chain = models.create(config.model, config.num_classes, config.image_channels)
     if config.min_cut > len(chain):
         raise BadInput(
@@ -69,12 +71,12 @@ def _compile_plan(config: Config, fleet: fleets.Fleet, units: int) -> None:
         optim.solve(optim.terms(free, fleet, work(config)), config.server_flops)  # pyright: ignore[reportArgumentType]
 
 
-def read_fleet(config: Config) -> fleets.Fleet:
-    """The fleet file of `config`, or its random fleet."""
+def read_fleet(config: Config, file: fleets.Fleet | None = None) -> fleets.Fleet:
+    """The fleet file of `config`, read here unless it is given, or its random fleet."""
     if config.fleet == "random":
         fleet = fleets.random_fleet(config.clients, seed=config.seed)
         return fleet.with_samples(np.full(config.clients, config.samples_per_client))
-    fleet = fleets.read_fleet(config.fleet)
+    fleet = file or fleets.read_fleet(config.fleet)
     if fleet.samples is None:
         raise BadInput(f"{config.fleet}: column samples: missing; a plan needs the samples of each client")
     check_links(config, fleet)
@@ -122,7 +124,12 @@ def solve(
             band = equal if config.band == "pooled" else (equal, equal)
             return optim.solve_bandwidth(terms, config.server_flops, band, reference_hz=1.0)
         return optim.solve(
-            terms, config.server_flops, config.method, config.barrier, round_key(config, round)
+            terms,
+            config.server_flops,
+            config.method,
+            config.barrier,
+            round_key(config, round),
+            starts=config.starts.split(","),
         )
     except optim.Infeasible as error:
         raise BadInput(_named(error, fleet)) from error

@@ -111,6 +111,18 @@ def test_limits_between_flags_name_both():
                 validate(Config(band="pooled", **other), command)
 
 
+def test_starts_are_of_methods_that_alternate():
+    for starts in ("best", "", "equal,", "equal, random", "equal;random"):
+        with pytest.raises(
+            BadInput, match=f"^--starts={starts}: must be some of equal, proportional, random"
+        ):
+            validate(Config(method="alternating", starts=starts), "plan")
+    for method in ("alternating", "regression"):
+        validate(Config(method=method, starts="proportional,random,random"), "plan")
+    with pytest.raises(BadInput, match=r"--starts=random: needs --method=alternating or --method=regression"):
+        validate(Config(starts="random"), "train")
+
+
 def test_fleet_must_be_a_file(tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         validate(Config(fleet=str(tmp_path)))
@@ -153,3 +165,4 @@ def test_choices_are_those_of_the_registries():
     assert set(config_lib.MODELS) == set(models.VARIANTS)
     assert config_lib.METHODS == optim.METHODS
     assert config_lib.BARRIERS == optim.BARRIERS
+    assert config_lib.STARTS == optim.STARTS

@@ -119,6 +119,20 @@ def test_equal_shares_are_held_up_by_the_one_that_uses_its_share(tiny):
     assert who.clients.tolist() == [int(np.argmax(fixed_s + work / equal))]
 
 
+@pytest.mark.parametrize("method", ["alternating", "regression"])
+def test_the_best_of_several_starts_is_kept(tiny, method):
+    scarce = dataclasses.replace(tiny, method=method, server_flops=3e8)
+    one = planning.make_plan(scarce)
+    starts = ("proportional", "equal", "random", "random")
+    more = planning.make_plan(dataclasses.replace(scarce, starts=",".join(starts))).plan
+    asked = optim.solve(one.terms, 3e8, method, key=planning.round_key(scarce, 0), starts=starts)
+    np.testing.assert_array_equal(more.cuts, asked.cuts)
+    assert (more.round_s, more.iterations) == (asked.round_s, asked.iterations)
+    assert more.iterations > one.plan.iterations
+    if method == "alternating":  # the regression compares on its curves, not on the table
+        assert more.round_s <= one.plan.round_s
+
+
 def test_gains_are_those_of_planning_anew(planned, tiny, tmp_path):
     gains = planning.gains(planned)
     richer = planning.make_plan(dataclasses.replace(tiny, server_flops=1e10 + 1e12))

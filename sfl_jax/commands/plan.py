@@ -20,12 +20,18 @@ def plan(config: Config) -> None:
     output = Path(config.output)
     written = [output, output.with_suffix(".csv"), *([output.with_suffix(".png")] if config.plot else [])]
     check_outputs(written, config.fleet)
-    from sfl_jax import planning
-    from sfl_jax.commands.plan_files import write_plan
-    from sfl_jax.commands.plan_summary import head, summary
+    from sfl_jax.fleet import read_fleet
 
-    planned = planning.make_plan(config)
     with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_fleet, config.fleet) if config.fleet != "random" else None
+        # Meanwhile, for JAX takes as long to import as a million lines to read.
+        from sfl_jax import compilation_cache, planning
+        from sfl_jax.commands.plan_files import write_plan
+        from sfl_jax.commands.plan_summary import head, summary
+
+        if config.compilation_cache:
+            compilation_cache.enable()
+        planned = planning.make_plan(config, reading and reading.result())
         writing = pool.submit(write_plan, output, head(planned), planning.table(planned))
         print(summary(planned, planning.gains(planned)))
         if config.plot:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from sfl_jax import optim
+from sfl_jax.config import Config
 from sfl_jax.planning import Gains, Planned, binding, seconds
 
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
@@ -30,6 +31,7 @@ def head(planned: Planned) -> dict[str, Any]:
         "round_s": plan.round_s,
         "bound_s": plan.bound_s,
         "iterations": plan.iterations,
+        **({"starts": config.starts} if config.method in ("alternating", "regression") else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
@@ -51,6 +53,7 @@ def summary(planned: Planned, gains: Gains) -> str:
     """The plan in lines of a name and a text."""
     config, plan = planned.config, planned.plan
     clients = _count(len(planned.fleet), "client")
+    method = config.method + (f" from {config.starts}" if config.starts != Config.starts else "")
     network = f"{config.model} at {config.image_size}x{config.image_size}"
     more = [
         ("+1 TFLOP/s", "of server", gains.server_s), ("+10 %", "of uplink for all", gains.uplink_s),
@@ -58,7 +61,7 @@ def summary(planned: Planned, gains: Gains) -> str:
         ("+10 %", "of compute for all clients", gains.compute_s),
     ]  # fmt: skip
     lines = [
-        ("plan", f"{config.method}, {config.barrier} barrier, {_LINKS[config.links]}, {network}, {clients}"),
+        ("plan", f"{method}, {config.barrier} barrier, {_LINKS[config.links]}, {network}, {clients}"),
         ("round", f"{plan.round_s:.5g} s"),
         ("bound", f"{plan.bound_s:.5g} s, proven for every method; {_gap(plan.gap)}"),
         ("server", _server(planned)),

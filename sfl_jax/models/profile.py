@@ -81,21 +81,23 @@ def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
             {"params": params, "batch_stats": state}, x, True, rngs={"drop": key}, mutable=["batch_stats"]
         )
 
-    def gradients(params, x, state, key):
+    def pullback(params, x, state, key):
         inputs = () if is_first else (x,)
-        y, pullback, _ = jax.vjp(lambda p, x=x: run(p, x, state, key), params, *inputs, has_aux=True)
-        return pullback(jnp.ones_like(y))
+        return jax.vjp(lambda p, x=x: run(p, x, state, key), params, *inputs, has_aux=True)[:2]
 
-    def residuals(params, x, state, key):
-        return jax.vjp(lambda p, x: run(p, x, state, key), params, x, has_aux=True)[1]
+    def gradients(*arguments):
+        output, pull = pullback(*arguments)
+        return pull(jnp.ones_like(output)), pull
 
-    arguments = (params, example(1), state, key)
-    forward = _macs(jax.make_jaxpr(run)(*arguments).jaxpr)
-    both = _macs(jax.make_jaxpr(gradients)(*arguments).jaxpr)
+    forward, (output, _) = jax.make_jaxpr(run, return_shape=True)(params, example(1), state, key)
+    both, (_, kept) = jax.make_jaxpr(gradients, return_shape=True)(params, example(1), state, key)
+    forward_macs, macs = _macs(forward.jaxpr), _macs(both.jaxpr)
     # What a second sample adds to the residuals is what one sample keeps: parameters and constants cancel.
-    kept = [_floats(jax.eval_shape(residuals, params, example(batch), state, key)) for batch in (1, 2)]
-    output, _ = jax.eval_shape(run, *arguments)
-    return _Row(forward, both - forward, _floats(params), _floats(state), kept[1] - kept[0], output.shape[1:])
+    _, kept_of_two = jax.eval_shape(pullback, params, example(2), state, key)
+    activations = _floats(kept_of_two) - _floats(kept)
+    return _Row(
+        forward_macs, macs - forward_macs, _floats(params), _floats(state), activations, output.shape[1:]
+    )
 
 
 def _floats(tree):

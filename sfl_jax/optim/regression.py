@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import interpolate, optimize
 
 from sfl_jax.optim.costs import Floats, Terms
 from sfl_jax.optim.table import FEW, least, table
@@ -76,6 +75,8 @@ def _piecewise(x, parameters):
 
 
 def _pchip(x, parameters):
+    from scipy import interpolate  # here and below, since only this method needs it and it takes long
+
     return interpolate.PchipInterpolator(np.linspace(0, 1, len(parameters)), parameters)(x)
 
 
@@ -145,6 +146,8 @@ def rounded(terms, samples):
 
 def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:
     """Least squares of one family; None where there are too few cuts to judge it."""
+    from scipy import optimize
+
     formula, starts = FAMILIES[family]
     count, free = len(values), len(starts[0])
     if count < free + 3:

@@ -7,6 +7,7 @@ import sys
 import pytest
 from matplotlib import image
 
+from sfl_jax import compilation_cache
 from sfl_jax.commands import plan
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -74,6 +75,20 @@ def test_a_plan_by_regression_says_and_draws_how_well_its_curves_fit(here):
     assert written["iterations"] >= 1
 
 
+def test_starts_are_written_and_summed_up(here, capsys):
+    assert run("--method=alternating", "--starts=proportional,random") == 0
+    assert json.loads((here / "plan.json").read_text())["starts"] == "proportional,random"
+    assert "alternating from proportional,random, session barrier" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_compiled_programs_are_kept_unless_they_should_not_be(here, monkeypatch, kept):
+    enabled = []
+    monkeypatch.setattr(compilation_cache, "enable", lambda: enabled.append(True))
+    assert run("--method=no_split", f"--compilation_cache={str(kept).lower()}") == 0
+    assert enabled == [True] * kept
+
+
 def test_a_server_nobody_needs(here, capsys):
     assert run("--target_round_s=1e6", "--plot") == 0
     assert json.loads((here / "plan.json").read_text())["server_flops"] == 0
@@ -89,6 +104,7 @@ BAD_FLAGS = [
     ("--fleet=missing.csv", "--fleet=missing.csv: no such file"),
     ("--method=best", "--method=best: must be one of"),
     ("--min_cut=99", "--min_cut=99: must be at most"),
+    ("--starts=random", "--starts=random: needs --method=alternating"),
     ("--cohort_size=3", "cohort_size"),
     ("plan.json", "'plan.json' is no flag"),
 ]

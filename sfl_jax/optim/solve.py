@@ -34,7 +34,7 @@ Method = Literal[
 ]
 METHODS: tuple[str, ...] = get_args(Method)
 BARRIERS = ("session", "staged")
-_BLOCK = 16  # no fewer cuts are needed of any EfficientNetV2 whose clients have the memory
+_BLOCK = 16  # more than are needed of any EfficientNetV2 whose clients have the memory
 
 
 def solve(
@@ -106,13 +106,13 @@ def solve_arrays(
 
 
 def _needed(costs: Costs | Terms) -> tuple[Needed | None, int | None]:
-    """The cuts that the optimum needs, and how many of them to unroll."""
-    if isinstance(costs, Costs):
+    """The cuts to try for very many clients, and how many to unroll. For fewer a cut costs next to nothing."""
+    clients, count = costs.shape
+    if isinstance(costs, Costs) or clients < MANY:
         return None, None
-    cuts, (clients, count) = needed_cuts(costs), costs.shape
+    cuts = needed_cuts(costs)
     others = np.setdiff1d(np.arange(count, dtype=np.int32), cuts)
-    blocks = -(-len(cuts) // _BLOCK) if clients >= MANY else 1
-    return Needed(np.concatenate([cuts, others]), np.int32(len(cuts))), blocks * _BLOCK
+    return Needed(np.concatenate([cuts, others]), np.int32(len(cuts))), -(-len(cuts) // _BLOCK) * _BLOCK
 
 
 def _optimum(costs, server_flops, present, needed=None, block=None) -> Solution:

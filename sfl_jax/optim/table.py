@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from sfl_jax.optim.costs import Costs, Terms
 
 FEW = 8
-MANY = 1 << 17  # clients, from where on it is worth to compile for the number of cuts that are needed
+MANY = 1 << 17  # clients, from where on it pays to look around first: for the round and for cuts to drop
 # Of one cut: fixed seconds (K,), work per weight (K,) or (), allowed (K,).
 Column = tuple[jax.Array, jax.Array, jax.Array]
 

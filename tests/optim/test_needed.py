@@ -15,6 +15,14 @@ from sfl_jax.optim.needed import needed_cuts
 UNITS, CLIENTS = 9, 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_are_many():
+    """Else cuts are only dropped for fleets that are too large for the oracles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["sfl_jax.optim.solve"], "MANY", 1)
+        yield
+
+
 @st.composite
 def instances(draw):
     """Terms of a chain with runs of equal units, so with ties, and a server; memory and energy may bind."""

@@ -104,7 +104,7 @@ def write_clocks(
     )
     _plain(axes.xaxis)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
     _save(figure, path)
 
 

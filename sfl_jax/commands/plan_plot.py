@@ -79,7 +79,9 @@ def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
     axes.set(
         title=curve.quantity, xlabel=f"cut; R² {fit.r2:.4f}, worst error {fit.worst:.1%}", ylim=(0, None)
     )
-    axes.legend(frameon=False, fontsize=8)
+    # To look for the best place takes seconds on a busy machine, and matplotlib then warns of it.
+    side = "left" if curve.values[-1] > curve.values[0] else "right"
+    axes.legend(loc=f"upper {side}", frameon=False, fontsize=8)
 
 
 def _draw_servers(axes: Axes, planned: Planned) -> None:
@@ -97,4 +99,4 @@ def _draw_servers(axes: Axes, planned: Planned) -> None:
         xscale="log",
         ylim=(0, None),
     )
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", frameon=False)

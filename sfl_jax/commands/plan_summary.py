@@ -40,10 +40,14 @@ def head(planned: Planned) -> dict[str, Any]:
 
 
 def fits(planned: Planned) -> list[dict[str, Any]]:
-    """The curve that the regression chose for each quantity, and how well it fits."""
+    """The curve that the regression chose for each quantity, and how well it fits.
+
+    It is `scale` times the family's formula of cut / last_cut.
+    """
     curves = optim.fit_curves(planned.terms)
     return [
         {"quantity": curve.quantity, "family": curve.chosen.family, "parameters": curve.chosen.parameters,
+         "scale": curve.chosen.scale, "last_cut": curve.chosen.last_cut,
          "r2": curve.chosen.r2, "worst_error": curve.chosen.worst}
         for curve in curves
     ]  # fmt: skip

@@ -106,7 +106,7 @@ def solve_arrays(
 
 
 def _needed(costs: Costs | Terms) -> tuple[Needed | None, int | None]:
-    """The cuts to try for very many clients, and how many to unroll. For fewer a cut costs next to nothing."""
+    """The cuts to try for very many clients, and how many to unroll. For fewer a cut costs nothing."""
     clients, count = costs.shape
     if isinstance(costs, Costs) or clients < MANY:
         return None, None

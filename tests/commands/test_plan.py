@@ -4,10 +4,11 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from matplotlib import image
 
-from sfl_jax import compilation_cache
+from sfl_jax import compilation_cache, models
 from sfl_jax.commands import plan
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -72,6 +73,14 @@ def test_a_plan_by_regression_says_and_draws_how_well_its_curves_fit(here):
     assert [fit["quantity"] for fit in written["fits"]] == quantities
     assert all(0.5 < fit["r2"] <= 1 and 0 <= fit["worst_error"] < 0.5 for fit in written["fits"])
     assert all(fit["family"] and fit["parameters"] for fit in written["fits"])
+    # A straight line through some knots, as written, is what the network was traced to cost.
+    profile = models.profile(models.create("efficientnetv2-b0", 10, 1), (32, 32, 1))
+    fit, cuts = written["fits"][0], np.arange(1, 25)
+    assert fit["family"].startswith("piecewise")
+    knots = np.linspace(0, fit["last_cut"], len(fit["parameters"]))
+    fitted = fit["scale"] * np.interp(cuts, knots, fit["parameters"])
+    traced = 2 * np.cumsum(profile.forward_macs)
+    assert np.abs(fitted - traced).max() == pytest.approx(fit["worst_error"] * traced[-1], rel=1e-6)
     assert written["iterations"] >= 1
 
 

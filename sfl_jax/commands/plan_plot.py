@@ -80,8 +80,8 @@ def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
         title=curve.quantity, xlabel=f"cut; R² {fit.r2:.4f}, worst error {fit.worst:.1%}", ylim=(0, None)
     )
     # To look for the best place takes seconds on a busy machine, and matplotlib then warns of it.
-    side = "left" if curve.values[-1] > curve.values[0] else "right"
-    axes.legend(loc=f"upper {side}", frameon=False, fontsize=8)
+    rises = curve.values[-1] > curve.values[0]
+    axes.legend(loc="upper left" if rises else "upper right", frameon=False, fontsize=8)
 
 
 def _draw_servers(axes: Axes, planned: Planned) -> None:

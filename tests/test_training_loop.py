@@ -9,6 +9,7 @@ import pytest
 
 from sfl_jax import experiment
 from sfl_jax.config import Config
+from sfl_jax.federated import devices
 from sfl_jax.federated.round import Outcome
 
 CONFIG = Config(
@@ -118,6 +119,19 @@ def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead
         jax.monitoring.clear_event_listeners()
     assert max(arrays[3:]) <= max(arrays[:3])
     assert compilations == []
+
+
+def test_memory_does_not_grow_with_the_clients_of_a_round(compiled):
+    built, engine = compiled
+    needed = []
+    for clients in (100, 1000):
+        config = dataclasses.replace(CONFIG, cohort_size=clients, clients_per_chunk=4)
+        many = built._replace(config=config)
+        state = experiment.start(many)
+        rounds = devices.Rounds(built.training, 4, built.devices)
+        first = experiment.prepare(many, 0)
+        needed.append(rounds.bytes_needed(*experiment._arguments(config, engine, state, first)))
+    assert needed[1] < 1.1 * needed[0]
 
 
 class TestDivergence:

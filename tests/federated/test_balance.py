@@ -8,6 +8,7 @@ from federated import rounds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfl_jax import datasets
 from sfl_jax.federated.balance import deal, fill_chunks
 
 
@@ -30,6 +31,23 @@ def test_padding_is_small_where_it_can_be():
     for clients in range(1, 200):
         arranged, _ = fill_chunks(rounds.assignments(cuts=[1] * clients, steps=1, batch=1), 4)
         assert len(arranged.client) <= clients * 1.05
+
+
+@pytest.mark.parametrize(("clients", "most"), [(100, 1.15), (1000, 1.05)])
+@pytest.mark.parametrize("seed", range(3))
+def test_few_steps_are_run_in_vain(clients, most, seed):
+    """Sizes from Dirichlet(0.5), as of 60,000 samples in batches of 32; chunks of 4."""
+    labels = np.random.default_rng(seed).integers(0, 10, 60_000)
+    parts = datasets.partition(labels, clients, scheme="dirichlet", alpha=0.5, seed=seed)
+    steps = np.array([max(len(part) // 32, 1) for part in parts])
+
+    def ratio(steps):
+        arranged, size = fill_chunks(rounds.assignments(cuts=[1] * clients, steps=steps, batch=1), 4)
+        return (arranged.steps.reshape(-1, size).max(1) * size).sum() / steps.sum()
+
+    assert 1 <= ratio(steps) <= most
+    as_they_come = (steps[: clients // 4 * 4].reshape(-1, 4).max(1) * 4).sum() / steps.sum()
+    assert as_they_come > most  # which is what ordering is for
 
 
 def loads(steps, devices, slots):

@@ -1,5 +1,7 @@
 """Every variant against keras.applications: same variables and images, same numbers."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,14 @@ NEGLIGIBLE = (
 )
 VARIANTS = [f"efficientnetv2-{name}" for name in ("b0", "b1", "b2", "b3", "s", "m", "l")]
 LARGE = VARIANTS[4:]  # whose gradients fit into memory with Keras run eagerly and a chain of products
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back():
+    """What was compiled for the large variants is gigabytes, and of no use to the next test."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def chain_of(model, name, form="conv"):

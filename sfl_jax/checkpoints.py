@@ -68,6 +68,10 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
+    def close(self) -> None:
+        """Until nothing is being written, whatever comes of it."""
+        self._writer.shutdown()
+
     def newest(self, log: bytes) -> Progress | None:
         """The progress of the newest checkpoint that is whole and whose rounds are in `log`; None where there
         is none at all. A damaged one before it is passed over with a warning.
@@ -144,7 +148,7 @@ class Checkpoints:
         whole = [path for path in paths if path.name not in self._damaged]
         left = {*self.directory.glob(".*.part"), *self.directory.glob(".*.old")}
         for path in {*paths} - {*whole[-self.keep :]} | left:
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _paths(self):
         """Finished checkpoints, the oldest first."""
@@ -170,8 +174,12 @@ def _read(path, log) -> Progress:
         if _sums(path) != (path / SUMS).read_text():
             raise Damaged(f"its files differ from {SUMS}")
         progress = Progress(**json.loads((path / PROGRESS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Damaged(_line(error)) from error
+    if [*map(type, progress)] != [int, dict, float, float, int, str, dict, dict]:
+        raise Damaged(f"{PROGRESS} is not of this form")
+    if path.name != _name(progress.round):
+        raise Damaged(f"it is that of round {progress.round}")
     if hashlib.sha256(log[: progress.log_bytes]).hexdigest() != progress.log_sha256:
         raise Damaged("metrics.jsonl lacks its rounds")
     return progress

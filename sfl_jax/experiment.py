@@ -149,9 +149,9 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, progress: Progress)
     """The state of a checkpoint."""
     shapes = jax.eval_shape(lambda: start_model(experiment.training, _fresh_of(experiment)))
     model = checkpoints.restore(progress, shapes)
-    clocks = dict(progress.simulated_s)
     # A method that was changed goes on from the clock of the one before.
-    clocks[experiment.config.method] = progress.simulated_s[progress.settings["method"]]
+    now, before = experiment.config.method, progress.settings["method"]
+    clocks = {name: progress.simulated_s[before if name == now else name] for name in (now, *RIVALS)}
     model = federated_devices.replicate(model, experiment.devices)
     return State(progress.round, model, clocks)
 
@@ -363,6 +363,8 @@ def _judge(experiment, sent: Sent, outcome: Outcome) -> None:
         raise Diverged("; ".join(names) or of_server, sent.before._replace(model=sent.state.model))
     for name in names:
         logging.warning("%s; left out", name)
+    if len(names) == outcome.came:
+        logging.warning("round %d: failed, no client's work is left; the model stays", done.round + 1)
 
 
 def _clients(config):

@@ -38,6 +38,7 @@ class Log:
 
     def __init__(self, path: Path, kept_bytes: int = 0):
         path.touch()
+        self.path = path
         self._file = path.open("r+b", buffering=0)
         self._file.truncate(kept_bytes)
         self._digest = hashlib.sha256(self._file.read())

@@ -121,7 +121,13 @@ class Recorder:
         if wait and not self._try(self.checkpoints.wait):
             self.saved_round = -1
 
+    def failed_rounds(self) -> int:
+        """How many rounds no client's work went into, of those in the log."""
+        return sum(json.loads(line)["clients"] == 0 for line in self.log.path.read_bytes().splitlines())
+
     def close(self) -> None:
+        """Nothing is written after it, so that the workdir can be another's."""
+        self.checkpoints.close()
         self.log.close()
 
     def _save(self, state):
@@ -161,6 +167,9 @@ class Silent(Recorder):
 
     def save(self, state: experiment.State, wait: bool = False) -> None:
         self.saved_round = state.round
+
+    def failed_rounds(self) -> int:
+        return 0
 
     def close(self) -> None:
         pass

@@ -173,6 +173,7 @@ def test_a_bad_number_is_named(file, line, column, value):
         (GOOD.replace("phone", '"phone'), ":3: column flops: missing; a line has 6 cells"),
         (cell(2, "client", "x" * 200_000), ":2: not CSV (field larger than field limit"),
         (GOOD.encode().replace(b"phone", b"ph\xffone"), ":3: byte 0xff: must be UTF-8"),
+        (GOOD.encode().replace(b"flops", b"fl\xffops"), ":1: byte 0xff: must be UTF-8"),
         (GOOD.encode("utf-16"), ":1: byte 0xff: must be UTF-8"),
     ],
 )

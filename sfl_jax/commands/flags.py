@@ -49,7 +49,10 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except BadInput as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", _line(error), file=sys.stderr)
+        return BAD_INPUT
+    except MemoryError as error:  # what is asked for in one piece; NumPy says how much
+        print(f"error: too little memory ({_line(error)}); ask for less", file=sys.stderr)
         return BAD_INPUT
 
 
@@ -107,3 +110,9 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _line(error: Exception) -> str:
+    """Its words in one line; what would steer a terminal is spelt out."""
+    words = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

@@ -128,7 +128,8 @@ def _rounds(experiment, built, engine, start, recorder, is_asked_to_stop) -> int
         recorder.save(state, wait=True)
     except experiment.Diverged as error:
         recorder.save(error.state, wait=True)
-        processes.say(f"error: {error}; round {error.state.round} is saved; {REMEDY}")
+        kept = "is" if recorder.saved_round == error.state.round else "is not"
+        processes.say(f"error: {error}; round {error.state.round} {kept} saved; {REMEDY}")
         return DIVERGED
     if recorder.saved_round != state.round:
         processes.say(f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}")
@@ -136,7 +137,8 @@ def _rounds(experiment, built, engine, start, recorder, is_asked_to_stop) -> int
     if state.round < config.rounds:
         processes.say(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}")
         return INTERRUPTED
-    print(summary(config, state.simulated_s, last, recorder.clock.seconds, recorder.compiling.seconds))
+    clock_s, compile_s = recorder.clock.seconds, recorder.compiling.seconds
+    print(summary(config, state.simulated_s, last, clock_s, compile_s, recorder.failed_rounds()))
     return 0
 
 
@@ -163,11 +165,15 @@ def environment(built: Any, engine: Any) -> dict[str, Any]:
     }
 
 
-def summary(config: Config, simulated_s: dict[str, float], last: Any, wall_s: float, compile_s: float) -> str:
+def summary(
+    config: Config, simulated_s: dict[str, float], last: Any, wall_s: float, compile_s: float, failed: int = 0
+) -> str:
     """The closing table: accuracy, every scheme's simulated time against this plan's, and this machine's."""
     cohort = f"{last.clients} of {config.clients} clients"
     lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}"]
     lines.append(f"  {'test accuracy':<34}{100 * last.test_accuracy:>9.2f} %")
+    if failed:
+        lines.append(f"  {'failed rounds, without a client':<34}{failed:>9}")
     own_s = simulated_s[config.method]
     for name, seconds in simulated_s.items():
         label = f"simulated time, {name}" + (" (this plan)" if name == config.method else "")

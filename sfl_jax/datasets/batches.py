@@ -5,15 +5,26 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Int32
 
+from sfl_jax.errors import BadInput
+
+_MOST_STEPS = 2**31 - 1
 _PURPOSE = 1  # keeps these random streams apart from others of the same seed
 
 
 def session_steps(
     parts: Sequence[Int[np.ndarray, " _"]], local_epochs: int, batch_size: int
 ) -> Int32[np.ndarray, " K"]:
-    """Local steps of each client's session: epochs × ⌊D/B⌋, or epochs where D < B."""
+    """Local steps of each client's session: epochs × ⌊D/B⌋, or epochs where D < B.
+
+    BadInput where they are too many to count in int32.
+    """
     sizes = np.fromiter((len(part) for part in parts), np.int64, len(parts))
-    return (local_epochs * np.maximum(sizes // batch_size, 1)).astype(np.int32)
+    steps = local_epochs * np.maximum(sizes // batch_size, 1)
+    if steps.max(initial=0) > _MOST_STEPS:
+        raise BadInput(
+            f"--local_epochs={local_epochs}: {steps.max()} local steps in a session; at most {_MOST_STEPS}"
+        )
+    return steps.astype(np.int32)
 
 
 def max_steps(parts: Sequence[Int[np.ndarray, " _"]], local_epochs: int, batch_size: int) -> int:

@@ -68,9 +68,9 @@ def _read_fast(data: bytes) -> Fleet | None:
     options = pyarrow.csv.ConvertOptions(column_types=types, null_values=[])
     try:
         table = pyarrow.csv.read_csv(pyarrow.BufferReader(data), convert_options=options)
-    except pyarrow.ArrowException:
+        header = table.column_names
+    except (pyarrow.ArrowException, UnicodeDecodeError):
         return None
-    header = table.column_names
     if len(set(header)) < len(header) or not set(_REQUIRED) <= set(header) <= set(_COLUMNS) or not len(table):
         return None
     names = table["client"].to_pylist()

@@ -17,7 +17,6 @@ import h5py
 from sfl_jax.errors import BadInput
 
 ARCHIVED = "model.weights.h5"  # in a .keras archive
-UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile)
 
 
 class Stored(NamedTuple):
@@ -43,8 +42,9 @@ def opened(path: str) -> Iterator[Stored]:
             yield _stored(file, path)
     except BadInput:
         raise
-    except UNREADABLE as error:
-        raise BadInput(f"--init_from={path}: not a weights file that Keras wrote ({error})") from error
+    except Exception as error:  # a damaged file can fail in any way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"--init_from={path}: not a weights file that Keras wrote ({reason})") from error
 
 
 def _hdf5(path):

@@ -80,7 +80,7 @@ _POSITIONS = {  # of a layer's variables in Keras, and their names there
     "depthwise_conv2d": {"depthwise_kernel": "depthwise_kernel"},
     "dense": {"dense_kernel": "kernel", "bias": "bias"},
 }  # fmt: skip
-_CLASSIFIER = "predictions"
+_CLASSIFIER, _VARIANCE = "predictions", "moving_variance"
 
 
 def load(source: Any, model: str, chain: Chain, variables: Variables) -> Imported:
@@ -242,8 +242,12 @@ def _value(layers, place, where, model):
     if array.dtype.kind != "f":
         raise BadInput(f"{where}: {variable} holds {array.dtype}; it must hold floats")
     value = np.asarray(array)
-    if not np.isfinite(value).all():
+    with np.errstate(over="ignore"):  # of float64 that no float32 can hold
+        finite = np.isfinite(value.astype(np.float32)).all()
+    if not finite:
         raise BadInput(f"{where}: {variable} holds numbers that are not finite")
+    if place.name == _VARIANCE and (value < 0).any():
+        raise BadInput(f"{where}: {variable} holds negative numbers")
     return value
 
 

@@ -14,6 +14,7 @@ Floats = NDArray[np.float64]
 Cuts = NDArray[np.int32]
 _FLOP_PER_MAC = 2
 _TRAINING_FLOAT_BYTES = 4
+_PER_CUT = ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits")
 
 
 class Profile(Protocol):
@@ -237,7 +238,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work) -> Terms:
     parameters, state = _before(profile.parameters), _before(profile.state)
     # Parameters, their gradients and the optimiser's state; activations of one batch.
     floats = parameters * (2 + work.optimizer_slots) + state + work.batch_size * _before(profile.activations)
-    return Terms(
+    made = Terms(
         samples=samples_processed(fleet.samples, work),
         flops=fleet.flops,
         uplink_bps=fleet.uplink_bps,
@@ -253,12 +254,14 @@ def terms(profile: Profile, fleet: Fleet, work: Work) -> Terms:
         needed_bytes=floats * _TRAINING_FLOAT_BYTES,
         permitted=np.arange(units + 1) >= work.min_cut,
     )
+    _check_range(made)
+    return made
 
 
 def samples_processed(samples: ArrayLike, work: Work) -> Floats:
     """Samples a client with `samples` of its own runs in a round, all epochs together; (K,)."""
-    batches = np.maximum(np.asarray(samples) // work.batch_size, 1)
-    return (work.local_epochs * batches * work.batch_size).astype(np.float64)
+    batches = np.maximum(np.asarray(samples) // work.batch_size, 1).astype(np.float64)
+    return work.local_epochs * batches * work.batch_size
 
 
 def _before(per_unit) -> Floats:
@@ -275,7 +278,21 @@ def _energy(fleet: Fleet) -> Energy | None:
         raise BadInput(f"fleet: energy_j is given without {', '.join(missing)}; give all four or none")
     cycles_per_s, kappa, transmit_w = parts.values()
     # kappa * (cycles/s)^2 per cycle, and cycles/s over FLOP/s cycles per FLOP.
-    return Energy(kappa * cycles_per_s**3 / fleet.flops, transmit_w, fleet.energy_j)
+    with np.errstate(over="ignore", invalid="ignore"):  # said by _check_range
+        return Energy(kappa * cycles_per_s**3 / fleet.flops, transmit_w, fleet.energy_j)
+
+
+def _check_range(terms: Terms) -> None:
+    """Numbers that are possible one by one can still make times or energies beyond float64."""
+    most = terms._replace(**{name: getattr(terms, name).max(keepdims=True) for name in _PER_CUT})
+    with np.errstate(over="ignore", invalid="ignore"):
+        fixed_s, server_flop, _ = most.at(0)
+        spent = fixed_s + server_flop + most.joules(0)
+    if not np.isfinite(spent).all():
+        client = int(np.argmin(np.isfinite(spent)))
+        raise BadInput(
+            f"fleet: client {client} has samples, rates or power that make times or energies beyond float64"
+        )
 
 
 def _check_work(work: Work, units: int) -> None:

@@ -7,11 +7,13 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from sfl_jax.config import Config
@@ -39,12 +41,14 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begin(environment):
-    """begin(workdir, *flags) -> a process that trains."""
+    """begin(workdir, *flags, devices=1) -> a process that trains."""
 
-    def begin(workdir, *flags):
+    def begin(workdir, *flags, devices=1):
+        virtual = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         return subprocess.Popen(
             [sys.executable, "-m", "launch.train", *FLAGS, f"--workdir={workdir}", *flags],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment | (virtual if devices > 1 else {}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     return begin
@@ -72,7 +76,7 @@ def numbers(workdir):
 
 
 def final_model(workdir):
-    """The digests of the arrays of the last checkpoint, by file. (orbax names its files at random.)"""
+    """The arrays of the last checkpoint."""
     from sfl_jax import experiment
     from sfl_jax.checkpoints import Checkpoints
 
@@ -85,7 +89,7 @@ def final_model(workdir):
     import jax
 
     model = checkpoints.restore(progress, jax.eval_shape(lambda: experiment.initial_model(built)))
-    return [leaf.tobytes() for leaf in jax.tree.leaves(model)]
+    return jax.tree.leaves(model)
 
 
 def wait_for(path, process, lines=1):
@@ -97,7 +101,8 @@ def wait_for(path, process, lines=1):
 
 def same(workdir, quiet):
     assert numbers(workdir) == numbers(quiet)
-    assert final_model(workdir) == final_model(quiet)
+    for a, b in zip(final_model(workdir), final_model(quiet), strict=True):
+        assert (a.dtype, a.tobytes()) == (b.dtype, b.tobytes())
 
 
 @pytest.mark.slow
@@ -119,25 +124,37 @@ def test_killed_at_a_line_it_goes_on_bitwise(begin, quiet, tmp_path):
     same(tmp_path, quiet)
 
 
+def half_written(workdir):
+    return {path.name for path in (workdir / "checkpoints").glob(".*.part")}
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
-    """Runs of a few seconds each; the moments lie anywhere in them, their starts and their saves too."""
+    """Runs of a few seconds each. The moments lie anywhere in them, their starts too; every second one waits
+    for a checkpoint that is being written.
+    """
     rng, start = random.Random(0), time.monotonic()
     finish(begin(tmp_path / "timed"))
     whole_s = time.monotonic() - start
-    killed = 0
+    killed = while_writing = 0
     while killed < 20:
         workdir = tmp_path / str(killed)
         for _ in range(3):
+            left = half_written(workdir)
             process = begin(workdir, "--checkpoint_every_rounds=1")
             try:
                 process.wait(rng.uniform(0.2, 1.0) * whole_s)
             except subprocess.TimeoutExpired:
+                while killed % 2 and process.poll() is None and not half_written(workdir) - left:
+                    time.sleep(0.001)
                 process.kill()
                 killed += 1
             process.communicate()
+            while_writing += bool(half_written(workdir) - left)
         finish(begin(workdir))
         same(workdir, quiet)
+    print(f"{killed} killed, {while_writing} of them while a checkpoint was written")
+    assert while_writing > 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -172,6 +189,25 @@ def test_other_chunks_give_the_same_numbers_but_for_rounding(begin, quiet, tmp_p
         known = {name for name, value in b.items() if value is not None}
         assert known == {name for name, value in a.items() if value is not None}
         assert {name: a[name] for name in known} == pytest.approx({name: b[name] for name in known}, rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_resumed_with_other_chunks_and_devices_it_goes_on_but_for_rounding(devices, begin, quiet, tmp_path):
+    workdir = shutil.copytree(quiet, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / f"{ROUNDS:06d}")
+    more = ["--clients_per_chunk=1", f"--devices={devices}"]
+    out, _ = finish(begin(workdir, *more, devices=devices))
+    assert f"going on after round {ROUNDS - 2} of {ROUNDS}" in out
+    assert numbers(workdir)[:-2] == numbers(quiet)[:-2]
+    for a, b in zip(numbers(workdir)[-2:], numbers(quiet)[-2:], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    apart = [
+        np.abs(a - b).max() / max(np.abs(b).max(), 0.01)
+        for a, b in zip(final_model(workdir), final_model(quiet), strict=True)
+    ]
+    print(f"{devices} devices: {max(apart):.1e} apart")
+    assert max(apart) < 1e-3
 
 
 @pytest.fixture

@@ -1,0 +1,173 @@
+"""Runs in which numbers, clients or the disk fail: what is said, what is kept, and how they go on."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from commands import small_world
+from commands.small_world import lines, model, run, same, saved_rounds
+from jax.experimental.compilation_cache import compilation_cache
+
+from sfl_jax import datasets, fleet
+
+SEED, CLIENTS, COHORT = 0, small_world.CLIENTS, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """What one run compiled is there for the next."""
+    given = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in given}
+    for values in (given, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is given:
+            yield
+
+
+def newcomer(round):
+    """A client that comes to this round (from 1) and to none before."""
+    before = {client for r in range(round - 1) for client in fleet.cohort(SEED, r, CLIENTS, COHORT)}
+    return next(int(c) for c in fleet.cohort(SEED, round - 1, CLIENTS, COHORT) if c not in before)
+
+
+def test_a_client_that_diverges_stops_the_run_or_is_left_out(tmp_path, capsys, caplog):
+    broken = newcomer(3)
+    with small_world.world():
+        assert run(tmp_path / "quiet", "--rounds=2", "--checkpoint_every_rounds=1") == 0
+    capsys.readouterr()
+    with small_world.world(poisoned=[broken]):
+        assert run(tmp_path / "run", "--rounds=4") == 3
+        [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        name = f"round 3: the loss or the update of client {broken}, cut "
+        assert said.startswith(f"error: {name}")
+        assert " is not finite; round 2 is saved; try a lower --learning_rate, " in said
+        # The last good state is kept, bitwise, and the run goes on from it, without the client if asked to.
+        assert max(saved_rounds(tmp_path / "run")) == 2
+        assert same(model(tmp_path / "run", 2), model(tmp_path / "quiet", 2))
+        assert run(tmp_path / "run", "--rounds=4") == 3
+        assert len(lines(tmp_path / "run")) == 2
+        assert run(tmp_path / "run", "--rounds=4", "--on_divergence=skip_client") == 0
+    assert lines(tmp_path / "run")[:2] == lines(tmp_path / "quiet")
+    assert [line["clients"] for line in lines(tmp_path / "run")] == [4, 4, 3, 4]
+    [warning] = [message for message in caplog.messages if "left out" in message]
+    assert warning.startswith(name)
+
+
+@pytest.mark.slow
+def test_a_diverged_state_that_cannot_be_saved_is_not_said_to_be(tmp_path, capsys):
+    with small_world.world(poisoned=[newcomer(2)]), small_world.faults(failing_saves=[1]):
+        assert run(tmp_path, "--rounds=3", "--on_write_error=continue") == 3
+    assert "is not finite; round 1 is not saved; " in capsys.readouterr().err
+    assert saved_rounds(tmp_path) == [0]
+
+
+@pytest.mark.slow
+def test_nobody_comes_the_model_stays_and_the_rounds_count_as_failed(tmp_path, capsys, caplog):
+    with small_world.world():
+        assert (
+            run(tmp_path, "--rounds=3", "--drop_probability=1", "--checkpoint_every_s=1e-9", "--keep=4") == 0
+        )
+    assert saved_rounds(tmp_path) == [0, 1, 2, 3]
+    assert same(model(tmp_path, 3), model(tmp_path, 0))
+    for line in lines(tmp_path):
+        assert (line["clients"], line["train_loss"]) == (0, None)
+        assert line["round_s"] > 0
+    failed = [f"round {number}: failed, no client's work is left; the model stays" for number in (1, 2, 3)]
+    assert [message for message in caplog.messages if "failed" in message] == failed
+    assert [*map(str.split, capsys.readouterr().out.splitlines())].count(
+        ["failed", "rounds,", "without", "a", "client", "3"]
+    ) == 1
+
+
+@pytest.mark.slow
+def test_other_settings_are_taken_by_those_who_insist(tmp_path, capsys):
+    """Then they hold from there on, and for the runs after."""
+    with small_world.world():
+        assert run(tmp_path / "run", "--rounds=2") == 0
+        assert run(tmp_path / "straight", "--rounds=4") == 0
+        capsys.readouterr()
+        more = ["--rounds=4", "--learning_rate=0.02", "--method=common_cut"]
+        assert run(tmp_path / "run", *more) == 2
+        refusal = "--method=common_cut (was exact), --rounds=4 (was 2), --learning_rate=0.02 (was 0.01): "
+        assert refusal in capsys.readouterr().err
+        assert run(tmp_path / "run", *more, "--allow_config_change") == 0
+    assert "going on after round 2 of 4" in capsys.readouterr().out
+    changed, straight = lines(tmp_path / "run"), lines(tmp_path / "straight")
+    assert changed[:2] == straight[:2]
+    assert changed[3]["train_loss"] != straight[3]["train_loss"]
+    clocks = [line["simulated_s"] for line in changed]
+    np.testing.assert_allclose(clocks, np.cumsum([line["round_s"] for line in changed]))
+    with small_world.world():
+        assert run(tmp_path / "run", *more) == 0
+        assert run(tmp_path / "run", "--rounds=4") == 2
+
+
+@pytest.mark.slow
+def test_another_dataset_or_fleet_behind_the_same_flag_is_refused(tmp_path, capsys):
+    clients = fleet.random_fleet(CLIENTS, seed=3)
+    fleet.write_fleet(tmp_path / "fleet.csv", clients)
+    given = [f"--fleet={tmp_path / 'fleet.csv'}", "--on_divergence=skip_client"]
+    with small_world.world(poisoned=[newcomer(3)]):
+        assert run(tmp_path / "run", *given, "--rounds=3") == 0
+    before = lines(tmp_path / "run")
+    capsys.readouterr()
+    more = [*given, "--rounds=4", "--allow_config_change"]
+    with small_world.world():  # no image is black any more
+        with pytest.MonkeyPatch.context() as patch:
+            # As if it had been broken off: the settings agree.
+            patch.setattr("sfl_jax.recording.changes", lambda *_: [])
+            assert run(tmp_path / "run", *given, "--rounds=4") == 2
+            assert "--dataset=mnist (has other contents now): the run in " in capsys.readouterr().err
+            faster = dataclasses.replace(clients, uplink_bps=2 * clients.uplink_bps)
+            fleet.write_fleet(tmp_path / "fleet.csv", faster)
+            assert run(tmp_path / "run", *given, "--rounds=4") == 2
+            said = capsys.readouterr().err
+            assert "--dataset=mnist (has other contents now), --fleet=" in said
+            assert "fleet.csv (has other contents now): the run in " in said
+        assert lines(tmp_path / "run") == before
+        assert run(tmp_path / "run", *more) == 0
+    assert lines(tmp_path / "run")[:3] == before
+    assert len(lines(tmp_path / "run")) == 4
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_for_a_while(tmp_path, capsys, caplog):
+    """Stops the run, which goes on bitwise, or does not stop it: then all is written when it can be."""
+    given = ["--rounds=6", "--checkpoint_every_rounds=1", "--eval_every=6"]
+    with small_world.world():
+        assert run(tmp_path / "quiet", *given) == 0
+        for broken in ({"failing_saves": [3]}, {"failing_lines": [3]}):
+            stopped, going = (tmp_path / f"{next(iter(broken))} {word}" for word in ("stop", "continue"))
+            capsys.readouterr()
+            with small_world.faults(**broken):
+                assert run(stopped, *given) == 75
+            [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert "No space left on device" in said
+            assert said.endswith("run the same command again to go on once that is mended")
+            assert max(saved_rounds(stopped)) == 2
+            assert run(stopped, *given) == 0
+            caplog.clear()
+            with small_world.faults(**broken):
+                assert run(going, *given, "--on_write_error=continue") == 0
+            assert [message for message in caplog.messages if "No space left" in message]
+            for workdir in (stopped, going):
+                assert lines(workdir) == lines(tmp_path / "quiet")
+                assert saved_rounds(workdir) == [5, 6]
+                assert same(model(workdir, 6), model(tmp_path / "quiet", 6))
+
+
+def test_the_small_world_is_the_same_every_time():
+    """Else it would prove nothing that two runs in it agree."""
+    one, other = small_world.noise(poisoned=[5]), small_world.noise()
+    part = datasets.partition(other.train_labels, CLIENTS)[5]
+    assert (one.train_images[part] == 0).all()
+    rest = np.setdiff1d(np.arange(len(other.train_images)), part)
+    np.testing.assert_array_equal(one.train_images[rest], other.train_images[rest])
+    assert (other.train_images > 0).all()

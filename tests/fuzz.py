@@ -1,0 +1,63 @@
+"""Damage to bytes, and long random runs of it."""
+
+import time
+
+from sfl_jax.errors import BadInput
+
+
+def damaged(rng, data):
+    """Bytes that differ from `data`: cut, zeroed, flipped, overwritten, a piece gone, added or copied."""
+    while True:
+        changed = _changed(rng, bytearray(data))
+        if changed != data:
+            return changed
+
+
+def _changed(rng, data):
+    size = len(data)
+    if not size or rng.random() < 0.02:
+        return rng.randbytes(rng.randrange(100))
+    # Half of it near an end, where formats keep what they are.
+    at = rng.choice(
+        [rng.randrange(size), rng.randrange(min(size, 4096)), size - 1 - rng.randrange(min(size, 4096))]
+    )
+    piece = slice(at, min(at + rng.choice([1, 1, 8, 64, 512]), size))
+    width = piece.stop - piece.start
+    way = rng.randrange(8)
+    if way == 0:
+        del data[at:]
+    elif way == 1:
+        data[piece] = bytes(width)
+    elif way == 2:
+        data = bytearray(size)
+    elif way == 3:
+        data[at] ^= 1 << rng.randrange(8)
+    elif way == 4:
+        data[piece] = rng.randbytes(width)
+    elif way == 5:
+        del data[piece]
+    elif way == 6:
+        data[at:at] = rng.randbytes(width)
+    else:
+        start = rng.randrange(size - width + 1)
+        data[piece] = data[start : start + width]
+    return bytes(data)
+
+
+def tries(count, seconds, about):
+    """The numbers of so many tries, fewer where time runs out, but never less than a tenth; says how many."""
+    start, number = time.monotonic(), 0
+    while number < count and (number < count / 10 or time.monotonic() - start < seconds):
+        yield number
+        number += 1
+    print(f"{about}: {number} inputs in {time.monotonic() - start:.0f} s")
+
+
+def attempt(take, *given):
+    """(what `take` returns, None), or (None, the line with which it refuses)."""
+    try:
+        return take(*given), None
+    except BadInput as error:
+        said = str(error)
+    assert len(said.splitlines()) == 1, said
+    return None, said

@@ -23,7 +23,7 @@ from sfl_jax.commands import train
 CLIENTS = 48
 FLAGS = [
     "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", f"--clients={CLIENTS}",
-    "--cohort_size=4", "--clients_per_chunk=4", "--batch_size=4", "--server_flops=1e10",
+    "--cohort_size=4", "--clients_per_chunk=4", "--execution=vmap", "--batch_size=4", "--server_flops=1e10",
     "--learning_rate=0.01",
 ]  # fmt: skip
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -21,9 +21,9 @@ from sfl_jax.config import Config
 ROUNDS = 8
 FLAGS = [
     "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", "--clients=1200", "--cohort_size=2",
-    "--clients_per_chunk=2", f"--rounds={ROUNDS}", "--eval_every=4", "--server_flops=1e10",
-    "--server_momentum=0.5", "--drop_probability=0.2", "--jitter=0.1", "--deadline_factor=1.3",
-    "--checkpoint_every_rounds=2",
+    "--clients_per_chunk=2", "--execution=vmap", f"--rounds={ROUNDS}", "--eval_every=4",
+    "--server_flops=1e10", "--server_momentum=0.5", "--drop_probability=0.2", "--jitter=0.1",
+    "--deadline_factor=1.3", "--checkpoint_every_rounds=2",
 ]  # fmt: skip
 CLOCKS = ("wall_s", "client_samples_per_s")
 

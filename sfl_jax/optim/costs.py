@@ -14,6 +14,7 @@ Floats = NDArray[np.float64]
 Cuts = NDArray[np.int32]
 _FLOP_PER_MAC = 2
 _TRAINING_FLOAT_BYTES = 4
+_HEADROOM = 1e6  # for sums over clients, and for what is tried with faster ones
 _PER_CUT = ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits")
 
 
@@ -288,6 +289,7 @@ def _check_range(terms: Terms) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         fixed_s, server_flop, _ = most.at(0)
         spent = fixed_s + server_flop + most.joules(0)
+        spent = _HEADROOM * (spent + terms.flops + terms.uplink_bps + terms.downlink_bps)
     if not np.isfinite(spent).all():
         client = int(np.argmin(np.isfinite(spent)))
         raise BadInput(

@@ -95,7 +95,8 @@ def test_faults_that_have_no_influence_leave_no_trace(train, tmp_path):
     assert small_world.same(*models)
     # Clients of POISONED that come with numbers do have an influence.
     assert train("healthy", {}, "--rounds=12").returncode == 0
-    assert small_world.lines(tmp_path / "healthy", "simulated_s", "round_s") != quiet[:12]
+    healthy = small_world.lines(tmp_path / "healthy")
+    assert [line["train_loss"] for line in healthy] != [line["train_loss"] for line in quiet[:12]]
 
     check_flat(memory)
 
@@ -105,6 +106,7 @@ def check_flat(memory: Path):
     arrays, held_bytes, resident_bytes = np.array([*map(json.loads, memory.read_text().splitlines())]).T
     print(f"{arrays[-1]} arrays, {held_bytes[-1]} bytes, resident {resident_bytes[[49, 99, 199]] / 1e6} MB")
     assert len(arrays) == ROUNDS
-    assert arrays[20:].max() <= arrays[:20].max()
-    assert held_bytes[20:].max() <= held_bytes[:20].max()
-    assert resident_bytes[-20:].mean() - resident_bytes[50:70].mean() < 10e6
+    # Rounds that are evaluated hold a few more, and are in both halves.
+    assert arrays[100:].max() <= arrays[:100].max()
+    assert held_bytes[100:].max() <= held_bytes[:100].max()
+    assert resident_bytes[-20:].mean() - resident_bytes[50:70].mean() < 16e6

@@ -99,6 +99,13 @@ def wait_for(path, process, lines=1):
         time.sleep(0.005)
 
 
+def check_close(lines, others, rel):
+    for a, b in zip(lines, others, strict=True):
+        known = {name for name, value in b.items() if value is not None}
+        assert known == {name for name, value in a.items() if value is not None}
+        assert {name: a[name] for name in known} == pytest.approx({name: b[name] for name in known}, rel=rel)
+
+
 def same(workdir, quiet):
     assert numbers(workdir) == numbers(quiet)
     for a, b in zip(final_model(workdir), final_model(quiet), strict=True):
@@ -185,10 +192,7 @@ def test_a_second_run_in_the_workdir_is_refused_and_a_dead_one_is_not_in_the_way
 @pytest.mark.slow
 def test_other_chunks_give_the_same_numbers_but_for_rounding(begin, quiet, tmp_path):
     finish(begin(tmp_path, "--clients_per_chunk=1"))
-    for a, b in zip(numbers(tmp_path), numbers(quiet), strict=True):
-        known = {name for name, value in b.items() if value is not None}
-        assert known == {name for name, value in a.items() if value is not None}
-        assert {name: a[name] for name in known} == pytest.approx({name: b[name] for name in known}, rel=2e-3)
+    check_close(numbers(tmp_path), numbers(quiet), rel=2e-3)
 
 
 @pytest.mark.slow
@@ -200,8 +204,7 @@ def test_resumed_with_other_chunks_and_devices_it_goes_on_but_for_rounding(devic
     out, _ = finish(begin(workdir, *more, devices=devices))
     assert f"going on after round {ROUNDS - 2} of {ROUNDS}" in out
     assert numbers(workdir)[:-2] == numbers(quiet)[:-2]
-    for a, b in zip(numbers(workdir)[-2:], numbers(quiet)[-2:], strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+    check_close(numbers(workdir)[-2:], numbers(quiet)[-2:], rel=1e-3)
     apart = [
         np.abs(a - b).max() / max(np.abs(b).max(), 0.01)
         for a, b in zip(final_model(workdir), final_model(quiet), strict=True)

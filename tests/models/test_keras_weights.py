@@ -1,8 +1,6 @@
 """Files that Keras wrote into chains, chains into files that Keras reads, and what is refused."""
 
 import functools
-import pickle
-import random
 import zipfile
 
 import h5py

@@ -57,4 +57,4 @@ def test_both_forms_agree_and_need_memory_of_one_order(name, size):
     # What a 3x3 convolution sets side by side is nine times its input: not of every layer at once.
     assert needed_bytes["product"] < 3 * needed_bytes["conv"]
     mirrored = run(variables, images[:, ::-1])
-    assert min(distance(*pair) for pair in zip(mirrored, results["conv"], strict=True)) > 100 * max(CLOSE)
+    assert min(distance(*pair) for pair in zip(mirrored, results["conv"], strict=True)) > 10 * max(CLOSE)

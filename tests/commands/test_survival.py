@@ -82,7 +82,7 @@ def final_model(workdir):
 
     settings = json.loads((workdir / "config.json").read_text())
     del settings["environment"]
-    built = experiment.build(Config.from_dict(settings))
+    built = experiment.build(Config.from_dict(settings | {"devices": 1}))
     checkpoints = Checkpoints(workdir / "checkpoints", 2)
     progress = checkpoints.newest((workdir / "metrics.jsonl").read_bytes())
     assert progress.round == settings["rounds"]

@@ -198,7 +198,8 @@ def _checkpointer():
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
     )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    # Trained floats hardly shrink, and a save would take the cores from the round beside it for longer.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 

@@ -2,11 +2,15 @@
 
 Three formats: `.weights.h5` and the `.keras` archive that holds one (Keras 3), and the older `.h5`, of a
 whole model or of its weights alone. They are told apart by what they hold, not by their names. Nothing is
-unpickled and no code in a file is run; arrays are read when they are asked for.
+unpickled and no code in a file is run; arrays are read when they are asked for. Some damage keeps the HDF5
+library in a loop for ever, or crashes it, so a process of its own reads a file first.
 """
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +21,20 @@ import h5py
 from sfl_jax.errors import BadInput
 
 ARCHIVED = "model.weights.h5"  # in a .keras archive
+PATIENCE_S, BYTES_PER_S = 60.0, 10e6  # with the process that reads first
+READ_ALL = """
+import io, sys, zipfile
+import h5py
+path, archived = sys.argv[1:]
+source = io.BytesIO(zipfile.ZipFile(path).read(archived)) if zipfile.is_zipfile(path) else path
+def read(_, thing):
+    dict(thing.attrs)
+    if isinstance(thing, h5py.Dataset):
+        thing[()]
+with h5py.File(source, "r") as file:
+    read("", file)
+    file.visititems(read)
+"""
 
 
 class Stored(NamedTuple):
@@ -37,6 +55,7 @@ def opened(path: str) -> Iterator[Stored]:
     """What the file at `path` holds, while the block lasts. BadInput where it cannot be read."""
     if not Path(path).is_file():
         raise BadInput(f"--init_from={path}: no such file")
+    _try_to_read(path)
     try:
         with h5py.File(_hdf5(path), "r") as file:
             yield _stored(file, path)
@@ -45,6 +64,18 @@ def opened(path: str) -> Iterator[Stored]:
     except Exception as error:  # a damaged file can fail in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(f"--init_from={path}: not a weights file that Keras wrote ({reason})") from error
+
+
+def _try_to_read(path):
+    """BadInput where that does not end, or ends the process; what Python raises is met again later."""
+    patience_s = PATIENCE_S + os.path.getsize(path) / BYTES_PER_S
+    command = [sys.executable, "-I", "-c", READ_ALL, path, ARCHIVED]
+    try:
+        code = subprocess.run(command, capture_output=True, timeout=patience_s, check=False).returncode
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"--init_from={path}: damaged: reading it does not end") from None
+    if code < 0:
+        raise BadInput(f"--init_from={path}: damaged: reading it crashes")
 
 
 def _hdf5(path):

@@ -1,6 +1,9 @@
 """Files that Keras wrote into chains, chains into files that Keras reads, and what is refused."""
 
+import collections
 import functools
+import pickle
+import random
 import zipfile
 
 import h5py
@@ -9,13 +12,14 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from fuzz import attempt, damaged, tries
 from keras.src.legacy.saving import legacy_h5_format
 from models import keras_models
 from models.keras_models import MINI
 
 from sfl_jax import models
 from sfl_jax.errors import BadInput
-from sfl_jax.models import keras_weights
+from sfl_jax.models import keras_files, keras_weights
 from sfl_jax.models.keras_weights import CENTRED, IMAGENET, SIGNED
 
 # Keras on JAX, when it reads its own variables.
@@ -262,3 +266,49 @@ def test_another_variant_is_refused(tmp_path):
         chain, fresh = chain_of(name=name)
         with pytest.raises(BadInput, match=rf"{variable} has shape .*; {name} needs"):
             keras_weights.load(path, name, chain, fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkeypatch):
+    """HDF5 has no sums: numbers changed in place are what the file says. A .keras archive has sums."""
+    monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("unpickled"))
+    monkeypatch.setattr(keras_files, "PATIENCE_S", 5.0)
+    chain, fresh = chain_of()
+    contents = {name: (tmp_path / write(tmp_path, name, model())).read_bytes() for name in FORMATS}
+    right = {name: keras_weights.load(str(tmp_path / name), MINI, chain, fresh) for name in FORMATS}
+    rng, outcomes, spoilt = random.Random(6), collections.Counter(), tmp_path / "spoilt"
+    for _ in tries(300, 100, "weights files"):
+        name = rng.choice(FORMATS)
+        spoilt.write_bytes(damaged(rng, contents[name]))
+        found, said = attempt(keras_weights.load, str(spoilt), MINI, chain, fresh)
+        if found is None:
+            assert said.startswith(f"--init_from={spoilt}: ")
+            outcomes["refused"] += 1
+            continue
+        assert jax.tree.structure(found.variables) == jax.tree.structure(fresh)
+        differ = 0
+        for a, b in zip(
+            jax.tree.leaves(found.variables), jax.tree.leaves(right[name].variables), strict=True
+        ):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert np.isfinite(a).all()
+            differ += int((np.asarray(a) != np.asarray(b)).sum())
+        outcomes["other numbers" if differ else "the same"] += 1
+        assert not differ or name != "mini.keras"
+    print(outcomes)
+    assert len(outcomes) == 3
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [("while True: pass", "damaged: reading it does not end"),
+     ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "damaged: reading it crashes")],
+)  # fmt: skip
+def test_a_file_that_keeps_or_crashes_the_library_is_refused(program, line, tmp_path, monkeypatch):
+    """What HDF5 does with some damaged attributes, and may do with others."""
+    path = write(tmp_path, "weights.h5", model())
+    monkeypatch.setattr(keras_files, "READ_ALL", program)
+    monkeypatch.setattr(keras_files, "PATIENCE_S", 1.0)
+    with pytest.raises(BadInput, match=line):
+        keras_weights.load(path, MINI, *chain_of())

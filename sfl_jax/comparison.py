@@ -4,7 +4,7 @@ clocks.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,9 +14,12 @@ from sfl_jax import experiment, optim, planning
 from sfl_jax.config import Config
 from sfl_jax.turnout import delays, turnout
 
-# What is compared: every method, and alternation also as the best of several starts.
-FOUR_STARTS = "alternating, 4 starts"
-_STARTS = {FOUR_STARTS: ("equal", "proportional", "random", "random")}
+# What is compared: every method, and alternation also as the best of several starts and with recall.
+FOUR_STARTS, RECALL = "alternating, 4 starts", "alternating, recall"
+_OPTIONS: dict[str, dict[str, Any]] = {
+    FOUR_STARTS: {"starts": ("equal", "proportional", "random", "random")},
+    RECALL: {"recall": True},
+}
 
 FACTORS = 2.0 ** np.arange(-4, 5)  # of the server, and of every uplink
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the clients, with the server as it is
@@ -59,7 +62,7 @@ class Row(NamedTuple):
 
 def schemes(barrier: str) -> tuple[str, ...]:
     """What can be compared under a barrier, exact first."""
-    return optim.STAGED_METHODS if barrier == "staged" else (*optim.METHODS, FOUR_STARTS)
+    return optim.STAGED_METHODS if barrier == "staged" else (*optim.METHODS, *_OPTIONS)
 
 
 def plan_of(
@@ -71,9 +74,9 @@ def plan_of(
     present: Bool[np.ndarray, " K"] | None = None,
 ) -> optim.Plan | None:
     """The plan of one scheme; None where it cannot serve every client."""
-    method, starts = scheme.split(",")[0], _STARTS.get(scheme, ("equal",))
+    method, options = scheme.split(",")[0], _OPTIONS.get(scheme, {})
     try:
-        return optim.solve(terms, server_flops, method, barrier, key, present, starts=starts)
+        return optim.solve(terms, server_flops, method, barrier, key, present, **options)
     except optim.Infeasible:
         return None
 
@@ -161,6 +164,8 @@ def clocks(built: experiment.Experiment, rounds: int) -> dict[str, Float64[np.nd
         name += f", {config.band} band"
     if config.starts != Config.starts:
         name += f", starts {config.starts}"
+    if config.recall:
+        name += ", recall"
     names = [name, *(scheme for scheme in schemes(config.barrier) if scheme != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
     for round in range(rounds):

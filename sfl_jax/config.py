@@ -14,6 +14,7 @@ MODELS = tuple(f"efficientnetv2-{name}" for name in ("tiny", "b0", "b1", "b2", "
 METHODS = (
     "exact", "alternating", "regression", "greedy", "equal_shares", "common_cut", "random_cut", "no_split",
 )  # fmt: skip
+ALTERNATING = ("alternating", "regression")
 STARTS = ("equal", "proportional", "random")
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
@@ -89,6 +90,9 @@ class Config:
         "equal", FLEET, PLANNING, "of alternating and regression, the best is kept: some of "
         "equal, proportional, random, with commas between",
     )  # fmt: skip
+    recall: bool = _flag(
+        False, FLEET, PLANNING, "of alternating and regression: who left the server and ends last comes back"
+    )
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
     links: str = _flag(
         "fixed", FLEET, PLANNING, "the fleet's rates, or Shannon's by distance, or fading too", choices=LINKS
@@ -288,8 +292,10 @@ def validate(config: Config, command: str = "train") -> None:
         )
     if not set(config.starts.split(",")) <= set(STARTS):
         raise BadInput(f"--starts={config.starts}: must be some of {', '.join(STARTS)}, with commas between")
-    if config.starts != Config.starts and config.method not in ("alternating", "regression"):
+    if config.starts != Config.starts and config.method not in ALTERNATING:
         raise BadInput(f"--starts={config.starts}: needs --method=alternating or --method=regression")
+    if config.recall and config.method not in ALTERNATING:
+        raise BadInput("--recall=true: needs --method=alternating or --method=regression")
     if config.plan_only and config.band != "fixed":
         raise BadInput(f"--band={config.band}: must be fixed with --plan_only, which compares every method")
     for name in ("image_channels", "num_classes", "samples_per_client"):

@@ -130,6 +130,7 @@ def solve(
             config.barrier,
             round_key(config, round),
             starts=config.starts.split(","),
+            recall=config.recall,
         )
     except optim.Infeasible as error:
         raise BadInput(_named(error, fleet)) from error

@@ -119,8 +119,11 @@ def test_starts_are_of_methods_that_alternate():
             validate(Config(method="alternating", starts=starts), "plan")
     for method in ("alternating", "regression"):
         validate(Config(method=method, starts="proportional,random,random"), "plan")
-    with pytest.raises(BadInput, match=r"--starts=random: needs --method=alternating or --method=regression"):
-        validate(Config(starts="random"), "train")
+        validate(Config(method=method, recall=True), "plan")
+    for name, value in (("starts", "random"), ("recall", True)):
+        words = f"--{name}={str(value).lower()}: needs --method=alternating or --method=regression"
+        with pytest.raises(BadInput, match=words):
+            validate(Config(**{name: value}), "train")
 
 
 def test_fleet_must_be_a_file(tmp_path):

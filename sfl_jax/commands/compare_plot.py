@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from sfl_jax.comparison import DRAWS, ERRORS, FOUR_STARTS, Row
+from sfl_jax.comparison import DRAWS, ERRORS, FOUR_STARTS, RECALL, Row
 from sfl_jax.config import Config
 from sfl_jax.files import whole_file
 
@@ -19,6 +19,7 @@ _STYLES = {
     "regression": ("#d55e00", "-"),
     "alternating": ("#0072b2", "-"),
     FOUR_STARTS: ("#0072b2", "--"),
+    RECALL: ("#0072b2", ":"),
     "greedy": ("#009e73", "-"),
     "equal_shares": ("#e69f00", "-"),
     "common_cut": ("#cc79a7", "-"),

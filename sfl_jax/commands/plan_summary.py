@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from sfl_jax import optim
-from sfl_jax.config import Config
+from sfl_jax.config import ALTERNATING, Config
 from sfl_jax.planning import Gains, Planned, binding, seconds
 
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
@@ -31,7 +31,7 @@ def head(planned: Planned) -> dict[str, Any]:
         "round_s": plan.round_s,
         "bound_s": plan.bound_s,
         "iterations": plan.iterations,
-        **({"starts": config.starts} if config.method in ("alternating", "regression") else {}),
+        **({"starts": config.starts, "recall": config.recall} if config.method in ALTERNATING else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
@@ -58,6 +58,7 @@ def summary(planned: Planned, gains: Gains) -> str:
     config, plan = planned.config, planned.plan
     clients = _count(len(planned.fleet), "client")
     method = config.method + (f" from {config.starts}" if config.starts != Config.starts else "")
+    method += " with recall" if config.recall else ""
     network = f"{config.model} at {config.image_size}x{config.image_size}"
     more = [
         ("+1 TFLOP/s", "of server", gains.server_s), ("+10 %", "of uplink for all", gains.uplink_s),

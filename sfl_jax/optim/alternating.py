@@ -1,8 +1,11 @@
 """The paper's alternation: best cuts for given shares, best shares for given cuts, until neither helps.
 
 `alternating` does it on the exact table; `regression.py` on fitted curves. Each half is optimal, the
-pair need not be: a client whose share falls to 0 can only train alone, and never comes back. Several
-starts are the cure.
+pair need not be: a client whose share falls to 0 can only train alone, and never comes back. Another
+start may avoid that. The cure is to call it back: whoever trains alone and ends last chooses as if what
+is left of the server were its own. Then rest is the optimum. Who shares the server ends with the round
+there, and no cut would let it with less, else it would have taken that; the one that ends last alone
+would need more than is left. So to end any sooner takes more than the server has (`exact.py`: need(T) > F).
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -11,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sfl_jax.optim.shares import optimal_shares
+from sfl_jax.optim.shares import SLACK, optimal_shares, rounding
 from sfl_jax.optim.table import FEW, least, sweep, table
 
 Start = Literal["equal", "proportional", "random"]
 STARTS: tuple[str, ...] = get_args(Start)
 _STEPS = 100
+_LAST = 1 - 1e-12  # of the round: who ends by then does not hold it up
 
 
 class Rest(NamedTuple):
@@ -28,12 +32,23 @@ class Rest(NamedTuple):
     iterations: jax.Array  # () int32, of all starts together
 
 
-def alternating(costs, server_flops, present, *, starts=("equal",), key=None) -> Rest:
-    """The best rest over the starts: shares equal, proportional to a client's work, or random (needs key)."""
+class _Step(NamedTuple):
+    rest: Rest
+    offers: jax.Array  # (K,) FLOP/s by which the next cuts are chosen
+    alone: jax.Array  # () int, clients that train alone and end last
+    moved: jax.Array  # () bool, whether the last step helped
+
+
+def alternating(costs, server_flops, present, *, starts=("equal",), key=None, recall=False) -> Rest:
+    """The best rest over the starts: shares equal, proportional to a client's work, or random (needs key).
+
+    recall: call back whoever trains alone and ends last. A step brings back one client, or some that are
+    alike: O(C K) each and up to K of them more, so for small fleets.
+    """
     swept = table(costs)
 
     def run(shares):
-        return _from(costs, swept, shares, server_flops, present)
+        return _from(costs, swept, shares, server_flops, present, recall)
 
     shares = jnp.stack(list(_starts(costs, swept, server_flops, present, starts, key)))
     rests = lax.map(run, shares)
@@ -55,30 +70,42 @@ def cuts_for(costs, swept, shares):
 
 
 def shares_for(costs, cuts, server_flops, present):
-    """Optimal shares (K,) of fixed cuts and the round's seconds ()."""
+    """Optimal shares (K,) of fixed cuts, the clients' ends (K,) and the round's ()."""
     fixed_s, server_flop, _ = costs.at(cuts)
-    shares, _, round_s = optimal_shares(fixed_s, server_flop, server_flops, present)
-    return shares, round_s
+    return optimal_shares(fixed_s, server_flop, server_flops, present)
 
 
-def _from(costs, swept, shares, server_flops, present) -> Rest:
-    def improves(state):
-        rest, before_s = state
-        return (rest.iterations == 0) | ((rest.round_s < before_s) & (rest.iterations < _STEPS))
+def _from(costs, swept, shares, server_flops, present, recall) -> Rest:
+    clients, count = costs.shape
+    most = _STEPS + clients * recall
 
-    def alternate(state):
-        rest, _ = state
-        cuts = cuts_for(costs, swept, rest.shares)
-        shares, round_s = shares_for(costs, cuts, server_flops, present)
-        better = (round_s < rest.round_s) | (rest.iterations == 0)
-        cuts, shares, best_s = (
+    def moves(step):
+        return step.moved & (step.rest.iterations < most)
+
+    def alternate(step):
+        rest = step.rest
+        cuts = cuts_for(costs, swept, step.offers)
+        shares, ends_s, round_s = shares_for(costs, cuts, server_flops, present)
+        last = present & (shares <= 0) & (ends_s >= round_s * _LAST)
+        alone = jnp.sum(last)
+        moved = round_s < rest.round_s
+        offers = shares
+        if recall:
+            # As long a round may still hold up fewer, or leave more for the one that is called back.
+            less = (alone < step.alone) | ((alone == step.alone) & (jnp.sum(shares) < jnp.sum(rest.shares)))
+            moved |= (round_s == rest.round_s) & less
+            left = jnp.maximum(server_flops * (1 - rounding(clients)) - jnp.sum(shares), 0.0)
+            # Rounded up, or a client that would end as late alone might leave as another comes back.
+            offers = jnp.where(last, left / jnp.maximum(alone, 1), shares * (1 + 8 * SLACK))
+        better = moved | (rest.iterations == 0)
+        cuts, shares, round_s = (
             jnp.where(better, new, old) for new, old in zip((cuts, shares, round_s), rest[:3], strict=True)
         )
-        return Rest(cuts, shares, best_s, rest.iterations + 1), rest.round_s
+        return _Step(Rest(cuts, shares, round_s, rest.iterations + 1), offers, alone, moved)
 
-    clients, count = costs.shape
-    start = Rest(jnp.full(clients, count - 1, jnp.int32), shares, jnp.asarray(jnp.inf), jnp.int32(0))
-    return lax.while_loop(improves, alternate, (start, jnp.asarray(jnp.inf)))[0]
+    nothing = Rest(jnp.full(clients, count - 1, jnp.int32), shares, jnp.asarray(jnp.inf), jnp.int32(0))
+    start = _Step(nothing, shares, jnp.zeros((), int), jnp.asarray(True))
+    return lax.while_loop(moves, alternate, start).rest
 
 
 def _starts(costs, swept, server_flops, present, starts, key):

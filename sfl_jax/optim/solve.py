@@ -46,12 +46,14 @@ def solve(
     present: ArrayLike | None = None,
     *,
     starts: Sequence[str] = ("equal",),
+    recall: bool = False,
 ) -> Plan:
     """Cuts and shares of one round, with the proof of how good they can be.
 
     server_flops: FLOP/s of the server.  present: (K,) bool, absent clients cost nothing.  key: a JAX
     random key, for random_cut and random starts.  starts: of alternating and regression, the best of
-    equal, proportional, random.  regression and the staged barrier need Terms.
+    equal, proportional, random.  recall: they call back who left the server and ends last; `alternating`
+    then is optimal.  regression and the staged barrier need Terms.
 
     Runs on the CPU in float64 whatever the process's default device and precision are. Infeasible
     names the clients that the method cannot serve; BadInput what makes no sense.
@@ -74,7 +76,7 @@ def solve(
         # The optimum apart, compiled once for all methods: it bounds them.
         plan = _exact(costs, flops, here, *_needed(costs))
         if method != "exact":
-            chosen = _other(costs, flops, here, method, key, tuple(starts), curves)
+            chosen = _other(costs, flops, here, method, key, tuple(starts), curves, recall)
             plan = chosen._replace(bound_s=plan.bound_s, iterations=chosen.iterations)
         plan = jax.tree.map(np.asarray, plan)
     if not plan.feasible:
@@ -86,7 +88,15 @@ def solve(
 
 
 def solve_arrays(
-    costs, server_flops, method: str = "exact", key=None, present=None, *, starts=("equal",), curves=None
+    costs,
+    server_flops,
+    method: str = "exact",
+    key=None,
+    present=None,
+    *,
+    starts=("equal",),
+    curves=None,
+    recall=False,
 ) -> Solution:
     """The pure twin of `solve` under the session barrier, for jit and vmap: a flag instead of Infeasible.
 
@@ -101,7 +111,7 @@ def solve_arrays(
     best = _optimum(costs, server_flops, present)
     if method == "exact":
         return best
-    other = _chosen(costs, server_flops, present, method, key, starts, curves)
+    other = _chosen(costs, server_flops, present, method, key, starts, curves, recall)
     return other._replace(bound_s=best.bound_s)
 
 
@@ -123,12 +133,12 @@ def _optimum(costs, server_flops, present, needed=None, block=None) -> Solution:
     return Solution(cuts, shares, ends, round_s, bound_s, passes, feasible)
 
 
-def _chosen(costs, server_flops, present, method, key, starts, curves) -> Solution:
+def _chosen(costs, server_flops, present, method, key, starts, curves, recall) -> Solution:
     """Any other method's solution, with no bound of its own."""
     steps = jnp.int32(1)
     if method in ("alternating", "regression"):
         table = curves if method == "regression" else costs
-        rest = alternating(table, server_flops, present, starts=starts, key=key)
+        rest = alternating(table, server_flops, present, starts=starts, key=key, recall=recall)
         steps, cuts = rest.iterations, rounded(costs, rest.cuts) if method == "regression" else rest.cuts
     elif method == "greedy":
         cuts, steps = baselines.greedy(costs, server_flops, present)
@@ -154,7 +164,7 @@ def _chosen(costs, server_flops, present, method, key, starts, curves) -> Soluti
 
 
 _exact = jax.jit(_optimum, static_argnames="block")
-_other = partial(jax.jit, static_argnames=("method", "starts"))(_chosen)
+_other = partial(jax.jit, static_argnames=("method", "starts", "recall"))(_chosen)
 
 
 def _check(costs: Costs | Terms, server_flops: float, method: str, barrier: str, key, starts) -> None:

@@ -88,6 +88,9 @@ def test_starts_are_written_and_summed_up(here, capsys):
     assert run("--method=alternating", "--starts=proportional,random") == 0
     assert json.loads((here / "plan.json").read_text())["starts"] == "proportional,random"
     assert "alternating from proportional,random, session barrier" in capsys.readouterr().out
+    assert run("--method=alternating", "--recall") == 0
+    assert json.loads((here / "plan.json").read_text())["recall"] is True
+    assert "alternating with recall, session barrier" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kept", [True, False])

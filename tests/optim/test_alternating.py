@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optim import oracles
 
 from sfl_jax import optim
@@ -36,7 +38,7 @@ def test_at_rest_neither_half_helps(seed):
     assert plan.iterations >= 2
 
 
-def test_a_client_whose_share_falls_to_zero_never_comes_back():
+def test_a_client_whose_share_falls_to_zero_never_comes_back_unless_it_is_called():
     # With half the server each, neither is quicker than alone, so nobody asks for the whole of it.
     costs = optim.Costs(
         np.array([[1.0, 10.0], [1.0, 9.0]]), np.array([[12.0, 0.0], [12.0, 0.0]]), np.ones((2, 2), bool)
@@ -45,6 +47,57 @@ def test_a_client_whose_share_falls_to_zero_never_comes_back():
     assert plan.cuts.tolist() == [1, 1]
     assert plan.round_s == pytest.approx(10.0)
     assert optim.solve(costs, 2.0).round_s == pytest.approx(9.0)
+    recalled = optim.solve(costs, 2.0, "alternating", recall=True)
+    assert recalled.cuts.tolist() == [0, 1]
+    assert recalled.round_s == pytest.approx(9.0)
+
+
+@st.composite
+def ties(draw):
+    """Every client and cut has its seconds and work from few numbers, so many end a round together."""
+    fixed_s, work = (
+        np.array(draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 4.0, 9.0, 20.0]), min_size=12, max_size=12)))
+        for _ in range(2)
+    )
+    costs = optim.Costs(fixed_s.reshape(3, 4), work.reshape(3, 4), np.ones((3, 4), bool))
+    costs.server_flop[:, -1] = 0.0
+    return costs, draw(st.sampled_from([1.0, 2.0, 4.0, 7.0]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(oracles.instances() | ties())
+def test_with_clients_called_back_rest_is_the_optimum(instance):
+    costs, server_flops = instance
+    optimum = oracles.best_round_s(costs, server_flops)
+    if np.isinf(optimum):
+        return
+    plan = optim.solve(costs, server_flops, "alternating", recall=True)
+    oracles.assert_sound(costs, server_flops, plan)
+    np.testing.assert_allclose(plan.round_s, optimum, rtol=1e-9)
+
+
+def test_of_those_that_end_last_together_all_come_back_that_can():
+    # Both end at 9 alone, where they need 2.5 and 0.5 of the 4 FLOP/s: 2 each are too few for the first. The
+    # second ends at 9 with its 0.5 too, and must not leave for that when the first comes back with 3.5.
+    costs = optim.Costs(
+        np.array([[1.0, 9.0], [1.0, 9.0]]), np.array([[20.0, 0.0], [4.0, 0.0]]), np.ones((2, 2), bool)
+    )
+    plan = optim.solve(costs, 4.0, "alternating", recall=True)
+    assert plan.cuts.tolist() == [0, 0]
+    assert plan.round_s == pytest.approx(7.0)  # 20 / 6 + 4 / 6 = 4
+
+
+@pytest.mark.parametrize("per_client", [1e6, 3e7, 1e9])
+def test_larger_fleets_are_called_back_in_few_steps_for_their_size(per_client):
+    better = 0
+    for seed in range(4):
+        terms, server_flops = instance(seed, per_client, clients=60)
+        trapped = optim.solve(terms, server_flops, "alternating")
+        plan = optim.solve(terms, server_flops, "alternating", recall=True)
+        assert plan.gap < 1e-9
+        assert trapped.iterations <= plan.iterations <= 100 + 60
+        better += plan.round_s < trapped.round_s * (1 - 1e-6)
+    assert better or per_client > 1e6  # where none was trapped, this would prove nothing
 
 
 def test_more_starts_are_never_worse_and_often_better():

@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
-from sfl_jax import compilation_cache, models
-from sfl_jax.commands import plan
+from sfl_jax import compilation_cache, models, optim, planning
+from sfl_jax.commands import plan, plan_plot
+from sfl_jax.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLEET = """client,flops,uplink_bps,downlink_bps,memory_bytes,samples
@@ -50,6 +52,49 @@ def test_plan_json_is_as_promised(here, capsys, method):
         assert words in out
     assert sorted(os.listdir(here)) == ["fleet.csv", "out"]
     assert sorted(os.listdir(here / "out")) == ["p.csv", "p.json"]
+
+
+@pytest.mark.parametrize("method", ["exact", "equal_shares"])
+def test_the_summary_says_who_holds_up_and_what_would_help(here, capsys, method):
+    assert run("--server_flops=1e10", f"--method={method}") == 0
+    lines = [line.partition("  ") for line in capsys.readouterr().out.splitlines()]
+    said = [(name, text.strip()) for name, _, text in lines]
+    config = Config(
+        model="efficientnetv2-tiny", fleet=str(here / "fleet.csv"), server_flops=1e10, method=method
+    )
+    planned = planning.make_plan(config)
+    who, gains, plan = planning.binding(planned), planning.gains(planned), planned.plan
+    (held_up,) = (text for name, text in said if name == "held up by")
+    first, parts = who.clients[0], planning.seconds(planned)._asdict()
+    longest = max(parts, key=lambda name: parts[name][first])
+    named = f"{planned.fleet.client[first]} (pull {who.pull[0]:.0%}, longest {longest} "
+    assert named + f"{parts[longest][first]:.3g} s)" in held_up
+    assert held_up.startswith("a full server: 2 clients end together, first ") == (method == "exact")
+    more = [text for name, text in said if name.startswith("+1")]
+    for text, what, gain_s in zip(more, ("server", "uplink", "downlink", "compute"), gains, strict=True):
+        assert text.startswith(f"of {what}")
+        assert text.endswith(f": {gain_s:.3g} s shorter ({gain_s / plan.round_s:.1%})")
+    (bound,) = (text for name, text in said if name == "bound")
+    assert f"at most {plan.gap:.2%} above it" in bound or (method == "exact" and "optimal to" in bound)
+
+
+def test_the_picture_shows_the_plan(here, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plan_plot, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[0])
+    assert run("--server_flops=1e10", "--plot") == 0
+    written = json.loads((here / "plan.json").read_text())
+    clients, cuts, servers = drawn[0].axes
+    # Where each client's time goes: a layer for each term, the highest edge is the slowest client's end.
+    assert [layer.get_label() for layer in clients.collections] == list(optim.Seconds._fields)
+    top = max(path.vertices[:, 1].max() for path in clients.collections[-1].get_paths())
+    assert top == pytest.approx(written["round_s"])
+    heights = [bar.get_height() for bar in cuts.patches]
+    assert heights == np.bincount([client["cut"] for client in written["clients"]], minlength=8).tolist()
+    rounds, bounds, this = (line.get_xydata() for line in servers.get_lines())
+    assert this.tolist() == [[1e10, written["round_s"]]]
+    assert (np.diff(rounds[:, 1]) <= 0).all()
+    assert rounds[0, 1] > written["round_s"] > rounds[-1, 1]
+    np.testing.assert_allclose(bounds, rounds, rtol=1e-9)
 
 
 def test_plot_and_target(here, capsys):

@@ -41,6 +41,16 @@ def test_both_files_hold_every_value(tmp_path_factory, rows):
             assert line["round_s"] == ""
 
 
+def test_few_pieces_are_made_ahead_of_those_that_are_written(monkeypatch):
+    monkeypatch.setattr(plan_files, "_WORKERS", 2)
+    made = []
+    texts = plan_files._side_by_side(lambda piece: made.append(piece) or piece, range(100))
+    for number, piece in enumerate(texts):
+        assert piece == number
+        assert len(made) <= number + 6
+    assert sorted(made) == list(range(100))
+
+
 def test_nothing_is_replaced_when_writing_fails(tmp_path):
     path = tmp_path / "plan.json"
     columns = columns_of([("a", 1, 1.0)])

@@ -7,7 +7,11 @@ repeats, those compared are taken in turns; on a machine that others use too the
 
 import argparse
 import functools
+import os
 import resource
+import subprocess
+import sys
+import tempfile
 import time
 
 import jax
@@ -113,6 +117,28 @@ def memory(quick):
     print(f"the table of all clients and cuts would be {dense:.2f} GiB")
 
 
+def command(quick):
+    """launch.plan, the whole process: a large fleet file is read, planned and written."""
+    clients, rows = (100_000 if quick else 1_000_000), []
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "fleet.csv")
+        fleets.write_fleet(path, fleets.random_fleet(clients, seed=0).with_samples(np.full(clients, 600)))
+        for model in ("efficientnetv2-b0", "efficientnetv2-s"):
+            flags = [f"--fleet={path}", f"--model={model}", f"--server_flops={1e9 * clients}"]
+            whole = [sys.executable, "-m", "launch.plan", *flags, f"--output={folder}/plan.json"]
+            for compiled in ("nothing", "kept"):
+                before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+                environment = os.environ | {"XDG_CACHE_HOME": os.path.join(folder, model)}
+                subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL, check=True)
+                wall_s, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+                cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                peak_gib = after.ru_maxrss / 2**20  # of the largest so far
+                rows.append([model, compiled, f"{wall_s:.1f}", f"{cpu_s:.1f}", f"{peak_gib:.2f}"])
+    header = ["network", "compiled before", "wall, s", "CPU, s", "peak, GiB"]
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    show(f"launch.plan, the whole process, {clients} clients; {load}", header, rows)
+
+
 def rounds(quick):
     """Many rounds at once, with the pure twin."""
     count = 100 if quick else 1000
@@ -189,7 +215,7 @@ def against_highs(quick):
     show(f"HiGHS (stopped after {limit_s:g} s), its bound from below, its best from above", header, rows)
 
 
-PARTS = {part.__name__: part for part in (memory, speed, rounds, quality, problems, against_highs)}
+PARTS = {part.__name__: part for part in (memory, command, speed, rounds, quality, problems, against_highs)}
 
 
 def main():

@@ -36,6 +36,12 @@ NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learn
 MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"
 HARMLESS = (MACHINE, PROCESSES, FILES)
 
+# Flags of plans alone, and what holds in training.
+_SAID = "the dataset says it"
+_IN_TRAINING = {
+    "image_channels": _SAID, "num_classes": _SAID, "samples_per_client": _SAID, "bits_per_float": "it is 32",
+}  # fmt: skip
+
 LARGEST_INT = 2**31 - 1
 
 
@@ -115,6 +121,9 @@ class Config:
     )
     min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
     samples_per_client: int = _flag(600, FLEET, DATALESS, "of each client of the random fleet", at_least=1)
+    bits_per_float: int = _flag(
+        32, FLEET, DATALESS, "of smashed data and their gradients as they are sent", at_least=1, at_most=64
+    )
     target_round_s: float = _flag(
         0.0, FLEET, ("plan",), "find the smallest server for this round; 0: off", at_least=0
     )
@@ -298,10 +307,10 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput("--recall=true: needs --method=alternating or --method=regression")
     if config.plan_only and config.band != "fixed":
         raise BadInput(f"--band={config.band}: must be fixed with --plan_only, which compares every method")
-    for name in ("image_channels", "num_classes", "samples_per_client"):
+    for name, holds in _IN_TRAINING.items():
         value, training = getattr(config, name), command == "compare" and not config.plan_only
         if training and value != getattr(Config, name):
-            raise BadInput(f"--{name}={value}: needs --plan_only; in training the dataset says it")
+            raise BadInput(f"--{name}={value}: needs --plan_only; in training {holds}")
     if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
         raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
     for name in ("dataset", "workdir"):

@@ -108,7 +108,13 @@ def linked(
 def work(config: Config) -> optim.Work:
     """What each client does in a round, as its costs need it."""
     slots = 2 if config.optimizer == "adam" else int(config.momentum > 0)
-    return optim.Work(config.local_epochs, config.batch_size, min_cut=config.min_cut, optimizer_slots=slots)
+    return optim.Work(
+        config.local_epochs,
+        config.batch_size,
+        config.bits_per_float,
+        min_cut=config.min_cut,
+        optimizer_slots=slots,
+    )
 
 
 def solve(

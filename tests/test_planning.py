@@ -182,6 +182,17 @@ def test_optimiser_state_is_counted(optimizer, momentum, slots):
     assert planning.work(Config(optimizer=optimizer, momentum=momentum)).optimizer_slots == slots
 
 
+def test_fewer_bits_cross_the_cut(tiny, planned):
+    coarse = planning.make_plan(dataclasses.replace(tiny, bits_per_float=8))
+    cuts = np.full(12, 2)
+    before, after = (each.terms.seconds(cuts, np.ones(12)) for each in (planned, coarse))
+    np.testing.assert_allclose(after.gradient_down, before.gradient_down / 4, rtol=1e-12)
+    labels_s = 96 * 32 / planned.fleet.uplink_bps  # which keep their bits
+    np.testing.assert_allclose(after.smashed_up - labels_s, (before.smashed_up - labels_s) / 4, rtol=1e-12)
+    np.testing.assert_array_equal(after.model_up, before.model_up)
+    assert coarse.plan.round_s < planned.plan.bound_s
+
+
 @pytest.mark.parametrize(
     ("fleet", "changes", "words"),
     [

@@ -16,6 +16,7 @@ _SETTINGS = (
     "min_cut",
     "local_epochs",
     "batch_size",
+    "bits_per_float",
     "optimizer",
     "momentum",
 )

@@ -67,6 +67,7 @@ def test_what_is_infinite_or_missing_is_empty_in_the_table(tmp_path):
 @pytest.mark.parametrize(("flag", "words"), [
     ("--num_classes=7", "--num_classes=7: needs --plan_only"),
     ("--samples_per_client=7", "--samples_per_client=7: needs --plan_only"),
+    ("--bits_per_float=7", "--bits_per_float=7: needs --plan_only; in training it is 32"),
     ("--band=pooled --plan_only", "--band=pooled: must be fixed with --plan_only"),
     ("--cohort_size=101", "--cohort_size=101: must be at most --clients=100"),
     ("--workdir=file/below", "--workdir=file/below: cannot be written"),

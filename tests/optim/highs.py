@@ -45,7 +45,8 @@ def tangent(costs, server_flops: float, near_s: float, seconds: float = 60.0) ->
     integral = np.zeros(rows.width)
     integral[chosen : chosen + pairs] = 1
     found, wall_s = rows.minimise(end, integral, seconds)
-    return Answer(found.mip_dual_bound, wall_s)
+    # None where time is up before there is any; a round takes no less than nothing.
+    return Answer(found.mip_dual_bound or 0.0, wall_s)
 
 
 def discretised(costs, server_flops: float, near_s: float, seconds: float = 60.0) -> Answer:

@@ -4,6 +4,8 @@
 both, which `sha256sum -c` understands too. It takes this name in one step, once all of it is on the disk.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -23,6 +25,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_room
 
 MODEL, PROGRESS, SUMS = "model", "progress.json", "SHA256SUMS"
+STAGING_SPARE_BYTES = 10**6  # beside the arrays
 
 
 class Progress(NamedTuple):
@@ -98,10 +101,13 @@ class Checkpoints:
         return None
 
     def ensure_room(self, workdir: str, model: Any) -> None:
-        """BadInput where the checkpoints that are still to come do not fit on the disk."""
+        """BadInput where the checkpoints that are still to come do not fit on the disk; OSError where one
+        does not fit into the temporary directory.
+        """
         missing = max(1, self.keep + 1 - len(self._paths()))
         model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         ensure_room(self.directory.parent, "workdir", workdir, missing * model_bytes)
+        _ensure_staging_room(model)
 
     def restore(self, progress: Progress, like: Any) -> Any:
         """The model of a checkpoint in NumPy arrays; `like` has its structure, shapes and types.
@@ -129,9 +135,10 @@ class Checkpoints:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         # Orbax meets a full disk with tracebacks of its own threads; copying meets it with an error.
-        with tempfile.TemporaryDirectory(prefix="sfl_jax-") as staging:
-            _save_model(Path(staging) / MODEL, model)
-            _copy(Path(staging) / MODEL, part / MODEL)
+        _ensure_staging_room(model)
+        with self._staging() as staging:
+            _save_model(staging / MODEL, model)
+            _copy(staging / MODEL, part / MODEL)
         (part / PROGRESS).write_text(json.dumps(progress._asdict()))
         (part / SUMS).write_text(_sums(part))
         for inside in [*part.rglob("*"), part]:
@@ -142,6 +149,18 @@ class Checkpoints:
         _sync(self.directory)
         self._damaged.discard(path.name)
         self._delete_superseded(progress.round)
+
+    @contextlib.contextmanager
+    def _staging(self):
+        """A directory of this run's own; of the same name each time, so that none is left by those killed."""
+        own = hashlib.sha256(os.fsencode(self.directory.resolve())).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"sfl_jax-{os.getuid()}-{own}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(mode=0o700)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _delete_superseded(self, round):
         paths = [path for path in self._paths() if int(path.name) <= round]
@@ -206,6 +225,13 @@ def _checkpointer():
 def _save_model(path, model):
     with _checkpointer() as writer:
         writer.save(path, args=ocp.args.PyTreeSave(model))
+
+
+def _ensure_staging_room(model):
+    """OSError where the temporary directory has no room for a copy of `model`, and a little more."""
+    place, size = tempfile.gettempdir(), sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    if shutil.disk_usage(place).free < 1.1 * size + STAGING_SPARE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
 
 
 def _copy(source, target):

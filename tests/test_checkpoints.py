@@ -4,12 +4,14 @@ import hashlib
 import pickle
 import shutil
 import subprocess
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from disks import fill
 from federated import rounds
 
 from sfl_jax.checkpoints import Checkpoints, Progress
@@ -174,6 +176,39 @@ def test_what_the_disk_refuses_is_raised_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="checkpoint of round 1: "):
         checkpoints.wait()
     checkpoints.wait()  # said once
+
+
+@pytest.fixture
+def small_temporary(small_disk, monkeypatch):
+    """The temporary directory is a disk of 4 MB."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    return small_disk
+
+
+def test_a_full_temporary_directory_is_named_and_orbax_never_meets_it(small_temporary, tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    large = {"x": np.ones(10**6)}
+    with pytest.raises(OSError, match=f"No space left on device: '{small_temporary}'"):
+        checkpoints.ensure_room("w", large)
+    checkpoints.save(large, progress(1))
+    with pytest.raises(OSError, match=f"round 1: .*No space left on device: '{small_temporary}'"):
+        checkpoints.wait()
+    assert capfd.readouterr().err == ""
+    fill(small_temporary / "filler", but=1_200_000)
+    checkpoints.ensure_room("w", {"x": np.ones(3)})
+    checkpoints.save({"x": np.ones(3)}, progress(1))
+    checkpoints.wait()
+    assert [path.name for path in small_temporary.iterdir()] == ["filler"]
+
+
+def test_what_a_killed_run_left_in_the_temporary_directory_is_cleared(small_temporary, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    killed = checkpoints._staging()
+    (killed.__enter__() / "half").write_text("never left in order")
+    assert [*small_temporary.rglob("half")]
+    checkpoints.save({"x": np.ones(3)}, progress(1))
+    checkpoints.wait()
+    assert [*small_temporary.iterdir()] == []
 
 
 def test_no_checkpoints(tmp_path):

@@ -133,7 +133,9 @@ class Checkpoints:
         try:
             return _restore_model(path, like)
         except Exception as error:
-            raise BadInput(f"{path}: is no checkpoint of this network ({_line(error)})") from error
+            raise BadInput(
+                f"{path}: is no checkpoint of this network and release ({_line(error)})"
+            ) from error
 
     def _write(self, model, progress):
         try:
@@ -209,9 +211,7 @@ def pack(model: Any) -> Packed:
 
 def unpack(model: Packed, like: Any) -> Any:
     """The model that was packed, in views of its numbers. ValueError where `like` is of another form."""
-    for there, wanted in itertools.zip_longest(model.arrays, _arrays(like)):
-        if there != wanted:
-            raise ValueError(f"{there} instead of {wanted}")
+    _check_arrays(model.arrays, like)
     leaves, used = [], dict.fromkeys(model.numbers, 0)
     for leaf in jax.tree.leaves(like):
         name, start = leaf.dtype.name, used[leaf.dtype.name]
@@ -223,6 +223,12 @@ def unpack(model: Packed, like: Any) -> Any:
 def _arrays(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [[jax.tree_util.keystr(path), leaf.dtype.name, [*leaf.shape]] for path, leaf in leaves]
+
+
+def _check_arrays(arrays, like):
+    for there, wanted in itertools.zip_longest(arrays, _arrays(like)):
+        if there != wanted:
+            raise ValueError(f"{there} instead of {wanted}")
 
 
 def _name(round):
@@ -284,6 +290,8 @@ def _copy(source, target):
 
 def _restore_model(path, like):
     """Arrays as they are on the disk: neither cast, nor cut, nor placed on devices."""
+    arrays = json.loads((path / ARRAYS).read_text())
+    _check_arrays(arrays, like)
     sizes = collections.Counter()
     for leaf in jax.tree.leaves(like):
         sizes[leaf.dtype] += math.prod(leaf.shape)
@@ -294,7 +302,7 @@ def _restore_model(path, like):
     for name, one in wanted.items():
         if (numbers[name].shape, numbers[name].dtype) != (one.shape, one.dtype):
             raise ValueError(f"{numbers[name].shape} numbers of {name} instead of {one.shape}")
-    return unpack(Packed(numbers, json.loads((path / ARRAYS).read_text())), like)
+    return unpack(Packed(numbers, arrays), like)
 
 
 def _sync(path):

@@ -1,12 +1,18 @@
 """Checkpoints on disk: whole or absent, written while training goes on, and checked before use.
 
-`checkpoints/000012/` is the state after round 12: `model/` (orbax), `progress.json`, and `SHA256SUMS` of
-both, which `sha256sum -c` understands too. It takes this name in one step, once all of it is on the disk.
+`checkpoints/000012/` is the state after round 12: `model/` (orbax: the numbers of every type, one after the
+other), `arrays.json` (which arrays they are), `progress.json`, and `SHA256SUMS` of all, which `sha256sum -c`
+understands too. It takes this name in one step, once all of it is on the disk.
 """
 
+import collections
+import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +28,8 @@ import orbax.checkpoint as ocp
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_room
 
-MODEL, PROGRESS, SUMS = "model", "progress.json", "SHA256SUMS"
+MODEL, ARRAYS, PROGRESS, SUMS = "model", "arrays.json", "progress.json", "SHA256SUMS"
+STAGING_SPARE_BYTES = 10**6  # beside the arrays
 
 
 class Progress(NamedTuple):
@@ -43,6 +50,16 @@ class Progress(NamedTuple):
     inputs: dict[str, str]
 
 
+class Packed(NamedTuple):
+    """A model as it is saved: orbax spends more on each array than on its numbers.
+
+    numbers: those of all arrays of a type, by the name of the type. arrays: path, type and shape of each.
+    """
+
+    numbers: dict[str, np.ndarray]
+    arrays: list[list[Any]]
+
+
 class Damaged(Exception):
     """A checkpoint cannot be used; the message says why."""
 
@@ -59,8 +76,8 @@ class Checkpoints:
     def save(self, model: Any, progress: Progress) -> None:
         """Copy `model` to the host and write it in the background. Raises what the save before raised."""
         self.wait()
-        on_host = jax.tree.map(np.array, model)  # a copy: the next round takes over the buffers of this one
-        self._writing = self._writer.submit(self._write, on_host, progress)
+        # A copy: the next round takes over the buffers of this one.
+        self._writing = self._writer.submit(self._write, pack(model), progress)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what the writing raised."""
@@ -98,10 +115,13 @@ class Checkpoints:
         return None
 
     def ensure_room(self, workdir: str, model: Any) -> None:
-        """BadInput where the checkpoints that are still to come do not fit on the disk."""
+        """BadInput where the checkpoints that are still to come do not fit on the disk; OSError where one
+        does not fit into the temporary directory.
+        """
         missing = max(1, self.keep + 1 - len(self._paths()))
         model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         ensure_room(self.directory.parent, "workdir", workdir, missing * model_bytes)
+        _ensure_staging_room(model)
 
     def restore(self, progress: Progress, like: Any) -> Any:
         """The model of a checkpoint in NumPy arrays; `like` has its structure, shapes and types.
@@ -111,9 +131,11 @@ class Checkpoints:
         """
         path = self.directory / _name(progress.round)
         try:
-            return _restore_model(path / MODEL, like)
+            return _restore_model(path, like)
         except Exception as error:
-            raise BadInput(f"{path}: is no checkpoint of this network ({_line(error)})") from error
+            raise BadInput(
+                f"{path}: is no checkpoint of this network and release ({_line(error)})"
+            ) from error
 
     def _write(self, model, progress):
         try:
@@ -129,9 +151,11 @@ class Checkpoints:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         # Orbax meets a full disk with tracebacks of its own threads; copying meets it with an error.
-        with tempfile.TemporaryDirectory(prefix="sfl_jax-") as staging:
-            _save_model(Path(staging) / MODEL, model)
-            _copy(Path(staging) / MODEL, part / MODEL)
+        _ensure_staging_room(model.numbers)
+        with self._staging() as staging:
+            _save_numbers(staging / MODEL, model.numbers)
+            _copy(staging / MODEL, part / MODEL)
+        (part / ARRAYS).write_text(json.dumps(model.arrays))
         (part / PROGRESS).write_text(json.dumps(progress._asdict()))
         (part / SUMS).write_text(_sums(part))
         for inside in [*part.rglob("*"), part]:
@@ -142,6 +166,18 @@ class Checkpoints:
         _sync(self.directory)
         self._damaged.discard(path.name)
         self._delete_superseded(progress.round)
+
+    @contextlib.contextmanager
+    def _staging(self):
+        """A directory of this run's own; of the same name each time, so that none is left by those killed."""
+        own = hashlib.sha256(os.fsencode(self.directory.resolve())).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"sfl_jax-{os.getuid()}-{own}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(mode=0o700)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _delete_superseded(self, round):
         paths = [path for path in self._paths() if int(path.name) <= round]
@@ -163,6 +199,36 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
         total.update(f"{array.dtype}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
+
+
+def pack(model: Any) -> Packed:
+    """A copy of a model's arrays, on the host."""
+    by_type = {}
+    for leaf in map(np.asarray, jax.tree.leaves(model)):
+        by_type.setdefault(leaf.dtype.name, []).append(leaf.ravel())
+    return Packed({name: np.concatenate(parts) for name, parts in by_type.items()}, _arrays(model))
+
+
+def unpack(model: Packed, like: Any) -> Any:
+    """The model that was packed, in views of its numbers. ValueError where `like` is of another form."""
+    _check_arrays(model.arrays, like)
+    leaves, used = [], dict.fromkeys(model.numbers, 0)
+    for leaf in jax.tree.leaves(like):
+        name, start = leaf.dtype.name, used[leaf.dtype.name]
+        used[name] += math.prod(leaf.shape)
+        leaves.append(model.numbers[name][start : used[name]].reshape(leaf.shape))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _arrays(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [[jax.tree_util.keystr(path), leaf.dtype.name, [*leaf.shape]] for path, leaf in leaves]
+
+
+def _check_arrays(arrays, like):
+    for there, wanted in itertools.zip_longest(arrays, _arrays(like)):
+        if there != wanted:
+            raise ValueError(f"{there} instead of {wanted}")
 
 
 def _name(round):
@@ -203,9 +269,16 @@ def _checkpointer():
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _save_model(path, model):
+def _save_numbers(path, numbers):
     with _checkpointer() as writer:
-        writer.save(path, args=ocp.args.PyTreeSave(model))
+        writer.save(path, args=ocp.args.PyTreeSave(numbers))
+
+
+def _ensure_staging_room(model):
+    """OSError where the temporary directory has no room for a copy of `model`, and a little more."""
+    place, size = tempfile.gettempdir(), sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    if shutil.disk_usage(place).free < 1.1 * size + STAGING_SPARE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
 
 
 def _copy(source, target):
@@ -217,13 +290,19 @@ def _copy(source, target):
 
 def _restore_model(path, like):
     """Arrays as they are on the disk: neither cast, nor cut, nor placed on devices."""
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    arrays = json.loads((path / ARRAYS).read_text())
+    _check_arrays(arrays, like)
+    sizes = collections.Counter()
+    for leaf in jax.tree.leaves(like):
+        sizes[leaf.dtype] += math.prod(leaf.shape)
+    wanted = {dtype.name: jax.ShapeDtypeStruct((size,), dtype) for dtype, size in sizes.items()}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     with _checkpointer() as reader:
-        model = reader.restore(path, args=ocp.args.PyTreeRestore(like, restore_args=as_numpy))
-    for there, wanted in zip(jax.tree.leaves(model), jax.tree.leaves(like), strict=True):
-        if (there.shape, there.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"{there.dtype}{there.shape} instead of {wanted.dtype}{wanted.shape}")
-    return model
+        numbers = reader.restore(path / MODEL, args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy))
+    for name, one in wanted.items():
+        if (numbers[name].shape, numbers[name].dtype) != (one.shape, one.dtype):
+            raise ValueError(f"{numbers[name].shape} numbers of {name} instead of {one.shape}")
+    return unpack(Packed(numbers, arrays), like)
 
 
 def _sync(path):

@@ -113,6 +113,7 @@ def build(config: Config) -> Experiment:
     planning.check_links(config, clients)
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
+    planning.check_rounds(config, clients, terms)
     # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
     imported = _imported(config, chain, channels)
     scaling = imported.scaling if imported else keras_weights.SIGNED

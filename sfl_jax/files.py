@@ -12,6 +12,10 @@ from typing import BinaryIO
 from sfl_jax.errors import BadInput
 
 
+class NotWritten(Exception):
+    """What the disk refused of a run that is under way."""
+
+
 def ensure_writable(directory: str | os.PathLike[str], flag: str, value: str) -> None:
     """Make `directory` and try a file in it; BadInput, naming --flag=value, where that fails."""
     try:
@@ -39,30 +43,40 @@ def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator
 
     The lock ends with its process, however that ends: a .lock file left behind locks nothing.
     """
-    with Path(directory, ".lock").open("a+") as file:
+    path = Path(directory, ".lock")
+    with contextlib.ExitStack() as stack:
         try:
+            # Without a buffer, which would be written, and fail, once more when the file is closed.
+            file = stack.enter_context(path.open("a+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "unknown"
+            who = path.read_text(errors="replace").strip() or "unknown"
             raise BadInput(
                 f"--{flag}={value}: run {who} is at work in it; wait, or choose another place"
             ) from None
+        except OSError as error:
+            raise BadInput(f"--{flag}={value}: cannot be locked ({error}); choose another place") from error
         with contextlib.suppress(OSError):  # only a note; a full disk is found by what needs room
             file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            file.write(f"{os.getpid()}\n".encode())
         yield
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to fill, which takes its name when the block ends well and leaves nothing when it does not."""
+    """A file to fill, which takes its name when the block ends well and leaves nothing when it does not.
+
+    An OSError of the block, as of a full disk, names the file if it names none.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             yield file
         part.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)

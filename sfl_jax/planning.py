@@ -90,6 +90,25 @@ def check_links(config: Config, fleet: fleets.Fleet) -> None:
             raise BadInput(f"--links={config.links}: {config.fleet} has no column {name}")
 
 
+def check_rounds(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> None:
+    """Refuse, before the first round, a later one whose cohort no plan can serve. Links are those of round 0:
+    what fades stays above 0.
+    """
+    usable = optim.servable(linked(config, fleet, terms), config.server_flops)
+    usable = usable[:, -1:] if config.method == "no_split" else usable
+    together = config.method == "common_cut"
+    if usable.all(axis=0).any() if together else usable.any(axis=1).all():
+        return
+    for round in range(config.rounds):
+        ids = fleets.cohort(config.seed, round, config.clients, config.cohort_size)
+        if not (usable[ids].all(axis=0).any() if together else usable[ids].any(axis=1).all()):
+            own = fleet.take(ids)
+            try:
+                solve(config, own, linked(config, own, terms.take(ids), round, ids), round)
+            except BadInput as error:
+                raise BadInput(f"--fleet={config.fleet}: round {round + 1}: {error}") from error
+
+
 def linked(
     config: Config,
     fleet: fleets.Fleet,

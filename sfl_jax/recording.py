@@ -11,7 +11,7 @@ from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import Config, changes, settings
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.files import whole_file
+from sfl_jax.files import NotWritten, whole_file
 
 LOG = "metrics.jsonl"
 
@@ -37,13 +37,18 @@ def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:
 def saved(workdir: str) -> tuple[experiment.Experiment, experiment.State]:
     """The run in a workdir as its newest checkpoint has it.
 
-    Raises BadInput where there is none, and where its dataset, fleet or weights are not to be had any more.
+    Raises BadInput where there is none or its config.json is damaged, and where its dataset, fleet or weights
+    are not to be had any more.
     """
     try:
         described = json.loads((Path(workdir) / "config.json").read_bytes())
     except OSError as error:
         raise BadInput(f"--workdir={workdir}: no run is here, config.json cannot be read") from error
-    del described["environment"]
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{workdir}/config.json: is damaged ({error})") from error
+    if not isinstance(described, dict):
+        raise BadInput(f"{workdir}/config.json: is damaged (no settings)")
+    described.pop("environment", None)
     config = Config.from_dict(described | {"workdir": str(workdir)})
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep)
     progress = reached(config, checkpoints)
@@ -70,7 +75,7 @@ def _refuse(config, differences):
 class Recorder:
     """Writes config.json at the start, the line of every round, and a checkpoint where one is due.
 
-    What the disk refuses raises OSError with --on_write_error=stop; with continue it is said, and what was
+    What the disk refuses raises NotWritten with --on_write_error=stop; with continue it is said, and what was
     not written is tried again with the next round or checkpoint.
 
     clock, compiling: the run's clocks. saved_round: that of the newest checkpoint.
@@ -92,13 +97,16 @@ class Recorder:
         self._saved_at = time.monotonic()
 
     def begin(self, state: experiment.State, inputs: dict[str, str], environment: dict[str, Any]) -> None:
-        """Describe the run, save its first state. BadInput where the disk lacks room for its checkpoints."""
+        """Describe the run, save its first state. BadInput or OSError where the disk does not let it."""
         self._inputs = inputs
         self.checkpoints.ensure_room(self.config.workdir, state.model)
         with whole_file(self.workdir / "config.json") as file:
             described = settings(self.config, "train") | {"environment": environment}
             file.write(json.dumps(described, indent=2).encode())
-        self.save(state, wait=True)
+        try:
+            self.save(state, wait=True)
+        except NotWritten as error:
+            raise BadInput(f"--workdir={self.config.workdir}: {error}; choose another place") from error
 
     def add(self, state: experiment.State, line: metrics.Round) -> None:
         """The line of a round, and a checkpoint if it is time for one and the state is there still."""
@@ -144,7 +152,7 @@ class Recorder:
             write()
         except OSError as error:
             if self.config.on_write_error == "stop":
-                raise
+                raise NotWritten(str(error)) from error
             logging.warning("not written: %s", error)
             return False
         return True

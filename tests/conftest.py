@@ -1,4 +1,5 @@
 import os
+import subprocess
 
 import hypothesis
 import jax
@@ -21,3 +22,17 @@ def full_float32():
     """GPUs and TPUs round the inputs of products to fewer bits unless told otherwise."""
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)

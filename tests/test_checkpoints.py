@@ -4,15 +4,17 @@ import hashlib
 import pickle
 import shutil
 import subprocess
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from disks import fill
 from federated import rounds
 
-from sfl_jax.checkpoints import Checkpoints, Progress
+from sfl_jax.checkpoints import Checkpoints, Progress, pack, unpack
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Model
 
@@ -163,8 +165,30 @@ def test_a_damaged_one_is_replaced_and_does_not_count(copy, caplog):
 
 def test_another_network_is_refused(saved):
     like = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), model(0)))
-    with pytest.raises(BadInput, match="000005: is no checkpoint of this network"):
+    with pytest.raises(BadInput, match=r"000005: is no checkpoint of this .*\] instead of \["):
         Checkpoints(saved, keep=2).restore(progress(5), like)
+
+
+def test_arrays_of_other_names_or_forms_are_refused_although_their_numbers_are_as_many(saved):
+    like = jax.eval_shape(lambda: model(0))
+    packed = pack(model(5))
+    same = unpack(packed, like)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(model(5)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    swapped = packed._replace(arrays=[packed.arrays[1], packed.arrays[0], *packed.arrays[2:]])
+    turned = [[name, dtype, shape[::-1]] for name, dtype, shape in packed.arrays]
+    for other in (swapped, packed._replace(arrays=turned), packed._replace(arrays=packed.arrays[:-1])):
+        with pytest.raises(ValueError, match="instead of"):
+            unpack(other, like)
+
+
+def test_arrays_of_several_types_and_none_at_all():
+    tree = {"a": np.arange(6.0).reshape(2, 3), "b": np.int32(7), "c": np.float32([1, 2]), "d": np.int32([8])}
+    back = unpack(pack(tree), tree)
+    for name, given in tree.items():
+        np.testing.assert_array_equal(back[name], given)
+        assert back[name].dtype == given.dtype
+    assert unpack(pack(()), ()) == ()
 
 
 def test_what_the_disk_refuses_is_raised_and_leaves_nothing(tmp_path):
@@ -174,6 +198,39 @@ def test_what_the_disk_refuses_is_raised_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="checkpoint of round 1: "):
         checkpoints.wait()
     checkpoints.wait()  # said once
+
+
+@pytest.fixture
+def small_temporary(small_disk, monkeypatch):
+    """The temporary directory is a disk of 4 MB."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    return small_disk
+
+
+def test_a_full_temporary_directory_is_named_and_orbax_never_meets_it(small_temporary, tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    large = {"x": np.ones(10**6)}
+    with pytest.raises(OSError, match=f"No space left on device: '{small_temporary}'"):
+        checkpoints.ensure_room("w", large)
+    checkpoints.save(large, progress(1))
+    with pytest.raises(OSError, match=f"round 1: .*No space left on device: '{small_temporary}'"):
+        checkpoints.wait()
+    assert capfd.readouterr().err == ""
+    fill(small_temporary / "filler", but=1_200_000)
+    checkpoints.ensure_room("w", {"x": np.ones(3)})
+    checkpoints.save({"x": np.ones(3)}, progress(1))
+    checkpoints.wait()
+    assert [path.name for path in small_temporary.iterdir()] == ["filler"]
+
+
+def test_what_a_killed_run_left_in_the_temporary_directory_is_cleared(small_temporary, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    killed = checkpoints._staging()
+    (killed.__enter__() / "half").write_text("never left in order")
+    assert [*small_temporary.rglob("half")]
+    checkpoints.save({"x": np.ones(3)}, progress(1))
+    checkpoints.wait()
+    assert [*small_temporary.iterdir()] == []
 
 
 def test_no_checkpoints(tmp_path):

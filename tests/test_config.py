@@ -169,3 +169,19 @@ def test_choices_are_those_of_the_registries():
     assert config_lib.METHODS == optim.METHODS
     assert config_lib.BARRIERS == optim.BARRIERS
     assert config_lib.STARTS == optim.STARTS
+
+
+def test_a_run_may_go_on_with_other_settings_that_change_no_numbers_but_for_rounding():
+    """Written apart from the code; a new flag is harmful unless it is added here."""
+    harmless = {
+        *("data_dir", "fleet", "on_divergence"),  # places whose contents are compared, and what to do then
+        *("clients_per_chunk", "execution", "memory_budget_gib", "devices", "deterministic"),
+        *("compilation_cache", "num_processes", "process_id", "coordinator_address"),
+        *("heartbeat_timeout_seconds", "workdir", "eval_every", "checkpoint_every_rounds"),
+        *("checkpoint_every_s", "keep", "on_write_error", "allow_config_change"),
+    }
+    for field in config_lib.fields_of("train"):
+        before = Config().to_dict() | {field.name: object()}
+        listed = config_lib.changes(before, dataclasses.replace(Config(), layer_form="conv"), "train")
+        changed = {line.split("=")[0].removeprefix("--") for line in listed} - {"layer_form"}
+        assert changed == {field.name} - harmless - {"layer_form"}, field.name

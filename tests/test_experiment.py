@@ -44,6 +44,31 @@ def test_a_fleet_without_distances_is_refused_before_anything_compiles(tmp_path)
     assert len(experiment.build(dataclasses.replace(SMALL, fleet=str(path), links="fixed")).fleet) == 30
 
 
+@pytest.mark.parametrize(
+    ("method", "memory_bytes", "reason"),
+    [
+        ("exact", 1000, "every cut needs"),
+        ("common_cut", 1000, "cut . needs"),
+        ("no_split", 2e6, "cut 8 needs"),
+    ],
+)
+def test_a_client_that_cannot_be_served_in_a_later_round_is_refused_at_the_start(
+    method, memory_bytes, reason, tmp_path
+):
+    path = tmp_path / "fleet.csv"
+    poor = min({*range(30)} - {*fleet.cohort(SMALL.seed, 0, 30, 6)})
+    clients = fleet.random_fleet(30, seed=0)
+    clients.memory_bytes[:] = 1e12
+    clients.memory_bytes[poor] = memory_bytes
+    fleet.write_fleet(path, clients)
+    first = next(round for round in range(99) if poor in fleet.cohort(SMALL.seed, round, 30, 6))
+    config = dataclasses.replace(SMALL, fleet=str(path), method=method, links="fixed", rounds=first + 1)
+    with pytest.raises(BadInput, match=rf"fleet.csv: round {first + 1}: .* client {poor}: {reason}"):
+        experiment.build(config)
+    # Nobody need serve who does not come.
+    experiment.build(dataclasses.replace(config, rounds=first))
+
+
 def held_bytes():
     gc.collect()
     return sum(array.nbytes for array in jax.live_arrays())

@@ -1,9 +1,12 @@
 import os
+import subprocess
+import sys
 
 import pytest
+from disks import fill
 
 from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_writable, whole_file
+from sfl_jax.files import ensure_writable, locked, whole_file
 
 
 def test_a_file_appears_whole_and_alone(tmp_path):
@@ -45,6 +48,64 @@ def test_a_file_as_parent_is_refused(tmp_path):
         ensure_writable(tmp_path / "file" / "x", "workdir", "file/x")
     with pytest.raises(BadInput, match=r"^--workdir=: cannot be written"):
         ensure_writable("a\0b", "workdir", "")
+
+
+def test_a_read_only_disk_is_refused(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(BadInput, match=r"^--workdir=d: cannot be written \(Read-only file system\)"):
+        ensure_writable(small_disk / "new", "workdir", "d")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(small_disk):
+    fill(small_disk / "filler")
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/disk/plan.json'"),
+        whole_file(small_disk / "plan.json") as file,
+    ):
+        file.write(bytes(10**6))
+    assert os.listdir(small_disk) == ["filler"]
+
+
+HOLD = """
+import sys, time
+from sfl_jax.files import locked
+with locked(sys.argv[1], "workdir", "w"):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff left by another program")
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(BadInput, match=f"^--workdir=w: run {process.pid} is at work in it"),
+            locked(tmp_path, "workdir", "w"),
+        ):
+            pytest.fail("taken")
+    finally:
+        process.kill()
+        process.communicate()
+    assert (tmp_path / ".lock").read_text() == f"{process.pid}\n"
+    with locked(tmp_path, "workdir", "w"):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_what_cannot_be_a_lock_is_refused(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with (
+        pytest.raises(BadInput, match=r"^--workdir=w: cannot be locked \(.*Is a directory"),
+        locked(tmp_path, "workdir", "w"),
+    ):
+        pytest.fail("taken")
+
+
+def test_a_lock_needs_no_room(small_disk):
+    fill(small_disk / "filler")
+    with locked(small_disk, "workdir", "w"):
+        assert (small_disk / ".lock").read_bytes() == b""
 
 
 def _umask():

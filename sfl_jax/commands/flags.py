@@ -24,9 +24,9 @@ def run(
 ) -> int:
     """Parse and validate the flags of `command`, call `main(config)`, return the exit code.
 
-    Bad input, whether seen here or raised by `main`, becomes one line on stderr and 2; Ctrl-C becomes 130 and
-    a closed pipe 141, as in a shell. `main` imports what is heavy by itself, so that help and refusals are
-    instant.
+    Bad input, seen here or raised by `main`, and what the disk refuses become one line on stderr and 2;
+    Ctrl-C becomes 130 and a closed pipe 141, as in a shell. `main` imports what is heavy by itself, so that
+    help and refusals are instant.
 
     Args:
       main: the command; returns its exit code, None for 0.
@@ -48,7 +48,7 @@ def run(
         # Whoever read our output has gone (say, `| head`); Python's own flush at exit would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # an OSError names the file that cannot be read or written
         print("error:", _line(error), file=sys.stderr)
         return BAD_INPUT
     except MemoryError as error:  # what is asked for in one piece; NumPy says how much

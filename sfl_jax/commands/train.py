@@ -18,7 +18,7 @@ from sfl_jax.commands import flags
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_writable, locked
+from sfl_jax.files import NotWritten, ensure_writable, locked
 
 DIVERGED, INTERRUPTED = 3, 75
 AGAIN = "run the same command again to go on"
@@ -55,7 +55,7 @@ def train(config: Config) -> int:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise BadInput(_too_large(config)) from error
-        except OSError as error:
+        except NotWritten as error:
             print(f"error: --workdir={config.workdir}: {error}; {AGAIN} once that is mended", file=sys.stderr)
             return INTERRUPTED
 

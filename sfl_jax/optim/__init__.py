@@ -3,6 +3,7 @@
 from sfl_jax.optim.alternating import STARTS
 from sfl_jax.optim.bandwidth import BandPlan, solve_bandwidth
 from sfl_jax.optim.costs import Costs, Seconds, Terms, Work, samples_processed, terms
+from sfl_jax.optim.infeasible import servable
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
 from sfl_jax.optim.regression import Curve, Fit, fit_curves, relaxed
@@ -30,6 +31,7 @@ __all__ = [
     "relaxed",
     "samples_processed",
     "sensitivity",
+    "servable",
     "smallest_server",
     "solve",
     "solve_arrays",

@@ -1,6 +1,7 @@
 """Who cannot be served, and what stands in the way: the message of Infeasible."""
 
 import numpy as np
+from jaxtyping import Bool
 
 from sfl_jax.optim.costs import Costs, Terms
 from sfl_jax.optim.plan import Infeasible
@@ -8,18 +9,21 @@ from sfl_jax.optim.plan import Infeasible
 
 def why_infeasible(costs: Costs | Terms, server_flops: float, present, cut: int | None = None) -> Infeasible:
     """The error naming every present client that no cut serves; with `cut`, that this cut does not serve."""
-    clients, count = costs.shape
-    usable = np.stack([_usable(costs, server_flops, np.full(clients, one)) for one in range(count)], axis=1)
+    usable = servable(costs, server_flops)
     lost = present & ~(usable.any(axis=1) if cut is None else usable[:, cut])
     named = tuple(int(client) for client in np.flatnonzero(lost))
     return Infeasible(named, tuple(_reason(costs, server_flops, client, cut) for client in named))
 
 
+def servable(costs: Costs | Terms, server_flops: float) -> Bool[np.ndarray, "K C"]:
+    """Which cuts serve which clients, whatever the others do."""
+    clients, count = costs.shape
+    return np.stack([_usable(costs, server_flops, np.full(clients, one)) for one in range(count)], axis=1)
+
+
 def most_open_cut(costs: Costs | Terms, server_flops: float, present) -> int:
     """The cut that serves most of the present clients."""
-    clients, count = costs.shape
-    served = [(_usable(costs, server_flops, np.full(clients, cut)) & present).sum() for cut in range(count)]
-    return int(np.argmax(served))
+    return int(np.argmax((servable(costs, server_flops) & present[:, None]).sum(axis=0)))
 
 
 def _usable(costs: Costs | Terms, server_flops: float, cuts):

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from disks import fill
 
 from sfl_jax import comparison
 from sfl_jax.commands import compare
@@ -84,3 +85,10 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, capsy
 
 def test_plans_alone_need_no_cohort():
     assert Config.from_dict({"clients": 5, "plan_only": True}, "compare").clients == 5
+
+
+def test_a_table_that_does_not_fit_is_an_error_that_names_it(small_disk):
+    fill(small_disk / "filler")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/disk/table.csv'"):
+        compare.write_csv(small_disk / "table.csv", ["a", "b"], [(1.5, number) for number in range(99_999)])
+    assert os.listdir(small_disk) == ["filler"]

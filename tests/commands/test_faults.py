@@ -163,6 +163,31 @@ def test_a_disk_that_fails_for_a_while(tmp_path, capsys, caplog):
                 assert same(model(workdir, 6), model(tmp_path / "quiet", 6))
 
 
+@pytest.mark.parametrize(
+    ("name", "is_directory"),
+    [("checkpoints", False), ("metrics.jsonl", True),
+     pytest.param("config.json", True, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_what_cannot_be_written_at_the_start_is_bad_input_and_not_worth_another_try(
+    name, is_directory, tmp_path, capsys
+):
+    path = tmp_path / name
+    path.mkdir() if is_directory else path.write_text("")
+    with small_world.world():
+        assert run(tmp_path, "--rounds=2") == 2
+    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(path) in said
+    assert "run the same command again" not in said
+
+
+@pytest.mark.slow
+def test_a_first_state_that_cannot_be_saved_is_bad_input(tmp_path, capsys):
+    with small_world.world(), small_world.faults(failing_saves=[0]):
+        assert run(tmp_path, "--rounds=2") == 2
+    assert "checkpoint of round 0: [Errno 28] No space left on device; choose" in capsys.readouterr().err
+    assert saved_rounds(tmp_path) == []
+
+
 def test_the_small_world_is_the_same_every_time():
     """Else it would prove nothing that two runs in it agree."""
     one, other = small_world.noise(poisoned=[5]), small_world.noise()

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from disks import fill
 from matplotlib import image
 from matplotlib.figure import Figure
 
@@ -203,3 +204,12 @@ def test_as_a_program(here):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert len(json.loads((here / "plan.json").read_text())["clients"]) == 5
+
+
+def test_a_full_disk_is_a_line_and_leaves_nothing(here, small_disk, capsys):
+    fill(small_disk / "filler")
+    assert run(f"--output={small_disk / 'p.json'}", "--plot") == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: [Errno 28] No space left on device: ")
+    assert f"{small_disk}/p." in said
+    assert os.listdir(small_disk) == ["filler"]

@@ -3,7 +3,6 @@
 All take one compilation cache, so that a start costs seconds: a cached program is the same program.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -15,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from disks import fill
 
 from sfl_jax.config import Config
 
@@ -211,27 +211,6 @@ def test_resumed_with_other_chunks_and_devices_it_goes_on_but_for_rounding(devic
     ]
     print(f"{devices} devices: {max(apart):.1e} apart")
     assert max(apart) < 1e-3
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=False)
-    if mounted.returncode:
-        pytest.skip("a file system cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def fill(path):
-    """Take all the room there is."""
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        for size in (4096, 1):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)) == size:
-                    pass
 
 
 def test_a_full_disk_stops_the_run_which_goes_on_bitwise_once_there_is_room(begin, quiet, small_disk):

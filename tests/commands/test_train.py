@@ -144,6 +144,13 @@ def test_where_there_is_no_run_none_is_exported(tmp_path):
         recording.saved(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 99999, '"a"', '{"seed": "x"}', '{"other": 1}'])
+def test_a_damaged_description_of_a_run_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BadInput, match=r"^[^\n]*$"):
+        recording.saved(str(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras, which saves
 def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypatch, tmp_path):
@@ -172,6 +179,15 @@ def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkey
     assert train.main([*SMALL, f"--workdir={tmp_path}", flag]) == 2
     [said] = capsys.readouterr().err.splitlines()
     assert line in said
+
+
+def test_only_what_the_disk_refuses_is_laid_to_the_workdir(tmp_path, monkeypatch):
+    def lose_the_reader(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train, "_train", lose_the_reader)
+    with pytest.raises(BrokenPipeError):
+        train.train(Config(workdir=str(tmp_path)))
 
 
 def test_the_table_compares_the_clocks():

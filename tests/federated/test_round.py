@@ -10,7 +10,7 @@ import pytest
 from federated import rounds
 
 from sfl_jax import metrics
-from sfl_jax.federated.round import Model, run_round, start_model
+from sfl_jax.federated.round import Model, _finite, run_round, start_model
 from sfl_jax.federated.session import Link
 
 KEY = jax.random.key(7)
@@ -166,6 +166,14 @@ def test_a_diverged_client_has_no_influence_and_is_named(number):
     assert diverged.tolist() == [-1] * 4 + [work.client[4]] + [-1] * 4
     for a, b in zip(jax.tree.leaves(model.variables), jax.tree.leaves(variables), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_single_number_that_is_not_finite_is_seen_wherever_it_is(number):
+    tree = {"a": jnp.ones((2, 3)), "b": jnp.zeros(())}
+    assert _finite(tree)
+    assert not _finite(tree | {"a": tree["a"].at[1, 2].set(number)})
+    assert not _finite(tree | {"b": jnp.float32(number)})
 
 
 def test_a_step_of_the_server_that_overflows_is_not_taken():

@@ -272,20 +272,44 @@ def collectives(text):
     return found
 
 
+def arguments_of(text):
+    """The shapes of what a compiled program is given on each device, less axes of length 1."""
+    inside = re.search(r"entry_computation_layout=\{\((.*?)\)->", text)[1]
+    found = re.findall(r"[a-z]+\d+\[([\d,]*)\]", inside)
+    return Counter(tuple(int(n) for n in dims.split(",") if n not in ("", "1")) for dims in found)
+
+
 def crossing_bytes():
     """The compiled program sums the model, the loss, the weight and who diverged over devices, and moves
-    nothing else.
+    nothing else; so does `jit(shard_map(body))`, which is given no more than what belongs to its device.
     """
     for chain in (rounds.CHAIN, SHORT["conv"]):
         arguments, size = placed(4, chain)
-        training = rounds.training(chain=chain)
-        program = devices.map_round(training, devices.choose_devices(4), size)
-        found = collectives(program.lower(*arguments, None).compile().as_text())
-        assert {kind for kind, _ in found} == {"all-reduce"}
         expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)), arguments[2].client.size)
-        assert sum(amount for _, amount in found) == expected
         floats = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
         assert expected == 4 * (floats + 2 + arguments[2].client.size)
+        by_pmap = devices.map_round(rounds.training(chain=chain), devices.choose_devices(4), size)
+        for lowered in (by_pmap.lower(*arguments, None), mapped(chain, size).lower(*arguments)):
+            text = lowered.compile().as_text()
+            found = collectives(text)
+            assert {kind for kind, _ in found} == {"all-reduce"}
+            assert sum(amount for _, amount in found) == expected
+            own = Counter(
+                tuple(n for n in leaf.addressable_shards[0].data.shape if n != 1)
+                for leaf in jax.tree.leaves((*arguments[:3], jax.random.key_data(KEY), arguments[4]))
+            )
+            given = arguments_of(text)  # less what is not used: with the identity link, the cuts
+            assert given <= own
+            assert (own - given).total() <= 1
+    # What would move too much is told apart.
+    with mock.patch.object(round.lax, "psum", sum_of_gathered):
+        found = collectives(mapped(chain, size).lower(*arguments).compile().as_text())
+    assert "all-gather" in {kind for kind, _ in found}
+    assert sum(amount for _, amount in found) > 3 * expected
+
+
+def sum_of_gathered(tree, axis_name):
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name).sum(0), tree)
 
 
 def work_of_devices():
@@ -373,9 +397,8 @@ def work_of_a_step():
         assert products(traced.jaxpr) == chunks * (steps + size * (floats + 2))
 
 
-def lowered(chain, platform, chunk=2):
-    """The StableHLO of a round on four devices of a platform that is not here."""
-    arguments, size = placed(4, chain, chunk)
+def mapped(chain, size, donated=(0,)):
+    """`jit(shard_map(body))` of a round on four devices."""
     body = functools.partial(run_round, rounds.training(chain=chain), size, devices.AXIS)
 
     def on_a_device(model, samples, assignments, key, rate):
@@ -384,11 +407,21 @@ def lowered(chain, platform, chunk=2):
 
     mesh = Mesh(np.asarray(devices.choose_devices(4)), (devices.AXIS,))
     own = P(devices.AXIS)
-    mapped = jax.shard_map(
+    everywhere = jax.shard_map(
         on_a_device, mesh=mesh, in_specs=(P(), own, own, P(), P()), out_specs=P(), check_vma=False
     )
-    program = jax.jit(mapped, donate_argnums=0).trace(*arguments).lower(lowering_platforms=(platform,))
+    return jax.jit(everywhere, donate_argnums=donated)
+
+
+def lowered(chain, platform, chunk=2, donated=(0,)):
+    """The StableHLO of a round on four devices of a platform that is not here."""
+    arguments, size = placed(4, chain, chunk)
+    program = mapped(chain, size, donated).trace(*arguments).lower(lowering_platforms=(platform,))
     return program.as_text(), arguments
+
+
+def donations(text):
+    return text.count("tf.aliasing_output") + text.count("jax.buffer_donor")
 
 
 def reduced(text):
@@ -413,9 +446,11 @@ def other_platforms():
         assert reduced(text) == scaling.reduced_bytes(
             models.profile(rounds.CHAIN, (16, 16, 1)), work.client.size
         )
-        donated = text.count("tf.aliasing_output") + text.count("jax.buffer_donor")
-        assert donated == len(jax.tree.leaves(model))
-        # The other form is what these checks are there to tell apart.
-        text, _ = lowered(rounds.REFERENCE_CHAIN, platform)
+        assert donations(text) == len(jax.tree.leaves(model))
+        # What these checks are there to tell apart: the other form, nothing donated, another collective.
+        with mock.patch.object(round.lax, "psum", sum_of_gathered):
+            text, _ = lowered(SHORT["conv"], platform, donated=())
+        assert donations(text) == 0
+        assert "stablehlo.all_gather" in text
         groups = re.findall(r"(?:feature|batch)_group_count = (\d+)", text)
         assert max(map(int, groups)) > 1

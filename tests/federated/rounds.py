@@ -16,9 +16,17 @@ CUTS = len(CHAIN) + 1
 SCALING = Link(up=lambda x: 0.5 * x, down=lambda g: 2.0 * g)
 OPTIMIZERS = {
     "sgd": optimizers.sgd(0.9),
-    # With its usual epsilon Adam makes whole steps of gradients that are 0 but for rounding.
+    # With its usual epsilon Adam makes whole steps of gradients that are 0 but for rounding, those of biases
+    # that the next batch norm takes away. Element by element only this can be compared; `SHARP` by its norm.
     "adam": optimizers.adam(eps=1.0),
 }
+# By x64: epsilons so small that nearly every element moves by a whole step, whatever its gradient. Of such
+# updates the norm is compared, see `distance`.
+SHARP = {False: 1e-3, True: 1e-7}
+SHARP_RATE, SHARP_BATCH = (
+    0.01,
+    16,
+)  # less of a step is rounding of the parameters, and of a mean over the batch
 RATE = 0.05
 
 
@@ -32,6 +40,11 @@ def preprocess_black_to_nan(images):
 
 def training(optimizer="sgd", link=None, chain=CHAIN):
     return Training(chain, OPTIMIZERS[optimizer], preprocess, link)
+
+
+def sharp_training(x64, link=None, chain=CHAIN, **changes):
+    """With Adam of a small epsilon; `changes` are of its arguments."""
+    return Training(chain, optimizers.adam(**{"eps": SHARP[x64], **changes}), preprocess, link)
 
 
 def poisoned(samples, work, client):
@@ -66,7 +79,7 @@ def assignments(cuts=range(CUTS), steps=None, batch=4, seed=0):
     )
 
 
-def sessions(training, variables, samples, work, key):
+def sessions(training, variables, samples, work, key, rate=RATE):
     """Compiled sessions of all clients at once: a list of (variables, loss)."""
     params, batch_stats = packing(variables.params), packing(variables.batch_stats)
 
@@ -74,7 +87,7 @@ def sessions(training, variables, samples, work, key):
     def run(variables, samples, work):
         def one(assignment):
             (packed, stats), loss = run_session(
-                training, variables, samples, assignment, key, jnp.asarray(RATE), work.steps.max()
+                training, variables, samples, assignment, key, jnp.asarray(rate), work.steps.max()
             )
             return models.Variables(params.unpack(packed), batch_stats.unpack(stats)), loss
 
@@ -100,3 +113,19 @@ def difference(tree, other):
         return np.abs(a - b).max() / max(np.abs(a).max(), 0.01)
 
     return max(of_leaf(a, b) for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))
+
+
+def distance(params, other, start):
+    """The norm of the difference of two results over that of the update that led to the second."""
+
+    def norm(a, b):
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return np.linalg.norm([np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y)) for x, y in pairs])
+
+    return norm(params, other) / norm(other, start)
+
+
+def typical_update(params, start, rate):
+    """The median size of what elements moved, in steps of the learning rate."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
+    return np.median(np.concatenate([np.abs(np.ravel(x - y)) for x, y in pairs])) / rate

@@ -1,13 +1,15 @@
 """The compiled session at every cut against two parties that exchange messages."""
 
+import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from federated import rounds
 
-from sfl_jax.federated import protocol
+from sfl_jax.federated import protocol, round
 
 TOLERANCE = {False: 1e-5, True: 1e-10}  # by x64
 SETTINGS = [
@@ -76,6 +78,61 @@ def test_cuts_differ_exactly_where_the_link_does_something(both):
             assert apart > 1e-3, f"cuts {cut} and {cut + 1}"
         else:
             assert apart == 0, f"cuts {cut} and {cut + 1}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
+def test_adam_that_makes_whole_steps_equals_the_protocol_at_every_cut(x64):
+    with jax.enable_x64(x64):
+        variables, samples = rounds.start()
+        work = rounds.assignments(steps=2, batch=rounds.SHARP_BATCH)
+        key, rate = jax.random.key(7), rounds.SHARP_RATE
+        compiled = rounds.sessions(
+            rounds.sharp_training(x64, rounds.SCALING), variables, samples, work, key, rate
+        )
+
+        def apart(cut, **changes):
+            parties = rounds.sharp_training(x64, rounds.SCALING, rounds.REFERENCE_CHAIN, **changes)
+            expected, _ = protocol.run_session(
+                parties, variables, samples, rounds.client(work, cut), key, rate
+            )
+            # Two steps of the same direction would be 2. A momentum of such gradients would move by 0.02.
+            assert rounds.typical_update(expected.params, variables.params, rate) > 1.2
+            return rounds.distance(compiled[cut][0].params, expected.params, variables.params)
+
+        found = [apart(cut) for cut in range(rounds.CUTS)]
+        assert max(found) < TOLERANCE[x64], found
+        for wrong in ({"b1": 0.901}, {"b2": 0.99}, {"eps": 1.1 * rounds.SHARP[x64]}):
+            assert apart(3, **wrong) > 3 * TOLERANCE[x64], wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", rounds.OPTIMIZERS)
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
+def test_a_round_of_any_cuts_equals_that_of_the_protocol(x64, optimizer):
+    """Chunks, unequal sessions and weights, and a link with which every cut gives other numbers."""
+    with jax.enable_x64(x64):
+        variables, samples = rounds.start()
+        work, key = rounds.assignments(), jax.random.key(7)
+        program = jax.jit(
+            functools.partial(round.run_round, rounds.training(optimizer, rounds.SCALING), 3, None)
+        )
+
+        def run(work):
+            model, loss, _ = program(round.Model(variables), samples, work, key, jnp.asarray(rounds.RATE))
+            return model.variables, loss
+
+        parties = rounds.training(optimizer, rounds.SCALING, rounds.REFERENCE_CHAIN)
+        expected, expected_loss = protocol.run_round(parties, variables, samples, work, key, rounds.RATE)
+        mean, loss = run(work)
+        assert rounds.difference(mean, expected) < TOLERANCE[x64]
+        np.testing.assert_allclose(loss, expected_loss, rtol=TOLERANCE[x64])
+        first = np.arange(rounds.CUTS) == 0
+        for wrong in ({"weight": work.weight + first.astype(np.float32)}, {"cut": work.cut + 2 * first}):
+            other = run(
+                work._replace(**{name: x.astype(getattr(work, name).dtype) for name, x in wrong.items()})
+            )
+            assert rounds.difference(other[0], expected) > 10 * TOLERANCE[x64], wrong
 
 
 class Spy(protocol.Server):

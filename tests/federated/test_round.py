@@ -30,13 +30,30 @@ def run(work, clients_per_chunk=3, link=None):
     return model.variables, loss
 
 
-def fedavg(work):
+def momentum(state, gradients, count):
+    """(updates without the learning rate, the new state)."""
+    velocity = jax.tree.map(lambda v, g: 0.9 * v + g, state[0], gradients)
+    return velocity, (velocity, state[1])
+
+
+def adam(epsilon):
+    def update(state, gradients, count):
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state[0], gradients)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, state[1], gradients)
+        return jax.tree.map(
+            lambda m, v: m / (1 - 0.9**count) / (jnp.sqrt(v / (1 - 0.999**count)) + epsilon), first, second
+        ), (first, second)
+
+    return update
+
+
+def fedavg(work, update=momentum, rate=rounds.RATE):
     """Federated averaging from its definition, on the whole network, one client after the other."""
     variables, samples = rounds.start()
     chain = rounds.REFERENCE_CHAIN
 
     @jax.jit
-    def step(params, stats, velocity, batch, key):
+    def step(params, stats, state, batch, key, count):
         def loss_of(params):
             logits, new = chain.apply(
                 variables._replace(params=params, batch_stats=stats),
@@ -45,17 +62,19 @@ def fedavg(work):
             return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(batch)), samples.labels[batch]]), new
 
         (_, new), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradients)
-        return jax.tree.map(lambda p, v: p - rounds.RATE * v, params, velocity), new.batch_stats, velocity
+        updates, state = update(state, gradients, count)
+        return jax.tree.map(lambda p, u: p - rate * u, params, updates), new.batch_stats, state
 
     total = jax.tree.map(np.zeros_like, variables)
     for k in range(len(work.client)):
         params, stats = variables
-        velocity = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        state = zeros, zeros
         for index in range(work.steps[k]):
             key = jax.random.fold_in(jax.random.fold_in(KEY, work.client[k]), index)
-            params, stats, velocity = step(params, stats, velocity, work.batches[k, index], key)
-        weight = work.weight[k] / work.weight.sum()
+            count = jnp.asarray(index + 1.0)
+            params, stats, state = step(params, stats, state, work.batches[k, index], key, count)
+        weight = work.weight[k] / work.weight.sum(dtype=np.float64)
         total = jax.tree.map(
             lambda t, v, w=weight: t + w * np.asarray(v),
             total,
@@ -72,6 +91,36 @@ def test_any_cuts_give_fedavg():
     # A wrong weight breaks the equality.
     skewed = work._replace(weight=work.weight + np.eye(rounds.CUTS, dtype=np.float32)[0])
     assert rounds.difference(run(skewed)[0], expected) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("x64", "optimizer"), [(True, "sgd"), (True, "adam"), (False, "adam")])
+def test_any_cuts_give_fedavg_with_every_optimizer(x64, optimizer):
+    """Adam with steps that are whole, in float32 and x64."""
+    tolerance = 1e-10 if x64 else 1e-5
+    with jax.enable_x64(x64):
+        variables, samples = rounds.start()
+        work = rounds.assignments(batch=rounds.SHARP_BATCH)
+        if optimizer == "sgd":
+            training, update, rate = rounds.training(), momentum, rounds.RATE
+        else:
+            training, update = rounds.sharp_training(x64), adam(rounds.SHARP[x64])
+            rate = rounds.SHARP_RATE
+        program = jax.jit(functools.partial(run_round, training, 3, None))
+
+        def apart(work):
+            model, *_ = program(Model(variables), samples, work, KEY, jnp.asarray(rate))
+            return (
+                rounds.distance(model.variables.params, expected.params, variables.params),
+                rounds.difference(model.variables.batch_stats, expected.batch_stats),
+            )
+
+        expected = fedavg(work, update, rate)
+        of_params, of_statistics = apart(work)
+        assert of_params < tolerance
+        assert of_statistics < tolerance
+        skewed = work._replace(weight=work.weight + np.eye(rounds.CUTS, dtype=np.float32)[0])
+        assert min(apart(skewed)) > 10 * tolerance
 
 
 def test_cuts_change_nothing_with_the_identity_link():

@@ -57,17 +57,32 @@ def cross_entropy(logits, labels):
     return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
 
 
-def whole_pass(case, key=KEY):
+@jax.custom_vjp
+def scaled(x):
+    """A link that is not the identity, and no derivative of itself either."""
+    return 0.5 * x
+
+
+scaled.defvjp(lambda x: (0.5 * x, None), lambda _, gradient: (2.0 * gradient,))
+
+
+def whole_pass(case, key=KEY, linked_cut=None):
+    def at_boundary(unit, x):
+        return scaled(x) if unit == linked_cut else x
+
     def loss_of(params):
-        logits, updated = case.chain.apply(case.variables._replace(params=params), case.images, True, key)
+        variables = case.variables._replace(params=params)
+        logits, updated = case.chain.apply(variables, case.images, True, key, at_boundary)
         return cross_entropy(logits, case.labels), (logits, updated.batch_stats)
 
     (loss, (logits, stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(case.variables.params)
     return Pass(loss, logits, stats, gradients)
 
 
-def pass_in_halves(case, cut, client_key=KEY, server_key=KEY, shift=0):
-    """Client forward, server forward and backward, client backward; smashed data and its gradient cross."""
+def pass_in_halves(case, cut, client_key=KEY, server_key=KEY, shift=0, up=1.0, down=1.0):
+    """Client forward, server forward and backward, client backward; smashed data and its gradient cross,
+    times `up` and `down`.
+    """
     client, server = case.chain.split(cut)
     server = Chain(server.units, server.first_unit + shift)
     front, back = case.chain.split_variables(case.variables, cut)
@@ -82,8 +97,8 @@ def pass_in_halves(case, cut, client_key=KEY, server_key=KEY, shift=0):
     smashed, pullback, updated = jax.vjp(client_half, front.params, has_aux=True)
     (loss, (logits, stats)), (server_gradients, of_smashed) = jax.value_and_grad(
         server_loss, argnums=(0, 1), has_aux=True
-    )(back.params, smashed)
-    (client_gradients,) = pullback(of_smashed)
+    )(back.params, up * smashed)
+    (client_gradients,) = pullback(down * of_smashed)
     return Pass(loss, logits, updated.batch_stats + stats, client_gradients + server_gradients)
 
 
@@ -114,10 +129,32 @@ def check_cut(name, size, batch, cut, x64):
         assert_close(halves, reference(name, size, batch, x64), TOLERANCE[x64])
 
 
+def check_linked_cut(name, size, batch, cut, x64):
+    """With a link that shows: the cut and both directions of the link matter."""
+    with jax.enable_x64(x64):
+        case = make_case(name, size, batch, x64)
+        whole = whole_pass(case, linked_cut=cut)
+        assert_close(pass_in_halves(case, cut, up=0.5, down=2.0), whole, TOLERANCE[x64])
+        if cut == 0:  # the images have no gradient
+            others = [reference(name, size, batch, x64), whole_pass(case, linked_cut=1)]
+        else:
+            others = [pass_in_halves(case, cut, up=up, down=down) for up, down in ((1.0, 2.0), (0.5, 1.0))]
+        for other in others:
+            assert distance(other.gradients[: cut or None], whole.gradients[: cut or None]) > 1e-2
+
+
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
 @pytest.mark.parametrize("cut", EVERY_CUT)
 def test_client_then_server_is_the_whole_chain_at_every_cut_of_tiny(cut, x64):
     check_cut("efficientnetv2-tiny", 16, 8, cut, x64)
+
+
+@pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "x64"])
+@pytest.mark.parametrize(
+    "cut", [0, 3, *(pytest.param(c, marks=pytest.mark.slow) for c in (1, 2, 4, 5, 6, 7))]
+)
+def test_a_link_at_every_cut_of_tiny_is_that_between_client_and_server(cut, x64):
+    check_linked_cut("efficientnetv2-tiny", 16, 8, cut, x64)
 
 
 @pytest.mark.slow
@@ -132,6 +169,21 @@ def test_client_then_server_is_the_whole_chain_at_cuts_of_b0(cut, x64):
 @pytest.mark.parametrize("cut", [1, 7, 17, 26, 42])
 def test_client_then_server_is_the_whole_chain_at_cuts_of_s(cut, x64):
     check_cut("efficientnetv2-s", 32, 4, cut, x64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("efficientnetv2-b0", 5),
+        ("efficientnetv2-b0", 17),
+        ("efficientnetv2-b0", 23),
+        ("efficientnetv2-s", 17),
+    ],
+)
+def test_a_link_at_cuts_of_b0_and_s_is_that_between_client_and_server(name, cut, x64):
+    check_linked_cut(name, 32, 4, cut, x64)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 6])

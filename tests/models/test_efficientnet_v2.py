@@ -71,6 +71,48 @@ def test_scaled_depths_and_widths(name, stem, stages, head):
     assert [block.in_channels for block in blocks] == [stem, *expected[:-1]]
 
 
+# Google's own notation (r repeats, k kernel, s stride, e expansion, i in, o out, c1 fused).
+BASE = """r1_k3_s1_e1_i32_o16_c1 r2_k3_s2_e4_i16_o32_c1 r2_k3_s2_e4_i32_o48_c1
+    r3_k3_s2_e4_i48_o96_se0.25 r5_k3_s1_e6_i96_o112_se0.25 r8_k3_s2_e6_i112_o192_se0.25"""
+S = """r2_k3_s1_e1_i24_o24_c1 r4_k3_s2_e4_i24_o48_c1 r4_k3_s2_e4_i48_o64_c1
+    r6_k3_s2_e4_i64_o128_se0.25 r9_k3_s1_e6_i128_o160_se0.25 r15_k3_s2_e6_i160_o256_se0.25"""
+M = """r3_k3_s1_e1_i24_o24_c1 r5_k3_s2_e4_i24_o48_c1 r5_k3_s2_e4_i48_o80_c1 r7_k3_s2_e4_i80_o160_se0.25
+    r14_k3_s1_e6_i160_o176_se0.25 r18_k3_s2_e6_i176_o304_se0.25 r5_k3_s1_e6_i304_o512_se0.25"""
+L = """r4_k3_s1_e1_i32_o32_c1 r7_k3_s2_e4_i32_o64_c1 r7_k3_s2_e4_i64_o96_c1 r10_k3_s2_e4_i96_o192_se0.25
+    r19_k3_s1_e6_i192_o224_se0.25 r25_k3_s2_e6_i224_o384_se0.25 r7_k3_s1_e6_i384_o640_se0.25"""
+XL = """r4_k3_s1_e1_i32_o32_c1 r8_k3_s2_e4_i32_o64_c1 r8_k3_s2_e4_i64_o96_c1 r16_k3_s2_e4_i96_o192_se0.25
+    r24_k3_s1_e6_i192_o256_se0.25 r32_k3_s2_e6_i256_o512_se0.25 r8_k3_s1_e6_i512_o640_se0.25"""
+RELEASED = {  # blocks, width, depth, dropout, size of evaluation
+    "b0": (BASE, 1.0, 1.0, 0.2, 224), "b1": (BASE, 1.0, 1.1, 0.2, 240), "b2": (BASE, 1.1, 1.2, 0.3, 260),
+    "b3": (BASE, 1.2, 1.4, 0.3, 300), "s": (S, 1.0, 1.0, 0.2, 384), "m": (M, 1.0, 1.0, 0.3, 480),
+    "l": (L, 1.0, 1.0, 0.4, 480), "xl": (XL, 1.0, 1.0, 0.4, 512),
+}  # fmt: skip
+
+
+def blocks_as_released(text, width, depth):
+    """(kernel, stride, expansion, in, out, squeeze-excite) of every block."""
+    for row in text.split():
+        sizes = {part.rstrip("0123456789."): part.lstrip("rksieoc") for part in row.split("_")}
+        r, k, s, e, i, o = (int(sizes[letter]) for letter in "rkseio")
+        i, o = (int(8 * np.floor((filters * width + 4) / 8)) for filters in (i, o))
+        ratio = float(sizes.get("se", 0))
+        for repeat in range(int(np.ceil(r * depth))):
+            yield (k, 1, e, o, o, ratio) if repeat else (k, s, e, i, o, ratio)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_block_of_every_variant_is_that_of_googles_release(name):
+    text, width, depth, dropout, size = RELEASED[name]
+    _, *blocks, _, classifier = models.create(f"efficientnetv2-{name}").units
+    found = [
+        (b.kernel_size, b.stride, b.expansion, b.in_channels, b.out_channels, getattr(b, "squeeze_excite", 0))
+        for b in blocks
+    ]
+    assert found == list(blocks_as_released(text, width, depth))
+    assert classifier.dropout == dropout
+    assert efficientnet_v2.VARIANTS[f"efficientnetv2-{name}"].eval_size == size
+
+
 def test_kinds_names_and_strides_of_s():
     units = models.create("efficientnetv2-s").units
     kinds = [type(unit).__name__ for unit in units]

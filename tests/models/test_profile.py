@@ -76,6 +76,22 @@ def test_at_the_size_of_mnist(name, channels, macs, smashed):
     assert profile.smashed[-1] == 0
 
 
+def test_where_work_and_parameters_of_s_are_at_the_size_of_mnist():
+    """Work sits early, parameters late: % of either up to the end of the stem, each stage, the head."""
+    coloured, grey = (models.profile(models.create("efficientnetv2-s", 10, c), (32, 32, c)) for c in (3, 1))
+    cuts = np.array([1, 3, 7, 11, 17, 26, 41, 42])
+    macs, parameters = (
+        100 * np.cumsum(column)[cuts - 1] / column.sum()
+        for column in (coloured.forward_macs, coloured.parameters)
+    )
+    np.testing.assert_allclose(macs, [0.3, 4.6, 35.9, 51.1, 56.4, 75.3, 99.4, 100], atol=0.0501)
+    np.testing.assert_allclose(parameters, [0.0, 0.1, 1.6, 4.5, 9.0, 26.2, 98.3, 99.9], atol=0.0501)
+    assert grey.forward_macs.sum() == pytest.approx(61.63e6, abs=5e3)
+    assert coloured.parameters.sum() == pytest.approx(20.19e6, abs=5e3)
+    b0 = models.profile(models.create("efficientnetv2-b0", 10, 3), (32, 32, 3))
+    assert b0.parameters.sum() == pytest.approx(5.87e6, abs=5e3)
+
+
 # Layer, input shape, forward MACs, how many times as many its gradient has with and without that of the
 # input, parameters, state.
 BY_HAND = [

@@ -74,7 +74,7 @@ def measure(options, count, clients):
     work = cohort(clients, options.steps, options.batch, len(samples.labels))
     run = devices.Rounds(training, options.clients_per_chunk, chosen)
     samples = devices.place_samples(samples, chosen)
-    model = devices.replicate(Model(chain.init(jax.random.key(0), jnp.zeros((1, *shape)))), chosen)
+    model = devices.replicate(Model.of(chain.init(jax.random.key(0), jnp.zeros((1, *shape)))), chosen)
 
     times = []
     for _ in range(options.rounds + 1):

@@ -55,7 +55,7 @@ def sfl_jax_round(name, clients, batch, size, steps, clients_per_chunk, layer_fo
     training = Training(chain, optimizers.sgd(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1)
     run = jax.jit(functools.partial(run_round, training, chunk, None))
     rest = jax.device_put((jax.random.key(1), np.float32(0.02)))
-    model, samples, work = jax.device_put((Model(variables), samples, work))
+    model, samples, work = jax.device_put((Model.of(variables), samples, work))
     profile = models.profile(chain, (size, size, 1))
     flop = 2 * clients * batch * int(profile.forward_macs.sum() + profile.backward_macs.sum())
 

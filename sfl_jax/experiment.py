@@ -240,7 +240,7 @@ def _send(experiment, engine, state, previous=None) -> Sent | None:
     clocks = _add_clocks(state.simulated_s, config.method, prepared)
     after = State(state.round + 1, model, clocks)
     due = after.round % config.eval_every == 0 or after.round == config.rounds
-    tested = engine.evaluate(model.variables, engine.held_out) if due else None
+    tested = engine.evaluate(model.packed, engine.held_out) if due else None
     came = federated_devices.replicate(np.int32(prepared.turnout.came.sum()), experiment.devices)
     return Sent(prepared, state, after, Outcome(loss, diverged, came), tested)
 

@@ -31,7 +31,7 @@ def progress(round):
 def model(round):
     variables, _ = rounds.start()
     changed = jax.tree.map(lambda x: x + round, variables)
-    return Model(changed, optax.sgd(1.0, 0.9).init(changed.params))
+    return Model.of(changed, optax.sgd(1.0, 0.9).init(changed.params))
 
 
 @pytest.fixture(scope="module")

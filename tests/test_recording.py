@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_what_it_had_reached(clock, tmp_path):
     assert (progress.round, progress.simulated_s, progress.inputs) == (4, {"exact": 2.0}, {"fleet": "ab"})
     assert progress.wall_s > 0
     restored = checkpoints.restore(progress, Model({"x": np.zeros(3, np.float32)}))  # pyright: ignore
-    np.testing.assert_array_equal(restored.variables["x"], 4.0)
+    np.testing.assert_array_equal(restored.packed["x"], 4.0)
     go(config, clock, range(5, 6), progress)
     assert (tmp_path / recording.LOG).read_bytes() == whole
     assert whole.count(b"\n") == 5

@@ -144,7 +144,7 @@ def place_held_out(
 def compile_evaluation(
     chain: Chain, preprocess: Callable[[jax.Array], jax.Array], devices: Sequence[Any]
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """evaluate(variables, samples from `place_held_out`) -> (mean cross-entropy, accuracy), replicated."""
+    """evaluate(packed variables, samples from `place_held_out`) -> (mean loss, accuracy), replicated."""
     body = functools.partial(evaluation.evaluate, chain, preprocess)
     if len(devices) == 1:
         return jax.jit(functools.partial(body, None))

@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.session import Samples, cross_entropy
-from sfl_jax.models import Chain, Variables
+from sfl_jax.models import Chain
 
 BATCH = 500  # samples of 32x32 at once
 
@@ -34,13 +35,14 @@ def evaluate(
     chain: Chain,
     preprocess: Callable[[Array], Array],
     axis_name: str | None,
-    variables: Variables,
+    packed: PackedVariables,
     samples: Samples,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(mean cross-entropy, accuracy) over samples in batches (N', B, ...); labels of -1 do not count.
 
     Under `axis_name` these are some of the samples, and the means are those of all devices'.
     """
+    variables = packed.unpack()
 
     def add_batch(sums, batch):
         images, labels = batch

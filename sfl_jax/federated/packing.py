@@ -1,61 +1,97 @@
-"""Many small arrays as one vector.
+"""The variables of a chain as few arrays: a vector of every unit's small leaves, and the large as they are.
 
 A network has hundreds of small leaves (batch norm, biases), and each costs kernels of its own for the
-optimiser, for masking and for aggregation: most of a round's compile time. Packed, they share a few. Large
-leaves stay as they are, since copying them in and out of a vector would cost more than it saves.
+optimiser, for masking and for aggregation. Packed, those of a unit share one. It is one for a unit and not
+for the network, because XLA:CPU compiles equal kernels once: equal blocks then cut their leaves from the same
+places of equal vectors. Large leaves would cost more in copies than they save.
 """
 
+import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from sfl_jax.models import Variables
 
 SMALL = 16384  # elements of a leaf that goes into the vector
 
 
-class Packed(NamedTuple):
-    """A pytree as few arrays: all small leaves in `vector`, the others in `large`."""
+class Layout(NamedTuple):
+    """What a unit's leaves were: their tree and shapes. Hashable."""
 
-    vector: jax.Array
-    large: tuple[jax.Array, ...]
+    structure: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+    def is_small(self) -> list[bool]:
+        """Of every leaf, whether it is in the vector."""
+        return [math.prod(shape) <= SMALL for shape in self.shapes]
 
 
-class Packing(NamedTuple):
-    """How pytrees of one structure are packed, and back; both differentiable, as one concatenation or cut
-    each.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["layouts"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A pytree for each unit, of floats of one type, as few arrays: of every unit the vector of its small
+    leaves, if it has any, and the others.
     """
 
-    pack: Callable[[Any], Packed]
-    unpack: Callable[[Packed], Any]
+    arrays: Any  # tuple[tuple[jax.Array, ...], ...], but for what JAX puts in its place for a while
+    layouts: tuple[Layout, ...]
+
+    def unpack(self) -> tuple[Any, ...]:
+        """What was packed; differentiable as one concatenation a unit."""
+        return _unpack(self)
 
 
-def packing(tree: Any) -> Packing:
-    """The packing of pytrees that have the structure and shapes of `tree`; leaves are floats of one type."""
-    leaves, structure = jax.tree.flatten(tree)
-    shapes = [leaf.shape for leaf in leaves]
-    small = [math.prod(shape) <= SMALL for shape in shapes]
-    ends = np.cumsum([math.prod(shape) for shape, is_small in zip(shapes, small, strict=True) if is_small])
+class PackedVariables(NamedTuple):
+    """`Variables` as sessions and their aggregation hold them."""
 
-    def pack(tree):
-        leaves = jax.tree.leaves(tree)
-        parts = [leaf.reshape(-1) for leaf, is_small in zip(leaves, small, strict=True) if is_small]
-        vector = jnp.concatenate(parts) if parts else jnp.zeros(0)
-        return Packed(
-            vector, tuple(leaf for leaf, is_small in zip(leaves, small, strict=True) if not is_small)
-        )
+    params: Packed
+    batch_stats: Packed
 
-    def cut(packed):
-        parts, large = iter(jnp.split(packed.vector, ends[:-1])), iter(packed.large)
-        leaves = [
-            next(parts).reshape(shape) if is_small else next(large)
-            for shape, is_small in zip(shapes, small, strict=True)
-        ]
-        return jax.tree.unflatten(structure, leaves)
+    @classmethod
+    def of(cls, variables: Variables) -> "PackedVariables":
+        """`variables`, packed."""
+        return cls(pack(variables.params), pack(variables.batch_stats))
 
-    # The gradient of a cut is a concatenation; derived by itself it would be a sum of padded vectors.
-    unpack = jax.custom_vjp(cut)
-    unpack.defvjp(lambda packed: (cut(packed), None), lambda _, gradients: (pack(gradients),))
-    return Packing(pack, unpack)
+    def unpack(self) -> Variables:
+        """As the chain takes them."""
+        return Variables(self.params.unpack(), self.batch_stats.unpack())
+
+
+def pack(units: Sequence[Any]) -> Packed:
+    """A pytree for each unit, packed."""
+    flat = [jax.tree.flatten(unit) for unit in units]
+    layouts = [Layout(structure, tuple(leaf.shape for leaf in leaves)) for leaves, structure in flat]
+    arrays = [_join(leaves, layout.is_small()) for (leaves, _), layout in zip(flat, layouts, strict=True)]
+    return Packed(tuple(arrays), tuple(layouts))
+
+
+# The gradient of a cut is a concatenation; derived by itself it would be a sum of padded vectors.
+@jax.custom_vjp
+def _unpack(packed: Packed) -> tuple[Any, ...]:
+    return tuple(map(_cut, packed.arrays, packed.layouts))
+
+
+_unpack.defvjp(lambda packed: (_unpack(packed), None), lambda _, gradients: (pack(gradients),))
+
+
+def _join(leaves, is_small):
+    parts = [leaf.reshape(-1) for leaf in itertools.compress(leaves, is_small)]
+    large = [leaf for leaf, small in zip(leaves, is_small, strict=True) if not small]
+    return (jnp.concatenate(parts), *large) if parts else tuple(large)
+
+
+def _cut(arrays, layout):
+    is_small, large = layout.is_small(), iter(arrays)
+    ends = itertools.accumulate(math.prod(shape) for shape in itertools.compress(layout.shapes, is_small))
+    parts = iter(jnp.split(next(large), list(ends)[:-1]) if any(is_small) else ())
+    leaves = [
+        next(parts).reshape(shape) if small else next(large)
+        for shape, small in zip(layout.shapes, is_small, strict=True)
+    ]
+    return jax.tree.unflatten(layout.structure, leaves)

@@ -8,7 +8,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from sfl_jax.federated.packing import packing
+from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.session import Assignment, Samples, Training, run_session
 from sfl_jax.models import Variables
 
@@ -16,8 +16,18 @@ from sfl_jax.models import Variables
 class Model(NamedTuple):
     """What outlives a round: the global variables, and the state of the server's optimiser."""
 
-    variables: Variables
+    packed: PackedVariables
     server_state: Any = ()
+
+    @classmethod
+    def of(cls, variables: Variables, server_state: Any = ()) -> "Model":
+        """Of variables as the chain has them."""
+        return cls(PackedVariables.of(variables), server_state)
+
+    @property
+    def variables(self) -> Variables:
+        """As the chain takes them."""
+        return self.packed.unpack()
 
 
 class Outcome(NamedTuple):
@@ -39,7 +49,7 @@ class Outcome(NamedTuple):
 class Sums(NamedTuple):
     """Weighted sums over clients; `weight` is that of the clients in them."""
 
-    variables: Any  # packed
+    variables: PackedVariables
     loss: Float[Array, ""]
     weight: Float[Array, ""]
 
@@ -67,7 +77,7 @@ def run_round(
     Under `axis_name` this is one device's part of it: all results are those of all devices.
     """
     sums, diverged = sum_of_sessions(
-        training, clients_per_chunk, model.variables, samples, assignments, round_key, learning_rate
+        training, clients_per_chunk, model.packed, samples, assignments, round_key, learning_rate
     )
     if axis_name is not None:
         # A sum too: one kind of message between devices, sent once.
@@ -76,35 +86,27 @@ def run_round(
         sums, ids = lax.psum((sums, own.reshape(-1)), axis_name)
         diverged = ids - 1
     mean, loss = jax.tree.map(lambda x: x / sums.weight.astype(x.dtype), (sums.variables, sums.loss))
-    params, batch_stats = packing(model.variables.params), packing(model.variables.batch_stats)
-    old = model._replace(variables=_packed(model.variables))
-    new = _server_step(training.server_optimizer, old, mean)
-    sound = _finite(new.variables.params)
+    new = _server_step(training.server_optimizer, model, mean)
+    sound = _finite(new.packed.params)
     taken = sound if training.skip_diverged else sound & (diverged < 0).all()
     if previous is not None:
         taken &= ~previous.is_last(training)
-    # Not a select, which XLA would compile, with all that it depends on, into the slice of every small leaf.
-    new = lax.cond(taken, lambda: new, lambda: old)
-    variables = Variables(params.unpack(new.variables.params), batch_stats.unpack(new.variables.batch_stats))
-    return new._replace(variables=variables), jnp.where(sound, loss, jnp.nan), diverged
+    # Not a select, which XLA would compile, with all that it depends on, for every leaf.
+    new = lax.cond(taken, lambda: new, lambda: model)
+    return new, jnp.where(sound, loss, jnp.nan), diverged
 
 
 def start_model(training: Training, variables: Variables) -> Model:
     """The model before the first round."""
-    optimizer = training.server_optimizer
-    return Model(variables, () if optimizer is None else optimizer.init(_packed(variables).params))
-
-
-def _packed(variables):
-    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
-    return Variables(params.pack(variables.params), batch_stats.pack(variables.batch_stats))
+    model, optimizer = Model.of(variables), training.server_optimizer
+    params: Any = model.packed.params
+    return model if optimizer is None else model._replace(server_state=optimizer.init(params))
 
 
 def _server_step(optimizer, model, mean):
-    """All variables packed."""
     if optimizer is None:
-        return model._replace(variables=mean)
-    params = model.variables.params
+        return model._replace(packed=mean)
+    params: Any = model.packed.params
     gradients = jax.tree.map(jnp.subtract, params, mean.params)
     updates, state = optimizer.update(gradients, model.server_state, params)
     return Model(mean._replace(params=optax.apply_updates(params, updates)), state)
@@ -113,13 +115,13 @@ def _server_step(optimizer, model, mean):
 def sum_of_sessions(
     training: Training,
     clients_per_chunk: int,
-    variables: Variables,
+    start: PackedVariables,
     samples: Samples,
     assignments: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
 ) -> tuple[Sums, Int[Array, " K"]]:
-    """(the weighted sums of packed variables and of losses over K clients, who diverged: see `run_round`).
+    """(the weighted sums of variables and of losses over K clients, who diverged: see `run_round`).
 
     Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
     is that of one chunk. A client that diverged, or of weight 0, has no influence whatever its numbers are.
@@ -129,19 +131,17 @@ def sum_of_sessions(
     def run_chunk(sums, chunk):
         def session(one):
             return run_session(
-                training, variables, samples, one, round_key, learning_rate, loop_steps=chunk.steps.max()
+                training, start, samples, one, round_key, learning_rate, loop_steps=chunk.steps.max()
             )
 
         trained, loss = _alone(session, chunk) if clients_per_chunk == 1 else jax.vmap(session)(chunk)
         finite = jax.vmap(_finite)((trained, loss))
         weight = jnp.where(finite, chunk.weight, 0)
-        new = Sums(Variables(*trained), loss, weight=jnp.ones_like(weight))
+        new = Sums(trained, loss, weight=jnp.ones_like(weight))
         diverged = jnp.where(finite | (chunk.weight == 0), -1, chunk.client)
         return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
 
-    like = Sums(
-        _packed(variables), jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype)
-    )
+    like = Sums(start, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
     sums, diverged = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)
     return sums, diverged.reshape(-1)
 
@@ -151,10 +151,12 @@ def _alone(session, chunk):
     return jax.tree.map(lambda x: x[None], session(jax.tree.map(lambda x: x[0], chunk)))
 
 
+@jax.jit  # traced once for a shape
 def _weighted_sum(weights, values):
-    present = (weights > 0).reshape(-1, *[1] * (values.ndim - 1))
-    return jnp.tensordot(weights.astype(values.dtype), jnp.where(present, values, 0), axes=1)
+    weights = weights.astype(values.dtype)
+    return sum(jnp.where(weights[k] > 0, weights[k] * values[k], 0) for k in range(len(weights)))
 
 
 def _finite(tree):
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+    """Whether all numbers are: 0 times any other is not 0. One kernel a leaf; all() takes several."""
+    return sum((0 * leaf).sum() for leaf in jax.tree.leaves(tree)) == 0

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from sfl_jax.federated.optimizers import LocalOptimizer
-from sfl_jax.federated.packing import Packed, packing
+from sfl_jax.federated.packing import PackedVariables, pack
 from sfl_jax.models import Chain, Variables
 
 
@@ -72,54 +72,52 @@ class Training(NamedTuple):
 
 def run_session(
     training: Training,
-    variables: Variables,
+    start: PackedVariables,
     samples: Samples,
     assignment: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
     loop_steps: Int[Array, ""],
-) -> tuple[tuple[Packed, Packed], Float[Array, ""]]:
-    """((parameters, batch-norm statistics) after the client's steps, packed; mean training loss of these
-    steps).
+) -> tuple[PackedVariables, Float[Array, ""]]:
+    """(the variables after the client's steps from `start`, mean training loss of these steps).
 
     `loop_steps` is the trip count, at least `assignment.steps`: under vmap that of the longest session in
     the chunk. Steps beyond a client's own change nothing, bitwise.
     """
     client_key = jax.random.fold_in(round_key, assignment.client)
-    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
 
-    def moved(packed, state, steps_done):
+    def moved(params, state, steps_done):
         """The parameters after the last of so many steps, if that was one of the client's own."""
         own = (steps_done > 0) & (steps_done <= assignment.steps)
-        updates = training.optimizer.updates_of(state, packed)
+        updates = training.optimizer.updates_of(state, params)
         return jax.tree.map(
-            lambda p, u: jnp.where(own, p - (learning_rate * u).astype(p.dtype), p), packed, updates
+            lambda p, u: jnp.where(own, p - (learning_rate * u).astype(p.dtype), p), params, updates
         )
 
     def step(index, carry):
-        packed, packed_stats, state, loss_sum = carry
-        packed = moved(packed, state, index)
+        params, old_stats, state, loss_sum = carry
+        params = moved(params, state, index)
         batch = assignment.batches[index]
         images, labels = training.preprocess(samples.images[batch]), samples.labels[batch]
         key = jax.random.fold_in(client_key, index)
 
-        def loss_of(packed):
-            now = Variables(params.unpack(packed), batch_stats.unpack(packed_stats))
+        def loss_of(params):
+            now = Variables(params.unpack(), old_stats.unpack())
             return batch_loss(training, now, images, labels, assignment.cut, key)
 
-        (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(packed)
-        _, state = training.optimizer.update(gradients, state, packed)
+        (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        _, state = training.optimizer.update(gradients, state, params)
         own = index < assignment.steps
-        packed_stats = jax.tree.map(lambda n, o: jnp.where(own, n, o), batch_stats.pack(stats), packed_stats)
+        stats = jax.tree.map(lambda n, o: jnp.where(own, n, o), pack(stats), old_stats)
         # The state need not stay as it was after the client's last step: nothing reads it any more.
-        return packed, packed_stats, state, jnp.where(own, loss_sum + loss, loss_sum)
+        return params, stats, state, jnp.where(own, loss_sum + loss, loss_sum)
 
-    start = params.pack(variables.params), batch_stats.pack(variables.batch_stats)
     no_loss = jnp.zeros((), jnp.result_type(float))
-    packed, stats, state, loss_sum = lax.fori_loop(
-        0, loop_steps, step, (*start, training.optimizer.init(start[0]), no_loss)
+    params, stats, state, loss_sum = lax.fori_loop(
+        0, loop_steps, step, (*start, training.optimizer.init(start.params), no_loss)
     )
-    return (moved(packed, state, loop_steps), stats), loss_sum / jnp.maximum(assignment.steps, 1)
+    after = PackedVariables(moved(params, state, loop_steps), stats)
+    return after, loss_sum / jnp.maximum(assignment.steps, 1)
 
 
 def batch_loss(training, variables, images, labels, cut, key):

@@ -6,7 +6,7 @@ import numpy as np
 
 from sfl_jax import models
 from sfl_jax.federated import optimizers
-from sfl_jax.federated.packing import packing
+from sfl_jax.federated.packing import Packed, PackedVariables
 from sfl_jax.federated.session import Assignment, Link, Samples, Training, run_session
 
 CHAIN = models.create("efficientnetv2-tiny")
@@ -81,15 +81,20 @@ def assignments(cuts=range(CUTS), steps=None, batch=4, seed=0):
 
 def sessions(training, variables, samples, work, key, rate=RATE):
     """Compiled sessions of all clients at once: a list of (variables, loss)."""
-    params, batch_stats = packing(variables.params), packing(variables.batch_stats)
 
     @jax.jit
     def run(variables, samples, work):
         def one(assignment):
-            (packed, stats), loss = run_session(
-                training, variables, samples, assignment, key, jnp.asarray(rate), work.steps.max()
+            packed, loss = run_session(
+                training,
+                PackedVariables.of(variables),
+                samples,
+                assignment,
+                key,
+                jnp.asarray(rate),
+                work.steps.max(),
             )
-            return models.Variables(params.unpack(packed), batch_stats.unpack(stats)), loss
+            return packed.unpack(), loss
 
         return jax.vmap(one)(work)
 
@@ -112,7 +117,13 @@ def difference(tree, other):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return np.abs(a - b).max() / max(np.abs(a).max(), 0.01)
 
-    return max(of_leaf(a, b) for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))
+    return max(of_leaf(a, b) for a, b in zip(leaves(tree), leaves(other), strict=True))
+
+
+def leaves(tree):
+    """Of a tree, what is packed leaf by leaf."""
+    parts = jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, Packed))
+    return jax.tree.leaves([part.unpack() if isinstance(part, Packed) else part for part in parts])
 
 
 def distance(params, other, start):

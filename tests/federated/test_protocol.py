@@ -119,7 +119,7 @@ def test_a_round_of_any_cuts_equals_that_of_the_protocol(x64, optimizer):
         )
 
         def run(work):
-            model, loss, _ = program(round.Model(variables), samples, work, key, jnp.asarray(rounds.RATE))
+            model, loss, _ = program(round.Model.of(variables), samples, work, key, jnp.asarray(rounds.RATE))
             return model.variables, loss
 
         parties = rounds.training(optimizer, rounds.SCALING, rounds.REFERENCE_CHAIN)

@@ -25,7 +25,7 @@ def compiled(clients_per_chunk, link=None, **changes):
 def run(work, clients_per_chunk=3, link=None):
     variables, samples = rounds.start()
     model, loss, _ = compiled(clients_per_chunk, link)(
-        Model(variables), samples, work, KEY, jnp.asarray(rounds.RATE)
+        Model.of(variables), samples, work, KEY, jnp.asarray(rounds.RATE)
     )
     return model.variables, loss
 
@@ -109,7 +109,7 @@ def test_any_cuts_give_fedavg_with_every_optimizer(x64, optimizer):
         program = jax.jit(functools.partial(run_round, training, 3, None))
 
         def apart(work):
-            model, *_ = program(Model(variables), samples, work, KEY, jnp.asarray(rate))
+            model, *_ = program(Model.of(variables), samples, work, KEY, jnp.asarray(rate))
             return (
                 rounds.distance(model.variables.params, expected.params, variables.params),
                 rounds.difference(model.variables.batch_stats, expected.batch_stats),
@@ -198,7 +198,7 @@ def test_a_diverged_client_has_no_influence_and_is_named(number):
 
     def run(skip, work):
         step = compiled(3, **BROKEN[number], skip_diverged=skip)
-        return step(Model(variables), samples, work, KEY, jnp.asarray(rounds.RATE))
+        return step(Model.of(variables), samples, work, KEY, jnp.asarray(rounds.RATE))
 
     absent = work._replace(weight=np.where(np.arange(rounds.CUTS) == 4, 0, work.weight))
     model, loss, diverged = run(True, work)
@@ -228,7 +228,7 @@ def test_a_single_number_that_is_not_finite_is_seen_wherever_it_is(number):
 def test_a_step_of_the_server_that_overflows_is_not_taken():
     variables, samples = rounds.start()
     optimizer = optax.chain(optax.scale(1e30), optax.scale(1e30))
-    start = Model(variables, optimizer.init(variables.params))
+    start = Model.of(variables, optimizer.init(variables.params))
     step = compiled(3, server_optimizer=optimizer)
     model, loss, diverged = step(start, samples, rounds.assignments(), KEY, jnp.asarray(rounds.RATE))
     assert np.isnan(loss)
@@ -256,7 +256,7 @@ def test_server_momentum_adds_up_the_mean_changes():
     for seed in range(2):
         work = rounds.assignments(seed=seed)
         before = model.variables
-        mean, _, _ = compiled(3)(Model(before), samples, work, KEY, jnp.asarray(rounds.RATE))
+        mean, _, _ = compiled(3)(Model.of(before), samples, work, KEY, jnp.asarray(rounds.RATE))
         model, _, _ = step(model, samples, work, KEY, jnp.asarray(rounds.RATE))
         velocity = jax.tree.map(
             lambda old, new, v: 0.9 * v + (np.asarray(old) - new),
@@ -274,7 +274,7 @@ def test_a_client_that_does_not_come_has_no_influence_though_all_its_data_are_na
     step = compiled(3, preprocess=rounds.preprocess_black_to_nan)
 
     def run(work):
-        return step(Model(rounds.start()[0]), samples, work, KEY, jnp.asarray(rounds.RATE))
+        return step(Model.of(rounds.start()[0]), samples, work, KEY, jnp.asarray(rounds.RATE))
 
     work = rounds.assignments()
     there = np.arange(rounds.CUTS) != 4

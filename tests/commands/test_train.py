@@ -102,6 +102,7 @@ def test_lines_without_a_checkpoint_are_refused(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_text() == "earlier\n"
 
 
+@pytest.mark.slow
 def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatch, tmp_path):
     chain, started = models.create("efficientnetv2-tiny"), []
     given = chain.init(jax.random.key(7), IMAGES)

@@ -96,6 +96,7 @@ def test_a_mean_over_clients_keeps_what_bfloat16_would_round_away():
     assert rounds.difference(rounded, variables) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_round_in_bfloat16_is_near_that_in_float32_and_not_it():
     variables, samples = rounds.start()
     work = rounds.assignments(steps=1)

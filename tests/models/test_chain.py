@@ -143,7 +143,7 @@ def check_linked_cut(name, size, batch, cut, x64):
             assert distance(other.gradients[: cut or None], whole.gradients[: cut or None]) > 1e-2
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
+@pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "x64"])
 @pytest.mark.parametrize("cut", EVERY_CUT)
 def test_client_then_server_is_the_whole_chain_at_every_cut_of_tiny(cut, x64):
     check_cut("efficientnetv2-tiny", 16, 8, cut, x64)

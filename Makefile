@@ -8,7 +8,7 @@ BENCH ?= training_speed
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
 
 .PHONY: train test test-slow lint bench clean
 .DELETE_ON_ERROR:
@@ -16,12 +16,14 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 train: .venv/runtime.stamp
 	$(BIN)/python -m launch.train --flagfile=launch/flags/mnist.flags $(ARGS)
 
+# Tests of a file share what they compile.
 test: lint
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --dist loadfile $(ARGS)
 
-# Exit status 5 says that there was nothing to run.
+# Some of its files take half of its time, so they are shared out test by test. Exit status 5 says that there was
+# nothing to run.
 test-slow: .venv/test.stamp
-	$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) --dist worksteal -m slow $(ARGS) || [ $$? -eq 5 ]
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,15 +189,6 @@ class Checkpoints:
         """Finished checkpoints, the oldest first."""
         paths = self.directory.glob("[0-9]*")
         return sorted((path for path in paths if path.name.isdecimal()), key=lambda path: int(path.name))
-
-
-def digest(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 of types, shapes and contents."""
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(f"{array.dtype}{array.shape}".encode())
-        total.update(np.ascontiguousarray(array).data)
-    return total.hexdigest()
 
 
 def pack(model: Any) -> Packed:

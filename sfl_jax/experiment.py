@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from sfl_jax import datasets, fleet, metrics, models, optim, planning, tuning
-from sfl_jax.checkpoints import Checkpoints, Progress, digest
+from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import AUTO, Config, left_open
 from sfl_jax.datasets.images import preprocessing
+from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import execution, optimizers
@@ -95,7 +96,8 @@ class Sent(NamedTuple):
 def build(config: Config) -> Experiment:
     """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles."""
     devices = federated_devices.choose_devices(config.devices)
-    dataset = datasets.load(config.dataset, config.data_dir or None)
+    are_sent = federated_devices.samples_are_sent(devices)
+    dataset = datasets.load(config.dataset, config.data_dir or None, in_file=are_sent)
     parts = datasets.partition(
         dataset.train_labels,
         config.clients,
@@ -130,13 +132,11 @@ def build(config: Config) -> Experiment:
 
 def inputs(experiment: Experiment) -> dict[str, str]:
     """Digests of what the run reads, by the flag that names it."""
-    data = experiment.dataset
-    arrays = {
-        "dataset": [data.train_images, data.train_labels, data.test_images, data.test_labels],
-        "fleet": experiment.fleet.columns().values(),
+    return {
+        "dataset": experiment.dataset.digest,
+        "fleet": digest(map(np.asarray, experiment.fleet.columns().values())),
+        "init_from": experiment.init_digest,
     }
-    digests = {name: digest(map(np.asarray, values)) for name, values in arrays.items()}
-    return {**digests, "init_from": experiment.init_digest}
 
 
 def start(experiment: Experiment) -> State:

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from sfl_jax.datasets.cache import read_cache, write_cache
+from sfl_jax.datasets.rows import checked, checksums
+from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
 
 _EMBEDDED = Path(__file__).parent / "data" / "mnist" / "3.0.1"
@@ -23,7 +25,10 @@ _CACHED = {
     "test_images": ("uint8", 4),
     "test_labels": ("int32", 1),
     "num_classes": ("int64", 0),
+    "digest": ("uint8", 1),
+    "train_checksums": ("uint32", 1),
 }
+_ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Threads pay once decompression, which runs outside Python's lock, outweighs the Python around it.
 _BYTES_WORTH_A_THREAD = 4096
@@ -32,13 +37,14 @@ _CHUNK = 4096  # records
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels in memory.
+    """Images and labels in memory; images for training may stay in a file, of which `CheckedRows` are read.
 
     Attributes:
       train_images, test_images: (N, H, W, C) uint8, of one size within and across both splits.
       train_labels, test_labels: (N,) int32 in [0, num_classes).
       num_classes: number of classes.
       name: as asked for.
+      digest: of all four arrays, see `digests`; computed where it is not given.
     """
 
     train_images: UInt8[np.ndarray, "N H W C"]
@@ -47,14 +53,22 @@ class Dataset:
     test_labels: Int32[np.ndarray, " M"]
     num_classes: int
     name: str
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.digest:
+            object.__setattr__(self, "digest", digest(getattr(self, name) for name in _ARRAYS))
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, in_file: bool = False) -> Dataset:
     """The dataset `name`: `set`, `set/config`, `set:1.2.3` or `set/config:1.2.3`.
 
     `mnist` without `data_dir` is the copy inside this package. Anything else is looked for in `data_dir`
     (default: TFDS's own, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`), where TFDS must have prepared it as
     array_record with a split `train` and a split `test` or `validation`.
+
+    What was decoded once is kept in the user's cache directory. With `in_file`, images for training stay
+    there, and each is read when it is asked for; where there is no cache they are in memory after all.
 
     Raises:
       BadInput: not there, damaged, in a format that needs TensorFlow, no image classification set, or images
@@ -67,11 +81,15 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         command = f"(TensorFlow needed): tfds build {name} --data_dir={root} --file_format=array_record"
         directory = _find(name, root, f"prepare it {command}")
         remedy = f"prepare it again {command} --overwrite"
-    dataset = _from_cache(name, directory)
-    if dataset is None:
+    kept = _from_cache(name, directory, in_file)
+    if kept is None:
         dataset = _decode(name, directory, remedy)
-        write_cache(directory, {key: np.asarray(getattr(dataset, key)) for key in _CACHED})
-    return dataset
+        arrays = {key: np.asarray(getattr(dataset, key)) for key in (*_ARRAYS, "num_classes")}
+        arrays["digest"] = np.frombuffer(bytes.fromhex(dataset.digest), np.uint8)
+        arrays["train_checksums"] = checksums(dataset.train_images)
+        write_cache(directory, arrays)
+        kept = (_from_cache(name, directory, in_file) if in_file else None) or dataset
+    return kept
 
 
 def _find(name: str, root: Path, remedy: str) -> Path:
@@ -92,13 +110,20 @@ def _find(name: str, root: Path, remedy: str) -> Path:
     raise BadInput(f"--dataset={name}: not found in {parent}; {remedy}")
 
 
-def _from_cache(name: str, directory: Path) -> Dataset | None:
-    arrays = read_cache(directory)
-    if arrays is None or {key: (a.dtype.name, a.ndim) for key, a in arrays.items()} != _CACHED:
+def _from_cache(name: str, directory: Path, in_file: bool) -> Dataset | None:
+    kept = read_cache(directory, ["train_images"] if in_file else ())
+    if kept is None or {key: (a.dtype.name, a.ndim) for key, a in kept.items()} != _CACHED:
         return None
-    if any(len(arrays[f"{split}_images"]) != len(arrays[f"{split}_labels"]) for split in ("train", "test")):
+    pairs = [(f"{split}_images", f"{split}_labels") for split in ("train", "test")]
+    if any(len(kept[a]) != len(kept[b]) for a, b in [*pairs, ("train_labels", "train_checksums")]):
         return None
-    return Dataset(**{**arrays, "num_classes": int(arrays["num_classes"])}, name=name)
+    train_images = kept["train_images"]
+    if isinstance(train_images, np.memmap):
+        train_images = checked(train_images, kept["train_checksums"])
+    return Dataset(
+        train_images, *(kept[key] for key in _ARRAYS[1:]), int(kept["num_classes"]), name,
+        kept["digest"].tobytes().hex(),
+    )  # fmt: skip
 
 
 def _decode(name: str, directory: Path, remedy: str) -> Dataset:

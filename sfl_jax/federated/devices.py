@@ -44,11 +44,14 @@ def on_first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
 
+def samples_are_sent(devices: Sequence[Any]) -> bool:
+    """Whether a device is sent, with every round, the samples of its own clients; a single device has all."""
+    return len(devices) > 1
+
+
 def place_samples(samples: Samples, devices: Sequence[Any]) -> Samples:
-    """What `Rounds` takes: NumPy samples go whole to a single device. For several they
-    stay here, since a device is sent, with every round, those of its own clients.
-    """
-    return replicate(samples, devices) if len(devices) == 1 else samples
+    """What `Rounds` takes: NumPy samples go whole to a single device, and stay here for several."""
+    return samples if samples_are_sent(devices) else replicate(samples, devices)
 
 
 class Rounds:

@@ -18,8 +18,8 @@ def place(tmp_path, monkeypatch):
     return dataset, tmp_path / "cache" / "sfl_jax" / "datasets"
 
 
-def read_equal(dataset):
-    arrays = read_cache(dataset)
+def read_equal(dataset, mapped=()):
+    arrays = read_cache(dataset, mapped)
     assert arrays is not None
     assert arrays.keys() == ARRAYS.keys()
     for name, values in ARRAYS.items():
@@ -31,6 +31,7 @@ def test_reads_what_was_written(place):
     assert read_cache(dataset) is None
     write_cache(dataset, ARRAYS)
     read_equal(dataset)
+    read_equal(dataset, ["images"])
     assert len(os.listdir(cache)) == 1
 
 

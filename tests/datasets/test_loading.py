@@ -129,6 +129,8 @@ def test_the_cache_is_used_and_believed_only_where_it_fits(tmp_path, cache_home)
         "test_images": images,
         "test_labels": np.arange(4, dtype=np.int32) % 3,
         "num_classes": np.array(3),
+        "digest": np.zeros(32, np.uint8),
+        "train_checksums": np.zeros(4, np.uint32),
     }
     write_cache(directory, kept)
     check_equal(load("tiny", tmp_path), images[:, ::-1], images)
@@ -138,10 +140,50 @@ def test_the_cache_is_used_and_believed_only_where_it_fits(tmp_path, cache_home)
         ("train_labels", np.zeros(3, np.int32)),
         ("test_labels", np.zeros(4, np.int64)),
         ("num_classes", np.zeros(1, int)),
+        ("train_checksums", np.zeros(3, np.uint32)),
         ("more", images),
     ):
         write_cache(directory, kept | {name: value})
         check_equal(load("tiny", tmp_path), images, images)
+
+
+def test_in_a_file_images_are_read_one_by_one(tmp_path, cache_home):
+    images, others = pictures(6), pictures(6, seed=1)
+    directory = prepare(tmp_path, {"train": examples(images), "test": examples(others)})
+    fresh = load("tiny", tmp_path, in_file=True)
+    again, in_memory = load("tiny", tmp_path, in_file=True), load("tiny", tmp_path)
+    assert isinstance(again.train_images, np.memmap)
+    assert not isinstance(in_memory.train_images, np.memmap)
+    for dataset in (fresh, again):
+        check_equal(dataset, images, others)
+        np.testing.assert_array_equal(dataset.train_images[:], in_memory.train_images)
+        np.testing.assert_array_equal(dataset.train_images[[4, 1, 4]], in_memory.train_images[[4, 1, 4]])
+        assert type(dataset.train_images[2:4]) is np.ndarray
+        assert dataset.digest == in_memory.digest
+    # A byte of row 3 turns over on the disk: only who reads that row has to know.
+    (file,) = (cache_home / "sfl_jax" / "datasets").iterdir()
+    content = bytearray(file.read_bytes())
+    content[content.index(again.train_images[3:4].tobytes()) + 7] ^= 1
+    file.write_bytes(content)
+    damaged = load("tiny", tmp_path, in_file=True).train_images
+    np.testing.assert_array_equal(damaged[[0, 5]], in_memory.train_images[[0, 5]])
+    for rows in (slice(2, 4), np.array([3]), 3):
+        with pytest.raises(BadInput, match=f"^{file}: what it keeps of the dataset is damaged; remove it$"):
+            damaged[rows]
+    # Read whole, it is noticed at once, and made anew.
+    check_equal(load("tiny", tmp_path), images, others)
+    assert load("tiny", tmp_path, in_file=True).digest == in_memory.digest
+    assert directory.exists()
+
+
+def test_where_nothing_can_be_kept_images_are_in_memory(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    images = pictures(3)
+    prepare(tmp_path, {"train": examples(images), "test": examples(images)})
+    dataset = load("tiny", tmp_path, in_file=True)
+    check_equal(dataset, images, images)
+    assert not isinstance(dataset.train_images, np.memmap)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

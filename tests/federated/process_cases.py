@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import numpy as np
 
+from sfl_jax import experiment
 from sfl_jax.config import Config
 from sfl_jax.federated import devices, processes
 from sfl_jax.federated.balance import fill_chunks
@@ -106,12 +107,12 @@ class Recording(np.ndarray):
 def own_samples():
     """A process reads the samples of its own clients and no others."""
     own = int(os.environ["PROCESS"])
-    processes.join(
-        Config(
-            coordinator_address=os.environ["ADDRESS"], num_processes=2, process_id=own,
-            heartbeat_timeout_seconds=1000,
-        )
+    config = Config(
+        coordinator_address=os.environ["ADDRESS"], num_processes=2, process_id=own,
+        heartbeat_timeout_seconds=1000, model="efficientnetv2-tiny", image_size=8,
     )  # fmt: skip
+    processes.join(config)
+    assert isinstance(experiment.build(config).dataset.train_images, np.memmap), "read whole"
     chosen = devices.choose_devices(0)
     assert [device.process_index for device in chosen] == [0, 1]
     clients, steps, rng = 7, 3, np.random.default_rng(0)

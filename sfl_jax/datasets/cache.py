@@ -29,7 +29,7 @@ def read_cache(directory: Path, mapped: Collection[str] = ()) -> dict[str, np.nd
     """
     try:
         with _file(directory).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {
+            arrays: dict[str, np.ndarray] = {
                 name: _map(file.name, archive.zip, name) if name in mapped else archive[name]
                 for name in archive.files
             }

@@ -117,13 +117,11 @@ def _from_cache(name: str, directory: Path, in_file: bool) -> Dataset | None:
     pairs = [(f"{split}_images", f"{split}_labels") for split in ("train", "test")]
     if any(len(kept[a]) != len(kept[b]) for a, b in [*pairs, ("train_labels", "train_checksums")]):
         return None
-    train_images = kept["train_images"]
-    if isinstance(train_images, np.memmap):
-        train_images = checked(train_images, kept["train_checksums"])
-    return Dataset(
-        train_images, *(kept[key] for key in _ARRAYS[1:]), int(kept["num_classes"]), name,
-        kept["digest"].tobytes().hex(),
-    )  # fmt: skip
+    images, labels, test_images, test_labels = (kept[key] for key in _ARRAYS)
+    if isinstance(images, np.memmap):
+        images = checked(images, kept["train_checksums"])
+    same = kept["digest"].tobytes().hex()
+    return Dataset(images, labels, test_images, test_labels, int(kept["num_classes"]), name, same)
 
 
 def _decode(name: str, directory: Path, remedy: str) -> Dataset:

@@ -1,5 +1,6 @@
 """A round: the sessions of a cohort in vmapped chunks, and the weighted mean of what they learned."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -129,12 +130,12 @@ def sum_of_sessions(
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
     def run_chunk(sums, chunk):
-        def session(one):
-            return run_session(
-                training, start, samples, one, round_key, learning_rate, loop_steps=chunk.steps.max()
-            )
-
-        trained, loss = _alone(session, chunk) if clients_per_chunk == 1 else jax.vmap(session)(chunk)
+        session = functools.partial(run_session, training, start, samples)
+        trained, loss = (
+            _alone(session, chunk, round_key, learning_rate)
+            if clients_per_chunk == 1
+            else session(chunk, round_key, learning_rate, jax.vmap)
+        )
         finite = jax.vmap(_finite)((trained, loss))
         weight = jnp.where(finite, chunk.weight, 0)
         new = Sums(trained, loss, weight=jnp.ones_like(weight))
@@ -146,17 +147,21 @@ def sum_of_sessions(
     return sums, diverged.reshape(-1)
 
 
-def _alone(session, chunk):
+def _alone(session, chunk, *rest):
     """A chunk of one client without a client axis: its products keep two dimensions."""
-    return jax.tree.map(lambda x: x[None], session(jax.tree.map(lambda x: x[0], chunk)))
+    return jax.tree.map(lambda x: x[None], session(jax.tree.map(lambda x: x[0], chunk), *rest))
 
 
 @jax.jit  # traced once for a shape
 def _weighted_sum(weights, values):
-    weights = weights.astype(values.dtype)
-    return sum(jnp.where(weights[k] > 0, weights[k] * values[k], 0) for k in range(len(weights)))
+    weights = weights.astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
+    weighted = jnp.where(weights > 0, weights * values, 0)
+    # Unrolled: XLA:CPU compiles equal sums once, but every reduction anew.
+    return functools.reduce(jnp.add, (weighted[k] for k in range(len(weighted))))
 
 
 def _finite(tree):
     """Whether all numbers are: 0 times any other is not 0. One kernel a leaf; all() takes several."""
-    return sum((0 * leaf).sum() for leaf in jax.tree.leaves(tree)) == 0
+    zeros = jnp.stack([(0 * leaf).sum() for leaf in jax.tree.leaves(tree)])
+    # A reduction, which XLA keeps. It would compute a sum of them anew for every number that depends on it.
+    return (zeros == 0).all()

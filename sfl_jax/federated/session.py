@@ -6,7 +6,7 @@ compiles nothing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,47 +77,55 @@ def run_session(
     assignment: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
-    loop_steps: Int[Array, ""],
-) -> tuple[PackedVariables, Float[Array, ""]]:
+    each: Callable[..., Any] = lambda of_one: of_one,
+) -> tuple[PackedVariables, Float[Array, "*K"]]:
     """(the variables after the client's steps from `start`, mean training loss of these steps).
 
-    `loop_steps` is the trip count, at least `assignment.steps`: under vmap that of the longest session in
-    the chunk. Steps beyond a client's own change nothing, bitwise.
+    With `each=jax.vmap` those of all clients of `assignment`, step by step together: there are as many as in
+    the longest session. Steps beyond a client's own change nothing, bitwise.
     """
-    client_key = jax.random.fold_in(round_key, assignment.client)
+    optimizer, loop_steps = training.optimizer, assignment.steps.max()
 
-    def moved(params, state, steps_done):
+    def begin(one):
+        state = optimizer.init(start.params)
+        return start.params, start.batch_stats, state, jnp.zeros((), jnp.result_type(float))
+
+    def moved(one, params, state, steps_done):
         """The parameters after the last of so many steps, if that was one of the client's own."""
-        own = (steps_done > 0) & (steps_done <= assignment.steps)
-        updates = training.optimizer.updates_of(state, params)
+        own = (steps_done > 0) & (steps_done <= one.steps)
+        updates = optimizer.updates_of(state, params)
         return jax.tree.map(
             lambda p, u: jnp.where(own, p - (learning_rate * u).astype(p.dtype), p), params, updates
         )
 
-    def step(index, carry):
+    def step(one: Assignment, carry, index):
         params, old_stats, state, loss_sum = carry
-        params = moved(params, state, index)
-        batch = assignment.batches[index]
+        params = moved(one, params, state, index)
+        batch = one.batches[index]
         images, labels = training.preprocess(samples.images[batch]), samples.labels[batch]
-        key = jax.random.fold_in(client_key, index)
+        key = jax.random.fold_in(jax.random.fold_in(round_key, one.client), index)
 
         def loss_of(params):
             now = Variables(params.unpack(), old_stats.unpack())
-            return batch_loss(training, now, images, labels, assignment.cut, key)
+            return batch_loss(training, now, images, labels, one.cut, key)
 
         (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        _, state = training.optimizer.update(gradients, state, params)
-        own = index < assignment.steps
+        _, state = optimizer.update(gradients, state, params)
+        own = index < one.steps
         stats = jax.tree.map(lambda n, o: jnp.where(own, n, o), pack(stats), old_stats)
         # The state need not stay as it was after the client's last step: nothing reads it any more.
         return params, stats, state, jnp.where(own, loss_sum + loss, loss_sum)
 
-    no_loss = jnp.zeros((), jnp.result_type(float))
-    params, stats, state, loss_sum = lax.fori_loop(
-        0, loop_steps, step, (*start, training.optimizer.init(start.params), no_loss)
-    )
-    after = PackedVariables(moved(params, state, loop_steps), stats)
-    return after, loss_sum / jnp.maximum(assignment.steps, 1)
+    def end(one, carry):
+        params, stats, state, loss_sum = carry
+        after = PackedVariables(moved(one, params, state, loop_steps), stats)
+        return after, loss_sum / jnp.maximum(one.steps, 1)
+
+    # The loop is around `each`: inside, JAX would trace its body anew until it knows what is mapped.
+    def steps_of_all(index, carry):
+        return each(lambda one, own: step(one, own, index))(assignment, carry)
+
+    return each(end)(assignment, lax.fori_loop(0, loop_steps, steps_of_all, each(begin)(assignment)))
 
 
 def batch_loss(training, variables, images, labels, cut, key):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
 from sfl_jax.models import layers
@@ -71,12 +72,13 @@ class Chain:
         i of the whole network: so a link gets between two units without a second copy of this loop.
         """
         x, batch_stats = images, []
+        rngs = self._rngs(key) if train and key is not None else [{}] * len(self.units)
         for index, unit in enumerate(self.units, start=self.first_unit):
             if at_boundary is not None:
                 x = at_boundary(index, x)
-            unit_variables = self.unit_variables(variables, index - self.first_unit)
-            rngs = {"drop": jax.random.fold_in(key, index)} if train and key is not None else {}
-            x, updated = unit.apply(unit_variables, x, train, rngs=rngs, mutable=["batch_stats"])
+            here = index - self.first_unit
+            unit_variables = self.unit_variables(variables, here)
+            x, updated = unit.apply(unit_variables, x, train, rngs=rngs[here], mutable=["batch_stats"])
             batch_stats.append(updated.get("batch_stats", {}))
         return x, Variables(variables.params, tuple(batch_stats))
 
@@ -101,6 +103,15 @@ class Chain:
     def unit_variables(self, variables: Variables, index: int) -> dict[str, PyTree]:
         """{"params": ..., "batch_stats": ...} of unit `index` of this chain, as Flax takes it."""
         return {"params": variables.params[index], "batch_stats": variables.batch_stats[index]}
+
+    def _rngs(self, key):
+        """Of each unit. Folded together, since each fold is a loop of its own, which takes time to compile;
+        and read at places that are hidden from XLA, so that equal kernels read them.
+        """
+        numbers = jnp.arange(len(self.units))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, self.first_unit + numbers)
+        places = lax.optimization_barrier(numbers)
+        return [{"drop": keys[places[i]]} for i in range(len(self.units))]
 
     def _check(self, cut):
         if not 0 <= cut <= len(self.units):

@@ -170,8 +170,10 @@ class DropPath(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or self.survival == 1:
             return x
-        keep = jax.random.bernoulli(self.make_rng("drop"), self.survival, (x.shape[0], 1, 1, 1))
-        return x * (keep / self.survival).astype(x.dtype)
+        # Hidden from XLA: as a constant it would make the kernels of no two blocks equal, which compile once.
+        survival = lax.optimization_barrier(jnp.asarray(self.survival))
+        keep = jax.random.bernoulli(self.make_rng("drop"), survival, (x.shape[0], 1, 1, 1))
+        return x * (keep / survival).astype(x.dtype)
 
 
 def _lax_conv(x, kernel, stride, groups=1):

@@ -84,19 +84,9 @@ def sessions(training, variables, samples, work, key, rate=RATE):
 
     @jax.jit
     def run(variables, samples, work):
-        def one(assignment):
-            packed, loss = run_session(
-                training,
-                PackedVariables.of(variables),
-                samples,
-                assignment,
-                key,
-                jnp.asarray(rate),
-                work.steps.max(),
-            )
-            return packed.unpack(), loss
-
-        return jax.vmap(one)(work)
+        start = PackedVariables.of(variables)
+        packed, losses = run_session(training, start, samples, work, key, jnp.asarray(rate), jax.vmap)
+        return jax.vmap(PackedVariables.unpack)(packed), losses
 
     results = run(variables, samples, work)
     return [client(results, k) for k in range(len(work.client))]

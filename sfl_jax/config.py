@@ -19,7 +19,7 @@ STARTS = ("equal", "proportional", "random")
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
-PARTITIONS = ("iid", "dirichlet")
+PARTITIONS = ("iid", "dirichlet", "shards", "quantity")
 LAYER_FORMS = ("product", "conv")
 EXECUTIONS = ("vmap", "map")
 AUTO = "auto"
@@ -85,7 +85,15 @@ class Config:
     dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
     data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True)
     partition: str = _flag("iid", DATA, TRAINING, "how clients divide the samples", choices=PARTITIONS)
-    dirichlet_alpha: float = _flag(0.5, DATA, TRAINING, "evenness of dirichlet", above=0, at_most=1e6)
+    dirichlet_alpha: float = _flag(
+        0.5,
+        DATA,
+        TRAINING,
+        "evenness of classes under dirichlet, of sizes under quantity",
+        above=0,
+        at_most=1e6,
+    )
+    shards_per_client: int = _flag(2, DATA, TRAINING, "runs of one label each under shards", at_least=1)
 
     clients: int = _flag(100, FLEET, PLANNING, "clients in all", at_least=1)
     cohort_size: int = _flag(10, FLEET, TRAINING, "clients that take part in a round", at_least=1)

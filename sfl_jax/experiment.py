@@ -103,6 +103,7 @@ def build(config: Config) -> Experiment:
         config.clients,
         scheme=config.partition,
         alpha=config.dirichlet_alpha,
+        shards_per_client=config.shards_per_client,
         seed=config.seed,
     )
     channels = _channels(dataset)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfl_jax import experiment, fleet
-from sfl_jax.config import Config
+from sfl_jax import datasets, experiment, fleet
+from sfl_jax.config import PARTITIONS, Config
 from sfl_jax.errors import BadInput
 from sfl_jax.models import keras_weights
 
@@ -19,6 +19,22 @@ SMALL = Config(model="efficientnetv2-tiny", clients=30, cohort_size=6, server_fl
 @pytest.fixture(scope="module")
 def built():
     return experiment.build(SMALL)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"partition": scheme} for scheme in PARTITIONS] + [{"partition": "shards", "shards_per_client": 1}],
+)
+def test_clients_own_what_the_flags_say(settings):
+    config = dataclasses.replace(SMALL, dirichlet_alpha=0.3, seed=5, **settings)
+    built = experiment.build(config)
+    expected = datasets.partition(
+        built.dataset.train_labels, SMALL.clients, scheme=config.partition, alpha=0.3, seed=5,
+        shards_per_client=config.shards_per_client,
+    )  # fmt: skip
+    for own, part in zip(built.parts, expected, strict=True):
+        np.testing.assert_array_equal(own, part)
+    assert [len(part) for part in expected] == built.fleet.samples.tolist()
 
 
 def test_a_cohort_is_planned_on_the_links_of_its_round(built):

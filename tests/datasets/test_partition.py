@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sfl_jax.config import PARTITIONS
 from sfl_jax.datasets import partition
 from sfl_jax.datasets.partition import SCHEMES
 from sfl_jax.errors import BadInput
@@ -44,6 +45,10 @@ def test_parts_are_disjoint_complete_sorted_and_never_empty(labels, clients, sch
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
     for part, again in zip(parts, partition(labels, clients, **asked), strict=True):
         np.testing.assert_array_equal(part, again)
+
+
+def test_flags_offer_every_scheme():
+    assert PARTITIONS == SCHEMES
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

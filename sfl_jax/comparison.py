@@ -3,7 +3,7 @@ clocks.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -153,8 +153,11 @@ def kept_round_s(plan: optim.Plan, terms: optim.Terms, config: Config) -> float:
     return float(seconds.before_server.max() + seconds.server.sum() + seconds.after_server.max())
 
 
-def clocks(built: experiment.Experiment, rounds: int) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first.
+def clocks(
+    built: experiment.Experiment, rounds: int, rivals: Sequence[str] | None = None
+) -> dict[str, Float64[np.ndarray, " R"]]:
+    """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first, and
+    then `rivals`, or all.
 
     Training is the same under every scheme, so its plans are all that a clock needs.
     """
@@ -166,7 +169,8 @@ def clocks(built: experiment.Experiment, rounds: int) -> dict[str, Float64[np.nd
         name += f", starts {config.starts}"
     if config.recall:
         name += ", recall"
-    names = [name, *(scheme for scheme in schemes(config.barrier) if scheme != name)]
+    others = schemes(config.barrier) if rivals is None else rivals
+    names = [name, *(scheme for scheme in others if scheme != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
     for round in range(rounds):
         ids, clients, terms = experiment.cohort(built, round)

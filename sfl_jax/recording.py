@@ -40,22 +40,46 @@ def saved(workdir: str) -> tuple[experiment.Experiment, experiment.State]:
     Raises BadInput where there is none or its config.json is damaged, and where its dataset, fleet or weights
     are not to be had any more.
     """
-    try:
-        described = json.loads((Path(workdir) / "config.json").read_bytes())
-    except OSError as error:
-        raise BadInput(f"--workdir={workdir}: no run is here, config.json cannot be read") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{workdir}/config.json: is damaged ({error})") from error
-    if not isinstance(described, dict):
-        raise BadInput(f"{workdir}/config.json: is damaged (no settings)")
-    described.pop("environment", None)
-    config = Config.from_dict(described | {"workdir": str(workdir)})
+    config, _ = described(workdir)
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep)
     progress = reached(config, checkpoints)
     if progress is None:
         raise BadInput(f"--workdir={workdir}: no checkpoint is here")
     built = experiment.build(config)
     return built, experiment.resume(built, checkpoints, progress)
+
+
+def described(workdir: str) -> tuple[Config, dict[str, Any]]:
+    """(settings, environment) of the run in a workdir. BadInput where there is none or it is damaged."""
+    try:
+        found = json.loads((Path(workdir) / "config.json").read_bytes())
+    except OSError as error:
+        raise BadInput(f"--workdir={workdir}: no run is here, config.json cannot be read") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{workdir}/config.json: is damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{workdir}/config.json: is damaged (no settings)")
+    environment = found.pop("environment", None)
+    config = Config.from_dict(found | {"workdir": str(workdir)})
+    return config, environment if isinstance(environment, dict) else {}
+
+
+def logged(workdir: str) -> list[metrics.Round]:
+    """The rounds of a run so far, but for a line that is not whole yet. BadInput where there are none, or the
+    file is damaged.
+    """
+    path = Path(workdir) / LOG
+    try:
+        *whole, _ = path.read_bytes().split(b"\n")
+        lines = [metrics.Round(**json.loads(line)) for line in whole]
+    except OSError as error:
+        raise BadInput(f"--workdir={workdir}: no round is here, {LOG} cannot be read") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: is damaged ({error})") from error
+    are_numbers = all(isinstance(value, int | float | None) for line in lines for value in line)
+    if not lines or not are_numbers or [line.round for line in lines] != list(range(1, len(lines) + 1)):
+        raise BadInput(f"{path}: must hold rounds 1, 2, ..., one a line")
+    return lines
 
 
 def check_inputs(config: Config, progress: Progress, inputs: dict[str, str]) -> None:

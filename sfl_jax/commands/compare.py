@@ -4,7 +4,6 @@ the fleet and the server, and under misjudged costs.
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def compare_plans(config: Config) -> int:
 
 def compare_clocks(config: Config) -> int:
     """One training, and the clock of every scheme beside its accuracy."""
-    from sfl_jax import comparison, experiment
+    from sfl_jax import comparison, experiment, recording
     from sfl_jax.commands import compare_plot, train
     from sfl_jax.federated import processes
 
@@ -51,10 +50,10 @@ def compare_clocks(config: Config) -> int:
     if code or not processes.is_first():
         return code
     workdir = Path(config.workdir)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines()]
-    accuracies = [line["test_accuracy"] for line in lines]
+    lines = recording.logged(config.workdir)
+    accuracies = [line.test_accuracy for line in lines]
     clocks = comparison.clocks(experiment.build(config), len(lines))
-    rows = zip([line["round"] for line in lines], accuracies, *clocks.values(), strict=True)
+    rows = zip([line.round for line in lines], accuracies, *clocks.values(), strict=True)
     write_csv(workdir / "schemes.csv", ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
     compare_plot.write_clocks(workdir / "schemes.png", accuracies, clocks, config)
     own_s, *_ = totals = [seconds[-1] for seconds in clocks.values()]

@@ -83,10 +83,17 @@ def write_clocks(
     path: Path, accuracies: Sequence[float | None], clocks: Mapping[str, np.ndarray], config: Config
 ) -> None:
     """Test accuracy against the simulated time of every scheme that can serve all clients."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    draw_clocks(figure.subplots(), accuracies, clocks, config)
+    _save(figure, path)
+
+
+def draw_clocks(
+    axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[str, np.ndarray], config: Config
+) -> None:
+    """The same into `axes`; the run's own clock comes first."""
     percent = 100 * np.array(accuracies, float)  # NaN where a round was not evaluated
     evaluated = np.isfinite(percent)
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
     for name, seconds in clocks.items():
         if not np.isfinite(seconds[-1]):
             continue
@@ -106,7 +113,6 @@ def write_clocks(
     _plain(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
-    _save(figure, path)
 
 
 def _draw_sweep(axes: Axes, sweep: str, rows: Sequence[Row]) -> None:

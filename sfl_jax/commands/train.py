@@ -139,7 +139,21 @@ def _rounds(experiment, built, engine, start, recorder, is_asked_to_stop) -> int
         return INTERRUPTED
     clock_s, compile_s = recorder.clock.seconds, recorder.compiling.seconds
     print(summary(config, state.simulated_s, last, clock_s, compile_s, recorder.failed_rounds()))
+    if processes.is_first():
+        print(_report(built, experiment.RIVALS))
     return 0
+
+
+def _report(built, rivals) -> str:
+    """Where the page of a run that is done is, or why it is not there; all else has been saved."""
+    from sfl_jax.commands import report
+
+    path = Path(built.config.workdir) / report.NAME
+    try:
+        report.write(built, rivals)
+        return f"  {'report':<34}{path}"
+    except (BadInput, OSError) as error:
+        return f"{path}: cannot be written ({error}); python -m launch.report writes it later"
 
 
 def _how(built, engine) -> str:

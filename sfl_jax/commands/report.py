@@ -1,0 +1,53 @@
+"""report.html of a run, done or not: what it reached, on every scheme's clock, and with which settings."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sfl_jax.commands import flags
+from sfl_jax.config import Config
+from sfl_jax.files import ensure_writable, whole_file
+
+NAME = "report.html"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return flags.run(report, "report", str(__doc__), argv)
+
+
+def report(config: Config) -> int:
+    """Write the page of the run in the workdir, with the clock of every scheme."""
+    from sfl_jax import experiment, recording
+
+    run, _ = recording.described(config.workdir)
+    recording.logged(config.workdir)  # before anything long
+    ensure_writable(config.workdir, "workdir", config.workdir)
+    # Clocks follow from the settings alone, on whatever devices are here.
+    clocks = write(experiment.build(dataclasses.replace(run, devices=0)))
+    own_s, *_ = (seconds[-1] for seconds in clocks.values())
+    print("simulated time of every scheme")
+    for name, seconds in clocks.items():
+        possible = math.isfinite(seconds[-1])
+        text = f"{seconds[-1]:>10.1f} s   {seconds[-1] / own_s:.2f}x" if possible else "not possible"
+        print(f"  {name:<26}{text}")
+    print(f"written: {Path(config.workdir) / NAME}")
+    return 0
+
+
+def write(built: Any, rivals: Sequence[str] | None = None) -> dict[str, Any]:
+    """Write the page of an experiment's workdir; the simulated seconds after each round by scheme, the run's
+    own first, and then those of `rivals`, or all. OSError where the disk does not let it.
+    """
+    from sfl_jax import comparison, recording
+    from sfl_jax.commands import report_page
+
+    workdir = built.config.workdir
+    run, environment = recording.described(workdir)
+    lines = recording.logged(workdir)
+    clocks = comparison.clocks(built, len(lines), rivals)
+    with whole_file(Path(workdir) / NAME) as file:
+        file.write(report_page.page(run, environment, lines, clocks).encode())
+    return clocks

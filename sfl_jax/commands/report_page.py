@@ -1,0 +1,113 @@
+"""A run as one page of HTML, pictures inside: it needs no other file and no network."""
+
+import html
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sfl_jax.commands.compare_plot import draw_clocks
+from sfl_jax.config import Config, settings
+from sfl_jax.metrics import Round
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+svg { width: 100%; height: auto } h1, h2 { font-weight: 600 } code { font-size: 13px }
+table { border-collapse: collapse } td { padding: .15rem 1.5rem .15rem 0; border-bottom: 1px solid #ddd }
+td.number { text-align: right; font-variant-numeric: tabular-nums } .columns { columns: 3 18rem }
+"""
+
+
+def page(
+    config: Config, environment: Mapping[str, Any], lines: Sequence[Round], clocks: Mapping[str, np.ndarray]
+) -> str:
+    """The page. `clocks` are simulated seconds after each round by scheme, (R,), the run's own first."""
+    title = f"{config.model} on {config.dataset}"
+    last = lines[-1]
+    done = f"{last.round} of {config.rounds} rounds, {config.cohort_size} of {config.clients} clients in each"
+    return "\n".join([
+        "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">',
+        f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(done)}</p>",
+        _table(_results(lines)),
+        "<h2>Simulated time</h2>",
+        "<p>What training would have lasted on this fleet, by how cuts and shares are chosen; accuracy is the"
+        " same for all, since the numbers of a round do not depend on them.</p>",
+        _table(_times(clocks)),
+        _pictures(config, lines, clocks),
+        "<h2>Settings</h2>", _columns(settings(config, "train")),
+        "<h2>Made with</h2>", _columns(environment),
+        "</html>", "",
+    ])  # fmt: skip
+
+
+def _results(lines: Sequence[Round]) -> list[tuple[str, str]]:
+    last = lines[-1]
+    tested = [(line.round, 100 * line.test_accuracy) for line in lines if line.test_accuracy is not None]
+    rows = [(f"test accuracy after round {round}", f"{percent:.2f} %") for round, percent in tested[-1:]]
+    failed = sum(line.clients == 0 for line in lines)
+    if failed:
+        rows.append(("failed rounds, without a client", str(failed)))
+    rows.append(("wall time", f"{last.wall_s:,.1f} s"))
+    gaps = [line.round_s / line.bound_s - 1 for line in lines if line.bound_s and math.isfinite(line.bound_s)]
+    if gaps:
+        rows.append(("rounds over their proven bounds, at most", f"{max(gaps):.2e}"))
+    return rows
+
+
+def _times(clocks: Mapping[str, np.ndarray]) -> list[tuple[str, ...]]:
+    own, *_ = clocks
+    rows = []
+    for name, seconds in clocks.items():
+        label = name + (" (this plan)" if name == own else "")
+        if math.isfinite(seconds[-1]):
+            rows.append((label, f"{seconds[-1]:,.1f} s", f"{seconds[-1] / clocks[own][-1]:.2f}x"))
+        else:
+            rows.append((label, "not possible", ""))
+    return rows
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    cells = (
+        f"<td>{html.escape(name)}" + "".join(f'<td class="number">{html.escape(value)}' for value in values)
+        for name, *values in rows
+    )
+    return "<table>\n" + "\n".join(f"<tr>{row}" for row in cells) + "\n</table>"
+
+
+def _columns(values: Mapping[str, Any]) -> str:
+    entries = (f"<code>{html.escape(f'{name}={value}')}</code><br>" for name, value in values.items())
+    return '<p class="columns">\n' + "\n".join(entries) + "\n</p>"
+
+
+def _pictures(config: Config, lines: Sequence[Round], clocks: Mapping[str, np.ndarray]) -> str:
+    """One picture as SVG: accuracy on every clock, losses, and each round's time beside its bound."""
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    wide, losses, times = figure.subplot_mosaic([["clocks", "clocks"], ["losses", "times"]]).values()
+    draw_clocks(wide, [line.test_accuracy for line in lines], clocks, config)
+    rounds = [line.round for line in lines]
+    _draw(losses, rounds, {"training": _numbers(lines, "train_loss"), "test": _numbers(lines, "test_loss")})
+    losses.set(title="Cross-entropy", xlabel="round")
+    _draw(times, rounds, {"round": _numbers(lines, "round_s"), "proven bound": _numbers(lines, "bound_s")})
+    times.set(title="Simulated time of a round, s", xlabel="round", ylim=(0, None))
+    text = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sfl_jax"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _draw(axes: Axes, rounds: Sequence[int], curves: Mapping[str, np.ndarray]) -> None:
+    for (name, values), dashes in zip(curves.items(), ("-", "--"), strict=True):
+        known = np.isfinite(values)
+        axes.plot(np.array(rounds)[known], values[known], dashes, marker=".", markersize=3, label=name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _numbers(lines: Sequence[Round], name: str) -> np.ndarray:
+    return np.array([getattr(line, name) for line in lines], float)  # NaN for None

@@ -1,0 +1,145 @@
+"""launch.report: the page of a run, done or not."""
+
+import html.parser
+import itertools
+import json
+import re
+from unittest import mock
+
+import pytest
+from commands import small_world
+
+from sfl_jax import comparison, experiment, recording
+from sfl_jax.commands import report, train
+
+RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
+
+
+class Page(html.parser.HTMLParser):
+    """Its text by kind of element, and what it would load from elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.loads = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        self.loads += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href") and not value.startswith("#")
+        ]
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data.strip()))
+
+    def rows(self):
+        cells = [text for tag, text in self.texts if tag == "td" and text]
+        return dict(itertools.pairwise(cells))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a run that is done."""
+    workdir = tmp_path_factory.mktemp("run")
+    with small_world.world():
+        assert small_world.run(workdir, *RUN) == 0
+    return workdir
+
+
+def made(workdir, capsys):
+    """(the page that launch.report writes, what it prints)"""
+    with small_world.world():
+        code = report.main([f"--workdir={workdir}"])
+    said = capsys.readouterr()
+    assert (code, said.err) == (0, "")
+    return Page((workdir / "report.html").read_text()), said.out
+
+
+def test_training_leaves_a_page_and_the_command_adds_every_scheme(run, capsys):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = Page((run / "report.html").read_text())
+    page, out = made(run, capsys)
+    for one in (first, page):
+        assert one.loads == []
+        rows = one.rows()
+        assert rows["test accuracy after round 3"] == f"{100 * lines[-1]['test_accuracy']:.2f} %"
+        assert rows["exact (this plan)"] == f"{lines[-1]['simulated_s']:,.1f} s"
+        assert one.open.count("svg") == 1
+        assert {"--seed", "seed=7"} & {text for tag, text in one.texts if tag == "code"}
+    assert {"no_split", "common_cut"} <= first.rows().keys()
+    assert "greedy" not in first.rows()
+    assert set(comparison.schemes("session")) - {"exact"} <= page.rows().keys()
+    assert f"written: {run / 'report.html'}" in out
+    assert re.search(r"no_split +\d", out)
+
+
+def test_names_are_text_and_not_markup(run, tmp_path, capsys):
+    described = json.loads((run / "config.json").read_text())
+    described["environment"]["devices"] = ["<script>alert(1)</script>"]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    page, _ = made(tmp_path, capsys)
+    assert "script" not in page.open
+    assert any("<script>" in text for _, text in page.texts)
+
+
+def test_of_a_run_under_way_whole_lines_count(run, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    log = (run / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(log[: log.index(b"\n") + 30])
+    page, _ = made(tmp_path, capsys)
+    assert "1 of 3 rounds, 4 of 48 clients in each" in [text for _, text in page.texts]
+    assert not any(text.startswith("test accuracy after") for _, text in page.texts)  # none was evaluated
+
+
+LINE = b'{"round": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", None, "no run is here, config.json cannot be read"),
+        ("config.json", b"{", "config.json: is damaged"),
+        ("metrics.jsonl", None, "no round is here, metrics.jsonl cannot be read"),
+        ("metrics.jsonl", b"", "must hold rounds 1, 2, ..., one a line"),
+        ("metrics.jsonl", LINE, "metrics.jsonl: is damaged"),
+        ("metrics.jsonl", b"[]\n", "metrics.jsonl: is damaged"),
+        ("metrics.jsonl", "second", "must hold rounds 1, 2, ..., one a line"),
+        ("metrics.jsonl", "words", "must hold rounds 1, 2, ..., one a line"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(run, tmp_path, capsys, name, content, reason):
+    for file in ("config.json", "metrics.jsonl"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    log = (run / "metrics.jsonl").read_bytes()
+    if content is None:
+        (tmp_path / name).unlink()
+    elif content == "second":
+        (tmp_path / name).write_bytes(log[log.index(b"\n") + 1 :])
+    elif content == "words":
+        (tmp_path / name).write_bytes(re.sub(rb'"round_s": [^,]*', b'"round_s": "long"', log))
+    else:
+        (tmp_path / name).write_bytes(content)
+    assert report.main([f"--workdir={tmp_path}"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert reason in said.err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_full_disk_leaves_the_run_done_and_no_page(run, tmp_path):
+    """What is done is done: the end of the run says where the page is not, and what writes it."""
+    for file in ("config.json", "metrics.jsonl"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    config, _ = recording.described(str(tmp_path))
+    with small_world.world():
+        built = experiment.build(config)
+    page = tmp_path / "report.html"
+    with mock.patch.object(report, "whole_file", side_effect=small_world.FULL):
+        said = train._report(built, ())
+    assert said == f"{page}: cannot be written ({small_world.FULL}); python -m launch.report writes it later"
+    assert not page.exists()
+    assert train._report(built, ()).endswith(str(page))
+    assert page.exists()

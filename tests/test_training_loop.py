@@ -121,6 +121,7 @@ def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead
     assert compilations == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_clients_of_a_round(compiled):
     built, engine = compiled
     needed = []

@@ -21,6 +21,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_one_training_and_every_clock(tmp_path, capsys):
     small = ["--clients=600", "--cohort_size=2", "--rounds=3", "--eval_every=2", "--clients_per_chunk=2"]
     assert compare.main([*TINY, *small, f"--workdir={tmp_path}"]) == 0

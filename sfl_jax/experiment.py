@@ -176,7 +176,8 @@ def compile(
     is_open = "clients_per_chunk" in left_open(experiment.config)
     image = (experiment.config.image_size,) * 2 + data.train_images.shape[-1:]
     profile = models.profile(own.chain, image)
-    images = jax.eval_shape(own.preprocess, data.train_images[: experiment.config.batch_size])
+    batch = (experiment.config.batch_size, *data.train_images.shape[1:])
+    images = jax.eval_shape(own.preprocess, jax.ShapeDtypeStruct(batch, data.train_images.dtype))
 
     def seconds(one):
         chain = _chain(experiment.config, data, one.layer_form)

@@ -43,7 +43,7 @@ def compare_plans(config: Config) -> int:
 def compare_clocks(config: Config) -> int:
     """One training, and the clock of every scheme beside its accuracy."""
     from sfl_jax import comparison, experiment, recording
-    from sfl_jax.commands import compare_plot, train
+    from sfl_jax.commands import compare_plot, report, train
     from sfl_jax.federated import processes
 
     code = train.train(config)
@@ -56,13 +56,7 @@ def compare_clocks(config: Config) -> int:
     rows = zip([line.round for line in lines], accuracies, *clocks.values(), strict=True)
     write_csv(workdir / "schemes.csv", ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
     compare_plot.write_clocks(workdir / "schemes.png", accuracies, clocks, config)
-    own_s, *_ = totals = [seconds[-1] for seconds in clocks.values()]
-    print("\nsimulated time of every scheme, the accuracy being the same")
-    for name, total_s in zip(clocks, totals, strict=True):
-        print(
-            f"  {name:<26}"
-            + (f"{total_s:>10.1f} s   {total_s / own_s:.2f}x" if math.isfinite(total_s) else "not possible")
-        )
+    print("\n" + report.table(clocks))
     print(f"written: {workdir / 'schemes.csv'}, {workdir / 'schemes.png'}")
     return 0
 

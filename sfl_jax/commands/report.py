@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,7 @@ def report(config: Config) -> int:
     ensure_writable(config.workdir, "workdir", config.workdir)
     # Clocks follow from the settings alone, on whatever devices are here.
     clocks = write(experiment.build(dataclasses.replace(run, devices=0)))
-    own_s, *_ = (seconds[-1] for seconds in clocks.values())
-    print("simulated time of every scheme")
-    for name, seconds in clocks.items():
-        possible = math.isfinite(seconds[-1])
-        text = f"{seconds[-1]:>10.1f} s   {seconds[-1] / own_s:.2f}x" if possible else "not possible"
-        print(f"  {name:<26}{text}")
+    print(table(clocks))
     print(f"written: {Path(config.workdir) / NAME}")
     return 0
 
@@ -51,3 +46,14 @@ def write(built: Any, rivals: Sequence[str] | None = None) -> dict[str, Any]:
     with whole_file(Path(workdir) / NAME) as file:
         file.write(report_page.page(run, environment, lines, clocks).encode())
     return clocks
+
+
+def table(clocks: Mapping[str, Any]) -> str:
+    """The simulated time of every scheme, (R,) seconds after each round, the run's own first."""
+    own_s, *_ = (seconds[-1] for seconds in clocks.values())
+    lines = ["simulated time of every scheme, the accuracy being the same"]
+    for name, seconds in clocks.items():
+        possible = math.isfinite(seconds[-1])
+        text = f"{seconds[-1]:>10.1f} s   {seconds[-1] / own_s:.2f}x" if possible else "not possible"
+        lines.append(f"  {name:<26}{text}")
+    return "\n".join(lines)

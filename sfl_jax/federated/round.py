@@ -136,10 +136,9 @@ def sum_of_sessions(
             if clients_per_chunk == 1
             else session(chunk, round_key, learning_rate, jax.vmap)
         )
-        finite = jax.vmap(_finite)((trained, loss))
-        weight = jnp.where(finite, chunk.weight, 0)
+        weight = jax.vmap(_if_finite)(chunk.weight, (trained, loss))
         new = Sums(trained, loss, weight=jnp.ones_like(weight))
-        diverged = jnp.where(finite | (chunk.weight == 0), -1, chunk.client)
+        diverged = jnp.where(weight == chunk.weight, -1, chunk.client)
         return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
 
     like = Sums(start, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
@@ -155,13 +154,26 @@ def _alone(session, chunk, *rest):
 @jax.jit  # traced once for a shape
 def _weighted_sum(weights, values):
     weights = weights.astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
-    weighted = jnp.where(weights > 0, weights * values, 0)
+    # By the values and not by their client's weight: LLVM would make a loop for each set of weights above 0.
+    weighted = weights * jnp.where(jnp.isfinite(values), values, 0)
     # Unrolled: XLA:CPU compiles equal sums once, but every reduction anew.
     return functools.reduce(jnp.add, (weighted[k] for k in range(len(weighted))))
 
 
+def _if_finite(weight, tree):
+    """The weight, at least 0; 0 unless all numbers are finite."""
+    return jnp.where(_nothing(tree) == 0, weight, 0).min()
+
+
 def _finite(tree):
-    """Whether all numbers are: 0 times any other is not 0. One kernel a leaf; all() takes several."""
-    zeros = jnp.stack([(0 * leaf).sum() for leaf in jax.tree.leaves(tree)])
-    # A reduction, which XLA keeps. It would compute a sum of them anew for every number that depends on it.
-    return (zeros == 0).all()
+    """Whether all numbers are."""
+    return (_nothing(tree) == 0).all()
+
+
+def _nothing(tree):
+    """0 for each leaf whose numbers are all finite, since 0 times any other is not 0: one kernel a leaf.
+
+    It takes a reduction to end this, which XLA keeps: a sum of all leaves' zeros, or what is chosen by them,
+    it would compute anew for every number that depends on it.
+    """
+    return jnp.stack([(0 * leaf).sum() for leaf in jax.tree.leaves(tree)])

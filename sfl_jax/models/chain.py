@@ -72,12 +72,13 @@ class Chain:
         i of the whole network: so a link gets between two units without a second copy of this loop.
         """
         x, batch_stats = images, []
-        rngs = self._rngs(key) if train and key is not None else [{}] * len(self.units)
+        random = train and key is not None
+        rngs, draws = self._randomness(key, len(images)) if random else ([{}] * len(self),) * 2
         for index, unit in enumerate(self.units, start=self.first_unit):
             if at_boundary is not None:
                 x = at_boundary(index, x)
             here = index - self.first_unit
-            unit_variables = self.unit_variables(variables, here)
+            unit_variables = self.unit_variables(variables, here) | draws[here]
             x, updated = unit.apply(unit_variables, x, train, rngs=rngs[here], mutable=["batch_stats"])
             batch_stats.append(updated.get("batch_stats", {}))
         return x, Variables(variables.params, tuple(batch_stats))
@@ -104,14 +105,17 @@ class Chain:
         """{"params": ..., "batch_stats": ...} of unit `index` of this chain, as Flax takes it."""
         return {"params": variables.params[index], "batch_stats": variables.batch_stats[index]}
 
-    def _rngs(self, key):
-        """Of each unit. Folded together, since each fold is a loop of its own, which takes time to compile;
-        and read at places that are hidden from XLA, so that equal kernels read them.
+    def _randomness(self, key, batch):
+        """(rngs, `layers.draws`) of each unit. Made together, since each fold and each draw of its own would
+        be a loop, which takes time to compile; and read at places that are hidden from XLA, so that equal
+        kernels read them.
         """
-        numbers = jnp.arange(len(self.units))
+        numbers = jnp.arange(len(self))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, self.first_unit + numbers)
+        uniform = jax.vmap(lambda one: jax.random.uniform(one, (batch,)))(keys)
         places = lax.optimization_barrier(numbers)
-        return [{"drop": keys[places[i]]} for i in range(len(self.units))]
+        each = range(len(self))
+        return [{"drop": keys[places[i]]} for i in each], [layers.draws(uniform[places[i]]) for i in each]
 
     def _check(self, cut):
         if not 0 <= cut <= len(self.units):

@@ -162,7 +162,10 @@ class Dense(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the whole branch of a sample, and scales the others by 1 / survival."""
+    """Stochastic depth: drops the whole branch of a sample, and scales the others by 1 / survival.
+
+    Decides by the collection of `draws`, which a chain makes for all units at once, or draws itself.
+    """
 
     survival: float
 
@@ -172,8 +175,17 @@ class DropPath(nn.Module):
             return x
         # Hidden from XLA: as a constant it would make the kernels of no two blocks equal, which compile once.
         survival = lax.optimization_barrier(jnp.asarray(self.survival))
-        keep = jax.random.bernoulli(self.make_rng("drop"), survival, (x.shape[0], 1, 1, 1))
-        return x * (keep / survival).astype(x.dtype)
+        if self.has_variable("draws", "uniform"):
+            uniform = self.get_variable("draws", "uniform")
+        else:
+            uniform = jax.random.uniform(self.make_rng("drop"), x.shape[:1])
+        factors = ((uniform < survival) / survival).astype(x.dtype)
+        return x * factors[:, None, None, None]
+
+
+def draws(uniform: jax.Array) -> dict[str, Any]:
+    """The collection by which a block's `DropPath` decides: (B,) numbers, uniform in 0..1."""
+    return {"draws": {"drop_path": {"uniform": uniform}}}
 
 
 def _lax_conv(x, kernel, stride, groups=1):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FEW = 4  # positions of a depthwise convolution's outputs up to which each is written out
+FEW_TERMS = 16  # pixels that a depthwise tap meets up to which its gradient adds them up one by one
 
 
 class Axis(NamedTuple):
@@ -42,6 +43,12 @@ class Axis(NamedTuple):
         before = self.padding[0]
         ends = (self.outputs - 1) * self.stride
         return range(max(0, before - ends), min(self.kernel_size, before + self.size))
+
+    def meetings(self, tap: int) -> list[tuple[int, int]]:
+        """[(output, pixel)] that a tap brings together."""
+        ends = range(self.outputs)
+        pixels = [(output, output * self.stride + tap - self.padding[0]) for output in ends]
+        return [(output, pixel) for output, pixel in pixels if 0 <= pixel < self.size]
 
     def met(self, tap: int) -> slice:
         """What a tap meets, of the padded axis."""
@@ -142,12 +149,22 @@ def _depthwise_shifted_forward(x, kernel, grid):
 
 def _depthwise_shifted_backward(grid, residuals, gradient):
     x, kernel = residuals
-    padded, gradient = _pad(x, [axis.padding for axis in grid]), lax.optimization_barrier(gradient)
+    gradient = lax.optimization_barrier(gradient)
     of_x = _fold_with(lambda tap, sent: sent * kernel[tap], gradient, grid)
-    taps = {
-        (a, b): (padded[:, grid[0].met(a), grid[1].met(b)] * gradient).sum((0, 1, 2)) for a, b in _taps(grid)
-    }
-    return of_x, _kernel_of(taps, kernel)
+    return of_x, _kernel_of({tap: _sent_by(tap, x, gradient, grid) for tap in _taps(grid)}, kernel)
+
+
+def _sent_by(tap, x, gradient, grid):
+    """The gradient (C,) of a tap. Products are added up by row, on small images by pixel, in one kernel:
+    summed over everything at once, XLA:CPU would write all of them out first.
+    """
+    rows, columns = (axis.meetings(place) for axis, place in zip(grid, tap, strict=True))
+    if len(rows) * len(columns) <= FEW_TERMS:
+        terms = [x[:, i, j] * gradient[:, y, z] for y, i in rows for z, j in columns]
+        return functools.reduce(jnp.add, terms).sum(0)
+    (first, start), (last, stop) = columns[0], columns[-1]
+    met, by = slice(start, stop + 1, grid[1].stride), slice(first, last + 1)
+    return functools.reduce(jnp.add, [x[:, i, met] * gradient[:, y, by] for y, i in rows]).sum((0, 1))
 
 
 _depthwise_shifted.defvjp(_depthwise_shifted_forward, _depthwise_shifted_backward)
@@ -184,14 +201,13 @@ _depthwise_written_out.defvjp(_depthwise_written_out_forward, _depthwise_written
 def _meetings(grid):
     """[(output position, pixel, tap)] by output, positions counted row by row."""
     rows, columns = grid
-    met = []
-    for y, x in itertools.product(range(rows.outputs), range(columns.outputs)):
-        for a, b in _taps(grid):
-            row = y * rows.stride + a - rows.padding[0]
-            column = x * columns.stride + b - columns.padding[0]
-            if 0 <= row < rows.size and 0 <= column < columns.size:
-                met.append((y * columns.outputs + x, row * columns.size + column, (a, b)))
-    return met
+    met = [
+        (y * columns.outputs + z, i * columns.size + j, (a, b))
+        for a, b in _taps(grid)
+        for y, i in rows.meetings(a)
+        for z, j in columns.meetings(b)
+    ]
+    return sorted(met)
 
 
 def _patches(x, grid):

@@ -72,14 +72,15 @@ class Chain:
         i of the whole network: so a link gets between two units without a second copy of this loop.
         """
         x, batch_stats = images, []
-        random = train and key is not None
-        rngs, draws = self._randomness(key, len(images)) if random else ([{}] * len(self),) * 2
+        random = self._randomness(key, len(images)) if train and key is not None else [({}, {})] * len(self)
         for index, unit in enumerate(self.units, start=self.first_unit):
             if at_boundary is not None:
                 x = at_boundary(index, x)
             here = index - self.first_unit
-            unit_variables = self.unit_variables(variables, here) | draws[here]
-            x, updated = unit.apply(unit_variables, x, train, rngs=rngs[here], mutable=["batch_stats"])
+            rngs, factors = random[here]
+            with jax.named_scope(unit.name or f"unit{index}"):
+                unit_variables = self.unit_variables(variables, here) | factors
+                x, updated = _apply(layers.kind(unit), unit_variables, x, train, rngs)
             batch_stats.append(updated.get("batch_stats", {}))
         return x, Variables(variables.params, tuple(batch_stats))
 
@@ -105,18 +106,26 @@ class Chain:
         """{"params": ..., "batch_stats": ...} of unit `index` of this chain, as Flax takes it."""
         return {"params": variables.params[index], "batch_stats": variables.batch_stats[index]}
 
-    def _randomness(self, key, batch):
-        """(rngs, `layers.draws`) of each unit. Made together, since each fold and each draw of its own would
+    def _randomness(self, key, samples):
+        """[(rngs, factors of stochastic depth)] of units. Drawn together, since each draw of its own would
         be a loop, which takes time to compile; and read at places that are hidden from XLA, so that equal
         kernels read them.
         """
         numbers = jnp.arange(len(self))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, self.first_unit + numbers)
-        uniform = jax.vmap(lambda one: jax.random.uniform(one, (batch,)))(keys)
+        survival = jnp.array([getattr(unit, "survival", 1.0) for unit in self.units])
+        factors = jax.vmap(functools.partial(layers.drop_path_factors, samples=samples))(keys, survival)
         places = lax.optimization_barrier(numbers)
-        each = range(len(self))
-        return [{"drop": keys[places[i]]} for i in each], [layers.draws(uniform[places[i]]) for i in each]
+        return [
+            ({"drop": keys[place]}, {"factors": {"drop_path": {"samples": factors[place]}}})
+            for place in places
+        ]
 
     def _check(self, cut):
         if not 0 <= cut <= len(self.units):
             raise ValueError(f"cut={cut}: must be in 0..{len(self.units)}, the number of units")
+
+
+@functools.partial(jax.jit, static_argnames=("unit", "train"))
+def _apply(unit, variables, x, train, rngs):
+    return unit.apply(variables, x, train, rngs=rngs, mutable=["batch_stats"])

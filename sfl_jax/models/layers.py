@@ -71,6 +71,12 @@ def reference_form(unit: nn.Module) -> nn.Module:
     return unit.clone(form="conv") if hasattr(unit, "form") else unit
 
 
+def kind(unit: nn.Module) -> nn.Module:
+    """The unit without its name and its own survival: what equal blocks have in common, traced once."""
+    same: dict[str, Any] = {"survival": 0.5} if getattr(unit, "survival", 1) < 1 else {}
+    return unit.clone(name=None, **same)
+
+
 class Conv(nn.Module):
     """SAME convolution without bias: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), features)."""
 
@@ -164,7 +170,7 @@ class Dense(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: drops the whole branch of a sample, and scales the others by 1 / survival.
 
-    Decides by the collection of `draws`, which a chain makes for all units at once, or draws itself.
+    The factors of samples are those of `drop_path_factors` if they are given, else of draws of its own.
     """
 
     survival: float
@@ -173,19 +179,16 @@ class DropPath(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or self.survival == 1:
             return x
-        # Hidden from XLA: as a constant it would make the kernels of no two blocks equal, which compile once.
-        survival = lax.optimization_barrier(jnp.asarray(self.survival))
-        if self.has_variable("draws", "uniform"):
-            uniform = self.get_variable("draws", "uniform")
+        if self.has_variable("factors", "samples"):
+            factors = self.get_variable("factors", "samples")
         else:
-            uniform = jax.random.uniform(self.make_rng("drop"), x.shape[:1])
-        factors = ((uniform < survival) / survival).astype(x.dtype)
-        return x * factors[:, None, None, None]
+            factors = drop_path_factors(self.make_rng("drop"), self.survival, len(x))
+        return x * factors.astype(x.dtype)[:, None, None, None]
 
 
-def draws(uniform: jax.Array) -> dict[str, Any]:
-    """The collection by which a block's `DropPath` decides: (B,) numbers, uniform in 0..1."""
-    return {"draws": {"drop_path": {"uniform": uniform}}}
+def drop_path_factors(key: jax.Array, survival: Any, samples: int) -> jax.Array:
+    """(samples,) of 0 for a dropped branch and 1 / survival for the others."""
+    return (jax.random.uniform(key, (samples,)) < survival) / survival
 
 
 def _lax_conv(x, kernel, stride, groups=1):

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def profile(chain: Chain, image_shape: tuple[int, ...]) -> Profile:
     """
     rows, shape = [], tuple(image_shape)
     for index, unit in enumerate(chain.units):
-        rows.append(_trace(_traced_form(unit), shape, chain.first_unit + index == 0))
+        rows.append(_trace(layers.kind(layers.reference_form(unit)), shape, chain.first_unit + index == 0))
         shape = rows[-1].output_shape
     inputs = [math.prod(image_shape)] + [math.prod(row.output_shape) for row in rows[:-1]]
     counts = _Row._fields[:-1]
@@ -58,12 +58,6 @@ class _Row(NamedTuple):
     state: int
     activations: int
     output_shape: tuple[int, ...]
-
-
-def _traced_form(unit):
-    """The unit as `lax.conv`, without its name and its own survival, so that equal blocks trace once."""
-    same_survival: dict[str, Any] = {"survival": 0.5} if getattr(unit, "survival", 1) < 1 else {}
-    return layers.reference_form(unit).clone(name=None, **same_survival)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
 from sfl_jax import models
-from sfl_jax.models import Chain, Variables, layers
+from sfl_jax.models import Chain, Variables, efficientnet_v2, layers
 
 TOLERANCE = {False: 1e-5, True: 1e-10}  # by x64
 KEY = jax.random.key(11)
@@ -195,6 +195,21 @@ def test_halves_with_other_randomness_are_another_network(cut, mutation):
     halves = pass_in_halves(case, cut, **mutation)
     differs = distance(halves.logits, expected.logits) > 1e-2
     assert differs == ("client_key" not in mutation)
+
+
+@pytest.mark.parametrize(("number", "is_its_own"), [(7, True), (6, False), (8, False)])
+def test_a_block_drops_what_its_number_in_the_network_says(number, is_its_own):
+    """Unit 7 drops by draws from fold_in(key, 7), the second of a chain as the first."""
+    block = efficientnet_v2.FusedMBConv(8, 8, 1, 3, 1, 0.5, name="block")
+    before, chain = block.clone(survival=1.0), Chain((block.clone(survival=1.0), block), 6)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 4, 8)), jnp.float32)
+    variables = chain.init(KEY, images)
+    outputs, _ = chain.apply(variables, images, train=True, key=KEY)
+    x, _ = before.apply(chain.unit_variables(variables, 0), images, True, mutable=["batch_stats"])
+    whole, _ = before.apply(chain.unit_variables(variables, 1), x, True, mutable=["batch_stats"])
+    keeps = jax.random.uniform(jax.random.fold_in(KEY, number), (16,)) < 0.5
+    expected = x + (whole - x) * jnp.where(keeps, 2, 0)[:, None, None, None]
+    assert np.allclose(outputs, expected, atol=1e-5) == is_its_own
 
 
 def test_a_client_half_draws_from_its_key_too():

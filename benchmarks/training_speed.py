@@ -4,6 +4,7 @@ Peers: timm's EfficientNetV2 in PyTorch, clients one after the other, as rivals 
 layout, in channels_last and, with --torch_compile, compiled; with --lax_conv also the same network through
 `lax.conv`, vmapped, as plain Flax would compute it. On a GPU all of them run there.
 
+Our side is computed as `launch.train` would choose by measurement, or with --clients_per_chunk as products.
 Prints a table, and with --json keeps it: milliseconds per local step of all K clients, of a whole round of
 `--steps` with its aggregation and of the steps alone; the median over pairs of a peer's time over that of the
 round; the part of this machine's measured matrix-product ceiling that the step reaches. Needs the `benchmark`
@@ -27,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfl_jax import models
-from sfl_jax.federated import optimizers
+from sfl_jax.federated import execution, optimizers
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
+from sfl_jax.models.layers import FORMS
 
 CLASSES = 10
 
@@ -147,10 +149,27 @@ def seconds(run, *arguments):
     return time.perf_counter() - start
 
 
+def measured_execution(name, clients, batch, size):
+    """What `launch.train` would choose for this on its first device."""
+    chains = {form: models.create(name, CLASSES, 1, layer_form=form) for form in FORMS}
+    profile = models.profile(chains[FORMS[0]], (size, size, 1))
+    images = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.float32)
+
+    def of_client(one):
+        chain = chains[one.layer_form]
+        return execution.seconds_per_client(chain, profile, images, one.clients_per_chunk, jax.devices()[0])
+
+    sizes = execution.chunk_sizes(clients, 1, max(execution.CHUNKS))
+    return execution.choose(FORMS, sizes, of_client)[0]
+
+
 def compare(name, clients, batch, size, options):
     """A row: milliseconds of each side, and the medians over pairs of a peer's time over ours."""
     case, steps = (name, clients, batch, size), options.steps
-    ours, flop = sfl_jax_round(*case, steps, options.clients_per_chunk)
+    form, chunk = (
+        (FORMS[0], options.clients_per_chunk) if options.clients_per_chunk else measured_execution(*case)
+    )
+    ours, flop = sfl_jax_round(*case, steps, chunk, form)
     peers = {
         "channels_last": pytorch_steps(*case),
         "default": pytorch_steps(*case, channels_last=False),
@@ -158,7 +177,7 @@ def compare(name, clients, batch, size, options):
     if options.torch_compile:
         peers["torch_compile"] = pytorch_steps(*case, compiled=True)
     if options.lax_conv:
-        peers["lax_conv"] = sfl_jax_round(*case, steps, options.clients_per_chunk, "conv")[0]
+        peers["lax_conv"] = sfl_jax_round(*case, steps, chunk, "conv")[0]
     for run in (ours, *peers.values()):
         run(1)
     pairs = []
@@ -168,7 +187,7 @@ def compare(name, clients, batch, size, options):
         times = {"round": round_s / steps, "step": (round_s - first_s) / (steps - 1)}
         pairs.append(times | {peer: seconds(run, steps) / steps for peer, run in peers.items()})
 
-    row = {"model": name, "clients": clients, "batch": batch, "size": size}
+    row = {"model": name, "clients": clients, "batch": batch, "size": size, "form": form, "chunk": chunk}
     for side in pairs[0]:
         row[f"{side}_ms"] = round(1e3 * statistics.median(times[side] for times in pairs), 1)
     for peer in peers:
@@ -187,7 +206,7 @@ def main():
     parser.add_argument("--sizes", default="32")
     parser.add_argument("--steps", type=int, default=4, help="local steps of a round, at least 2")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--clients_per_chunk", type=int, default=4)
+    parser.add_argument("--clients_per_chunk", type=int, default=0, help="0: measured, as launch.train does")
     parser.add_argument("--torch_compile", action="store_true", help="also PyTorch compiled; takes minutes")
     parser.add_argument("--lax_conv", action="store_true", help="also lax.conv under vmap; slow on a CPU")
     parser.add_argument("--json", help="a file for all figures")

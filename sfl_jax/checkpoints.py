@@ -49,7 +49,7 @@ class Progress(NamedTuple):
     inputs: dict[str, str]
 
 
-class Packed(NamedTuple):
+class Stored(NamedTuple):
     """A model as it is saved: orbax spends more on each array than on its numbers.
 
     numbers: those of all arrays of a type, by the name of the type. arrays: path, type and shape of each.
@@ -76,7 +76,7 @@ class Checkpoints:
         """Copy `model` to the host and write it in the background. Raises what the save before raised."""
         self.wait()
         # A copy: the next round takes over the buffers of this one.
-        self._writing = self._writer.submit(self._write, pack(model), progress)
+        self._writing = self._writer.submit(self._write, to_stored(model), progress)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what the writing raised."""
@@ -191,16 +191,16 @@ class Checkpoints:
         return sorted((path for path in paths if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
-def pack(model: Any) -> Packed:
+def to_stored(model: Any) -> Stored:
     """A copy of a model's arrays, on the host."""
     by_type = {}
     for leaf in map(np.asarray, jax.tree.leaves(model)):
         by_type.setdefault(leaf.dtype.name, []).append(leaf.ravel())
-    return Packed({name: np.concatenate(parts) for name, parts in by_type.items()}, _arrays(model))
+    return Stored({name: np.concatenate(parts) for name, parts in by_type.items()}, _arrays(model))
 
 
-def unpack(model: Packed, like: Any) -> Any:
-    """The model that was packed, in views of its numbers. ValueError where `like` is of another form."""
+def from_stored(model: Stored, like: Any) -> Any:
+    """The model that was stored, in views of its numbers. ValueError where `like` is of another form."""
     _check_arrays(model.arrays, like)
     leaves, used = [], dict.fromkeys(model.numbers, 0)
     for leaf in jax.tree.leaves(like):
@@ -292,7 +292,7 @@ def _restore_model(path, like):
     for name, one in wanted.items():
         if (numbers[name].shape, numbers[name].dtype) != (one.shape, one.dtype):
             raise ValueError(f"{numbers[name].shape} numbers of {name} instead of {one.shape}")
-    return unpack(Packed(numbers, arrays), like)
+    return from_stored(Stored(numbers, arrays), like)
 
 
 def _sync(path):

@@ -14,7 +14,7 @@ import pytest
 from disks import fill
 from federated import rounds
 
-from sfl_jax.checkpoints import Checkpoints, Progress, pack, unpack
+from sfl_jax.checkpoints import Checkpoints, Progress, from_stored, to_stored
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Model
 
@@ -171,24 +171,24 @@ def test_another_network_is_refused(saved):
 
 def test_arrays_of_other_names_or_forms_are_refused_although_their_numbers_are_as_many(saved):
     like = jax.eval_shape(lambda: model(0))
-    packed = pack(model(5))
-    same = unpack(packed, like)
+    packed = to_stored(model(5))
+    same = from_stored(packed, like)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(model(5)), strict=True):
         np.testing.assert_array_equal(a, b)
     swapped = packed._replace(arrays=[packed.arrays[1], packed.arrays[0], *packed.arrays[2:]])
     turned = [[name, dtype, shape[::-1]] for name, dtype, shape in packed.arrays]
     for other in (swapped, packed._replace(arrays=turned), packed._replace(arrays=packed.arrays[:-1])):
         with pytest.raises(ValueError, match="instead of"):
-            unpack(other, like)
+            from_stored(other, like)
 
 
 def test_arrays_of_several_types_and_none_at_all():
     tree = {"a": np.arange(6.0).reshape(2, 3), "b": np.int32(7), "c": np.float32([1, 2]), "d": np.int32([8])}
-    back = unpack(pack(tree), tree)
+    back = from_stored(to_stored(tree), tree)
     for name, given in tree.items():
         np.testing.assert_array_equal(back[name], given)
         assert back[name].dtype == given.dtype
-    assert unpack(pack(()), ()) == ()
+    assert from_stored(to_stored(()), ()) == ()
 
 
 def test_what_the_disk_refuses_is_raised_and_leaves_nothing(tmp_path):

@@ -170,25 +170,40 @@ class Dense(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: drops the whole branch of a sample, and scales the others by 1 / survival.
 
-    The factors of samples are those of `drop_path_factors` if they are given, else of draws of its own.
+    The factors of samples may be given, made by `drop_path_factors` for many blocks at once.
     """
 
-    survival: float
+    survival: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or self.survival == 1:
             return x
-        if self.has_variable("factors", "samples"):
-            factors = self.get_variable("factors", "samples")
-        else:
-            factors = drop_path_factors(self.make_rng("drop"), self.survival, len(x))
+        given = self.has_variable("factors", "samples")
+        factors = self.get_variable("factors", "samples") if given else self.draw(len(x))
         return x * factors.astype(x.dtype)[:, None, None, None]
 
+    def draw(self, samples: int) -> jax.Array:
+        """(samples,) of 0 for a dropped branch and 1 / survival for the others."""
+        return (jax.random.uniform(self.make_rng("drop"), (samples,)) < self.survival) / self.survival
 
-def drop_path_factors(key: jax.Array, survival: Any, samples: int) -> jax.Array:
-    """(samples,) of 0 for a dropped branch and 1 / survival for the others."""
-    return (jax.random.uniform(key, (samples,)) < survival) / survival
+
+class _Block(nn.Module):
+    """Stands for a block, so that what lies under the same name in it draws the same."""
+
+    survival: Any
+    samples: int
+
+    @nn.compact
+    def __call__(self):
+        return DropPath(self.survival, name="drop_path").draw(self.samples)
+
+
+def drop_path_factors(key: jax.Array, survival: jax.Array, samples: int) -> jax.Array:
+    """(samples,) factors as a block with this key and survival draws them itself."""
+    factors = _Block(survival, samples).apply({}, rngs={"drop": key})
+    assert isinstance(factors, jax.Array)
+    return factors
 
 
 def _lax_conv(x, kernel, stride, groups=1):

@@ -199,17 +199,17 @@ def test_halves_with_other_randomness_are_another_network(cut, mutation):
 
 @pytest.mark.parametrize(("number", "is_its_own"), [(7, True), (6, False), (8, False)])
 def test_a_block_drops_what_its_number_in_the_network_says(number, is_its_own):
-    """Unit 7 drops by draws from fold_in(key, 7), the second of a chain as the first."""
+    """Unit 7 of the network draws by itself what it draws in a chain, where all units draw together."""
     block = efficientnet_v2.FusedMBConv(8, 8, 1, 3, 1, 0.5, name="block")
-    before, chain = block.clone(survival=1.0), Chain((block.clone(survival=1.0), block), 6)
+    chain = Chain((block.clone(survival=1.0), block), 6)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 4, 8)), jnp.float32)
     variables = chain.init(KEY, images)
     outputs, _ = chain.apply(variables, images, train=True, key=KEY)
-    x, _ = before.apply(chain.unit_variables(variables, 0), images, True, mutable=["batch_stats"])
-    whole, _ = before.apply(chain.unit_variables(variables, 1), x, True, mutable=["batch_stats"])
-    keeps = jax.random.uniform(jax.random.fold_in(KEY, number), (16,)) < 0.5
-    expected = x + (whole - x) * jnp.where(keeps, 2, 0)[:, None, None, None]
-    assert np.allclose(outputs, expected, atol=1e-5) == is_its_own
+    rngs, x = {"drop": jax.random.fold_in(KEY, number)}, images
+    for unit, index in ((chain.units[0], 0), (block, 1)):
+        own = chain.unit_variables(variables, index)
+        x, _ = unit.apply(own, x, True, rngs=rngs, mutable=["batch_stats"])
+    assert np.allclose(outputs, x, atol=1e-5) == is_its_own
 
 
 def test_a_client_half_draws_from_its_key_too():

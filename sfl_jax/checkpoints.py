@@ -63,11 +63,16 @@ class Damaged(Exception):
     """A checkpoint cannot be used; the message says why."""
 
 
+class OtherForm(ValueError):
+    """A model has other arrays than those that are wanted; the message names the first."""
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of which stay. One thread writes them, one at a time."""
 
     def __init__(self, directory: Path, keep: int):
-        self.directory, self.keep = directory, keep
+        # Once: orbax takes no relative path, and whoever changes the directory later means the same place.
+        self.directory, self.keep = directory.absolute(), keep
         self._damaged: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
@@ -126,15 +131,13 @@ class Checkpoints:
         """The model of a checkpoint in NumPy arrays; `like` has its structure, shapes and types.
 
         Raises:
-          BadInput: it is another network's.
+          BadInput: it is another network's, or its numbers cannot be read although its sums fit.
         """
         path = self.directory / _name(progress.round)
         try:
             return _restore_model(path, like)
-        except Exception as error:
-            raise BadInput(
-                f"{path}: is no checkpoint of this network and release ({_line(error)})"
-            ) from error
+        except OtherForm as error:
+            raise BadInput(f"{path}: is no checkpoint of this network and release ({error})") from error
 
     def _write(self, model, progress):
         try:
@@ -216,9 +219,12 @@ def _arrays(tree):
 
 
 def _check_arrays(arrays, like):
-    for there, wanted in itertools.zip_longest(arrays, _arrays(like)):
-        if there != wanted:
-            raise ValueError(f"{there} instead of {wanted}")
+    wanted = _arrays(like)
+    if not isinstance(arrays, list):
+        raise OtherForm(f"no list of arrays instead of {len(wanted)}")
+    for there, own in itertools.zip_longest(arrays, wanted):
+        if there != own:
+            raise OtherForm(f"{there} instead of {own}")
 
 
 def _name(round):
@@ -280,19 +286,32 @@ def _copy(source, target):
 
 def _restore_model(path, like):
     """Arrays as they are on the disk: neither cast, nor cut, nor placed on devices."""
-    arrays = json.loads((path / ARRAYS).read_text())
+    try:
+        arrays = json.loads((path / ARRAYS).read_text())
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path / ARRAYS}: cannot be read ({_line(error)})") from error
     _check_arrays(arrays, like)
+    return from_stored(Stored(_read_numbers(path / MODEL, like), arrays), like)
+
+
+def _read_numbers(path, like):
+    """Those of a model like this, by type."""
     sizes = collections.Counter()
     for leaf in jax.tree.leaves(like):
         sizes[leaf.dtype] += math.prod(leaf.shape)
     wanted = {dtype.name: jax.ShapeDtypeStruct((size,), dtype) for dtype, size in sizes.items()}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with _checkpointer() as reader:
-        numbers = reader.restore(path / MODEL, args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy))
+    try:
+        with _checkpointer() as reader:
+            numbers = reader.restore(path, args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy))
+    except MemoryError:
+        raise
+    except Exception as error:  # any: the files are what was written, so it is orbax or the disk that fails
+        raise BadInput(f"{path}: cannot be read ({_line(error)})") from error
     for name, one in wanted.items():
         if (numbers[name].shape, numbers[name].dtype) != (one.shape, one.dtype):
-            raise ValueError(f"{numbers[name].shape} numbers of {name} instead of {one.shape}")
-    return from_stored(Stored(numbers, arrays), like)
+            raise BadInput(f"{path}: holds {numbers[name].shape} numbers of {name} instead of {one.shape}")
+    return numbers
 
 
 def _sync(path):

@@ -5,11 +5,13 @@ import pickle
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from disks import fill
 from federated import rounds
@@ -60,6 +62,36 @@ def test_what_was_saved_comes_back(saved, monkeypatch):
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(model(5)), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_relative_directory_is_the_same_place_wherever_one_goes(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(Path("run/checkpoints"), keep=2)
+    checkpoints.save(model(2), progress(2))
+    checkpoints.wait()
+    back = Checkpoints(Path("run/checkpoints"), keep=2).restore(progress(2), jax.eval_shape(lambda: model(0)))
+    jax.tree.map(np.testing.assert_array_equal, back, model(2))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    checkpoints.save({"x": np.ones(3)}, progress(5))
+    checkpoints.wait()
+    assert checkpoints.newest(LOG) == progress(5)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "000005"]
+    assert [*(tmp_path / "elsewhere").iterdir()] == []
+
+
+def test_what_cannot_be_read_is_not_called_another_network(copy, monkeypatch):
+    like = jax.eval_shape(lambda: model(0))
+    (copy / "000005" / "model" / "_METADATA").write_text("{}")
+    with pytest.raises(BadInput, match=r"000005/model: cannot be read \("):
+        Checkpoints(copy, keep=2).restore(progress(5), like)
+
+    def exhaust(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", exhaust)
+    with pytest.raises(MemoryError):
+        Checkpoints(copy, keep=2).restore(progress(5), like)
 
 
 def test_buffers_may_be_reused_while_it_is_written(tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ CLOCKS = ("wall_s", "client_samples_per_s")
 def environment(tmp_path_factory):
     return {
         **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),  # launch/ is not in the package
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
@@ -41,13 +43,15 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begin(environment):
-    """begin(workdir, *flags, devices=1) -> a process that trains."""
+    """begin(workdir, *flags, devices=1) -> a process that trains, as people start it: somewhere, with a relative
+    workdir.
+    """
 
     def begin(workdir, *flags, devices=1):
         virtual = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         return subprocess.Popen(
-            [sys.executable, "-m", "launch.train", *FLAGS, f"--workdir={workdir}", *flags],
-            env=environment | (virtual if devices > 1 else {}),
+            [sys.executable, "-m", "launch.train", *FLAGS, f"--workdir={workdir.name}", *flags],
+            cwd=workdir.parent, env=environment | (virtual if devices > 1 else {}),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -125,9 +125,10 @@ def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatc
     assert scalings == [{"divisor": [128.0], "offset": [-1.0]}, {"divisor": [127.5], "offset": [-1.0]}]
 
 
-def test_a_trained_run_is_exported_for_keras(run, tmp_path):
+def test_a_trained_run_is_exported_for_keras(run, tmp_path, monkeypatch):
     workdir, _ = run
-    built, state = recording.saved(str(workdir))
+    monkeypatch.chdir(workdir.parent)
+    built, state = recording.saved(workdir.name)
     assert state.round == 3
     chain, path = built.training.chain, str(tmp_path / "trained.weights.h5")
     keras_weights.save(path, chain, state.model.variables, built.scaling)

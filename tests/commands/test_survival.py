@@ -43,8 +43,8 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begin(environment):
-    """begin(workdir, *flags, devices=1) -> a process that trains, as people start it: somewhere, with a relative
-    workdir.
+    """begin(workdir, *flags, devices=1) -> a process that trains, as people start it: somewhere, with a
+    relative workdir.
     """
 
     def begin(workdir, *flags, devices=1):

@@ -19,10 +19,11 @@ STARTS = ("equal", "proportional", "random")
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
-PARTITIONS = ("iid", "dirichlet", "shards", "quantity")
+AUTO = "auto"
+PARTITIONS = (AUTO, "iid", "dirichlet", "shards", "quantity", "fleet")
+RANDOM, CLIENTS = "random", 100  # the fleet without a file, and how many it has unless --clients says it
 LAYER_FORMS = ("product", "conv")
 EXECUTIONS = ("vmap", "map")
-AUTO = "auto"
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
 SCHEDULES = ("constant", "cosine")
@@ -84,7 +85,10 @@ class Config:
 
     dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
     data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True)
-    partition: str = _flag("iid", DATA, TRAINING, "how clients divide the samples", choices=PARTITIONS)
+    partition: str = _flag(
+        AUTO, DATA, TRAINING, "how clients divide the samples; auto: fleet where the file of --fleet has the "
+        "column samples, else iid", choices=PARTITIONS,
+    )  # fmt: skip
     dirichlet_alpha: float = _flag(
         0.5,
         DATA,
@@ -95,9 +99,11 @@ class Config:
     )
     shards_per_client: int = _flag(2, DATA, TRAINING, "runs of one label each under shards", at_least=1)
 
-    clients: int = _flag(100, FLEET, PLANNING, "clients in all", at_least=1)
+    clients: int = _flag(
+        0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
+    )
     cohort_size: int = _flag(10, FLEET, TRAINING, "clients that take part in a round", at_least=1)
-    fleet: str = _flag("random", FLEET, PLANNING, "random, or the path of a fleet.csv", harmless=True)
+    fleet: str = _flag(RANDOM, FLEET, PLANNING, "random, or the path of a fleet.csv", harmless=True)
     server_flops: float = _flag(1e12, FLEET, PLANNING, "compute of the server, FLOP/s", above=0)
     method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
     starts: str = _flag(
@@ -284,8 +290,9 @@ def validate(config: Config, command: str = "train") -> None:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
 
     taken = {field.name for field in fields_of(command)}
-    if "cohort_size" in taken and not config.plan_only and config.cohort_size > config.clients:
-        raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={config.clients}")
+    known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
+    if "cohort_size" in taken and not config.plan_only and 0 < known < config.cohort_size:
+        raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={known}")
     if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
         raise BadInput(
             f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"
@@ -294,7 +301,7 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(f"--deadline_factor={config.deadline_factor:g}: must be 0, or at least 1")
     if "warmup_rounds" in taken and config.warmup_rounds > config.rounds:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
-    if "fleet" in taken and config.fleet != "random" and not pathlib.Path(config.fleet).is_file():
+    if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
         raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
     if "output" in taken and pathlib.Path(config.output).suffix != ".json":
         raise BadInput(f"--output={config.output}: must end in .json")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfl_jax import datasets, fleet, metrics, models, optim, planning, tuning
+from sfl_jax import datasets, division, fleet, metrics, models, optim, planning, tuning
 from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import AUTO, Config, left_open
 from sfl_jax.datasets.images import preprocessing
@@ -50,6 +50,7 @@ class Experiment(NamedTuple):
     scaling: keras_weights.InputScaling
     init_digest: str  # of the weights to start from
     steps_max: int
+    notes: tuple[str, ...] = ()  # lines to say at the start: what of the inputs is not used
 
 
 class State(NamedTuple):
@@ -95,24 +96,19 @@ class Sent(NamedTuple):
 
 def build(config: Config) -> Experiment:
     """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles."""
+    config, file = division.settle(config)
     devices = federated_devices.choose_devices(config.devices)
     are_sent = federated_devices.samples_are_sent(devices)
     dataset = datasets.load(config.dataset, config.data_dir or None, in_file=are_sent)
-    parts = datasets.partition(
-        dataset.train_labels,
-        config.clients,
-        scheme=config.partition,
-        alpha=config.dirichlet_alpha,
-        shards_per_client=config.shards_per_client,
-        seed=config.seed,
-    )
+    parts = division.divide(config, file, dataset.train_labels)
+    notes = division.notes(config, file, parts, len(dataset.train_labels))
     channels = _channels(dataset)
     chain = _chain(config, dataset, "product" if config.layer_form == AUTO else config.layer_form)
     if config.min_cut > len(chain):
         raise BadInput(
             f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"
         )
-    clients = _clients(config).with_samples([len(part) for part in parts])
+    clients = division.clients(config, file).with_samples([len(part) for part in parts])
     planning.check_links(config, clients)
     profile = models.profile(chain, (config.image_size, config.image_size, channels))
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
@@ -127,8 +123,9 @@ def build(config: Config) -> Experiment:
     )  # fmt: skip
     steps_max = datasets.max_steps(parts, config.local_epochs, config.batch_size)
     return Experiment(
-        config, dataset, parts, clients, terms, training, devices, scaling, init_digest, steps_max
-    )
+        config, dataset, parts, clients, terms, training, devices, scaling, init_digest, steps_max,
+        tuple(notes),
+    )  # fmt: skip
 
 
 def inputs(experiment: Experiment) -> dict[str, str]:
@@ -368,17 +365,6 @@ def _judge(experiment, sent: Sent, outcome: Outcome) -> None:
         logging.warning("%s; left out", name)
     if len(names) == outcome.came:
         logging.warning("round %d: failed, no client's work is left; the model stays", done.round + 1)
-
-
-def _clients(config):
-    if config.fleet == "random":
-        return fleet.random_fleet(config.clients, seed=config.seed)
-    clients = fleet.read_fleet(config.fleet)
-    if len(clients) != config.clients:
-        raise BadInput(
-            f"--clients={config.clients}: must be {len(clients)}, the clients of --fleet={config.fleet}"
-        )
-    return clients
 
 
 def _round_s(config, terms, method, delayed) -> float:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
+from sfl_jax import division, models, optim
 from sfl_jax import fleet as fleets
-from sfl_jax import models, optim
-from sfl_jax.config import Config
+from sfl_jax.config import RANDOM, Config
 from sfl_jax.errors import BadInput
 
 MORE_SERVER_FLOPS, MORE = 1e12, 1.1
@@ -73,10 +73,10 @@ def _compile_plan(config: Config, fleet: fleets.Fleet, units: int) -> None:
 
 def read_fleet(config: Config, file: fleets.Fleet | None = None) -> fleets.Fleet:
     """The fleet file of `config`, read here unless it is given, or its random fleet."""
-    if config.fleet == "random":
-        fleet = fleets.random_fleet(config.clients, seed=config.seed)
-        return fleet.with_samples(np.full(config.clients, config.samples_per_client))
-    fleet = file or fleets.read_fleet(config.fleet)
+    config, file = division.settle(config, file)
+    fleet = division.clients(config, file)
+    if config.fleet == RANDOM:
+        return fleet.with_samples(np.full(len(fleet), config.samples_per_client))
     if fleet.samples is None:
         raise BadInput(f"{config.fleet}: column samples: missing; a plan needs the samples of each client")
     check_links(config, fleet)

@@ -12,7 +12,7 @@ from sfl_jax.errors import BadInput
 
 REFUSED = [
     ("model", "resnet50"), ("image_size", 7), ("partition", "random"), ("dirichlet_alpha", 0.0),
-    ("clients", 0), ("cohort_size", 0), ("fleet", "no/such/fleet.csv"), ("server_flops", 0.0),
+    ("clients", -1), ("cohort_size", 0), ("fleet", "no/such/fleet.csv"), ("server_flops", 0.0),
     ("server_flops", -1e9), ("server_flops", math.inf), ("server_flops", math.nan), ("method", "best"),
     ("barrier", "none"), ("links", "radio"), ("band", "both"),
     ("min_cut", -1), ("rounds", 0), ("local_epochs", 0), ("batch_size", 0),
@@ -97,6 +97,9 @@ def test_edges_are_accepted(name, value):
 def test_limits_between_flags_name_both():
     with pytest.raises(BadInput, match=r"--cohort_size=11: must be at most --clients=10"):
         validate(Config(clients=10, cohort_size=11))
+    with pytest.raises(BadInput, match=r"--cohort_size=101: must be at most --clients=100"):
+        validate(Config(cohort_size=101))
+    validate(Config(cohort_size=101, fleet=__file__))  # whose clients are not counted here
     with pytest.raises(BadInput, match=r"--warmup_rounds=6: must be at most --rounds=5"):
         validate(Config(rounds=5, warmup_rounds=6))
     validate(Config(clients=5), "plan")  # planning knows no cohort

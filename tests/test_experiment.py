@@ -23,7 +23,8 @@ def built():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"partition": scheme} for scheme in PARTITIONS] + [{"partition": "shards", "shards_per_client": 1}],
+    [{"partition": scheme} for scheme in PARTITIONS if scheme not in ("auto", "fleet")]
+    + [{"partition": "shards", "shards_per_client": 1}],
 )
 def test_clients_own_what_the_flags_say(settings):
     config = dataclasses.replace(SMALL, dirichlet_alpha=0.3, seed=5, **settings)

@@ -27,9 +27,10 @@ def compare(config: Config) -> int:
 
 def compare_plans(config: Config) -> int:
     """Every method's plans, no training."""
-    from sfl_jax import comparison
+    from sfl_jax import comparison, division
     from sfl_jax.commands import compare_plot
 
+    config, _ = division.settle(config)
     rows = [*comparison.sweeps(config), *comparison.errors(config)]
     written = [Path(config.workdir) / name for name in ("methods.csv", "methods.png", "errors.png")]
     write_csv(written[0], comparison.Row._fields, rows)

@@ -67,12 +67,13 @@ def _too_large(config) -> str:
 
 
 def _train(config, is_asked_to_stop, writes) -> int:
-    from sfl_jax import compilation_cache, experiment, metrics, recording
+    from sfl_jax import compilation_cache, division, experiment, metrics, recording
     from sfl_jax.checkpoints import Checkpoints
     from sfl_jax.federated import processes
 
     logging.set_verbosity(logging.FATAL)  # absl's: orbax logs tracebacks of errors that it raises as well
     workdir = Path(config.workdir)
+    config, _ = division.settle(config)  # whether it is the run in the workdir depends on it
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     progress = recording.reached(config, checkpoints)
     # Also keeps the first from writing while another still looks for what there is.
@@ -89,6 +90,8 @@ def _train(config, is_asked_to_stop, writes) -> int:
     clock = metrics.Stopwatch(before_s)
     with metrics.CompileClock(compiled_s) as compiling:
         built = experiment.build(config)
+        for note in built.notes:
+            print(note)
         inputs = experiment.inputs(built)
         if progress is None:
             state = experiment.start(built)

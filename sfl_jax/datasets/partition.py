@@ -5,7 +5,7 @@ from jaxtyping import Int
 
 from sfl_jax.errors import BadInput
 
-SCHEMES = ("iid", "dirichlet", "shards", "quantity")
+SCHEMES = ("iid", "dirichlet", "shards", "quantity", "fleet")
 
 
 def partition(
@@ -15,9 +15,10 @@ def partition(
     scheme: str = "iid",
     alpha: float = 0.5,
     shards_per_client: int = 2,
+    samples: Int[np.ndarray, " K"] | None = None,
     seed: int = 0,
 ) -> list[Int[np.ndarray, " _"]]:
-    """Which samples each client owns: disjoint, covering all, at least one each.
+    """Which samples each client owns: disjoint, at least one each; covering all, except under fleet.
 
     Schemes:
       iid: a random order cut into parts whose sizes differ by at most one.
@@ -26,18 +27,21 @@ def partition(
       shards: samples sorted by label are cut into clients × shards_per_client equal shards, dealt at random
         (McMahan et al., arXiv 1602.05629).
       quantity: a random order cut into parts of sizes drawn from Dirichlet(alpha).
+      fleet: a random order cut into parts of the sizes `samples`; what is left belongs to nobody.
     A small alpha makes clients differ much, a large one little. A client that would get nothing is given one
     sample of the largest client.
 
     Args:
       labels: class of every sample, (N,).
       clients: number of clients, K.
+      samples: samples of each client, (K,) positive; needed by fleet alone.
 
     Returns:
       K sorted int64 arrays of indices into `labels`; the same for the same arguments.
 
     Raises:
-      BadInput: unknown scheme, more clients (or shards) than samples, alpha or a count not positive.
+      BadInput: unknown scheme, more clients (or shards, or `samples`) than there are labels, alpha or a count
+        not positive.
     """
     if scheme not in SCHEMES:
         raise BadInput(f"--partition={scheme}: must be one of {', '.join(SCHEMES)}")
@@ -52,6 +56,10 @@ def partition(
             f" for {clients} clients and {len(labels)} samples"
         )
     rng = np.random.default_rng([seed, SCHEMES.index(scheme)])
+    if scheme == "fleet":
+        order = rng.permutation(len(labels))
+        ends = np.cumsum(_within(samples, clients, len(labels)))
+        return [np.sort(part) for part in np.split(order[: ends[-1]], ends[:-1])]
     owner = np.empty(len(labels), np.int64)
     if scheme == "dirichlet":
         for label in np.unique(labels):
@@ -67,6 +75,18 @@ def partition(
     _feed_the_empty(owner, clients)
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
+
+
+def _within(samples: Int[np.ndarray, " K"] | None, clients: int, available: int) -> Int[np.ndarray, " K"]:
+    """`samples` themselves, which are as many as the clients and add up to no more than there are."""
+    if samples is None or samples.shape != (clients,) or samples.min() < 1:
+        raise BadInput(f"--partition=fleet: needs the samples of {clients} clients, at least 1 each")
+    if samples.max() > available or samples.sum() > available:  # no overflow where none is above `available`
+        raise BadInput(
+            f"--partition=fleet: the clients' samples add up to {sum(samples.tolist())}, the training set has"
+            f" {available}; lower them, or take --partition=iid"
+        )
+    return samples
 
 
 def _owners(samples: int, proportions: np.ndarray) -> np.ndarray:

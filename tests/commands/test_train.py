@@ -57,7 +57,7 @@ def test_config_json_says_how_to_repeat_it(run):
     written = json.loads((workdir / "config.json").read_text())
     assert set(written) == {field.name for field in fields_of("train")} | {"environment"}
     assert written["seed"] == 0
-    assert written["clients"] == 600
+    assert (written["clients"], written["partition"]) == (600, "iid")
     packages = written["environment"]["packages"]
     assert {"jax", "flax", "numpy", "sfl_jax"} <= set(packages)
     assert written["environment"]["devices"]

@@ -3,10 +3,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfl_jax.config import PARTITIONS
+from sfl_jax.config import AUTO, PARTITIONS
 from sfl_jax.datasets import partition
-from sfl_jax.datasets.partition import SCHEMES
+from sfl_jax.datasets.partition import SCHEMES as ALL
 from sfl_jax.errors import BadInput
+
+SCHEMES = tuple(scheme for scheme in ALL if scheme != "fleet")  # which divides all, by a rule of its own
 
 
 def balanced(samples, classes=10):
@@ -48,7 +50,7 @@ def test_parts_are_disjoint_complete_sorted_and_never_empty(labels, clients, sch
 
 
 def test_flags_offer_every_scheme():
-    assert PARTITIONS == SCHEMES
+    assert (AUTO, *ALL) == PARTITIONS
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -121,6 +123,30 @@ def test_as_many_clients_as_samples_get_one_each(scheme):
     assert set(sizes(parts)) == {1}
 
 
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=12), left=st.integers(0, 9), seed=st.integers(0)
+)
+def test_a_fleet_owns_as_many_as_it_says_in_random_order(counts, left, seed):
+    labels = np.zeros(sum(counts) + left, int)
+    asked = {"scheme": "fleet", "samples": np.array(counts), "seed": seed}
+    parts = partition(labels, len(counts), **asked)
+    assert sizes(parts).tolist() == counts
+    assert all((np.diff(part) > 0).all() for part in parts)
+    owned = np.concatenate(parts)
+    assert len(np.unique(owned)) == sum(counts)
+    assert set(owned.tolist()) <= set(range(len(labels)))
+    for part, again in zip(parts, partition(labels, len(counts), **asked), strict=True):
+        np.testing.assert_array_equal(part, again)
+
+
+def test_what_a_fleet_owns_has_nothing_to_do_with_its_place():
+    asked = {"scheme": "fleet", "samples": np.array([2000, 1000, 2000])}
+    for part in partition(np.zeros(10_000, int), 3, **asked):
+        assert part.mean() == pytest.approx(5000, abs=5 * 2887 / np.sqrt(len(part)))
+    ones, others = (partition(np.zeros(10_000, int), 3, **asked, seed=seed) for seed in (1, 2))
+    assert not np.array_equal(ones[0], others[0])
+
+
 def test_the_empty_are_fed_by_the_largest():
     """Against a loop that moves one sample at a time from whoever has most."""
     labels = np.zeros(40, int)
@@ -140,10 +166,17 @@ def test_the_empty_are_fed_by_the_largest():
         ({"clients": 11}, "--clients=11: must be 1 to 10, the number of training samples"),
         ({"clients": 0}, "--clients=0: must be 1 to 10"),
         ({"clients": -3}, "--clients=-3: must be 1 to 10"),
-        ({"scheme": "even"}, "--partition=even: must be one of iid, dirichlet, shards, quantity"),
+        ({"scheme": "even"}, "--partition=even: must be one of iid, dirichlet, shards, quantity, fleet"),
         ({"scheme": "dirichlet", "alpha": 0.0}, "--dirichlet_alpha=0.0: must be a positive number"),
         ({"scheme": "quantity", "alpha": float("nan")}, "--dirichlet_alpha=nan"),
         ({"scheme": "dirichlet", "alpha": float("inf")}, "--dirichlet_alpha=inf"),
+        ({"scheme": "fleet"}, "--partition=fleet: needs the samples of 2 clients, at least 1 each"),
+        ({"scheme": "fleet", "samples": np.array([1])}, "--partition=fleet: needs the samples of 2 clients"),
+        ({"scheme": "fleet", "samples": np.array([1, 0])}, "--partition=fleet: needs the samples of 2"),
+        (
+            {"scheme": "fleet", "samples": np.array([9, 2])},
+            "--partition=fleet: the clients' samples add up to 11",
+        ),
         ({"scheme": "shards", "shards_per_client": 6}, "--shards_per_client=6: must be 1 to 5"),
         ({"scheme": "shards", "shards_per_client": 0}, "--shards_per_client=0: must be 1 to 5"),
     ],

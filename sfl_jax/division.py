@@ -1,0 +1,87 @@
+"""Who the clients are, and which training samples each of them owns."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from sfl_jax import datasets
+from sfl_jax import fleet as fleets
+from sfl_jax.config import AUTO, CLIENTS, RANDOM, Config
+from sfl_jax.errors import BadInput
+
+
+def settle(config: Config, file: fleets.Fleet | None = None) -> tuple[Config, fleets.Fleet | None]:
+    """(`config` with the number of clients and the partition that its fleet decides, the fleet of its file).
+
+    file: the fleet file of `config`, read here unless it is given; None for the random fleet.
+
+    Raises:
+      BadInput: a fleet file that is wrong or has another number of clients than the flag says, or a fleet
+        without the samples that --partition=fleet needs.
+    """
+    if config.fleet != RANDOM and file is None:
+        file = fleets.read_fleet(config.fleet)
+    number = config.clients or CLIENTS if file is None else len(file)
+    if config.clients not in (0, number):
+        raise BadInput(f"--clients={config.clients}: must be {number}, the clients of --fleet={config.fleet}")
+    has_samples = file is not None and file.samples is not None
+    partition = config.partition
+    if partition == AUTO:
+        partition = "fleet" if has_samples else "iid"
+    if partition == "fleet" and not has_samples:
+        raise BadInput(
+            f"--partition=fleet: needs a fleet file with the column samples; --fleet={config.fleet} has none"
+        )
+    return dataclasses.replace(config, clients=number, partition=partition), file
+
+
+def clients(config: Config, file: fleets.Fleet | None) -> fleets.Fleet:
+    """The fleet of a settled `config`."""
+    return fleets.random_fleet(config.clients, seed=config.seed) if file is None else file
+
+
+def divide(
+    config: Config, file: fleets.Fleet | None, labels: Int[np.ndarray, " N"]
+) -> list[Int[np.ndarray, " _"]]:
+    """The samples of each client, as a settled `config` says."""
+    if config.cohort_size > config.clients:
+        raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={config.clients}")
+    return datasets.partition(
+        labels,
+        config.clients,
+        scheme=config.partition,
+        alpha=config.dirichlet_alpha,
+        shards_per_client=config.shards_per_client,
+        samples=None if file is None else file.samples,
+        seed=config.seed,
+    )
+
+
+def notes(
+    config: Config, file: fleets.Fleet | None, parts: list[Int[np.ndarray, " _"]], samples: int
+) -> list[str]:
+    """Lines that say which columns of the fleet file, and how many samples of the data, are not used."""
+    if file is None:
+        return []
+    counts, lines = [len(part) for part in parts], []
+    if config.partition == "fleet" and sum(counts) < samples:
+        left = samples - sum(counts)
+        lines.append(f"{left} of {samples} training samples not used: {config.fleet} asks for {sum(counts)}")
+    if config.partition != "fleet" and file.samples is not None:
+        least, most = min(counts), max(counts)
+        each = f"each {least}" if least == most else f"{least} to {most}"
+        lines.append(f"samples of {config.fleet} not used: --partition={config.partition} gives {each}")
+    idle = [name for name in file.columns() if name in _idle(config, file)]
+    if idle:
+        energy = " and no column energy_j" if file.energy_j is None else ""
+        lines.append(f"{', '.join(idle)} of {config.fleet} not used: --links={config.links}{energy}")
+    return lines
+
+
+def _idle(config: Config, file: fleets.Fleet) -> set[str]:
+    """Columns that mean nothing with these links, or where energy is not limited."""
+    idle = {"distance_m"} if config.links == "fixed" else {"uplink_bps", "downlink_bps"}
+    if file.energy_j is None:
+        idle |= {"cycles_per_s", "kappa"} | ({"transmit_w"} if config.links == "fixed" else set())
+    return idle

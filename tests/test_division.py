@@ -1,0 +1,159 @@
+"""The fleet file decides how many clients there are and what each of them owns, in plans and in training."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from commands import small_world
+
+from sfl_jax import division, experiment, planning, recording
+from sfl_jax import fleet as fleets
+from sfl_jax.commands import train
+from sfl_jax.config import Config, validate
+from sfl_jax.errors import BadInput
+
+SAMPLES = [40, 3, 200, 7, 90]
+SMALL = Config(model="efficientnetv2-tiny", image_size=8, cohort_size=3, server_flops=1e10, batch_size=4)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a fleet of five with these samples, and gives the settings that name it."""
+
+    def write(samples=SAMPLES, /, name="fleet.csv", **changes):
+        clients = fleets.random_fleet(5, seed=3)
+        clients = clients if samples is None else clients.with_samples(samples)
+        fleets.write_fleet(tmp_path / name, dataclasses.replace(clients, **changes))
+        return dataclasses.replace(SMALL, fleet=str(tmp_path / name))
+
+    return write
+
+
+def refused(config):
+    with pytest.raises(BadInput) as caught:
+        division.divide(*division.settle(config), np.arange(384) % 10)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("samples", "settings", "expected"),
+    [
+        (SAMPLES, {}, (5, "fleet")),
+        (None, {}, (5, "iid")),
+        (SAMPLES, {"clients": 5}, (5, "fleet")),
+        (SAMPLES, {"partition": "shards"}, (5, "shards")),
+        (SAMPLES, {"fleet": "random"}, (100, "iid")),
+        (SAMPLES, {"fleet": "random", "clients": 7, "partition": "quantity"}, (7, "quantity")),
+    ],
+)
+def test_what_flags_leave_open_is_decided_by_the_fleet(file, samples, settings, expected):
+    settled, _ = division.settle(dataclasses.replace(file(samples), **settings))
+    assert (settled.clients, settled.partition) == expected
+    assert division.settle(settled)[0] == settled
+    validate(settled)
+
+
+def test_the_plan_of_a_fleet_file_is_the_plan_that_is_trained(file):
+    config = file()
+    with small_world.world():
+        built = experiment.build(config)
+        others = experiment.build(dataclasses.replace(config, seed=1))
+    assert [len(part) for part in built.parts] == SAMPLES
+    assert built.fleet.samples is not None
+    assert built.fleet.samples.tolist() == SAMPLES
+    owned = np.concatenate(built.parts)
+    assert len(np.unique(owned)) == sum(SAMPLES)
+    assert not np.array_equal(owned, np.concatenate(others.parts))
+    assert (built.config.clients, built.config.partition) == (5, "fleet")
+    _, _, planned = planning.read_terms(config)
+    for trained, shown in zip(built.terms, planned, strict=True):
+        np.testing.assert_array_equal(trained, shown)
+    prepared = experiment.prepare(built, 0)
+    assert prepared is not None
+    ids = prepared.assignments.client
+    np.testing.assert_array_equal(prepared.assignments.weight, np.array(SAMPLES)[ids])
+    np.testing.assert_array_equal(prepared.assignments.steps, np.maximum(np.array(SAMPLES)[ids] // 4, 1))
+
+
+def test_an_edited_column_is_another_fleet_to_a_run_that_goes_on(file):
+    with small_world.world():
+        one, other = (
+            experiment.inputs(experiment.build(file(samples)))["fleet"]
+            for samples in (SAMPLES, [39, 3, 200, 7, 90])
+        )
+    assert one != other
+
+
+def test_a_start_says_what_it_does_not_use(file, tmp_path, capsys, monkeypatch):
+    """Of the columns and of the training samples (384 in the small world)."""
+    monkeypatch.setattr(experiment, "compile", lambda *_: (_ for _ in ()).throw(BadInput("enough")))
+    plain = {"transmit_w": None, "distance_m": None}
+
+    def said(config, *flags):
+        given = [f"--fleet={config.fleet}", "--cohort_size=3", "--clients=0", *flags]
+        with small_world.world():
+            assert small_world.run(tmp_path / "run", *given) == 2
+        out, err = capsys.readouterr()
+        assert err == "error: enough\n"
+        return out.replace(config.fleet, "FILE").splitlines()
+
+    assert said(file(**plain)) == ["44 of 384 training samples not used: FILE asks for 340"]
+    assert said(file([384 - 4, 1, 1, 1, 1], **plain)) == []
+    assert said(file(**plain), "--partition=iid") == [
+        "samples of FILE not used: --partition=iid gives 76 to 77"
+    ]
+    assert said(file(None, **plain)) == []
+    assert said(file(None)) == [
+        "transmit_w, distance_m of FILE not used: --links=fixed and no column energy_j"
+    ]
+    assert said(file(None), "--links=fading") == [
+        "uplink_bps, downlink_bps of FILE not used: --links=fading and no column energy_j"
+    ]
+
+
+def test_every_column_that_energy_needs_is_used(file):
+    config = file(None, **{name: np.ones(5) for name in ("cycles_per_s", "kappa", "energy_j")})
+    settled, found = division.settle(config)
+    [line] = division.notes(settled, found, [np.arange(1)] * 5, 5)
+    assert line == f"distance_m of {config.fleet} not used: --links=fixed"
+    assert found is not None
+    found = dataclasses.replace(found, energy_j=None)
+    [line] = division.notes(settled, found, [np.arange(1)] * 5, 5)
+    assert line.startswith("cycles_per_s, kappa, transmit_w, distance_m of ")
+
+
+def test_what_cannot_be_is_refused_with_a_way_out(file):
+    with_samples, without = file(), file(None, name="none.csv")
+    path = with_samples.fleet
+
+    def case(config=with_samples, **changes):
+        return refused(dataclasses.replace(config, **changes))
+
+    assert case(clients=6) == f"--clients=6: must be 5, the clients of --fleet={path}"
+    assert case(clients=100).startswith("--clients=100: must be 5")
+    assert case(cohort_size=6) == "--cohort_size=6: must be at most --clients=5"
+    assert case(without, partition="fleet") == (
+        f"--partition=fleet: needs a fleet file with the column samples; --fleet={without.fleet} has none"
+    )
+    assert case(SMALL, partition="fleet").endswith("--fleet=random has none")
+    assert case(file([380, 1, 1, 1, 2])) == (
+        "--partition=fleet: the clients' samples add up to 385, the training set has 384;"
+        " lower them, or take --partition=iid"
+    )
+    assert "add up to 36893488147419103229, " in case(file([2**63 - 1] * 4 + [1]))
+    with pytest.raises(BadInput, match="--clients=4: must be 5, the clients of"):
+        planning.read_fleet(dataclasses.replace(with_samples, clients=4))
+
+
+def test_what_was_chosen_is_what_a_run_in_the_workdir_is_compared_with(file, tmp_path, monkeypatch):
+    """Neither command need have named a partition or a number of clients."""
+    seen = []
+
+    def reached(config, _):
+        seen.append((config.clients, config.partition))
+        raise BadInput("enough")
+
+    monkeypatch.setattr(recording, "reached", reached)
+    for flags in ([f"--fleet={file().fleet}"], [f"--fleet={file(None, name='none.csv').fleet}"], []):
+        assert train.main([f"--workdir={tmp_path / 'run'}", "--cohort_size=3", *flags]) == 2
+    assert seen == [(5, "fleet"), (5, "iid"), (100, "iid")]

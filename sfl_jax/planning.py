@@ -14,6 +14,9 @@ from sfl_jax.config import RANDOM, Config
 from sfl_jax.errors import BadInput
 
 MORE_SERVER_FLOPS, MORE = 1e12, 1.1
+# Slower than any client that anybody plans for: a file in Mbit/s or GFLOP/s looks like this.
+SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mbit/s"),
+           "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
 # Ends, and sums of shares, that differ by less than this are equal to whoever reads them.
 TOGETHER = 1e-6
 _NAMED = 3  # clients that an error names
@@ -203,6 +206,39 @@ def gains(planned: Planned) -> Gains:
     return Gains(*(plan.round_s - after.round_s for after in plans))
 
 
+class Floor(NamedTuple):
+    """What one client needs with any server: no server makes the round shorter than `least_s`."""
+
+    least_s: float
+    resource: str  # uplink, downlink or compute: what takes most of it
+    resource_s: float
+
+
+def floor(planned: Planned, client: int) -> Floor:
+    """The least seconds of one client (its index in the fleet), at its best cut on a server without limit."""
+    one = planned.terms.take([client])
+    costs = one.costs()
+    cut = np.argmin(np.where(costs.allowed[0], costs.fixed_s[0], np.inf))
+    own = one.seconds([cut], [np.inf])
+    by_resource = {
+        "uplink": own.smashed_up + own.model_up,
+        "downlink": own.model_down + own.gradient_down,
+        "compute": own.client_forward + own.client_backward,
+    }
+    most = max(by_resource, key=lambda name: by_resource[name][0])
+    return Floor(float(costs.fixed_s[0, cut]), most, float(by_resource[most][0]))
+
+
+def doubts(fleet: fleets.Fleet) -> list[str]:
+    """A sentence for each column whose values look like another unit's, for every client."""
+    found = []
+    for name, (least, unit, likely) in SLOWEST.items():
+        most = float(getattr(fleet, name).max(initial=0))
+        if most < least:
+            found.append(f"{name} is {most:.4g} {unit} at most; are the numbers in {likely}?")
+    return found
+
+
 class Binding(NamedTuple):
     """The clients that hold the round up, those with the most pull first.
 
@@ -238,7 +274,8 @@ def binding(planned: Planned) -> Binding:
         return Binding(False, slowest, np.ones(len(slowest)))
     late = plan.client_s >= plan.round_s * (1 - TOGETHER)
     alone = late & (plan.shares == 0)
-    full = bool(plan.shares.sum() >= planned.config.server_flops * (1 - TOGETHER))
+    given, flops = plan.shares.sum(), planned.config.server_flops
+    full = bool(flops > 0 and given >= flops * (1 - TOGETHER))
     if alone.any() and not full:
         weight = alone.astype(float)
     elif full:

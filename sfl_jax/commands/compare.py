@@ -13,6 +13,14 @@ from sfl_jax.commands import flags
 from sfl_jax.config import Config
 from sfl_jax.files import ensure_writable, whole_file
 
+_SWEEPS = {
+    "server_flops": "server compute",
+    "clients": "number of clients",
+    "uplink": "uplink rates",
+    "heterogeneity": "heterogeneity",
+    "error": "costs misjudged by",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
@@ -74,15 +82,19 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 def methods_table(rows: Sequence[Any]) -> str:
     """Each scheme's round over the optimum: the mean and the worst of all cases of a sweep."""
-    lines = [f"{'round over the optimum':<24}" + "".join(f"{name:>20}" for name in _sweeps(rows))]
+    titles = [_SWEEPS.get(name, name) for name in _sweeps(rows)]
+    lines = [
+        "round over the optimum, mean (worst) of all cases; 1.000 is optimal",
+        f"  {'varied:':<22}" + "".join(f"{title:>22}" for title in titles),
+    ]
     for scheme in dict.fromkeys(row.scheme for row in rows):
         cells = []
         for sweep in _sweeps(rows):
             ratios = [
                 row.round_s / row.optimum_s for row in rows if (row.scheme, row.sweep) == (scheme, sweep)
             ]
-            cells.append(f"{sum(ratios) / len(ratios):.3f} <= {max(ratios):.3f}")
-        lines.append(f"  {scheme:<22}" + "".join(f"{cell:>20}" for cell in cells))
+            cells.append(f"{sum(ratios) / len(ratios):.3f} ({max(ratios):.3f})")
+        lines.append(f"  {scheme:<22}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 

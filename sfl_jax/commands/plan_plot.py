@@ -4,13 +4,16 @@ Of the regression's plans, also the data and the curves fitted to them.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sfl_jax import optim
+from sfl_jax.commands.plan_summary import WORDS
 from sfl_jax.planning import MORE_SERVER_FLOPS, Planned, seconds, solve
 
 # The two directions of one thing share a hue.
@@ -24,6 +27,7 @@ _COLOURS = {
     "model_up": "#3182bd",
 }
 _MOST_BARS = 400  # more clients than pixels tell nothing: evenly spaced ones stand for all
+_NAMED_BARS = 40  # clients whose names fit under their bars
 _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
 
 
@@ -33,6 +37,12 @@ def write_plot(file: BinaryIO, planned: Planned) -> None:
     rows: list[Any] = [["clients"] * 4, ["cuts", "cuts", "servers", "servers"]]
     rows += [[curve.quantity for curve in curves]] if curves else []
     figure = Figure(figsize=(11, 5 * len(rows)), layout="constrained")
+    config, fleet = planned.config, planned.config.fleet
+    figure.suptitle(
+        f"{config.model} at {config.image_size}x{config.image_size}, {len(planned.fleet)} clients"
+        f" ({'random fleet' if fleet == 'random' else Path(fleet).name}), {config.method},"
+        f" server {config.server_flops:.3g} FLOP/s"
+    )
     axes = figure.subplot_mosaic(rows)
     for curve in curves:
         _draw_fit(axes[curve.quantity], curve)
@@ -43,14 +53,16 @@ def write_plot(file: BinaryIO, planned: Planned) -> None:
 
 
 def _draw_clients(axes: Axes, planned: Planned) -> None:
-    parts = seconds(planned)._asdict()
+    parts, named = seconds(planned)._asdict(), len(planned.fleet) <= _NAMED_BARS
     order = np.lexsort((-planned.plan.client_s, -parts["server"]))
     shown = order[np.linspace(0, len(order) - 1, min(len(order), _MOST_BARS)).astype(int)]
-    # A step needs its end too.
-    heights = [np.append(parts[name][shown], parts[name][shown[-1]]) for name in _COLOURS]
-    axes.stackplot(
-        np.arange(len(shown) + 1), heights, labels=list(_COLOURS), colors=list(_COLOURS.values()), step="post"
-    )
+    bottom = np.zeros(len(shown))
+    for name, colour in _COLOURS.items():
+        axes.bar(
+            np.arange(len(shown)), parts[name][shown], bottom=bottom, width=0.8 if named else 1.0,
+            color=colour, label=WORDS[name],
+        )  # fmt: skip
+        bottom += parts[name][shown]
     axes.axhline(planned.plan.round_s, color="black", linewidth=1, label="round")
     axes.axhline(planned.plan.bound_s, color="black", linewidth=1, linestyle=":", label="proven bound")
     few = len(order) == len(shown)
@@ -58,18 +70,23 @@ def _draw_clients(axes: Axes, planned: Planned) -> None:
         title="Where each client's time goes",
         xlabel="clients, longest on the server first"
         + ("" if few else f" ({len(shown)} of {len(order)} shown)"),
-        ylabel="s",
-        xlim=(0, len(shown)),
+        ylabel="seconds",
+        xlim=(-0.5, len(shown) - 0.5),
     )
+    if named:
+        axes.set_xticks(np.arange(len(shown)), planned.fleet.client[shown], rotation=45, ha="right")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _draw_cuts(axes: Axes, planned: Planned) -> None:
     names = ["images", *planned.profile.names]
-    counts = np.bincount(planned.plan.cuts, minlength=len(names))
-    axes.bar(np.arange(len(names)), counts, color=_COLOURS["server"])
-    axes.set(title="Cuts", xlabel="last unit on the client", ylabel="clients")
-    axes.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=7)
+    used, counts = np.unique(planned.plan.cuts, return_counts=True)
+    axes.bar(np.arange(len(used)), counts, color=_COLOURS["server"])
+    axes.set(title="Cuts that are used", xlabel="last unit on the client", ylabel="clients")
+    axes.set_xticks(np.arange(len(used)), [names[cut] for cut in used], rotation=45, ha="right")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
@@ -95,8 +112,7 @@ def _draw_servers(axes: Axes, planned: Planned) -> None:
     axes.set(
         title="A smaller or larger server",
         xlabel="server, FLOP/s",
-        ylabel="round, s",
+        ylabel="round, seconds",
         xscale="log",
-        ylim=(0, None),
     )
     axes.legend(loc="upper right", frameon=False)

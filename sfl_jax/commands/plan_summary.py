@@ -6,7 +6,7 @@ import numpy as np
 
 from sfl_jax import optim
 from sfl_jax.config import ALTERNATING, Config
-from sfl_jax.planning import Gains, Planned, binding, seconds
+from sfl_jax.planning import TOGETHER, Gains, Planned, binding, doubts, floor, seconds
 
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
 _ASKED = ("model", "image_size", "barrier", "method", "links", "band", "server_flops")
@@ -22,6 +22,13 @@ _SETTINGS = (
 )
 _LINKS = {"fixed": "the fleet's links", "shannon": "Shannon links", "fading": "Shannon links as in round 0"}
 _SHOWN = 3  # clients and cuts that are named
+_LISTED = 20  # clients that are listed one by one
+_NEARLY = 0.95  # part of the round that one client needs with any server, and then holds it up alone
+WORDS = {  # terms as people say them
+    "model_down": "model down", "client_forward": "client forward", "smashed_up": "smashed data up",
+    "server": "server", "gradient_down": "gradient down", "client_backward": "client backward",
+    "model_up": "model up",
+}  # fmt: skip
 
 
 def head(planned: Planned) -> dict[str, Any]:
@@ -66,19 +73,38 @@ def summary(planned: Planned, gains: Gains) -> str:
         ("+10 %", "of downlink for all", gains.downlink_s),
         ("+10 %", "of compute for all clients", gains.compute_s),
     ]  # fmt: skip
+    more.sort(key=lambda each: -each[2])
     lines = [
         ("plan", f"{method}, {config.barrier} barrier, {_LINKS[config.links]}, {network}, {clients}"),
+        *(("units", doubt) for doubt in doubts(planned.fleet)),
         ("round", f"{plan.round_s:.5g} s"),
-        ("bound", f"{plan.bound_s:.5g} s, proven for every method; {_gap(plan.gap)}"),
+        ("bound", f"{plan.bound_s:.5g} s, proven for all cuts and constant shares; {_gap(plan.gap)}"),
         ("server", _server(planned)),
         *([("band", _band(planned.plan))] if isinstance(planned.plan, optim.BandPlan) else []),
         ("cuts", _cuts(planned)),
         ("time", _time(planned)),
         ("held up by", _held_up(planned)),
-        *((name, f"{what}: {_change(gain_s, plan.round_s)}") for name, what, gain_s in more),
+        *((name, f"{what}: {_change(gain_s, plan.round_s, config.method)}") for name, what, gain_s in more),
         ("convention", CONVENTION),
     ]
-    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+    text = "\n".join(f"{name:<11} {text}" for name, text in lines)
+    return f"{text}\n\n{_clients(planned)}\n" if len(planned.fleet) <= _LISTED else text
+
+
+def _clients(planned: Planned) -> str:
+    """A row for each client: its cut, its share of the server, its seconds and the longest part of them."""
+    plan, flops, parts = planned.plan, planned.config.server_flops, seconds(planned)._asdict()
+    width = max(6, *map(len, planned.fleet.client))
+    units = ["images", *planned.profile.names]
+    rows = [f"{'client':<{width}}  {'cut':>3}  {'after unit':<12}{'share':>8}{'seconds':>11}  longest term"]
+    for k, name in enumerate(planned.fleet.client):
+        share = "-" if not flops or np.isnan(plan.shares[k]) else f"{plan.shares[k] / flops:.2%}"
+        longest = max(parts, key=lambda term: parts[term][k])
+        rows.append(
+            f"{name:<{width}}  {plan.cuts[k]:>3}  {units[plan.cuts[k]]:<12}{share:>8}"
+            f"{plan.client_s[k]:>11.4g}  {WORDS[longest]}, {parts[longest][k]:.3g} s"
+        )
+    return "\n".join(rows)
 
 
 def _gap(gap: float) -> str:
@@ -113,26 +139,48 @@ def _cuts(planned: Planned) -> str:
 
 
 def _time(planned: Planned) -> str:
-    means = {name: values.mean() for name, values in seconds(planned)._asdict().items()}
+    parts = seconds(planned)
+    means = {name: values.mean() for name, values in parts._asdict().items()}
     total = sum(means.values())
     largest = sorted((name for name in means if means[name] > 0), key=means.__getitem__, reverse=True)
-    return f"of all clients: {', '.join(f'{name} {means[name] / total:.0%}' for name in largest)}"
+    said = [f"{WORDS[name]} {means[name] / total:.0%}" + _whole_server(planned, name) for name in largest]
+    return f"of all clients: {', '.join(said)}"
+
+
+def _whole_server(planned: Planned, name: str) -> str:
+    """How long the server's work of a client would last on the whole server, since a share stretches it."""
+    if name != "server" or np.isnan(planned.plan.shares).any():
+        return ""
+    _, work, _ = planned.terms.at(planned.plan.cuts)
+    return f" (with its share; {work.mean() / planned.config.server_flops:.2g} s with the whole server)"
 
 
 def _held_up(planned: Planned) -> str:
-    who = binding(planned)
-    parts = seconds(planned)._asdict()
+    who, round_s = binding(planned), planned.plan.round_s
+    names, parts = planned.fleet.client, seconds(planned)._asdict()
+    for client in who.clients[:_SHOWN]:
+        own = floor(planned, int(client))
+        if not isinstance(planned.plan, optim.BandPlan) and own.least_s >= _NEARLY * round_s:
+            return (
+                f"client {names[client]}, which needs {own.least_s:.4g} of these {round_s:.4g} s with any"
+                f" server: {own.resource_s:.4g} s for its {own.resource}"
+            )
     named = []
     for client, pull in zip(who.clients[:_SHOWN], who.pull, strict=False):
         longest = max(parts, key=lambda name: parts[name][client])
-        where = f"longest {longest} {parts[longest][client]:.3g} s"
-        named.append(f"{planned.fleet.client[client]} (pull {pull:.0%}, {where})")
+        where = f"longest: {WORDS[longest]} {parts[longest][client]:.3g} s"
+        named.append(f"{names[client]} (pull {pull:.0%}, {where})")
     shared = "a full band" if isinstance(planned.plan, optim.BandPlan) else "a full server"
     together = f"{shared}: {_count(len(who.clients), 'client')} end together, first "
-    return (together if who.together else "") + ", ".join(named)
+    pull = "; pull: part of a second that the round gains where the client saves one" if who.together else ""
+    return (together if who.together else "") + ", ".join(named) + pull
 
 
-def _change(gain_s: float, round_s: float) -> str:
+def _change(gain_s: float, round_s: float, method: str) -> str:
+    if abs(gain_s) <= TOGETHER * round_s:
+        return "no change"
+    if gain_s < 0:
+        return f"{-gain_s:.3g} s longer ({-gain_s / round_s:.1%}): {method} finds a worse plan there"
     return f"{gain_s:.3g} s shorter ({gain_s / round_s:.1%})"
 
 

@@ -1,3 +1,4 @@
+import collections
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from sfl_jax import compilation_cache, models, optim, planning
 from sfl_jax.commands import plan, plan_plot
+from sfl_jax.commands.plan_summary import WORDS, summary
 from sfl_jax.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -68,13 +70,20 @@ def test_the_summary_says_who_holds_up_and_what_would_help(here, capsys, method)
     (held_up,) = (text for name, text in said if name == "held up by")
     first, parts = who.clients[0], planning.seconds(planned)._asdict()
     longest = max(parts, key=lambda name: parts[name][first])
-    named = f"{planned.fleet.client[first]} (pull {who.pull[0]:.0%}, longest {longest} "
+    named = f"{planned.fleet.client[first]} (pull {who.pull[0]:.0%}, longest: {WORDS[longest]} "
     assert named + f"{parts[longest][first]:.3g} s)" in held_up
     assert held_up.startswith("a full server: 2 clients end together, first ") == (method == "exact")
     more = [text for name, text in said if name.startswith("+1")]
-    for text, what, gain_s in zip(more, ("server", "uplink", "downlink", "compute"), gains, strict=True):
+    named = sorted(zip(gains, ("server", "uplink", "downlink", "compute"), strict=True), key=lambda x: -x[0])
+    for text, (gain_s, what) in zip(more, named, strict=True):  # what would help most comes first
         assert text.startswith(f"of {what}")
-        assert text.endswith(f": {gain_s:.3g} s shorter ({gain_s / plan.round_s:.1%})")
+        assert text.endswith(
+            f": {gain_s:.3g} s shorter ({gain_s / plan.round_s:.1%})" if gain_s else ": no change"
+        )
+    for k, client in enumerate(planned.fleet.client):
+        (row,) = (text for name, text in said if name == client)
+        assert f"{plan.cuts[k]}" in row
+        assert (f"{plan.shares[k] / 1e10:.2%}" in row) and (f"{plan.client_s[k]:.4g}" in row)
     (bound,) = (text for name, text in said if name == "bound")
     assert f"at most {plan.gap:.2%} above it" in bound or (method == "exact" and "optimal to" in bound)
 
@@ -85,12 +94,16 @@ def test_the_picture_shows_the_plan(here, monkeypatch):
     assert run("--server_flops=1e10", "--plot") == 0
     written = json.loads((here / "plan.json").read_text())
     clients, cuts, servers = drawn[0].axes
-    # Where each client's time goes: a layer for each term, the highest edge is the slowest client's end.
-    assert [layer.get_label() for layer in clients.collections] == list(optim.Seconds._fields)
-    top = max(path.vertices[:, 1].max() for path in clients.collections[-1].get_paths())
-    assert top == pytest.approx(written["round_s"])
-    heights = [bar.get_height() for bar in cuts.patches]
-    assert heights == np.bincount([client["cut"] for client in written["clients"]], minlength=8).tolist()
+    # Where each client's time goes: a bar of its terms, in order of time, and the highest is the slowest's.
+    stacks = clients.containers
+    assert [stack.get_label() for stack in stacks] == [WORDS[name] for name in optim.Seconds._fields]
+    assert max(bar.get_y() + bar.get_height() for bar in stacks[-1]) == pytest.approx(written["round_s"])
+    names = [label.get_text() for label in clients.get_xticklabels()]
+    assert sorted(names) == sorted(client["client"] for client in written["clients"])
+    units = [label.get_text() for label in cuts.get_xticklabels()]
+    heights = {unit: bar.get_height() for unit, bar in zip(units, cuts.patches, strict=True)}
+    assert heights == collections.Counter(client["unit"] for client in written["clients"])
+    assert drawn[0].get_suptitle().startswith("efficientnetv2-tiny at 32x32, 3 clients (fleet.csv), exact")
     rounds, bounds, this = (line.get_xydata() for line in servers.get_lines())
     assert this.tolist() == [[1e10, written["round_s"]]]
     assert (np.diff(rounds[:, 1]) <= 0).all()
@@ -130,6 +143,34 @@ def test_a_plan_by_regression_says_and_draws_how_well_its_curves_fit(here):
     assert written["iterations"] >= 1
 
 
+def test_a_client_that_no_server_helps_is_named_with_what_it_lacks(here, capsys):
+    (here / "fleet.csv").write_text(FLEET + "far-away,1e10,1e4,1e4,1e9,64\n")
+    assert run("--server_flops=1e12") == 0
+    (held_up,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held up by")]
+    assert "client far-away, which needs" in held_up
+    assert "with any server" in held_up
+    assert held_up.endswith("s for its uplink")
+
+
+@pytest.mark.parametrize(("factor", "asked"), [(1, False), (1e-6, True)])
+def test_rates_in_another_unit_are_asked_about(here, capsys, factor, asked):
+    rows = [f"c{k},{1e10 * factor},{2e7 * factor},{5e7 * factor},1e9,64\n" for k in (1, 2)]
+    (here / "fleet.csv").write_text(FLEET.partition("\n")[0] + "\n" + "".join(rows))
+    assert run() == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("units")]
+    assert len(lines) == 3 * asked
+    assert not asked or "uplink_bps is 20 bit/s at most; are the numbers in Mbit/s?" in lines[1]
+
+
+def test_a_method_that_finds_a_worse_plan_is_said_to(here):
+    planned = planning.make_plan(Config(model="efficientnetv2-tiny", fleet=str(here / "fleet.csv")))
+    worse = planning.Gains(server_s=-0.5 * planned.plan.round_s, uplink_s=0.0, downlink_s=1e-9, compute_s=0.1)
+    text = summary(planned, worse)
+    assert "longer (50.0%): exact finds a worse plan there" in text
+    assert "of uplink for all: no change" in text
+    assert "-" not in "".join(line for line in text.splitlines() if "shorter" in line)
+
+
 def test_starts_are_written_and_summed_up(here, capsys):
     assert run("--method=alternating", "--starts=proportional,random") == 0
     assert json.loads((here / "plan.json").read_text())["starts"] == "proportional,random"
@@ -150,7 +191,9 @@ def test_compiled_programs_are_kept_unless_they_should_not_be(here, monkeypatch,
 def test_a_server_nobody_needs(here, capsys):
     assert run("--target_round_s=1e6", "--plot") == 0
     assert json.loads((here / "plan.json").read_text())["server_flops"] == 0
-    assert "all clients can train alone" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all clients can train alone" in out
+    assert "a full server" not in out
 
 
 BAD_FLAGS = [

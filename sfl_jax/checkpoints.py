@@ -1,21 +1,25 @@
 """Checkpoints on disk: whole or absent, written while training goes on, and checked before use.
 
 `checkpoints/000012/` is the state after round 12: `model/` (orbax: the numbers of every type, one after the
-other), `arrays.json` (which arrays they are), `progress.json`, and `SHA256SUMS` of all, which `sha256sum -c`
-understands too. It takes this name in one step, once all of it is on the disk.
+other), `arrays.json` (which leaves they are: path, type and shape of each, whatever they were packed in),
+`progress.json`, and `SHA256SUMS` of all, which `sha256sum -c` understands too. It takes this name in one
+step, once all of it is on the disk. Files that SHA256SUMS does not list are somebody else's.
 """
 
 import collections
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +29,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sfl_jax.errors import BadInput
+from sfl_jax.federated.packing import as_packed, plain, plain_like
 from sfl_jax.files import ensure_room
 
 MODEL, ARRAYS, PROGRESS, SUMS = "model", "arrays.json", "progress.json", "SHA256SUMS"
 STAGING_SPARE_BYTES = 10**6  # beside the arrays
+STAGING_AGE_S = 60.0  # by then whoever made a staging directory has locked it
+_UNFINISHED = re.compile(r"\.\d{6,}\.(part|old)(\..+)?")  # names of what was being written or replaced
 
 
 class Progress(NamedTuple):
@@ -52,7 +59,7 @@ class Progress(NamedTuple):
 class Stored(NamedTuple):
     """A model as it is saved: orbax spends more on each array than on its numbers.
 
-    numbers: those of all arrays of a type, by the name of the type. arrays: path, type and shape of each.
+    numbers: those of all leaves of a type, by its name. arrays: path, type and shape of each leaf.
     """
 
     numbers: dict[str, np.ndarray]
@@ -143,18 +150,19 @@ class Checkpoints:
         try:
             self._put(model, progress)
         except Exception as error:
-            for part in self.directory.glob(".*.part"):
-                shutil.rmtree(part, ignore_errors=True)
+            for left in self._unfinished("part"):
+                shutil.rmtree(left, ignore_errors=True)
             raise OSError(f"checkpoint of round {progress.round}: {_line(error)}") from error
 
     def _put(self, model, progress):
         path = self.directory / _name(progress.round)
         part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-        shutil.rmtree(part, ignore_errors=True)
+        for left in (part, old):  # of a run that was killed
+            _remove(left)
         part.mkdir(parents=True)
         # Orbax meets a full disk with tracebacks of its own threads; copying meets it with an error.
         _ensure_staging_room(model.numbers)
-        with self._staging() as staging:
+        with _staging() as staging:
             _save_numbers(staging / MODEL, model.numbers)
             _copy(staging / MODEL, part / MODEL)
         (part / ARRAYS).write_text(json.dumps(model.arrays))
@@ -169,48 +177,44 @@ class Checkpoints:
         self._damaged.discard(path.name)
         self._delete_superseded(progress.round)
 
-    @contextlib.contextmanager
-    def _staging(self):
-        """A directory of this run's own; of the same name each time, so that none is left by those killed."""
-        own = hashlib.sha256(os.fsencode(self.directory.resolve())).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"sfl_jax-{os.getuid()}-{own}"
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(mode=0o700)
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
     def _delete_superseded(self, round):
+        """Delete what is not kept. What cannot be deleted is in nobody's way: the next save tries again."""
         paths = [path for path in self._paths() if int(path.name) <= round]
         whole = [path for path in paths if path.name not in self._damaged]
-        left = {*self.directory.glob(".*.part"), *self.directory.glob(".*.old")}
-        for path in {*paths} - {*whole[-self.keep :]} | left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in {*paths} - {*whole[-self.keep :]} | self._unfinished("part", "old"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _unfinished(self, *kinds):
+        """What a writing that was broken off left, of these kinds."""
+        found = ((path, _UNFINISHED.fullmatch(path.name)) for path in self.directory.glob(".*"))
+        return {path for path, match in found if match and match[1] in kinds}
 
     def _paths(self):
         """Finished checkpoints, the oldest first."""
-        paths = self.directory.glob("[0-9]*")
-        return sorted((path for path in paths if path.name.isdecimal()), key=lambda path: int(path.name))
+        paths = (path for path in self.directory.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        return sorted(
+            (path for path in paths if path.name == _name(int(path.name))), key=lambda p: int(p.name)
+        )
 
 
 def to_stored(model: Any) -> Stored:
-    """A copy of a model's arrays, on the host."""
-    by_type = {}
-    for leaf in map(np.asarray, jax.tree.leaves(model)):
+    """A copy of a model's leaves, on the host."""
+    own, by_type = plain(model), {}
+    for leaf in map(np.asarray, jax.tree.leaves(own)):
         by_type.setdefault(leaf.dtype.name, []).append(leaf.ravel())
-    return Stored({name: np.concatenate(parts) for name, parts in by_type.items()}, _arrays(model))
+    return Stored({name: np.concatenate(parts) for name, parts in by_type.items()}, _arrays(own))
 
 
 def from_stored(model: Stored, like: Any) -> Any:
-    """The model that was stored, in views of its numbers. ValueError where `like` is of another form."""
-    _check_arrays(model.arrays, like)
+    """The model that was stored, packed as `like`. OtherForm where its leaves are not those of `like`."""
+    wanted = plain_like(like)
+    _check_arrays(model.arrays, wanted)
     leaves, used = [], dict.fromkeys(model.numbers, 0)
-    for leaf in jax.tree.leaves(like):
+    for leaf in jax.tree.leaves(wanted):
         name, start = leaf.dtype.name, used[leaf.dtype.name]
         used[name] += math.prod(leaf.shape)
         leaves.append(model.numbers[name][start : used[name]].reshape(leaf.shape))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return as_packed(jax.tree.unflatten(jax.tree.structure(wanted), leaves), like)
 
 
 def _arrays(tree):
@@ -223,8 +227,11 @@ def _check_arrays(arrays, like):
     if not isinstance(arrays, list):
         raise OtherForm(f"no list of arrays instead of {len(wanted)}")
     for there, own in itertools.zip_longest(arrays, wanted):
-        if there != own:
-            raise OtherForm(f"{there} instead of {own}")
+        if there == own:
+            continue
+        if ".arrays[" in str(there):
+            raise OtherForm("it names no leaves, as an earlier release saved it, which can go on from it")
+        raise OtherForm(f"{there} instead of {own}")
 
 
 def _name(round):
@@ -233,8 +240,7 @@ def _name(round):
 
 def _read(path, log) -> Progress:
     try:
-        if _sums(path) != (path / SUMS).read_text():
-            raise Damaged(f"its files differ from {SUMS}")
+        _check_sums(path)
         progress = Progress(**json.loads((path / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Damaged(_line(error)) from error
@@ -247,11 +253,65 @@ def _read(path, log) -> Progress:
     return progress
 
 
+def _check_sums(path):
+    """Damaged where a file that SHA256SUMS lists is missing or another, or where it does not list them all.
+    What it does not list, as a file manager or NFS leaves it, is not of the checkpoint.
+    """
+    listed = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]
+    if any(len(pair) != 2 for pair in listed):
+        raise Damaged(f"{SUMS} is not of this form")
+    for digest, name in listed:
+        if not (path / name).resolve().is_relative_to(path.resolve()) or _digest(path / name) != digest:
+            raise Damaged(f"{name} differs from {SUMS}")
+    tops = {Path(name).parts[0] for _, name in listed}
+    if missing := sorted({MODEL, ARRAYS, PROGRESS} - tops):
+        raise Damaged(f"{SUMS} lacks {', '.join(missing)}")
+
+
 def _sums(path) -> str:
     """A line of digest and name for every file below `path`."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != SUMS)
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return "".join(f"{sum}  {file.relative_to(path)}\n" for sum, file in zip(digests, files, strict=True))
+    return "".join(f"{_digest(file)}  {file.relative_to(path)}\n" for file in files)
+
+
+def _digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _staging():
+    """A directory for this save alone, locked while it lasts: nobody takes one in use for a dead run's."""
+    place, prefix = Path(tempfile.gettempdir()), f"sfl_jax-{os.getuid()}-"
+    for left in place.glob(f"{prefix}*"):
+        _sweep(left)
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks has no sweeping either
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def _sweep(path):
+    """Remove a staging directory whose run was killed: nobody holds its lock, and it is not a new one."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(handle).st_mtime > STAGING_AGE_S:
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _remove(path):
+    """Make room for another of this name: what cannot be deleted, as what is read on NFS, moves away."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        path.rename(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
 
 
 def _checkpointer():
@@ -290,8 +350,9 @@ def _restore_model(path, like):
         arrays = json.loads((path / ARRAYS).read_text())
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path / ARRAYS}: cannot be read ({_line(error)})") from error
-    _check_arrays(arrays, like)
-    return from_stored(Stored(_read_numbers(path / MODEL, like), arrays), like)
+    wanted = plain_like(like)
+    _check_arrays(arrays, wanted)
+    return from_stored(Stored(_read_numbers(path / MODEL, wanted), arrays), like)
 
 
 def _read_numbers(path, like):

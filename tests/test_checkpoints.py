@@ -1,6 +1,7 @@
 """Checkpoints: what comes back, what is kept, and every way in which a file can be damaged."""
 
 import hashlib
+import os
 import pickle
 import shutil
 import subprocess
@@ -8,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -16,8 +16,10 @@ import pytest
 from disks import fill
 from federated import rounds
 
+from sfl_jax import checkpoints as checkpoints_module
 from sfl_jax.checkpoints import Checkpoints, Progress, from_stored, to_stored
 from sfl_jax.errors import BadInput
+from sfl_jax.federated import packing
 from sfl_jax.federated.round import Model
 
 LOG = b"".join(b"round %d\n" % number for number in range(1, 10))
@@ -144,9 +146,71 @@ def test_any_damage_to_any_file_is_noticed(saved, tmp_path, caplog):
     assert tried == 4 * len(files)
 
 
-def test_an_added_file_is_noticed(copy, caplog):
-    (copy / "000005" / "model" / "more").write_text("")
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "._x", "Thumbs.db", ".nfs0001", "model/.DS_Store", "model/d/.nfs2"]
+)
+def test_a_file_that_somebody_left_in_a_checkpoint_is_not_of_it(name, copy, caplog):
+    for path in (copy / "000005" / name, copy / ".DS_Store"):
+        path.write_bytes(b"\0not ours")
+    checkpoints = Checkpoints(copy, keep=2)
+    assert checkpoints.newest(LOG) == progress(5)
+    assert caplog.messages == []
+    back = checkpoints.restore(progress(5), jax.eval_shape(lambda: model(0)))
+    jax.tree.map(np.testing.assert_array_equal, back, model(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda lines: lines[1:], "SHA256SUMS lacks arrays.json"),
+        (lambda lines: lines[:-1], "SHA256SUMS lacks progress.json"),
+        (lambda lines: [lines[0], lines[-1]], "SHA256SUMS lacks model"),
+        (lambda lines: [], "SHA256SUMS lacks arrays.json, model, progress.json"),
+        (lambda lines: [*lines, "0123"], "SHA256SUMS is not of this form"),
+        (
+            lambda lines: [*lines, lines[0].replace("arrays.json", "../000002/arrays.json")],
+            "differs from SHA256",
+        ),
+    ],
+)
+def test_sums_must_list_all_that_a_checkpoint_is_made_of(change, reason, copy, caplog):
+    path = copy / "000005" / "SHA256SUMS"
+    path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
     assert Checkpoints(copy, keep=2).newest(LOG) == progress(2)
+    assert reason in caplog.text
+
+
+def test_what_somebody_else_keeps_beside_the_checkpoints_stays(copy):
+    others = ["4", "0000002", "mine", ".download.part", ".000002.bak"]
+    for name in others:
+        shutil.copytree(copy / "000002", copy / name)
+    (copy / "000001").write_text("a file")
+    checkpoints = Checkpoints(copy, keep=1)
+    assert checkpoints.newest(LOG) == progress(5)
+    checkpoints.save({"x": np.ones(3)}, progress(6))
+    checkpoints.wait()
+    assert sorted(path.name for path in copy.iterdir()) == sorted(["000001", "000006", *others])
+
+
+@pytest.mark.parametrize("can_be_deleted", [True, False])
+def test_what_a_killed_run_left_of_a_replaced_checkpoint_is_not_in_the_way(can_be_deleted, copy, monkeypatch):
+    (copy / "000005" / "progress.json").write_text("{}")
+    for kind in ("old", "part"):
+        shutil.copytree(copy / "000002", copy / f".000005.{kind}")
+    checkpoints = Checkpoints(copy, keep=2)
+    assert checkpoints.newest(LOG) == progress(2)
+    if not can_be_deleted:  # as on NFS, while somebody reads it
+        remove = shutil.rmtree
+        monkeypatch.setattr(
+            shutil, "rmtree", lambda path, **how: None if ".0" in str(path) else remove(path, **how)
+        )
+    checkpoints.save({"x": np.ones(3)}, progress(5))
+    checkpoints.wait()
+    assert Checkpoints(copy, keep=2).newest(LOG) == progress(5)
+    monkeypatch.undo()
+    checkpoints.save({"x": np.ones(3)}, progress(6))
+    checkpoints.wait()
+    assert sorted(path.name for path in copy.iterdir()) == ["000005", "000006"]
 
 
 def test_the_sums_can_be_checked_by_hand(saved):
@@ -196,7 +260,7 @@ def test_a_damaged_one_is_replaced_and_does_not_count(copy, caplog):
 
 
 def test_another_network_is_refused(saved):
-    like = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), model(0)))
+    like = jax.eval_shape(lambda: Model.of(jax.tree.map(lambda x: x[..., None], model(0).variables)))
     with pytest.raises(BadInput, match=r"000005: is no checkpoint of this .*\] instead of \["):
         Checkpoints(saved, keep=2).restore(progress(5), like)
 
@@ -212,6 +276,47 @@ def test_arrays_of_other_names_or_forms_are_refused_although_their_numbers_are_a
     for other in (swapped, packed._replace(arrays=turned), packed._replace(arrays=packed.arrays[:-1])):
         with pytest.raises(ValueError, match="instead of"):
             from_stored(other, like)
+
+
+def test_leaves_are_known_by_their_paths_however_they_are_packed(saved, monkeypatch):
+    packed = jax.eval_shape(lambda: model(0))
+    monkeypatch.setattr(packing, "SMALL", 100)
+    like = jax.eval_shape(lambda: model(0))
+    assert jax.tree.structure(like) != jax.tree.structure(packed)
+    back = Checkpoints(saved, keep=2).restore(progress(5), like)
+    jax.tree.map(np.testing.assert_array_equal, back, model(5))
+
+
+def renamed(tree, **names):
+    """A tree of dicts whose leaves have other names."""
+    if isinstance(tree, dict):
+        return {names.get(name, name): renamed(value, **names) for name, value in tree.items()}
+    return tuple(renamed(value, **names) for value in tree) if isinstance(tree, tuple) else tree
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [({"bias": "base"}, r"\['bias'\].*instead of.*\['base'\]"),  # the order of the leaves stays
+     ({"bias": "zeta"}, r"\['bias'\].*instead of.*\['kernel'\]")],
+)  # fmt: skip
+def test_a_leaf_of_another_name_is_refused_although_its_form_is_the_same(names, said, tmp_path):
+    units = tuple(
+        {"dense": {"bias": np.zeros(4), "kernel": np.ones(4)}, "norm": np.full(3, 2.0)} for _ in "ab"
+    )
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save({"params": packing.pack(units)}, progress(2))
+    checkpoints.wait()
+    same = checkpoints.restore(progress(2), {"params": packing.pack(units)})
+    jax.tree.map(np.testing.assert_array_equal, same["params"].unpack(), units)
+    with pytest.raises(BadInput, match=rf"000002: is no checkpoint of this network and release \(.*{said}"):
+        checkpoints.restore(progress(2), {"params": packing.pack(renamed(units, **names))})
+
+
+def test_a_checkpoint_of_an_earlier_release_is_refused_in_a_line_that_says_so(copy):
+    path = copy / "000005" / "arrays.json"
+    path.write_text('[[".packed.params.arrays[0][0]", "float32", [304]]]')
+    with pytest.raises(BadInput, match=r"it names no leaves, as an earlier release saved it"):
+        Checkpoints(copy, keep=2).restore(progress(5), jax.eval_shape(lambda: model(0)))
 
 
 def test_arrays_of_several_types_and_none_at_all():
@@ -255,14 +360,21 @@ def test_a_full_temporary_directory_is_named_and_orbax_never_meets_it(small_temp
     assert [path.name for path in small_temporary.iterdir()] == ["filler"]
 
 
-def test_what_a_killed_run_left_in_the_temporary_directory_is_cleared(small_temporary, tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    killed = checkpoints._staging()
-    (killed.__enter__() / "half").write_text("never left in order")
-    assert [*small_temporary.rglob("half")]
-    checkpoints.save({"x": np.ones(3)}, progress(1))
-    checkpoints.wait()
-    assert [*small_temporary.iterdir()] == []
+def test_what_a_killed_run_left_in_the_temporary_directory_is_cleared(tmp_path, monkeypatch):
+    """And nothing else: neither what another save holds, as of a container that shares the directory, nor
+    what is so new that its lock may be still to come.
+    """
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with checkpoints_module._staging() as held:
+        killed, new = (Path(tempfile.mkdtemp(prefix=f"sfl_jax-{os.getuid()}-")) for _ in range(2))
+        (tmp_path / "sfl_jax-0-file").write_text("no directory")
+        (killed / "half").write_text("never left in order")
+        for path in (killed, held, tmp_path / "sfl_jax-0-file"):
+            os.utime(path, (1, 1))
+        with checkpoints_module._staging() as own:
+            assert {*tmp_path.glob("sfl*")} == {held, own, new, tmp_path / "sfl_jax-0-file"}
+            assert own.stat().st_mode & 0o777 == 0o700
+    assert {*tmp_path.glob("sfl*")} == {new, tmp_path / "sfl_jax-0-file"}
 
 
 def test_no_checkpoints(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sfl_jax.models import Variables
 
@@ -63,12 +64,40 @@ class PackedVariables(NamedTuple):
         return Variables(self.params.unpack(), self.batch_stats.unpack())
 
 
-def pack(units: Sequence[Any]) -> Packed:
-    """A pytree for each unit, packed."""
+def pack(units: Sequence[Any], numpy: Any = jnp) -> Packed:
+    """A pytree for each unit, packed; `numpy`: where, np on the host."""
     flat = [jax.tree.flatten(unit) for unit in units]
     layouts = [Layout(structure, tuple(leaf.shape for leaf in leaves)) for leaves, structure in flat]
-    arrays = [_join(leaves, layout.is_small()) for (leaves, _), layout in zip(flat, layouts, strict=True)]
+    arrays = [
+        _join(leaves, layout.is_small(), numpy) for (leaves, _), layout in zip(flat, layouts, strict=True)
+    ]
     return Packed(tuple(arrays), tuple(layouts))
+
+
+def plain(tree: Any) -> Any:
+    """`tree` with all that is packed in it unpacked, on the host, in views of the same numbers."""
+    return _map_packed(lambda packed: tuple(map(_cut_on_host, packed.arrays, packed.layouts)), tree)
+
+
+def plain_like(tree: Any) -> Any:
+    """Shapes and types of `plain`, of shapes or arrays."""
+    return _map_packed(functools.partial(jax.eval_shape, Packed.unpack), tree)
+
+
+def as_packed(tree: Any, like: Any) -> Any:
+    """What `plain` made, packed again on the host where `like` is."""
+    return _map_packed(lambda _, units: pack(units, np), like, tree)
+
+
+def _map_packed(function, tree, *others):
+    """`function` of all that is packed in `tree`, and of what is in its place in others; the rest as it is in
+    the last of them.
+    """
+
+    def of(*nodes):
+        return function(*nodes) if isinstance(nodes[0], Packed) else nodes[-1]
+
+    return jax.tree.map(of, tree, *others, is_leaf=lambda node: isinstance(node, Packed))
 
 
 # The gradient of a cut is a concatenation; derived by itself it would be a sum of padded vectors.
@@ -80,16 +109,20 @@ def _unpack(packed: Packed) -> tuple[Any, ...]:
 _unpack.defvjp(lambda packed: (_unpack(packed), None), lambda _, gradients: (pack(gradients),))
 
 
-def _join(leaves, is_small):
+def _join(leaves, is_small, numpy):
     parts = [leaf.reshape(-1) for leaf in itertools.compress(leaves, is_small)]
     large = [leaf for leaf, small in zip(leaves, is_small, strict=True) if not small]
-    return (jnp.concatenate(parts), *large) if parts else tuple(large)
+    return (numpy.concatenate(parts), *large) if parts else tuple(large)
 
 
-def _cut(arrays, layout):
+def _cut_on_host(arrays, layout):
+    return _cut(map(np.asarray, arrays), layout, np)
+
+
+def _cut(arrays, layout, numpy=jnp):
     is_small, large = layout.is_small(), iter(arrays)
     ends = itertools.accumulate(math.prod(shape) for shape in itertools.compress(layout.shapes, is_small))
-    parts = iter(jnp.split(next(large), list(ends)[:-1]) if any(is_small) else ())
+    parts = iter(numpy.split(next(large), list(ends)[:-1]) if any(is_small) else ())
     leaves = [
         next(parts).reshape(shape) if small else next(large)
         for shape, small in zip(layout.shapes, is_small, strict=True)

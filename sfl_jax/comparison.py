@@ -14,11 +14,13 @@ from sfl_jax import experiment, optim, planning
 from sfl_jax.config import Config
 from sfl_jax.turnout import delays, turnout
 
-# What is compared: every method, and alternation also as the best of several starts and with recall.
-FOUR_STARTS, RECALL = "alternating, 4 starts", "alternating, recall"
+# What is compared: every method; alternation also from several starts and with recall, regression also with
+# its cuts rounded to the nearest.
+FOUR_STARTS, RECALL, NEAREST = "alternating, 4 starts", "alternating, recall", "regression, nearest"
 _OPTIONS: dict[str, dict[str, Any]] = {
     FOUR_STARTS: {"starts": ("equal", "proportional", "random", "random")},
     RECALL: {"recall": True},
+    NEAREST: {"rounding": "nearest"},
 }
 
 FACTORS = 2.0 ** np.arange(-4, 5)  # of the server, and of every uplink
@@ -169,6 +171,8 @@ def clocks(
         name += f", starts {config.starts}"
     if config.recall:
         name += ", recall"
+    if config.rounding != Config.rounding:
+        name += f", {config.rounding}"
     others = schemes(config.barrier) if rivals is None else rivals
     names = [name, *(scheme for scheme in others if scheme != name)]
     rounds_s = np.full((len(names), rounds), np.inf)

@@ -16,6 +16,7 @@ METHODS = (
 )  # fmt: skip
 ALTERNATING = ("alternating", "regression")
 STARTS = ("equal", "proportional", "random")
+ROUNDINGS = ("need", "nearest")
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
@@ -113,6 +114,10 @@ class Config:
     recall: bool = _flag(
         False, FLEET, PLANNING, "of alternating and regression: who left the server and ends last comes back"
     )
+    rounding: str = _flag(
+        "need", FLEET, PLANNING, "how regression makes a cut whole: the neighbour that needs less server, or the "
+        "nearest", choices=ROUNDINGS,
+    )  # fmt: skip
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
     links: str = _flag(
         "fixed", FLEET, PLANNING, "the fleet's rates, or Shannon's by distance, or fading too", choices=LINKS
@@ -320,6 +325,8 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(f"--starts={config.starts}: needs --method=alternating or --method=regression")
     if config.recall and config.method not in ALTERNATING:
         raise BadInput("--recall=true: needs --method=alternating or --method=regression")
+    if config.rounding != Config.rounding and config.method != "regression":
+        raise BadInput(f"--rounding={config.rounding}: needs --method=regression")
     if config.plan_only and config.band != "fixed":
         raise BadInput(f"--band={config.band}: must be fixed with --plan_only, which compares every method")
     for name, holds in _IN_TRAINING.items():

@@ -159,6 +159,7 @@ def solve(
             round_key(config, round),
             starts=config.starts.split(","),
             recall=config.recall,
+            rounding=config.rounding,
         )
     except optim.Infeasible as error:
         raise BadInput(_named(error, fleet)) from error

@@ -172,6 +172,7 @@ def test_choices_are_those_of_the_registries():
     assert config_lib.METHODS == optim.METHODS
     assert config_lib.BARRIERS == optim.BARRIERS
     assert config_lib.STARTS == optim.STARTS
+    assert config_lib.ROUNDINGS == optim.ROUNDINGS
 
 
 def test_a_run_may_go_on_with_other_settings_that_change_no_numbers_but_for_rounding():

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from sfl_jax.comparison import DRAWS, ERRORS, FOUR_STARTS, RECALL, Row
+from sfl_jax.comparison import DRAWS, ERRORS, FOUR_STARTS, NEAREST, RECALL, Row
 from sfl_jax.config import Config
 from sfl_jax.files import whole_file
 
@@ -17,6 +17,7 @@ from sfl_jax.files import whole_file
 _STYLES = {
     "exact": ("black", "-"),
     "regression": ("#d55e00", "-"),
+    NEAREST: ("#d55e00", "--"),
     "alternating": ("#0072b2", "-"),
     FOUR_STARTS: ("#0072b2", "--"),
     RECALL: ("#0072b2", ":"),

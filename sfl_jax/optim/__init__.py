@@ -6,13 +6,14 @@ from sfl_jax.optim.costs import Costs, Seconds, Terms, Work, samples_processed, 
 from sfl_jax.optim.infeasible import servable
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
-from sfl_jax.optim.regression import Curve, Fit, fit_curves, relaxed
+from sfl_jax.optim.regression import ROUNDINGS, Curve, Fit, fit_curves, relaxed
 from sfl_jax.optim.solve import BARRIERS, METHODS, solve, solve_arrays
 from sfl_jax.optim.staged import STAGED_METHODS
 
 __all__ = [
     "BARRIERS",
     "METHODS",
+    "ROUNDINGS",
     "STAGED_METHODS",
     "STARTS",
     "BandPlan",

@@ -2,8 +2,9 @@
 
 Per quantity (client work, model, smashed data) several families are fitted by least squares over the
 cuts and the one with the least AICc is taken. The alternation then runs on the fitted curves, sampled
-at every 16th of a unit and straight between samples, so that the best continuous cut is a sample; last,
-cuts are rounded to the nearest that is allowed.
+at every 16th of a unit and straight between samples, so that the best continuous cut is a sample. Last, each
+client takes a whole cut: of the allowed ones just below and just above its continuous cut, the one that needs
+the smaller share of the server to end with the round (ROUNDINGS: "need"), or the nearest ("nearest").
 """
 
 import functools
@@ -18,6 +19,8 @@ from sfl_jax.optim.costs import Floats, Terms
 from sfl_jax.optim.table import FEW, least, table
 
 SAMPLES_PER_UNIT = 16
+ROUNDINGS = ("need", "nearest")
+_NO_SHARE = 1e30  # more than any share, for every second
 QUANTITIES = ("forward_flop", "backward_flop", "model_bits", "smashed_bits")
 
 
@@ -134,14 +137,38 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
     return continuous
 
 
-def rounded(terms, samples):
-    """The allowed cut of each client nearest to its relaxed one, an index of a sample (K,); (K,) int32."""
-    wanted = samples / SAMPLES_PER_UNIT
+def rounded(terms, samples, round_s, rounding: str):
+    """The whole cut of each client (K,) int32, of its relaxed one, an index of a sample (K,).
 
-    def distance(cut, column):
-        return jnp.where(column[2], jnp.abs(wanted - cut), jnp.inf)
+    round_s: () the round that the relaxed cuts promise; rounding: one of ROUNDINGS.
+    """
+    wanted, swept, shape = samples / SAMPLES_PER_UNIT, table(terms), terms.shape
 
-    return least(table(terms), terms.shape, distance, FEW)[1]
+    def nearest(among):
+        """(distance, cut) of the nearest allowed cut of those for which among(cut, wanted)."""
+
+        def distance(cut, column):
+            return jnp.where(column[2] & among(cut, wanted), jnp.abs(wanted - cut), jnp.inf)
+
+        return least(swept, shape, distance, FEW)
+
+    if rounding == "nearest":
+        return nearest(lambda cut, wanted: True)[1]
+    below, above = nearest(jnp.less_equal), nearest(jnp.greater_equal)
+    needs = [_need(terms, distance, cuts, round_s) for distance, cuts in (below, above)]
+    return jnp.where(needs[1] < needs[0], above[1], below[1])
+
+
+def _need(terms, distance, cuts, round_s):
+    """The share (K,) with which these cuts end by round_s; infinite where there is no such cut.
+
+    Where no share is enough, the cut that takes less time off the server counts as the one that needs less.
+    """
+    fixed_s, work, _ = terms.at(cuts)
+    left_s = round_s - fixed_s
+    in_time = jnp.where(work > 0, left_s > 0, left_s >= 0)
+    share = jnp.where(in_time, work / jnp.where(left_s > 0, left_s, 1.0), _NO_SHARE * fixed_s)
+    return jnp.where(distance < jnp.inf, share, jnp.inf)
 
 
 def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:

@@ -17,7 +17,7 @@ from sfl_jax.optim.exact import exact
 from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
 from sfl_jax.optim.needed import needed_cuts
 from sfl_jax.optim.plan import Plan, Solution
-from sfl_jax.optim.regression import fit_curves, relaxed, rounded
+from sfl_jax.optim.regression import ROUNDINGS, fit_curves, relaxed, rounded
 from sfl_jax.optim.shares import optimal_shares, shares_by
 from sfl_jax.optim.staged import STAGED_METHODS, solve_staged
 from sfl_jax.optim.table import MANY, Needed
@@ -47,18 +47,20 @@ def solve(
     *,
     starts: Sequence[str] = ("equal",),
     recall: bool = False,
+    rounding: str = "need",
 ) -> Plan:
     """Cuts and shares of one round, with the proof of how good they can be.
 
     server_flops: FLOP/s of the server.  present: (K,) bool, absent clients cost nothing.  key: a JAX
     random key, for random_cut and random starts.  starts: of alternating and regression, the best of
     equal, proportional, random.  recall: they call back who left the server and ends last; `alternating`
-    then is optimal.  regression and the staged barrier need Terms.
+    then is optimal.  rounding: how regression makes continuous cuts whole, see `regression.py`.
+    regression and the staged barrier need Terms.
 
     Runs on the CPU in float64 whatever the process's default device and precision are. Infeasible
     names the clients that the method cannot serve; BadInput what makes no sense.
     """
-    _check(costs, server_flops, method, barrier, key, starts)
+    _check(costs, server_flops, method, barrier, key, starts, rounding)
     clients, count = costs.shape
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
     if here.shape != (clients,):
@@ -76,7 +78,7 @@ def solve(
         # The optimum apart, compiled once for all methods: it bounds them.
         plan = _exact(costs, flops, here, *_needed(costs))
         if method != "exact":
-            chosen = _other(costs, flops, here, method, key, tuple(starts), curves, recall)
+            chosen = _other(costs, flops, here, method, key, tuple(starts), curves, recall, rounding)
             plan = chosen._replace(bound_s=plan.bound_s, iterations=chosen.iterations)
         plan = jax.tree.map(np.asarray, plan)
     if not plan.feasible:
@@ -97,6 +99,7 @@ def solve_arrays(
     starts=("equal",),
     curves=None,
     recall=False,
+    rounding="need",
 ) -> Solution:
     """The pure twin of `solve` under the session barrier, for jit and vmap: a flag instead of Infeasible.
 
@@ -111,7 +114,7 @@ def solve_arrays(
     best = _optimum(costs, server_flops, present)
     if method == "exact":
         return best
-    other = _chosen(costs, server_flops, present, method, key, starts, curves, recall)
+    other = _chosen(costs, server_flops, present, method, key, starts, curves, recall, rounding)
     return other._replace(bound_s=best.bound_s)
 
 
@@ -133,13 +136,15 @@ def _optimum(costs, server_flops, present, needed=None, block=None) -> Solution:
     return Solution(cuts, shares, ends, round_s, bound_s, passes, feasible)
 
 
-def _chosen(costs, server_flops, present, method, key, starts, curves, recall) -> Solution:
+def _chosen(costs, server_flops, present, method, key, starts, curves, recall, rounding) -> Solution:
     """Any other method's solution, with no bound of its own."""
     steps = jnp.int32(1)
     if method in ("alternating", "regression"):
         table = curves if method == "regression" else costs
         rest = alternating(table, server_flops, present, starts=starts, key=key, recall=recall)
-        steps, cuts = rest.iterations, rounded(costs, rest.cuts) if method == "regression" else rest.cuts
+        steps, cuts = rest.iterations, rest.cuts
+        if method == "regression":
+            cuts = rounded(costs, cuts, rest.round_s, rounding)
     elif method == "greedy":
         cuts, steps = baselines.greedy(costs, server_flops, present)
     elif method == "equal_shares":
@@ -164,10 +169,12 @@ def _chosen(costs, server_flops, present, method, key, starts, curves, recall) -
 
 
 _exact = jax.jit(_optimum, static_argnames="block")
-_other = partial(jax.jit, static_argnames=("method", "starts", "recall"))(_chosen)
+_other = partial(jax.jit, static_argnames=("method", "starts", "recall", "rounding"))(_chosen)
 
 
-def _check(costs: Costs | Terms, server_flops: float, method: str, barrier: str, key, starts) -> None:
+def _check(
+    costs: Costs | Terms, server_flops: float, method: str, barrier: str, key, starts, rounding
+) -> None:
     if method not in METHODS:
         raise BadInput(f"method={method}: choose one of {', '.join(METHODS)}")
     if barrier not in BARRIERS:
@@ -182,6 +189,8 @@ def _check(costs: Costs | Terms, server_flops: float, method: str, barrier: str,
         )
     if not starts or not set(starts) <= set(STARTS):
         raise BadInput(f"starts={starts}: choose some of {', '.join(STARTS)}")
+    if rounding not in ROUNDINGS:
+        raise BadInput(f"rounding={rounding}: choose one of {', '.join(ROUNDINGS)}")
     if key is None and (method == "random_cut" or "random" in starts):
         what = "method=random_cut" if method == "random_cut" else f"starts={starts}"
         raise BadInput(f"{what} needs key, a JAX random key; got None")

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from optim import oracles
 
-from sfl_jax import optim
+from sfl_jax import fleet, models, optim
 from sfl_jax.errors import BadInput
 from sfl_jax.optim import regression
 
@@ -123,17 +123,44 @@ def test_where_the_fits_are_exact_the_relaxed_terms_are_the_table():
         np.testing.assert_allclose(at_cuts[1:], getattr(terms, name)[1:], rtol=1e-9, err_msg=name)
 
 
-def test_rounding_takes_the_nearest_allowed_cut():
-    fleet = oracles.fleet(3, memory_bytes=np.array([1e12, 2.2e6, 1e12]))
-    terms = optim.terms(oracles.profile(5), fleet, optim.Work(min_cut=2))
-    allowed = terms.costs().allowed
+def test_rounding_takes_the_nearest_allowed_cut_or_the_neighbour_that_needs_less():
+    clients = oracles.fleet(3, memory_bytes=np.array([1e12, 2.2e6, 1e12]))
+    terms = optim.terms(oracles.profile(5), clients, optim.Work(min_cut=2))
+    costs = terms.costs()
+    allowed = costs.allowed
     assert allowed[0].tolist() == [False, False, True, True, True, True]
     last = int(np.flatnonzero(allowed[1])[-1])
     assert last < 5
-    with jax.enable_x64(True):
-        samples = np.array([round(4.4 * 16), 5 * 16, 0])
-        cuts = regression.rounded(jax.tree.map(jax.numpy.asarray, terms), samples)
-    assert cuts.tolist() == [4, last, 2]
+    samples = np.array([round(4.4 * 16), 5 * 16, 0])
+    # A time that both neighbours meet, one that no neighbour meets, and all in between.
+    for round_s in np.geomspace(0.5 * costs.fixed_s[0].min(), 3 * costs.fixed_s[0].max(), 25):
+        with jax.enable_x64(True):
+            traced = jax.tree.map(jax.numpy.asarray, terms)
+            nearest = regression.rounded(traced, samples, round_s, "nearest")
+            need = regression.rounded(traced, samples, round_s, "need")
+        assert nearest.tolist() == [4, last, 2]
+        below, above = 4, 5
+        left = round_s - costs.fixed_s[0]
+        with np.errstate(divide="ignore"):
+            share = np.where(left > 0, costs.server_flop[0] / left, np.inf)
+        if np.isfinite(share[[below, above]]).any():
+            assert need[0] == (above if share[above] < share[below] else below)
+        else:
+            assert need[0] == (above if costs.fixed_s[0, above] < costs.fixed_s[0, below] else below)
+        assert need[1:].tolist() == [last, 2]  # one neighbour alone is open to these two
+
+
+def test_rounding_by_need_is_nearer_to_the_optimum():
+    profile = models.profile(models.create("efficientnetv2-b0"), (32, 32, 1))
+    gaps = {rounding: [] for rounding in optim.ROUNDINGS}
+    for seed in range(3):
+        clients = fleet.random_fleet(30, seed=seed).with_samples([600] * 30)
+        terms, flops = optim.terms(profile, clients, optim.Work()), 0.1 * clients.flops.sum()
+        for rounding, found in gaps.items():
+            plan = optim.solve(terms, flops, "regression", rounding=rounding)
+            oracles.assert_sound(terms.costs(), flops, plan)
+            found.append(plan.gap)
+    assert np.mean(gaps["need"]) < 0.6 * np.mean(gaps["nearest"])
 
 
 def test_dense_costs_have_no_curves():

@@ -115,8 +115,8 @@ class Config:
         False, FLEET, PLANNING, "of alternating and regression: who left the server and ends last comes back"
     )
     rounding: str = _flag(
-        "need", FLEET, PLANNING, "how regression makes a cut whole: the neighbour that needs less server, or the "
-        "nearest", choices=ROUNDINGS,
+        "need", FLEET, PLANNING, "how regression makes a cut whole: the neighbour that needs less server, or "
+        "the nearest", choices=ROUNDINGS,
     )  # fmt: skip
     barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
     links: str = _flag(

@@ -1,8 +1,10 @@
+import functools
 import os
 import subprocess
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 
 # How long an example takes says more about the machine, and about compiling, than about the code. The profile
@@ -10,6 +12,9 @@ import pytest
 hypothesis.settings.register_profile("project", deadline=None)
 if hypothesis.settings.get_current_profile_name() != "ci":
     hypothesis.settings.load_profile("project")
+
+# NaN on both sides is no agreement.
+np.testing.assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported
 # Neither use nor fill the user's cache of compiled programs: processes that tests start, and this one.

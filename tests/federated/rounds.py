@@ -1,5 +1,6 @@
 """Small rounds for tests: tiny on 16x16 noise, one client for every cut, unequal sessions and weights."""
 
+import finite
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,35 +99,38 @@ def client(work, k):
 
 
 def difference(tree, other):
-    """The largest difference of two trees, each leaf relative to its largest element.
+    """The largest difference of two trees, each leaf relative to its largest element. All must be finite.
 
     Leaves below 0.01 are measured against 0.01: a bias that batch norm cancels is 0 but for rounding.
     """
 
     def of_leaf(a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return np.abs(a - b).max() / max(np.abs(a).max(), 0.01)
 
-    return max(of_leaf(a, b) for a, b in zip(leaves(tree), leaves(other), strict=True))
+    return max(of_leaf(a, b) for a, b in finite.pairs(unpacked(tree), unpacked(other)))
 
 
-def leaves(tree):
-    """Of a tree, what is packed leaf by leaf."""
-    parts = jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, Packed))
-    return jax.tree.leaves([part.unpack() if isinstance(part, Packed) else part for part in parts])
+def unpacked(tree):
+    """The tree with what is packed in it as it was before."""
+    return jax.tree.map(
+        lambda part: part.unpack() if isinstance(part, Packed) else part,
+        tree,
+        is_leaf=lambda part: isinstance(part, Packed),
+    )
 
 
 def distance(params, other, start):
-    """The norm of the difference of two results over that of the update that led to the second."""
+    """The norm of the difference of two results over that of the update that led to the second. All must be
+    finite.
+    """
 
     def norm(a, b):
-        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        return np.linalg.norm([np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y)) for x, y in pairs])
+        return np.linalg.norm([np.linalg.norm(x - y) for x, y in finite.pairs(a, b)])
 
     return norm(params, other) / norm(other, start)
 
 
 def typical_update(params, start, rate):
-    """The median size of what elements moved, in steps of the learning rate."""
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
-    return np.median(np.concatenate([np.abs(np.ravel(x - y)) for x, y in pairs])) / rate
+    """The median size of what elements moved, in steps of the learning rate. All must be finite."""
+    moved = [np.abs(np.ravel(x - y)) for x, y in finite.pairs(params, start)]
+    return np.median(np.concatenate(moved)) / rate

@@ -2,6 +2,7 @@
 
 import functools
 
+import finite
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,8 +127,7 @@ def test_any_cuts_give_fedavg_with_every_optimizer(x64, optimizer):
 def test_cuts_change_nothing_with_the_identity_link():
     work = rounds.assignments()
     other = work._replace(cut=work.cut[::-1].copy())
-    for a, b in zip(jax.tree.leaves(run(work)), jax.tree.leaves(run(other)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(run(work), run(other))
 
 
 def test_new_cuts_steps_weights_and_cohorts_compile_nothing():
@@ -155,10 +155,7 @@ def test_idle_steps_change_nothing_bitwise():
     work = rounds.assignments(steps=np.array([2, 1, 1] * 3))
     changed = work.batches.copy()
     changed[work.steps == 1, 1] = 63
-    for a, b in zip(
-        jax.tree.leaves(run(work)), jax.tree.leaves(run(work._replace(batches=changed))), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(run(work), run(work._replace(batches=changed)))
     changed[0, 1] = 63  # a step that is run
     assert rounds.difference(run(work), run(work._replace(batches=changed))) > 1e-4
 
@@ -168,17 +165,13 @@ def test_a_client_of_weight_0_has_no_influence():
     work.weight[4] = 0
     elsewhere = work.batches.copy()
     elsewhere[4] = 0
-    for a, b in zip(
-        jax.tree.leaves(run(work)), jax.tree.leaves(run(work._replace(batches=elsewhere))), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(run(work), run(work._replace(batches=elsewhere)))
 
 
 def test_nobody_came_keeps_the_variables():
     work = rounds.assignments()
     mean, loss = run(work._replace(weight=work.weight * 0))
-    for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(rounds.start()[0]), strict=True):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(mean, rounds.start()[0])
     assert np.isnan(loss)
 
 
@@ -207,14 +200,12 @@ def test_a_diverged_client_has_no_influence_and_is_named(number):
     assert nobody.tolist() == [-1] * rounds.CUTS
     assert loss == expected_loss
     assert np.isfinite(loss)
-    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(model.variables, expected.variables)
     assert rounds.difference(model.variables, variables) > 1e-3
 
     model, _, diverged = run(False, work)
     assert diverged.tolist() == [-1] * 4 + [work.client[4]] + [-1] * 4
-    for a, b in zip(jax.tree.leaves(model.variables), jax.tree.leaves(variables), strict=True):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(model.variables, variables)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
@@ -233,8 +224,7 @@ def test_a_step_of_the_server_that_overflows_is_not_taken():
     model, loss, diverged = step(start, samples, rounds.assignments(), KEY, jnp.asarray(rounds.RATE))
     assert np.isnan(loss)
     assert (diverged < 0).all()
-    for a, b in zip(jax.tree.leaves(model.variables), jax.tree.leaves(variables), strict=True):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(model.variables, variables)
 
 
 def test_learning_rate_free_optimisers_match_optax_sgd():
@@ -280,8 +270,7 @@ def test_a_client_that_does_not_come_has_no_influence_though_all_its_data_are_na
     there = np.arange(rounds.CUTS) != 4
     absent = work._replace(weight=work.weight * there, steps=work.steps * there)
     _, broken = rounds.poisoned(samples, absent, 4)
-    for a, b in zip(jax.tree.leaves(run(absent)), jax.tree.leaves(run(broken)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    finite.assert_equal(run(absent), run(broken))
     # Had it come, it would have been seen.
     assert run(work._replace(batches=broken.batches))[2].max() == work.client[4]
     assert rounds.difference(run(work)[0].variables, run(absent)[0].variables) > 1e-4

@@ -1,6 +1,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import finite
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,8 +105,8 @@ def pass_in_halves(case, cut, client_key=KEY, server_key=KEY, shift=0, up=1.0, d
 
 def distance(actual, expected):
     """Norm of the difference over the norm of what is expected."""
+    finite.pairs(actual, expected)
     actual, expected = (ravel_pytree(tree)[0] for tree in (actual, expected))
-    assert actual.shape == expected.shape
     return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
 
 

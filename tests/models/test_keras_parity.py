@@ -1,7 +1,9 @@
 """Every variant against keras.applications: same variables and images, same numbers."""
 
 import gc
+import math
 
+import finite
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,8 +67,8 @@ def passes(chain, variables, images, direction):
 
 
 def distance(actual, expected, floor=0.0):
-    difference = np.linalg.norm(np.subtract(actual, expected))
-    return float(difference / max(np.linalg.norm(expected), floor))
+    [(actual, expected)] = finite.pairs(actual, expected)
+    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), floor))
 
 
 def errors(actual, expected):
@@ -84,6 +86,24 @@ def errors(actual, expected):
             for name, value in expected.gradients.items()
         ),
     )
+
+
+@pytest.mark.parametrize("part", ["inference", "training", "batch_stats", "gradients"])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_the_comparison_refuses_what_is_not_finite(part, name):
+    def passes(number):
+        named = {f"{place}/moving_mean": np.ones(2) for place in "abc"}
+        arrays = {key: np.ones(2) for key in ("inference", "training")}
+        parts = arrays | {"batch_stats": named, "gradients": dict(named)}
+        if part in arrays:
+            return Passes(**parts | {part: np.array([1.0, number])})
+        parts[part][f"{name}/moving_mean"] = np.array([1.0, number])
+        return Passes(**parts)
+
+    assert max(errors(passes(1.0), passes(1.0))) == 0
+    for a, b in ((math.nan, 1.0), (1.0, math.nan), (math.inf, math.inf)):
+        with pytest.raises(AssertionError, match="not finite"):
+            errors(passes(a), passes(b))
 
 
 def check(name, size, form="conv"):

@@ -1,0 +1,34 @@
+"""Numbers for comparisons, none of which may be NaN or infinite.
+
+Python's `max` passes over NaN and NumPy's equality takes NaN for NaN, so a broken result may look equal.
+"""
+
+import jax
+import numpy as np
+
+
+def leaves(tree):
+    """The leaves by path, in float64. Raises AssertionError that names the first that is not finite."""
+    found = {
+        jax.tree_util.keystr(path) or "the number": np.asarray(leaf, np.float64)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for path, leaf in found.items():
+        wrong = leaf[~np.isfinite(leaf)]
+        assert not wrong.size, f"{path}: {wrong.size} of {leaf.size} numbers are not finite, first {wrong[0]}"
+    return found
+
+
+def pairs(tree, other):
+    """(leaf, leaf) of two trees of as many leaves and of the same shapes, all finite."""
+    found, expected = leaves(tree), leaves(other)
+    both = list(zip(found.values(), expected.values(), strict=True))
+    for path, (a, b) in zip(found, both, strict=True):
+        assert a.shape == b.shape, f"{path}: shape {a.shape}, not {b.shape}"
+    return both
+
+
+def assert_equal(tree, other):
+    """Both trees have the same numbers, bit for bit, and all are finite."""
+    for path, (a, b) in zip(leaves(tree), pairs(tree, other), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)

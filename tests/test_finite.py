@@ -1,0 +1,63 @@
+"""What tests compare with refuses a number that is not finite, wherever it stands and on either side."""
+
+import math
+
+import finite
+import jax
+import numpy as np
+import pytest
+from federated import rounds
+
+from sfl_jax.federated.packing import PackedVariables
+from sfl_jax.models import Variables
+
+TREE = {"first": np.ones(3), "middle": np.arange(4.0).reshape(2, 2) + 1, "last": np.ones(())}
+COMPARISONS = {
+    "pairs": finite.pairs,
+    "assert_equal": finite.assert_equal,
+    "difference": rounds.difference,
+    "distance": lambda a, b: rounds.distance(a, b, jax.tree.map(np.zeros_like, b)),
+    "distance, the start": lambda a, b: rounds.distance(b, jax.tree.map(lambda x: x + 1, b), a),
+    "typical update": lambda a, b: rounds.typical_update(a, b, 1.0),
+    "assert_allclose": lambda a, b: jax.tree.map(np.testing.assert_allclose, a, b),
+}
+
+
+def broken(number, leaf):
+    """`TREE` with `number` as the last of the numbers of a leaf."""
+    numbers = TREE[leaf].copy()
+    numbers.reshape(-1)[-1] = number
+    return TREE | {leaf: numbers}
+
+
+@pytest.mark.parametrize("leaf", TREE)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_what_is_not_finite_is_refused(name, number, leaf):
+    compare, wrong = COMPARISONS[name], broken(number, leaf)
+    compare(TREE, TREE)
+    if name == "assert_allclose":
+        number_pairs = [(wrong, wrong)] if math.isnan(number) else []  # two infinities are the same number
+    else:
+        number_pairs = [(wrong, wrong), (wrong, TREE), (TREE, wrong)]
+    for a, b in number_pairs:
+        with pytest.raises(AssertionError, match="nan" if name == "assert_allclose" else f"{leaf}.*1 of"):
+            compare(a, b)
+
+
+def test_a_leaf_inside_of_packed_variables_is_named():
+    whole = Variables(tuple({"w": np.ones(2)} for _ in range(3)), ({}, {}, {"mean": np.ones(2)}))
+    wrong = whole._replace(batch_stats=({}, {}, {"mean": np.array([1.0, np.nan])}))
+    packed = PackedVariables.of(whole)
+    assert rounds.difference(packed, whole) == 0
+    with pytest.raises(AssertionError, match="mean"):
+        rounds.difference(PackedVariables.of(wrong), packed)
+
+
+def test_shapes_and_leaves_are_those_of_the_other():
+    with pytest.raises(AssertionError, match=r"middle.*\(2, 2\)"):
+        finite.pairs(TREE, TREE | {"middle": np.ones((2, 1))})
+    with pytest.raises(ValueError, match="zip"):
+        finite.pairs(TREE, {"first": TREE["first"]})
+    with pytest.raises(AssertionError, match="first"):
+        finite.assert_equal(TREE, TREE | {"first": np.ones(3) + 1e-15})

@@ -122,6 +122,10 @@ class Config:
     links: str = _flag(
         "fixed", FLEET, PLANNING, "the fleet's rates, or Shannon's by distance, or fading too", choices=LINKS
     )
+    coherence_s: float = _flag(
+        0.0, FLEET, PLANNING, "seconds that a fade lasts under --links=fading; rates are means over the "
+        "fades that a transfer sees; 0: over all", at_least=0,
+    )  # fmt: skip
     band: str = _flag(
         "fixed",
         FLEET,
@@ -325,6 +329,8 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(f"--starts={config.starts}: needs --method=alternating or --method=regression")
     if config.recall and config.method not in ALTERNATING:
         raise BadInput("--recall=true: needs --method=alternating or --method=regression")
+    if config.coherence_s and config.links != "fading":
+        raise BadInput(f"--coherence_s={config.coherence_s:g}: needs --links=fading")
     if config.rounding != Config.rounding and config.method != "regression":
         raise BadInput(f"--rounding={config.rounding}: needs --method=regression")
     if config.plan_only and config.band != "fixed":

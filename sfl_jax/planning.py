@@ -122,8 +122,8 @@ def linked(
     """The terms with the links of a round; ids: each client's index where `fleet` is a part of the whole."""
     if config.links == "fixed":
         return terms
-    links = fleets.Links(rayleigh=config.links == "fading")
-    rates = fleets.fading_rates(fleet, links, config.seed, round, ids)
+    links = fleets.Links(rayleigh=config.links == "fading", coherence_s=config.coherence_s)
+    rates = fleets.fading_rates(fleet, links, config.seed, round, ids, float(terms.model_bits[-1]))
     return terms._replace(uplink_bps=rates.uplink_bps, downlink_bps=rates.downlink_bps)
 
 

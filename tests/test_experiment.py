@@ -13,7 +13,9 @@ from sfl_jax.config import PARTITIONS, Config
 from sfl_jax.errors import BadInput
 from sfl_jax.models import keras_weights
 
-SMALL = Config(model="efficientnetv2-tiny", clients=30, cohort_size=6, server_flops=1e10, links="fading")
+SMALL = Config(
+    model="efficientnetv2-tiny", clients=30, cohort_size=6, server_flops=1e10, links="fading", coherence_s=1e9
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +43,12 @@ def test_clients_own_what_the_flags_say(settings):
 def test_a_cohort_is_planned_on_the_links_of_its_round(built):
     for round in (0, 5):
         ids, clients, terms = experiment.cohort(built, round)
-        faded = fleet.fading_rates(built.fleet, fleet.Links(), SMALL.seed, round)
+        faded = fleet.fading_rates(built.fleet, fleet.Links(coherence_s=1e9), SMALL.seed, round)
         np.testing.assert_array_equal(terms.uplink_bps, faded.uplink_bps[ids])
         np.testing.assert_array_equal(terms.downlink_bps, faded.downlink_bps[ids])
         np.testing.assert_array_equal(terms.flops, built.fleet.flops[ids])
         np.testing.assert_array_equal(clients.client, built.fleet.client[ids])
-        other = fleet.fading_rates(built.fleet, fleet.Links(), SMALL.seed, round + 1)
+        other = fleet.fading_rates(built.fleet, fleet.Links(coherence_s=1e9), SMALL.seed, round + 1)
         assert (terms.uplink_bps != other.uplink_bps[ids]).all()
     fixed = built._replace(config=dataclasses.replace(SMALL, links="fixed"))
     ids, _, terms = experiment.cohort(fixed, 0)

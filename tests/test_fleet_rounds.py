@@ -59,7 +59,7 @@ def test_no_probability(probability):
 
 def test_a_client_is_there_or_fades_whoever_else_is_asked():
     fleet, ids = random_fleet(40, seed=0), [33, 2, 17]
-    whole, links = availability(7, 3, range(40), 0.5), Links()
+    whole, links = availability(7, 3, range(40), 0.5), Links(coherence_s=math.inf)
     np.testing.assert_array_equal(availability(7, 3, ids, 0.5), whole[ids])
     faded = fading_rates(fleet, links, 7, 3)
     part = fading_rates(fleet.take(ids), links, 7, 3, ids)
@@ -107,7 +107,7 @@ def test_rayleigh_gains_are_exponential_and_apart_for_up_and_down():
     """|h|² is got back from the rate; its distribution function is 1 - exp(-x)."""
     clients = 20_000
     fleet = random_fleet(clients, seed=0)
-    links = Links()
+    links = Links(coherence_s=math.inf)  # one fade
     rates, plain = (fading_rates(fleet, replace(links, rayleigh=on), 0, 0) for on in (True, False))
     gains = [
         np.expm1(np.log(2) * getattr(rates, f"{way}_bps") / hz)
@@ -120,8 +120,50 @@ def test_rayleigh_gains_are_exponential_and_apart_for_up_and_down():
     assert abs(np.corrcoef(gains)[0, 1]) < 0.04
 
 
+def test_rates_over_many_fades_are_the_mean_of_what_fades_give():
+    """The long-run mean against 200,000 draws of one link; the mean of few fades against one draw each."""
+    fleet = replace(
+        random_fleet(200_000, seed=0), distance_m=np.full(200_000, 300.0), transmit_w=np.full(200_000, 0.2)
+    )
+    one = fading_rates(fleet, Links(coherence_s=math.inf), 0, 0)
+    for way in ("uplink_bps", "downlink_bps"):
+        (mean,) = set(getattr(fading_rates(fleet, Links(), 0, 0), way))
+        drawn = getattr(one, way)
+        assert mean == pytest.approx(drawn.mean(), abs=5 * drawn.std() / math.sqrt(200_000))
+    few, long_run = fleet.take(range(50)), fading_rates(fleet.take(range(50)), Links(), 0, 0)
+    bits = 10 * long_run.uplink_bps[0]  # ten seconds at that rate
+    for coherence_s, fades in ((20, 1), (10, 1), (5, 2), (2.6, 4), (0.001, None)):
+        rates = fading_rates(few, Links(coherence_s=coherence_s), 3, 7, transfer_bits=bits)
+        if fades is None:  # more than it is worth to draw
+            np.testing.assert_array_equal(rates.uplink_bps, long_run.uplink_bps)
+            continue
+        gains = [
+            -np.log1p(
+                -np.random.Generator(np.random.Philox(key=[3, 4], counter=[0, 7, n, 0])).random((50, 2))
+            )
+            for n in range(fades)
+        ]
+        snr = 0.2 * 4.65e-5 * 300**-3.5 / (3.98e-21 * 5e6)
+        expected = np.mean([5e6 * np.log2(1 + snr * gain[:, 0]) for gain in gains], axis=0)
+        np.testing.assert_allclose(rates.uplink_bps, expected, rtol=1e-9)
+
+
+def test_a_round_on_fading_links_is_near_that_of_the_mean_channel():
+    """One fade for a whole round would make the slowest of many clients wait for the deepest."""
+    fleet = random_fleet(100, seed=0)
+    plain = fading_rates(fleet, Links(rayleigh=False), 0, 0).uplink_bps
+    fading = fading_rates(fleet, Links(), 0, 0).uplink_bps
+    one = np.array([fading_rates(fleet, Links(coherence_s=math.inf), 0, r).uplink_bps for r in range(50)])
+    assert (fading < plain).all()  # Jensen
+    assert (plain / fading).max() < 2
+    assert np.median((plain / one).max(axis=1)) > 20
+
+
 def test_links_that_make_no_sense():
     fleet = random_fleet(2, seed=0)
+    for value in (-1.0, math.nan):
+        with pytest.raises(BadInput, match=f"links: coherence_s={value}: must be 0 or more"):
+            fading_rates(fleet, Links(coherence_s=value), 0, 0)
     for column in ("distance_m", "transmit_w"):
         with pytest.raises(BadInput, match="need the columns distance_m and transmit_w"):
             fading_rates(replace(fleet, **{column: None}), Links(), 0, 0)

@@ -222,7 +222,10 @@ def test_links_by_distance_replace_the_rates_and_fade_with_the_round(tiny, plann
     ids = np.array([7, 2])
 
     def rates(links, round, chosen=slice(None), **part):
-        config, some = dataclasses.replace(tiny, links=links), np.arange(12)[chosen]
+        # One fade for a whole round, or a round would be like any other.
+        lasting = 1e9 if links == "fading" else 0.0
+        config = dataclasses.replace(tiny, links=links, coherence_s=lasting)
+        some = np.arange(12)[chosen]
         terms = planning.linked(config, far.take(some), planned.terms.take(some), round, **part)
         return terms.uplink_bps, terms.downlink_bps
 
@@ -232,11 +235,22 @@ def test_links_by_distance_replace_the_rates_and_fade_with_the_round(tiny, plann
     np.testing.assert_array_equal(plain, rates("shannon", 3))
     for round in (0, 4):
         assert (np.array(faded) != rates("fading", round)).all()
-    expected = fleets.fading_rates(far, fleets.Links(), tiny.seed, 3)
+    expected = fleets.fading_rates(far, fleets.Links(coherence_s=1e9), tiny.seed, 3)
     np.testing.assert_array_equal(faded, (expected.uplink_bps, expected.downlink_bps))
     # A cohort fades as its members do in the whole fleet, which needs to know who they are.
     np.testing.assert_array_equal(rates("fading", 3, ids, ids=ids), np.array(faded)[:, ids])
     assert (np.array(rates("fading", 3, ids)) != np.array(faded)[:, ids]).all()
+
+
+def test_a_shorter_fade_is_averaged_over_what_the_whole_model_takes_to_send(tiny, planned):
+    far = dataclasses.replace(planned.fleet, distance_m=np.full(12, 200.0), transmit_w=np.full(12, 0.2))
+    config = dataclasses.replace(tiny, links="fading", coherence_s=0.05)
+    terms = planning.linked(config, far, planned.terms, 3)
+    bits = float(planned.terms.model_bits[-1])
+    expected = fleets.fading_rates(far, fleets.Links(coherence_s=0.05), tiny.seed, 3, transfer_bits=bits)
+    np.testing.assert_array_equal(terms.uplink_bps, expected.uplink_bps)
+    one = fleets.fading_rates(far, fleets.Links(coherence_s=1e9), tiny.seed, 3)
+    assert terms.uplink_bps.std() < 0.8 * one.uplink_bps.std()
 
 
 def test_a_fleet_without_distances_cannot_have_links_by_distance(tiny):

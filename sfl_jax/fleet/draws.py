@@ -15,12 +15,12 @@ class Purpose(IntEnum):
     SLOWDOWN = 6
 
 
-def generator(seed: int, purpose: Purpose, round: int) -> np.random.Generator:
-    """The stream of (seed, purpose, round): a counter-based generator, whose key and counter they are."""
-    key, counter = np.array([seed, purpose], np.uint64), np.array([0, round, 0, 0], np.uint64)
+def generator(seed: int, purpose: Purpose, round: int, number: int = 0) -> np.random.Generator:
+    """The stream of (seed, purpose, round, number): key and counter of a counter-based generator."""
+    key, counter = np.array([seed, purpose], np.uint64), np.array([0, round, number, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def uniforms(seed: int, purpose: Purpose, round: int, shape: tuple[int, int]) -> np.ndarray:
+def uniforms(seed: int, purpose: Purpose, round: int, shape: tuple[int, int], number: int = 0) -> np.ndarray:
     """Numbers in [0, 1), one row a client: row i is the same however many rows are drawn."""
-    return generator(seed, purpose, round).random(shape)
+    return generator(seed, purpose, round, number).random(shape)

@@ -5,11 +5,11 @@ from typing import Any
 from sfl_jax.errors import BadInput
 from sfl_jax.models import efficientnet_v2, layers
 from sfl_jax.models.chain import Chain, Variables
-from sfl_jax.models.profile import Profile, profile
+from sfl_jax.models.profile import Profile, least_normalised, profile
 
 VARIANTS = efficientnet_v2.VARIANTS
 
-__all__ = ["VARIANTS", "Chain", "Profile", "Variables", "create", "profile"]
+__all__ = ["VARIANTS", "Chain", "Profile", "Variables", "create", "least_normalised", "profile"]
 
 
 def create(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,11 +11,15 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
-from sfl_jax.models import layers
+from sfl_jax.models import layers, units
 
 
 class Variables(NamedTuple):
-    """Parameters and batch-norm statistics, each a tuple with one pytree per unit."""
+    """Parameters and batch-norm statistics, each a tuple with one pytree per unit.
+
+    Any other collection of a unit is state too: it stands in the unit's `batch_stats`, under "/" and its
+    name.
+    """
 
     params: tuple[PyTree, ...]
     batch_stats: tuple[PyTree, ...]
@@ -25,12 +29,15 @@ class Variables(NamedTuple):
 class Chain:
     """Units [first_unit, first_unit + len(units)) of a network. Hashable, so that it can be static under jit.
 
-    Randomness belongs to the unit: unit i of the whole network draws from fold_in(key, i), whichever side
-    holds it.
+    What may be a unit is said in `models.units`. Randomness belongs to the unit: unit i of the whole network
+    draws from fold_in(key, i), whichever side holds it.
     """
 
-    units: tuple[nn.Module, ...]
+    units: Sequence[nn.Module]  # held as a tuple
     first_unit: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "units", tuple(self.units))
 
     def __len__(self) -> int:
         return len(self.units)
@@ -38,24 +45,17 @@ class Chain:
     def init(self, key: Key[Array, ""], images: Float[Array, "B ..."]) -> Variables:
         """Fresh variables of every unit. `images`, smashed data for a server half, give the shape alone.
 
-        A key traced by jit or vmap gives other numbers of the same distributions, see `layers.INITIALISERS`.
+        Unit i of the whole network gets what `unit.init(fold_in(key, i), images, train=False)` gives. NumPy
+        draws those of this project's own units, see `units.OwnUnit`; a key traced by jit or vmap gives them
+        other numbers of the same distributions.
         """
-        params, batch_stats = [], []
-        x = jax.ShapeDtypeStruct(images.shape, images.dtype)
+        fresh, x = [], jax.ShapeDtypeStruct(images.shape, images.dtype)
         for index, unit in enumerate(self.units, start=self.first_unit):
-            x, shapes = jax.eval_shape(
-                functools.partial(layers.reference_form(unit).init_with_output, train=False), key, x
-            )
-            unit_key = jax.random.fold_in(key, index)
-            leaves, structure = jax.tree.flatten_with_path(shapes)
-            values = [
-                layers.INITIALISERS[path[-1].key](jax.random.fold_in(unit_key, number), leaf.shape)
-                for number, (path, leaf) in enumerate(leaves)
-            ]
-            variables = jax.tree.unflatten(structure, [jnp.asarray(value) for value in values])
-            params.append(variables.get("params", {}))
-            batch_stats.append(variables.get("batch_stats", {}))
-        return Variables(tuple(params), tuple(batch_stats))
+            shapes = units.shapes(unit, x)
+            fresh.append(units.init(unit, jax.random.fold_in(key, index), x, shapes))
+            x = shapes.output
+        params = tuple(collections.get("params", {}) for collections in fresh)
+        return Variables(params, tuple(map(_state, fresh)))
 
     def apply(
         self,
@@ -78,10 +78,10 @@ class Chain:
                 x = at_boundary(index, x)
             here = index - self.first_unit
             rngs, factors = random[here]
-            with jax.named_scope(unit.name or f"unit{index}"):
+            with jax.named_scope(units.name(unit, index)):
                 unit_variables = self.unit_variables(variables, here) | factors
-                x, updated = _apply(layers.kind(unit), unit_variables, x, train, rngs)
-            batch_stats.append(updated.get("batch_stats", {}))
+                x, updated = _apply(units.kind(unit), unit_variables, x, train, rngs)
+            batch_stats.append(_state(updated))
         return x, Variables(variables.params, tuple(batch_stats))
 
     def split(self, cut: int) -> tuple["Chain", "Chain"]:
@@ -104,7 +104,7 @@ class Chain:
 
     def unit_variables(self, variables: Variables, index: int) -> dict[str, PyTree]:
         """{"params": ..., "batch_stats": ...} of unit `index` of this chain, as Flax takes it."""
-        return {"params": variables.params[index], "batch_stats": variables.batch_stats[index]}
+        return {"params": variables.params[index]} | _collections(variables.batch_stats[index])
 
     def _randomness(self, key, samples):
         """[(rngs, factors of stochastic depth)] of units. Drawn together, since each draw of its own would
@@ -113,12 +113,12 @@ class Chain:
         """
         numbers = jnp.arange(len(self))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, self.first_unit + numbers)
-        survival = jnp.array([getattr(unit, "survival", 1.0) for unit in self.units])
+        survival = jnp.array([units.survival(unit) for unit in self.units])
         factors = jax.vmap(functools.partial(layers.drop_path_factors, samples=samples))(keys, survival)
         places = lax.optimization_barrier(numbers)
         return [
-            ({"drop": keys[place]}, {"factors": {"drop_path": {"samples": factors[place]}}})
-            for place in places
+            (units.streams(unit, keys[place]), units.given_factors(unit, factors, place))
+            for unit, place in zip(self.units, places, strict=True)
         ]
 
     def _check(self, cut):
@@ -126,6 +126,16 @@ class Chain:
             raise ValueError(f"cut={cut}: must be in 0..{len(self.units)}, the number of units")
 
 
-@functools.partial(jax.jit, static_argnames=("unit", "train"))
-def _apply(unit, variables, x, train, rngs):
-    return unit.apply(variables, x, train, rngs=rngs, mutable=["batch_stats"])
+_apply = jax.jit(units.apply, static_argnames=("unit", "train"))
+
+
+def _state(collections):
+    """A unit's state as one tree: batch-norm statistics, and other collections under "/" and their names."""
+    others = {f"/{name}": tree for name, tree in collections.items() if name not in ("params", "batch_stats")}
+    return collections.get("batch_stats", {}) | others
+
+
+def _collections(state):
+    """The inverse of `_state`."""
+    others = {name[1:]: tree for name, tree in state.items() if name.startswith("/")}
+    return {"batch_stats": {name: x for name, x in state.items() if not name.startswith("/")}} | others

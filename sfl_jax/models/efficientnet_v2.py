@@ -11,6 +11,7 @@ import jax
 from flax import linen as nn
 
 from sfl_jax.models import layers
+from sfl_jax.models.units import OwnUnit
 
 STOCHASTIC_DEPTH = 0.2  # the last block's drop rate; Google's survival_prob of 0.8
 
@@ -81,7 +82,7 @@ VARIANTS = {
 }
 
 
-class Stem(nn.Module):
+class Stem(OwnUnit):
     """(B, H, W, in_channels) images -> (B, ceil(H/2), ceil(W/2), features)."""
 
     in_channels: int
@@ -97,7 +98,7 @@ class Stem(nn.Module):
         return nn.silu(layers.BatchNorm(name="bn")(x, train))
 
 
-class FusedMBConv(nn.Module):
+class FusedMBConv(OwnUnit):
     """kxk expansion and 1x1 projection, or one kxk convolution where the expansion is 1; with a residual."""
 
     in_channels: int
@@ -124,7 +125,7 @@ class FusedMBConv(nn.Module):
         return _residual(self, x, branch, train)
 
 
-class MBConv(nn.Module):
+class MBConv(OwnUnit):
     """1x1 expansion, kxk depthwise, squeeze-excite, 1x1 projection; with a residual."""
 
     in_channels: int
@@ -153,7 +154,7 @@ class MBConv(nn.Module):
         return _residual(self, x, branch, train)
 
 
-class Head(nn.Module):
+class Head(OwnUnit):
     """1x1 convolution, batch norm, SiLU and the mean over the image: (B, H, W, C) -> (B, features)."""
 
     features: int
@@ -166,7 +167,7 @@ class Head(nn.Module):
         return nn.silu(layers.BatchNorm(name="bn")(x, train)).mean((1, 2))
 
 
-class Classifier(nn.Module):
+class Classifier(OwnUnit):
     """Dropout and the dense layer: (B, C) -> logits (B, classes)."""
 
     num_classes: int

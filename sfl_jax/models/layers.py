@@ -66,17 +66,6 @@ def _draw(distribution, key, shape):
     return (generator.standard_normal if distribution == "normal" else generator.random)(shape, np.float32)
 
 
-def reference_form(unit: nn.Module) -> nn.Module:
-    """The unit with its convolutions in the `conv` form: same variables, a shorter trace."""
-    return unit.clone(form="conv") if hasattr(unit, "form") else unit
-
-
-def kind(unit: nn.Module) -> nn.Module:
-    """The unit without its name and its own survival: what equal blocks have in common, traced once."""
-    same: dict[str, Any] = {"survival": 0.5} if getattr(unit, "survival", 1) < 1 else {}
-    return unit.clone(name=None, **same)
-
-
 class Conv(nn.Module):
     """SAME convolution without bias: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), features)."""
 

@@ -10,7 +10,8 @@ import numpy as np
 from flax import linen as nn
 from jax.extend import core
 
-from sfl_jax.models import layers
+from sfl_jax.errors import BadInput
+from sfl_jax.models import units
 from sfl_jax.models.chain import Chain
 
 
@@ -21,9 +22,9 @@ class Profile(NamedTuple):
     forward_macs: (L,) multiply-accumulates of convolutions and products; padding counts, as is published.
     backward_macs: (L,) the same of the gradient; unit 0 has no input gradient.
     parameters: (L,) trainable floats.
-    state: (L,) batch-norm statistics.
+    state: (L,) batch-norm statistics and other state.
     activations: (L,) floats that training keeps for the backward pass.
-    smashed: (L+1,) floats that cross cut l: the image at 0, nothing at L.
+    smashed: (L+1,) floats that cross cut l: the stored image at 0, nothing at L.
     """
 
     names: tuple[str, ...]
@@ -35,20 +36,32 @@ class Profile(NamedTuple):
     smashed: np.ndarray
 
 
-def profile(chain: Chain, image_shape: tuple[int, ...]) -> Profile:
+def profile(
+    chain: Chain, image_shape: tuple[int, ...], stored_shape: tuple[int, ...] | None = None
+) -> Profile:
     """Traces every unit of `chain` in the `lax.conv` form. Nothing is computed.
 
-    `image_shape` is (H, W, C), for a server half the shape of a sample's smashed data.
+    `image_shape` is (H, W, C), for a server half the shape of a sample's smashed data. `stored_shape` is that
+    of an image as it is stored, before it is resized: what goes up at cut 0. Left out, it is `image_shape`.
+
+    BadInput names a unit whose work cannot be counted.
     """
-    rows, shape = [], tuple(image_shape)
-    for index, unit in enumerate(chain.units):
-        rows.append(_trace(layers.kind(layers.reference_form(unit)), shape, chain.first_unit + index == 0))
-        shape = rows[-1].output_shape
-    inputs = [math.prod(image_shape)] + [math.prod(row.output_shape) for row in rows[:-1]]
-    counts = _Row._fields[:-1]
+    rows = _rows(chain, tuple(image_shape))
+    inputs = [math.prod(stored_shape or image_shape)] + [math.prod(row.output_shape) for row in rows[:-1]]
+    counts = ("forward_macs", "backward_macs", "parameters", "state", "activations")
     counted = {count: np.array([getattr(row, count) for row in rows], np.int64) for count in counts}
-    names = tuple(str(unit.name) for unit in chain.units)
+    names = tuple(units.name(unit, index) for index, unit in enumerate(chain.units, start=chain.first_unit))
     return Profile(names=names, smashed=np.array([*inputs, 0], np.int64), **counted)
+
+
+def least_normalised(chain: Chain, image_shape: tuple[int, ...]) -> int | None:
+    """The least number of values, per sample and channel, that a batch norm averages over in training.
+
+    It is H x W of the smallest map that is normalised. Where it is 1, a batch of one sample, or of copies of
+    one, is normalised to a constant: nothing can be learned from it. None for a chain without batch norm.
+    """
+    found = [values for row in _rows(chain, tuple(image_shape)) for values in row.normalised]
+    return min(found, default=None)
 
 
 class _Row(NamedTuple):
@@ -58,6 +71,18 @@ class _Row(NamedTuple):
     state: int
     activations: int
     output_shape: tuple[int, ...]
+    normalised: tuple[int, ...]  # values per sample and channel of each batch norm
+
+
+def _rows(chain, shape):
+    rows = []
+    for index, unit in enumerate(chain.units, start=chain.first_unit):
+        try:
+            rows.append(_trace(units.kind(units.reference_form(unit)), shape, is_first=index == 0))
+        except _Uncountable as error:
+            raise BadInput(f"unit {units.name(unit, index)}: {error}") from error
+        shape = rows[-1].output_shape
+    return rows
 
 
 @functools.cache
@@ -67,13 +92,11 @@ def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
     def example(batch):
         return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
 
-    variables = jax.eval_shape(lambda k, x: unit.init(k, x, False), key, example(1))
-    params, state = variables.get("params", {}), variables.get("batch_stats", {})
+    variables = dict(units.shapes(unit, example(1)).variables)
+    params, state = variables.pop("params", {}), variables
 
     def run(params, x, state, key):
-        return unit.apply(
-            {"params": params, "batch_stats": state}, x, True, rngs={"drop": key}, mutable=["batch_stats"]
-        )
+        return units.apply(unit, {"params": params, **state}, x, True, units.streams(unit, key))
 
     def pullback(params, x, state, key):
         inputs = () if is_first else (x,)
@@ -83,14 +106,21 @@ def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
         output, pull = pullback(*arguments)
         return pull(jnp.ones_like(output)), pull
 
-    forward, (output, _) = jax.make_jaxpr(run, return_shape=True)(params, example(1), state, key)
+    normalised: list[int] = []
+    with units.batch_norm_values(normalised):
+        forward, (output, _) = jax.make_jaxpr(run, return_shape=True)(params, example(1), state, key)
+    forward_macs = _macs(forward.jaxpr)
     both, (_, kept) = jax.make_jaxpr(gradients, return_shape=True)(params, example(1), state, key)
-    forward_macs, macs = _macs(forward.jaxpr), _macs(both.jaxpr)
     # What a second sample adds to the residuals is what one sample keeps: parameters and constants cancel.
     _, kept_of_two = jax.eval_shape(pullback, params, example(2), state, key)
-    activations = _floats(kept_of_two) - _floats(kept)
     return _Row(
-        forward_macs, macs - forward_macs, _floats(params), _floats(state), activations, output.shape[1:]
+        forward_macs,
+        _macs(both.jaxpr) - forward_macs,
+        _floats(params),
+        _floats(state),
+        _floats(kept_of_two) - _floats(kept),
+        output.shape[1:],
+        tuple(normalised),
     )
 
 
@@ -99,20 +129,32 @@ def _floats(tree):
     return sum(-(-math.prod(leaf.shape) * min(leaf.dtype.itemsize, 4) // 4) for leaf in jax.tree.leaves(tree))
 
 
+class _Uncountable(Exception):
+    """How often products run cannot be told from the program."""
+
+
 def _macs(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
-        total += _MACS.get(equation.primitive.name, lambda _: 0)(equation)
-        total += sum(_macs(inner) for inner in _inner_jaxprs(equation.params))
+        name, inner = equation.primitive.name, [_macs(body) for body in _bodies(equation.params)]
+        if name == "while" and any(inner):
+            raise _Uncountable(
+                "a while loop holds matrix products or convolutions, and how often it turns is not known; "
+                "use lax.scan, or lax.fori_loop with bounds that are Python numbers"
+            )
+        total += _MACS.get(name, lambda _: 0)(equation)
+        total += max(inner, default=0) if name == "cond" else equation.params.get("length", 1) * sum(inner)
     return total
 
 
-def _inner_jaxprs(params):
+def _bodies(params):
+    """The jaxprs among the parameters of an equation, also where they stand in a tuple, as branches do."""
     for value in params.values():
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, core.ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, core.Jaxpr):
+                yield part
 
 
 def _dot_macs(equation):

@@ -10,7 +10,7 @@ from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
 from sfl_jax import models
-from sfl_jax.models import Chain, Variables, efficientnet_v2, layers
+from sfl_jax.models import Chain, Variables, efficientnet_v2, layers, units
 
 TOLERANCE = {False: 1e-5, True: 1e-10}  # by x64
 KEY = jax.random.key(11)
@@ -37,8 +37,10 @@ class Pass(NamedTuple):
 
 def create(name, **options):
     chain = models.create(name, **options)
-    units = [unit.clone(survival=0.5) if hasattr(unit, "survival") else unit for unit in chain.units]
-    return Chain((*units[:-1], units[-1].clone(dropout=0.5)))
+    *blocks, classifier = [
+        unit.clone(survival=0.5) if hasattr(unit, "survival") else unit for unit in chain.units
+    ]
+    return Chain((*blocks, classifier.clone(dropout=0.5)))
 
 
 @functools.cache
@@ -402,6 +404,6 @@ def test_types_of_numbers(dtype, x64, logits, kept):
 
 def test_forms_are_the_two_that_are_documented():
     assert layers.FORMS == ("product", "conv")
-    units = models.create("efficientnetv2-tiny").units
-    assert [layers.reference_form(unit).form for unit in units[:-1]] == ["conv"] * 7
-    assert layers.reference_form(units[-1]) is units[-1]
+    *with_form, classifier = models.create("efficientnetv2-tiny").units
+    assert [units.reference_form(unit).form for unit in with_form] == ["conv"] * 7
+    assert units.reference_form(classifier) is classifier

@@ -1,0 +1,140 @@
+"""What a chain asks of its units.
+
+A unit is any Flax module that maps one array to one, (B, ...) to (B, ...). It may take `train`. Its own
+initialisers make its variables. It may draw from any random stream and keep state in any collection. Its
+attributes mean what its author wants: this project's own units are known by their class, `OwnUnit`.
+"""
+
+import functools
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Key, PyTree
+
+from sfl_jax.models import layers
+
+FACTORS = "factors"  # the collection in which a chain gives its own units their factors of stochastic depth
+
+
+class OwnUnit(nn.Module):
+    """A unit of this project, of `layers`: it takes `train` and draws from the stream `drop`."""
+
+    @nn.nowrap
+    def initial(self, key: Key[Array, ""], shapes: PyTree) -> PyTree:
+        """Fresh variables of these shapes, each drawn by NumPy as its name says: nothing compiles."""
+        leaves, structure = jax.tree.flatten_with_path(shapes)
+        values = [
+            layers.INITIALISERS[path[-1].key](jax.random.fold_in(key, number), leaf.shape)
+            for number, (path, leaf) in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, [jnp.asarray(value) for value in values])
+
+
+def name(unit: nn.Module, index: int) -> str:
+    """The unit's name, or else its class and its index in the whole network."""
+    return unit.name or f"{type(unit).__name__}{index}"
+
+
+def reference_form(unit: nn.Module) -> nn.Module:
+    """An own unit with its convolutions in the `conv` form: same variables, a shorter trace. Others
+    unchanged.
+    """
+    has_form = isinstance(unit, OwnUnit) and hasattr(unit, "form")
+    return unit.clone(form="conv") if has_form else unit
+
+
+def kind(unit: nn.Module) -> nn.Module:
+    """An own unit without name and survival: what equal blocks share, so that it is traced once. Others
+    unchanged.
+    """
+    if not isinstance(unit, OwnUnit):
+        return unit
+    same: dict[str, Any] = {"survival": 0.5} if survival(unit) < 1 else {}
+    return unit.clone(name=None, **same)
+
+
+def survival(unit: nn.Module) -> float:
+    """The probability with which the branch of an own block is kept; 1 for every other unit."""
+    return getattr(unit, "survival", 1.0) if isinstance(unit, OwnUnit) else 1.0
+
+
+def streams(unit: nn.Module, key: Any) -> dict[str, Any]:
+    """The random streams of a unit. Flax draws every stream that is not given from `params`."""
+    return {"drop" if isinstance(unit, OwnUnit) else "params": key}
+
+
+def given_factors(unit: nn.Module, factors: Array, place: Array) -> dict[str, PyTree]:
+    """Factors of stochastic depth as an own unit takes them, by collection; nothing for others."""
+    return {FACTORS: {"drop_path": {"samples": factors[place]}}} if isinstance(unit, OwnUnit) else {}
+
+
+class Shapes(NamedTuple):
+    """What a unit makes of an input: its output, and its variables by collection; shapes of both."""
+
+    output: jax.ShapeDtypeStruct
+    variables: dict[str, PyTree]
+
+
+def shapes(unit: nn.Module, x: jax.ShapeDtypeStruct) -> Shapes:
+    """The shapes of a unit's output and of its variables. Nothing is computed."""
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    init = functools.partial(reference_form(unit).init_with_output, **_mode(unit, train=False))
+    return Shapes(*jax.eval_shape(init, key, x))
+
+
+def init(unit: nn.Module, key: Key[Array, ""], x: jax.ShapeDtypeStruct, shapes: Shapes) -> dict[str, PyTree]:
+    """Fresh variables by collection: as `unit.init` draws them, unless the unit is our own."""
+    if isinstance(unit, OwnUnit):
+        return unit.initial(key, shapes.variables)
+    return _init_by_flax(unit, key, x.shape, x.dtype)
+
+
+def apply(
+    unit: nn.Module, variables: dict[str, PyTree], x: Array, train: bool, rngs: dict[str, Any]
+) -> tuple[Array, dict[str, PyTree]]:
+    """(output, the state after it by collection): all that is neither a parameter nor a given factor."""
+    fixed = ("params", FACTORS) if isinstance(unit, OwnUnit) else ("params",)
+    mutable = [collection for collection in variables if collection not in fixed]
+    return unit.apply(variables, x, rngs=rngs, mutable=mutable, **_mode(unit, train))  # pyright: ignore[reportReturnType]
+
+
+def batch_norm_values(found: list[int]) -> Any:
+    """While it lasts, every batch norm that uses the statistics of its batch adds to `found` over how many
+    values it averages. A batch norm is a module that keeps a running `mean` and `var`.
+    """
+
+    def look(call, args, kwargs, context):
+        module, is_call = context.module, context.method_name == "__call__"
+        before = _running(module) if is_call else None
+        result = call(*args, **kwargs)
+        # What only reads its running statistics is the same for every batch.
+        if before is not None and _running(module) is not before:
+            found.append(math.prod(args[0].shape) // before.size)
+        return result
+
+    return nn.intercept_methods(look)
+
+
+def _running(module):
+    """The running mean of a batch norm, None where the module is none."""
+    if not all(module.has_variable("batch_stats", part) for part in ("mean", "var")):
+        return None
+    return module.get_variable("batch_stats", "mean")
+
+
+@functools.partial(jax.jit, static_argnames=("unit", "shape", "dtype"))
+def _init_by_flax(unit, key, shape, dtype):
+    return unit.init(key, jnp.zeros(shape, dtype), **_mode(unit, train=False))
+
+
+def _mode(unit, train) -> dict[str, Any]:
+    return {"train": train} if _takes_train(type(unit)) else {}
+
+
+@functools.cache
+def _takes_train(kind):
+    return "train" in inspect.signature(kind.__call__).parameters

@@ -44,6 +44,8 @@ _IN_TRAINING = {
     "image_channels": _SAID, "num_classes": _SAID, "samples_per_client": _SAID, "bits_per_float": "it is 32",
 }  # fmt: skip
 
+_OF_PARTITIONS = {"dirichlet_alpha": ("dirichlet", "quantity"), "shards_per_client": ("shards",)}
+
 LARGEST_INT = 2**31 - 1
 
 
@@ -86,6 +88,9 @@ class Config:
 
     dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
     data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True)
+    label_key: str = _flag(
+        "", DATA, TRAINING, "which of several class labels to learn; empty: label, or the only one"
+    )
     partition: str = _flag(
         AUTO, DATA, TRAINING, "how clients divide the samples; auto: fleet where the file of --fleet has the "
         "column samples, else iid", choices=PARTITIONS,
@@ -97,6 +102,9 @@ class Config:
         "evenness of classes under dirichlet, of sizes under quantity",
         above=0,
         at_most=1e6,
+    )
+    min_samples: int = _flag(
+        1, DATA, TRAINING, "least number of samples of a client, under every partition", at_least=1
     )
     shards_per_client: int = _flag(2, DATA, TRAINING, "runs of one label each under shards", at_least=1)
 
@@ -302,6 +310,11 @@ def validate(config: Config, command: str = "train") -> None:
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
     if "cohort_size" in taken and not config.plan_only and 0 < known < config.cohort_size:
         raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={known}")
+    for name, partitions in _OF_PARTITIONS.items():
+        value = getattr(config, name)
+        if "partition" in taken and value != getattr(Config, name) and config.partition not in partitions:
+            needed = " or ".join(f"--partition={partition}" for partition in partitions)
+            raise BadInput(f"--{name}={value}: needs {needed}")
     if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
         raise BadInput(
             f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"

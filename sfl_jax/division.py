@@ -53,6 +53,7 @@ def divide(
         scheme=config.partition,
         alpha=config.dirichlet_alpha,
         shards_per_client=config.shards_per_client,
+        min_samples=config.min_samples,
         samples=None if file is None else file.samples,
         seed=config.seed,
     )

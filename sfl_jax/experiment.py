@@ -14,7 +14,7 @@ import optax
 from sfl_jax import datasets, division, fleet, metrics, models, optim, planning, tuning
 from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import AUTO, Config, left_open
-from sfl_jax.datasets.images import preprocessing
+from sfl_jax.datasets.images import preprocessing, squeezed
 from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
@@ -99,9 +99,13 @@ def build(config: Config) -> Experiment:
     config, file = division.settle(config)
     devices = federated_devices.choose_devices(config.devices)
     are_sent = federated_devices.samples_are_sent(devices)
-    dataset = datasets.load(config.dataset, config.data_dir or None, in_file=are_sent)
+    dataset = datasets.load(config.dataset, config.data_dir or None, are_sent, config.label_key)
     parts = division.divide(config, file, dataset.train_labels)
-    notes = division.notes(config, file, parts, len(dataset.train_labels))
+    notes = [
+        *dataset.notes,
+        *squeezed(config.image_size, *dataset.train_images.shape[1:3]),
+        *division.notes(config, file, parts, len(dataset.train_labels)),
+    ]
     channels = _channels(dataset)
     chain = _chain(config, dataset, "product" if config.layer_form == AUTO else config.layer_form)
     if config.min_cut > len(chain):

@@ -25,7 +25,7 @@ REFUSED = [
 ]  # fmt: skip
 
 ACCEPTED = [
-    ("image_size", 8), ("dirichlet_alpha", 1e-9), ("cohort_size", 100), ("server_flops", 5e-324),
+    ("image_size", 8), ("cohort_size", 100), ("server_flops", 5e-324),
     ("min_cut", 0), ("batch_size", 2**31 - 1), ("momentum", 0.0),
     ("momentum", math.nextafter(1, 0)), ("weight_decay", 0),
     ("warmup_rounds", 100), ("seed", 0), ("learning_rate", 1),
@@ -112,6 +112,20 @@ def test_limits_between_flags_name_both():
         for command in ("train", "plan"):
             with pytest.raises(BadInput, match=r"--band=pooled: needs --method=exact and --barrier=session"):
                 validate(Config(band="pooled", **other), command)
+
+
+def test_a_setting_of_another_partition_is_refused():
+    """Whoever says how uneven the classes are to be does not want them even."""
+    for partition in ("auto", "iid", "shards", "fleet"):
+        with pytest.raises(
+            BadInput, match=r"^--dirichlet_alpha=0.1: needs --partition=dirichlet or --partition=quantity$"
+        ):
+            validate(Config(dirichlet_alpha=0.1, partition=partition))
+    for partition in ("dirichlet", "quantity"):
+        validate(Config(dirichlet_alpha=1e-9, partition=partition))
+        with pytest.raises(BadInput, match=r"^--shards_per_client=3: needs --partition=shards$"):
+            validate(Config(shards_per_client=3, partition=partition))
+    validate(Config(shards_per_client=3, partition="shards"))
 
 
 def test_starts_are_of_methods_that_alternate():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from commands import small_world
 
-from sfl_jax import division, experiment, planning, recording
+from sfl_jax import datasets, division, experiment, planning, recording
 from sfl_jax import fleet as fleets
 from sfl_jax.commands import train
 from sfl_jax.config import Config, validate
@@ -51,6 +51,23 @@ def test_what_flags_leave_open_is_decided_by_the_fleet(file, samples, settings, 
     assert (settled.clients, settled.partition) == expected
     assert division.settle(settled)[0] == settled
     validate(settled)
+
+
+def test_flags_reach_the_data(monkeypatch):
+    config = dataclasses.replace(SMALL, clients=20, partition="quantity", dirichlet_alpha=0.1, min_samples=9)
+    parts = division.divide(*division.settle(config), np.arange(384) % 10)
+    assert min(map(len, parts)) == 9
+    asked = []
+
+    def load(*given):
+        asked.append(given)
+        raise BadInput("enough")
+
+    monkeypatch.setattr(datasets, "load", load)
+    config = dataclasses.replace(SMALL, dataset="cifar100", data_dir="sets", label_key="coarse_label")
+    with pytest.raises(BadInput, match="enough"):
+        experiment.build(config)
+    assert asked == [("cifar100", "sets", False, "coarse_label")]
 
 
 def test_the_plan_of_a_fleet_file_is_the_plan_that_is_trained(file):
@@ -109,6 +126,12 @@ def test_a_start_says_what_it_does_not_use(file, tmp_path, capsys, monkeypatch):
     assert said(file(None), "--links=fading") == [
         "uplink_bps, downlink_bps of FILE not used: --links=fading and no column energy_j"
     ]
+    whole = small_world.noise()
+    lower = {name: getattr(whole, name)[:, :5] for name in ("train_images", "test_images")}
+    chosen = dataclasses.replace(whole, notes=("labels: label",), **lower)
+    monkeypatch.setattr(small_world, "noise", lambda *_: chosen)
+    squeezed = "--image_size=8: images of 5x8 are squeezed to 8x8"
+    assert said(file([384 - 4, 1, 1, 1, 1], **plain)) == ["labels: label", squeezed]
 
 
 def test_every_column_that_energy_needs_is_used(file):

@@ -10,6 +10,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,50 @@ import numpy as np
 
 from sfl_jax.files import whole_file
 
-_FORMAT = 2  # raise when the meaning of the kept arrays changes
+_FORMAT = 3  # raise when the meaning of the kept arrays changes
 
 
-def read_cache(directory: Path, mapped: Collection[str] = ()) -> dict[str, np.ndarray] | None:
+def contents(directory: Path) -> str:
+    """A digest of the names and the bytes of the files in `directory`. OSError where one cannot be read.
+
+    Times and sizes would not do: some packagers give every file the same time, and other labels of one digit
+    have the same size.
+    """
+    files = sorted(file for file in directory.iterdir() if file.is_file())
+    with ThreadPoolExecutor() as pool:  # reading and hashing go on outside Python's lock
+        sums = list(pool.map(_sum, files))
+    lines = [f"{digest} {file.name}" for file, digest in zip(files, sums, strict=True)]
+    return _digest("\n".join(lines))
+
+
+def read_cache(
+    directory: Path, key: str, mapped: Collection[str] = (), variant: str = ""
+) -> dict[str, np.ndarray] | None:
     """The arrays kept for the dataset in `directory`, or None if there are none or any doubt about them.
 
-    Those named in `mapped` stay in the file as `np.memmap`, and nothing of them is read or checked here. The
-    archive carries a CRC-32 of every array, checked while reading the others; the fingerprint covers their
-    names and the files that they were decoded from.
+    key: the `contents` that they were decoded from.
+    mapped: names of arrays that stay in the file as `np.memmap`; nothing of them is read or checked here. The
+      archive carries a CRC-32 of the others, which is checked.
+    variant: which of several ways to read the dataset they come from; each has a file of its own.
     """
     try:
-        with _file(directory).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with _file(directory, variant).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays: dict[str, np.ndarray] = {
                 name: _map(file.name, archive.zip, name) if name in mapped else archive[name]
                 for name in archive.files
             }
-        return arrays if arrays.pop("fingerprint").item() == _fingerprint(directory, arrays) else None
+        return arrays if arrays.pop("fingerprint").item() == _fingerprint(key, arrays) else None
     except Exception:  # a damaged archive can fail in any way, and none of them matters
         return None
 
 
-def write_cache(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keep `arrays` for the dataset in `directory`; a reader sees the whole file or none."""
+def write_cache(directory: Path, key: str, arrays: Mapping[str, np.ndarray], variant: str = "") -> None:
+    """Keep `arrays` for `read_cache` of the same arguments; a reader sees the whole file or none."""
     with contextlib.suppress(OSError, RuntimeError):
-        file = _file(directory)
+        file = _file(directory, variant)
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as archive:
-            kept: dict[str, Any] = {**arrays, "fingerprint": np.array(_fingerprint(directory, arrays))}
+            kept: dict[str, Any] = {**arrays, "fingerprint": np.array(_fingerprint(key, arrays))}
             np.savez(archive, **kept)
 
 
@@ -64,18 +81,23 @@ def _map(path: str, archive: zipfile.ZipFile, name: str) -> np.memmap:
     return np.memmap(path, dtype, "r", start, shape)
 
 
-def _file(directory: Path) -> Path:
-    """One file per dataset directory, so that an outdated one is replaced and none pile up."""
+def _file(directory: Path, variant: str) -> Path:
+    """One file per dataset directory and variant, so that an outdated one is replaced and none pile up."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    where = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
+    where = hashlib.sha256(os.fsencode(directory.resolve()) + variant.encode()).hexdigest()[:16]
     return base / "sfl_jax" / "datasets" / f"{directory.parent.name}-{directory.name}-{where}.npz"
 
 
-def _fingerprint(directory: Path, names: Iterable[str]) -> str:
-    """Changes when a file of the dataset is added, removed, resized or rewritten."""
-    parts = [str(_FORMAT), str(directory.resolve()), *sorted(names)]
-    for file in sorted(directory.iterdir()):
-        status = file.stat()
-        parts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+def _fingerprint(key: str, names: Iterable[str]) -> str:
+    """Changes when the dataset's files do, or which arrays are kept, or what they mean."""
+    return _digest("\n".join([str(_FORMAT), key, *sorted(names)]))
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -6,7 +6,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from sfl_jax.errors import BadInput
+
 BORDER = 0.25  # of the image's own size: a frame up to so much wider is zero-padded, anything else is resized
+
+
+def borders(image_size: int, height: int, width: int) -> list[tuple[int, int]] | None:
+    """The black frame, (before, after) by axis, around such images; None where they are resized instead."""
+    missing = image_size - height, image_size - width
+    if not all(0 <= more <= BORDER * size for more, size in zip(missing, (height, width), strict=True)):
+        return None
+    return [(more // 2, more - more // 2) for more in missing]
+
+
+def squeezed(image_size: int, height: int, width: int) -> list[str]:
+    """A line where images lose their proportions."""
+    if height == width or borders(image_size, height, width):
+        return []
+    square = f"{image_size}x{image_size}"
+    return [f"--image_size={image_size}: images of {height}x{width} are squeezed to {square}"]
 
 
 def preprocessing(
@@ -16,15 +34,17 @@ def preprocessing(
 
     `divisor` and `offset` have one number or one per channel; by default pixels become -1 to 1.
     A small border is added by padding with black (28x28 to 32x32 keeps every pixel as it is); otherwise the
-    image is resized bilinearly, with anti-aliasing where it shrinks.
+    image is resized bilinearly, with anti-aliasing where it shrinks, to a square whatever its proportions.
+
+    The function raises BadInput for images that are not uint8, whose range cannot be known.
     """
 
     def preprocess(images):
-        *_, height, width, channels = images.shape
-        borders = image_size - height, image_size - width
-        if all(0 <= border <= BORDER * size for border, size in zip(borders, (height, width), strict=True)):
-            padding = [(border // 2, border - border // 2) for border in borders]
-            images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+        if images.dtype != jnp.uint8:
+            raise BadInput(f"images of {images.dtype}: must be uint8, 0 to 255")
+        _, height, width, channels = images.shape
+        if border := borders(image_size, height, width):
+            images = jnp.pad(images, ((0, 0), *border, (0, 0)))
         dtype = jnp.result_type(float)
         scaled = images.astype(dtype) / jnp.asarray(divisor, dtype) + jnp.asarray(offset, dtype)
         if scaled.shape[1:3] == (image_size, image_size):

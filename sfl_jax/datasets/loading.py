@@ -1,17 +1,15 @@
-"""Reading of image classification sets prepared by TensorFlow Datasets (TFDS), without TensorFlow."""
+"""Image classification sets prepared by TensorFlow Datasets (TFDS): found, decoded, and kept."""
 
-import io
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from sfl_jax.datasets.cache import read_cache, write_cache
+from sfl_jax.datasets.cache import contents, read_cache, write_cache
+from sfl_jax.datasets.decoding import decode
 from sfl_jax.datasets.rows import checked, checksums
 from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
@@ -27,12 +25,9 @@ _CACHED = {
     "num_classes": ("int64", 0),
     "digest": ("uint8", 1),
     "train_checksums": ("uint32", 1),
+    "notes": ("uint8", 1),
 }
 _ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Threads pay once decompression, which runs outside Python's lock, outweighs the Python around it.
-_BYTES_WORTH_A_THREAD = 4096
-_CHUNK = 4096  # records
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,10 @@ class Dataset:
       num_classes: number of classes.
       name: as asked for.
       digest: of all four arrays, see `digests`; computed where it is not given.
+      notes: lines that say what was chosen where a set offered more than one.
+
+    Raises:
+      BadInput: arrays of other types or shapes, or labels that are no class.
     """
 
     train_images: UInt8[np.ndarray, "N H W C"]
@@ -54,41 +53,59 @@ class Dataset:
     num_classes: int
     name: str
     digest: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            _check(
+                f"dataset {self.name}: {split}",
+                getattr(self, f"{split}_images"),
+                getattr(self, f"{split}_labels"),
+                self.num_classes,
+            )
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            shapes = f"{self.train_images.shape[1:]} and {self.test_images.shape[1:]}"
+            raise BadInput(f"dataset {self.name}: images of {shapes}; must be of one size")
         if not self.digest:
             object.__setattr__(self, "digest", digest(getattr(self, name) for name in _ARRAYS))
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None, in_file: bool = False) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    in_file: bool = False,
+    label_key: str = "",
+) -> Dataset:
     """The dataset `name`: `set`, `set/config`, `set:1.2.3` or `set/config:1.2.3`.
 
     `mnist` without `data_dir` is the copy inside this package. Anything else is looked for in `data_dir`
     (default: TFDS's own, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`), where TFDS must have prepared it as
-    array_record with a split `train` and a split `test` or `validation`.
+    array_record with a split `train` and a split `test` or `validation`. `validation` is also taken where the
+    labels of `test` are hidden (-1). Of several class labels `label_key` is learnt, or else `label`.
 
     What was decoded once is kept in the user's cache directory. With `in_file`, images for training stay
     there, and each is read when it is asked for; where there is no cache they are in memory after all.
 
     Raises:
-      BadInput: not there, damaged, in a format that needs TensorFlow, no image classification set, or images
-        of several sizes.
+      BadInput: not there, not to be read, damaged, in a format that needs TensorFlow, no image classification
+        set, images of several sizes, or a Python module is missing.
     """
     if name == "mnist" and data_dir is None:
         directory, remedy = _EMBEDDED, "install sfl_jax again"
     else:
-        root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+        root = _root(name, data_dir)
         command = f"(TensorFlow needed): tfds build {name} --data_dir={root} --file_format=array_record"
         directory = _find(name, root, f"prepare it {command}")
         remedy = f"prepare it again {command} --overwrite"
-    kept = _from_cache(name, directory, in_file)
+    try:
+        key = contents(directory)
+    except OSError as error:
+        raise _unreadable(name, directory, error) from error
+    kept = _from_cache(name, directory, key, in_file, label_key)
     if kept is None:
-        dataset = _decode(name, directory, remedy)
-        arrays = {key: np.asarray(getattr(dataset, key)) for key in (*_ARRAYS, "num_classes")}
-        arrays["digest"] = np.frombuffer(bytes.fromhex(dataset.digest), np.uint8)
-        arrays["train_checksums"] = checksums(dataset.train_images)
-        write_cache(directory, arrays)
-        kept = (_from_cache(name, directory, in_file) if in_file else None) or dataset
+        dataset = Dataset(**decode(name, directory, remedy, label_key)._asdict(), name=name)
+        write_cache(directory, key, _kept(dataset), label_key)
+        kept = (_from_cache(name, directory, key, in_file, label_key) if in_file else None) or dataset
     return kept
 
 
@@ -102,6 +119,13 @@ def _find(name: str, root: Path, remedy: str) -> Path:
     found = [path for path in found if _VERSION.fullmatch(path.name)]
     if found:
         return max(found, key=lambda path: [int(number) for number in path.name.split(".")])
+    for place in (root, root / asked["name"], parent):
+        try:
+            os.listdir(place)
+        except (FileNotFoundError, NotADirectoryError):
+            break
+        except OSError as error:
+            raise _unreadable(name, place, error) from error
     configs = sorted({path.parts[-3] for path in parent.glob("*/*/features.json")})
     if configs and not asked["config"]:
         raise BadInput(
@@ -110,96 +134,56 @@ def _find(name: str, root: Path, remedy: str) -> Path:
     raise BadInput(f"--dataset={name}: not found in {parent}; {remedy}")
 
 
-def _from_cache(name: str, directory: Path, in_file: bool) -> Dataset | None:
-    kept = read_cache(directory, ["train_images"] if in_file else ())
-    if kept is None or {key: (a.dtype.name, a.ndim) for key, a in kept.items()} != _CACHED:
+def _root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
+    """Where TFDS keeps what it prepared."""
+    try:
+        return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    except RuntimeError as error:
+        raise BadInput(
+            f"--dataset={name}: no home directory here to look in; say with --data_dir where TFDS keeps it"
+        ) from error
+
+
+def _unreadable(name: str, place: Path, error: OSError) -> BadInput:
+    return BadInput(f"--dataset={name}: {error.filename or place} cannot be read ({error.strerror})")
+
+
+def _check(place: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    """Refuse what would be computed with as if it were of these types."""
+    if images.dtype != np.uint8:
+        raise BadInput(f"{place}: images of {images.dtype}; must be uint8, 0 to 255")
+    if images.ndim != 4 or not len(images):
+        raise BadInput(f"{place}: images of shape {images.shape}; must be (N, H, W, C), N at least 1")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        found = f"labels of {labels.dtype} {labels.shape}"
+        raise BadInput(f"{place}: {found}; must be integers, one for each of {len(images)} images")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise BadInput(f"{place}: labels {labels.min()} to {labels.max()}; must be 0 to {num_classes - 1}")
+
+
+def _kept(dataset: Dataset) -> dict[str, np.ndarray]:
+    """What the cache keeps of it."""
+    return {
+        **{key: np.asarray(getattr(dataset, key)) for key in (*_ARRAYS, "num_classes")},
+        "digest": np.frombuffer(bytes.fromhex(dataset.digest), np.uint8),
+        "train_checksums": checksums(dataset.train_images),
+        "notes": np.frombuffer("\n".join(dataset.notes).encode(), np.uint8),
+    }
+
+
+def _from_cache(name: str, directory: Path, key: str, in_file: bool, label_key: str) -> Dataset | None:
+    kept = read_cache(directory, key, ["train_images"] if in_file else (), label_key)
+    if kept is None or {array: (a.dtype.name, a.ndim) for array, a in kept.items()} != _CACHED:
         return None
     pairs = [(f"{split}_images", f"{split}_labels") for split in ("train", "test")]
     if any(len(kept[a]) != len(kept[b]) for a, b in [*pairs, ("train_labels", "train_checksums")]):
         return None
-    images, labels, test_images, test_labels = (kept[key] for key in _ARRAYS)
+    images, labels, test_images, test_labels = (kept[array] for array in _ARRAYS)
     if isinstance(images, np.memmap):
         images = checked(images, kept["train_checksums"])
-    same = kept["digest"].tobytes().hex()
-    return Dataset(images, labels, test_images, test_labels, int(kept["num_classes"]), name, same)
-
-
-def _decode(name: str, directory: Path, remedy: str) -> Dataset:
-    import tensorflow_datasets as tfds  # a second of import that a cached dataset does not need
-
-    place = f"--dataset={name}: {directory}"
+    classes, same = int(kept["num_classes"]), kept["digest"].tobytes().hex()
+    notes = tuple(kept["notes"].tobytes().decode().splitlines())
     try:
-        builder: Any = tfds.builder_from_directory(directory)
-        examples = {split: info.num_examples for split, info in builder.info.splits.items()}
-        formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
-        features = dict(builder.info.features.items())
-    except Exception as error:
-        raise BadInput(f"{place} is damaged ({_reason(error)}); {remedy}") from error
-    if "array_record" not in formats:
-        raise BadInput(f"{place} is {'/'.join(formats)}, which only TensorFlow can read; {remedy}")
-    test = "test" if examples.get("test") else "validation"
-    if not examples.get("train") or not examples.get(test):
-        raise BadInput(f"{place} has the splits {sorted(examples)}; needs train, and test or validation")
-    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    if len(images) != 1 or len(labels) != 1 or features[images[0]].np_dtype != np.uint8:
-        raise BadInput(
-            f"{place} has the features {sorted(features)}; needs one uint8 image and one class label"
-        )
-
-    num_classes, channels = features[labels[0]].num_classes, features[images[0]].shape[-1]
-    splits = []
-    for split in ("train", test):
-        try:
-            source = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
-            splits += _read(source, images[0], labels[0], channels)
-        except _UnequalSizes as error:
-            raise BadInput(
-                f"{place}: images of {error}; prepare a copy in which all have one size"
-            ) from error
-        except Exception as error:
-            raise BadInput(f"{place}: split {split} is damaged ({_reason(error)}); {remedy}") from error
-        if splits[-1].min() < 0 or splits[-1].max() >= num_classes:
-            raise BadInput(
-                f"{place}: split {split} has labels outside 0..{num_classes - 1}; needs every label"
-            )
-    if splits[0].shape[1:] != splits[2].shape[1:]:
-        sizes = f"{splits[0].shape[1:]} and {splits[2].shape[1:]}"
-        raise BadInput(f"{place}: images of {sizes}; prepare a copy in which all have one size")
-    return Dataset(*splits, num_classes=num_classes, name=name)
-
-
-def _read(source: Any, image: str, label: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (N, H, W, C) and labels (N,) of a split; what is still compressed is held in small chunks."""
-    count = len(source)
-    first = source[0][image]
-    shape = _picture(first, channels).shape
-    pictures, labels = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
-    with ThreadPoolExecutor() as pool:
-        each = pool.map if len(first) >= _BYTES_WORTH_A_THREAD else map
-        for start in range(0, count, _CHUNK):
-            records = source.__getitems__(range(start, min(start + _CHUNK, count)))
-            labels[start : start + len(records)] = [record[label] for record in records]
-            decoded = each(_picture, [record[image] for record in records], [channels] * len(records))
-            for i, picture in enumerate(decoded, start):
-                if picture.shape != shape:
-                    raise _UnequalSizes(f"{shape} and {picture.shape}")
-                pictures[i] = picture
-    return pictures, labels
-
-
-def _picture(encoded: bytes, channels: int) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded)) as image:
-        array = np.asarray(image if image.mode == _MODES[channels] else image.convert(_MODES[channels]))
-    return array.reshape(*array.shape[:2], channels)
-
-
-class _UnequalSizes(ValueError):
-    """Two images differ in size; the message is both shapes."""
-
-
-def _reason(error: Exception) -> str:
-    """One line of an error that may have many or none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        return Dataset(images, labels, test_images, test_labels, classes, name, same, notes)
+    except BadInput:
+        return None

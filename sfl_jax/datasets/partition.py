@@ -15,10 +15,11 @@ def partition(
     scheme: str = "iid",
     alpha: float = 0.5,
     shards_per_client: int = 2,
+    min_samples: int = 1,
     samples: Int[np.ndarray, " K"] | None = None,
     seed: int = 0,
 ) -> list[Int[np.ndarray, " _"]]:
-    """Which samples each client owns: disjoint, at least one each; covering all, except under fleet.
+    """Which samples each client owns: disjoint, `min_samples` or more each; covering all, except under fleet.
 
     Schemes:
       iid: a random order cut into parts whose sizes differ by at most one.
@@ -28,20 +29,21 @@ def partition(
         (McMahan et al., arXiv 1602.05629).
       quantity: a random order cut into parts of sizes drawn from Dirichlet(alpha).
       fleet: a random order cut into parts of the sizes `samples`; what is left belongs to nobody.
-    A small alpha makes clients differ much, a large one little. A client that would get nothing is given one
-    sample of the largest client.
+    A small alpha makes clients differ much, a large one little. A client that would get fewer samples than
+    `min_samples` is given more, one by one from whichever client has most at that moment.
 
     Args:
       labels: class of every sample, (N,).
       clients: number of clients, K.
+      min_samples: least number of samples of a client.
       samples: samples of each client, (K,) positive; needed by fleet alone.
 
     Returns:
       K sorted int64 arrays of indices into `labels`; the same for the same arguments.
 
     Raises:
-      BadInput: unknown scheme, more clients (or shards, or `samples`) than there are labels, alpha or a count
-        not positive.
+      BadInput: unknown scheme; more clients (or shards, or `samples`, or clients × min_samples) than there
+        are labels; alpha or a count not positive; fewer `samples` than min_samples.
     """
     if scheme not in SCHEMES:
         raise BadInput(f"--partition={scheme}: must be one of {', '.join(SCHEMES)}")
@@ -49,6 +51,11 @@ def partition(
         raise BadInput(f"--clients={clients}: must be 1 to {len(labels)}, the number of training samples")
     if not 0 < alpha < np.inf:
         raise BadInput(f"--dirichlet_alpha={alpha}: must be a positive number")
+    if not clients <= clients * min_samples <= len(labels):
+        raise BadInput(
+            f"--min_samples={min_samples}: must be 1 to {len(labels) // clients}"
+            f" for {clients} clients and {len(labels)} samples"
+        )
     shards = clients * shards_per_client if scheme == "shards" else clients
     if not clients <= shards <= len(labels):
         raise BadInput(
@@ -58,7 +65,7 @@ def partition(
     rng = np.random.default_rng([seed, SCHEMES.index(scheme)])
     if scheme == "fleet":
         order = rng.permutation(len(labels))
-        ends = np.cumsum(_within(samples, clients, len(labels)))
+        ends = np.cumsum(_owned(samples, clients, min_samples, len(labels)))
         return [np.sort(part) for part in np.split(order[: ends[-1]], ends[:-1])]
     owner = np.empty(len(labels), np.int64)
     if scheme == "dirichlet":
@@ -72,15 +79,20 @@ def partition(
     else:
         sizes = np.full(clients, 1 / clients) if scheme == "iid" else rng.dirichlet(np.full(clients, alpha))
         owner[rng.permutation(len(labels))] = _owners(len(labels), sizes)
-    _feed_the_empty(owner, clients)
+    _feed_the_poor(owner, clients, min_samples, rng)
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
 
 
-def _within(samples: Int[np.ndarray, " K"] | None, clients: int, available: int) -> Int[np.ndarray, " K"]:
+def _owned(
+    samples: Int[np.ndarray, " K"] | None, clients: int, min_samples: int, available: int
+) -> Int[np.ndarray, " K"]:
     """`samples` themselves, which are as many as the clients and add up to no more than there are."""
     if samples is None or samples.shape != (clients,) or samples.min() < 1:
         raise BadInput(f"--partition=fleet: needs the samples of {clients} clients, at least 1 each")
+    if samples.min() < min_samples:
+        few = f"client {samples.argmin()} of the fleet has {samples.min()} samples"
+        raise BadInput(f"--min_samples={min_samples}: {few}; give it more, or take --partition=iid")
     if samples.max() > available or samples.sum() > available:  # no overflow where none is above `available`
         raise BadInput(
             f"--partition=fleet: the clients' samples add up to {sum(samples.tolist())}, the training set has"
@@ -96,10 +108,15 @@ def _owners(samples: int, proportions: np.ndarray) -> np.ndarray:
     return np.searchsorted(ends, np.arange(samples), side="right")
 
 
-def _feed_the_empty(owner: np.ndarray, clients: int) -> None:
-    """In place: each client without samples takes one from whichever client has most at that moment."""
+def _feed_the_poor(owner: np.ndarray, clients: int, least: int, rng: np.random.Generator) -> None:
+    """In place: each client with fewer than `least` samples takes more, one by one from whichever client has
+    most at that moment.
+    """
     counts = np.bincount(owner, minlength=clients)
     order = np.argsort(owner, kind="stable")
+    if least > 1:  # whose samples would else all be the last, of one class where the set is sorted
+        shuffled = rng.permutation(len(owner))
+        order = shuffled[np.argsort(owner[shuffled], kind="stable")]
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # among its owner's samples
-    empty = np.flatnonzero(counts == 0)
-    owner[order[np.argsort(-rank, kind="stable")[: len(empty)]]] = empty
+    poor = np.repeat(np.arange(clients), np.maximum(least - counts, 0))
+    owner[order[np.argsort(-rank, kind="stable")[: len(poor)]]] = poor

@@ -1,11 +1,21 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sfl_jax.datasets.cache import read_cache, write_cache
+from sfl_jax.datasets import cache
+from sfl_jax.datasets.cache import contents
 
 ARRAYS = {"images": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "classes": np.array(3)}
+
+
+def read_cache(dataset, mapped=(), variant=""):
+    return cache.read_cache(dataset, contents(dataset), mapped, variant)
+
+
+def write_cache(dataset, arrays, variant=""):
+    cache.write_cache(dataset, contents(dataset), arrays, variant)
 
 
 @pytest.fixture
@@ -36,21 +46,17 @@ def test_reads_what_was_written(place):
 
 
 def rewritten(dataset):
-    (dataset / "records").write_bytes(b"12345")
-    os.utime(dataset / "records", ns=(0, 1))
-
-
-def resized(dataset):
-    stamp = (dataset / "records").stat().st_mtime_ns
-    (dataset / "records").write_bytes(b"1234")
-    os.utime(dataset / "records", ns=(stamp, stamp))
+    """Other bytes of the same length, and the same time, as packagers that build reproducibly give them."""
+    before = (dataset / "records").stat().st_mtime_ns
+    (dataset / "records").write_bytes(b"12435")
+    os.utime(dataset / "records", ns=(before, before))
 
 
 @pytest.mark.parametrize(
     "change",
     [
         rewritten,
-        resized,
+        lambda dataset: (dataset / "records").write_bytes(b"1234"),
         lambda dataset: (dataset / "more").write_bytes(b""),
         lambda dataset: (dataset / "records").rename(dataset / "other"),
     ],
@@ -65,14 +71,44 @@ def test_a_changed_dataset_is_decoded_again_and_replaces_its_cache(place, change
     assert len(os.listdir(cache)) == 1
 
 
+def test_the_time_of_a_file_says_nothing(place):
+    dataset, _ = place
+    write_cache(dataset, ARRAYS)
+    os.utime(dataset / "records", ns=(0, 1))
+    read_equal(dataset)
+
+
+def test_contents_are_those_of_every_file_by_name(place):
+    """Also where the bytes of all files together are the same."""
+    dataset, _ = place
+    known = {contents(dataset)}
+    for a, b in ((b"12", b"345"), (b"123", b"45"), (b"45", b"123"), (b"", b"12345")):
+        (dataset / "records").write_bytes(a)
+        (dataset / "second").write_bytes(b)
+        known.add(contents(dataset))
+    assert len(known) == 5
+    (dataset / "directory").mkdir()
+    assert contents(dataset) in known
+
+
+def test_each_way_to_read_a_dataset_keeps_its_own(place):
+    dataset, cache = place
+    write_cache(dataset, ARRAYS)
+    write_cache(dataset, {"images": ARRAYS["images"] + 1}, "coarse_label")
+    read_equal(dataset)
+    assert read_cache(dataset, (), "label") is None
+    kept = read_cache(dataset, (), "coarse_label")
+    assert kept is not None
+    np.testing.assert_array_equal(kept["images"], ARRAYS["images"] + 1)
+    assert len(os.listdir(cache)) == 2
+
+
 def test_datasets_do_not_share_a_cache(place, tmp_path):
     dataset, _ = place
     write_cache(dataset, ARRAYS)
     twin = tmp_path / "elsewhere" / "set" / "1.0.0"
     twin.mkdir(parents=True)
     (twin / "records").write_bytes(b"12345")
-    stamp = (dataset / "records").stat().st_mtime_ns
-    os.utime(twin / "records", ns=(stamp, stamp))
     assert read_cache(twin) is None
 
 
@@ -108,6 +144,17 @@ def test_without_a_place_for_it_nothing_is_kept_and_nothing_fails(place, tmp_pat
     dataset, _ = place
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+    write_cache(dataset, ARRAYS)
+    assert read_cache(dataset) is None
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_fails(place, monkeypatch):
+    """As for a user without an entry in /etc/passwd, which is how some clusters start containers."""
+    dataset, _ = place
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(RuntimeError, match="home directory"):
+        Path.home()
     write_cache(dataset, ARRAYS)
     assert read_cache(dataset) is None
 

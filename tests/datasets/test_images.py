@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfl_jax.datasets.images import preprocessing
+from sfl_jax.datasets.images import preprocessing, squeezed
+from sfl_jax.errors import BadInput
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 28, 20, 3), np.uint8)
 
@@ -38,3 +39,20 @@ def test_channels_have_scales_of_their_own():
     divisor, offset = (100.0, 200.0, 50.0), (-1.0, 0.0, 1.0)
     made = jax.jit(preprocessing(28, divisor, offset))(IMAGES[:, :, :1].repeat(28, 2))
     np.testing.assert_allclose(made, IMAGES[:, :, :1].repeat(28, 2) / divisor + offset, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint16])
+def test_pixels_of_another_range_are_not_divided_as_if_they_were_bytes(dtype):
+    with pytest.raises(BadInput, match=f"^images of {np.dtype(dtype)}: must be uint8, 0 to 255$"):
+        preprocessing(28)(np.ones((2, 28, 28, 1), dtype))
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (30, 26), (32, 32), (100, 100), (32, 28)])
+def test_what_is_padded_or_resized_evenly_needs_no_word(shape):
+    assert squeezed(32, *shape) == []
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 96), (28, 20), (33, 32), (16, 32)])
+def test_images_that_lose_their_proportions_are_said_to(height, width):
+    line = f"--image_size=32: images of {height}x{width} are squeezed to 32x32"
+    assert squeezed(32, height, width) == [line]

@@ -1,9 +1,11 @@
 import io
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from sfl_jax.datasets import load
-from sfl_jax.datasets.cache import write_cache
+from sfl_jax.datasets import Dataset, load, loading
+from sfl_jax.datasets.cache import contents, write_cache
 from sfl_jax.datasets.loading import _EMBEDDED
 from sfl_jax.errors import BadInput
 
@@ -131,8 +133,10 @@ def test_the_cache_is_used_and_believed_only_where_it_fits(tmp_path, cache_home)
         "num_classes": np.array(3),
         "digest": np.zeros(32, np.uint8),
         "train_checksums": np.zeros(4, np.uint32),
+        "notes": np.zeros(0, np.uint8),
     }
-    write_cache(directory, kept)
+    key = contents(directory)
+    write_cache(directory, key, kept)
     check_equal(load("tiny", tmp_path), images[:, ::-1], images)
     for name, value in (
         ("train_images", images.astype(np.float32)),
@@ -141,10 +145,48 @@ def test_the_cache_is_used_and_believed_only_where_it_fits(tmp_path, cache_home)
         ("test_labels", np.zeros(4, np.int64)),
         ("num_classes", np.zeros(1, int)),
         ("train_checksums", np.zeros(3, np.uint32)),
+        ("train_labels", np.full(4, 3, np.int32)),
         ("more", images),
     ):
-        write_cache(directory, kept | {name: value})
+        write_cache(directory, key, kept | {name: value})
         check_equal(load("tiny", tmp_path), images, images)
+
+
+def dated(directory):
+    """All files get one time, as packagers that build reproducibly give them."""
+    for file in directory.iterdir():
+        os.utime(file, (1, 1))
+
+
+def test_other_labels_of_the_same_size_and_time_are_not_taken_for_those_kept(tmp_path):
+    images, digests = pictures(6), []
+    for shift in (0, 1):
+        labels = [(i + shift) % 3 for i in range(6)]
+        shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
+        splits = {split: examples(images, labels) for split in ("train", "test")}
+        dated(prepare(tmp_path, splits))
+        for dataset in (load("tiny", tmp_path), load("tiny", tmp_path, in_file=True)):
+            found = as_multiset(dataset.train_images[:], dataset.train_labels)
+            assert found == as_multiset(images, labels)
+            digests.append(dataset.digest)
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
+def test_what_is_replaced_while_it_is_decoded_is_not_kept_as_its_successor(tmp_path, monkeypatch):
+    images, others = pictures(3), pictures(3, seed=1)
+    prepare(tmp_path, {"train": examples(images), "test": examples(images)})
+    decode = loading.decode
+
+    def replaced_meanwhile(*given):
+        decoded = decode(*given)
+        shutil.rmtree(tmp_path / "tiny")
+        prepare(tmp_path, {"train": examples(others), "test": examples(others)})
+        return decoded
+
+    monkeypatch.setattr(loading, "decode", replaced_meanwhile)
+    check_equal(load("tiny", tmp_path), images, images)
+    monkeypatch.setattr(loading, "decode", decode)
+    check_equal(load("tiny", tmp_path), others, others)
 
 
 def test_in_a_file_images_are_read_one_by_one(tmp_path, cache_home):
@@ -186,7 +228,7 @@ def test_where_nothing_can_be_kept_images_are_in_memory(tmp_path, monkeypatch):
     assert not isinstance(dataset.train_images, np.memmap)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_reads_what_tfds_prepared(tmp_path, channels):
     train, test = pictures(7, (5, 4, channels)), pictures(3, (5, 4, channels), seed=1)
     prepare(tmp_path, {"train": examples(train), "test": examples(test)}, shape=(None, None, channels))
@@ -223,6 +265,210 @@ def test_grey_images_of_a_colour_set_get_three_equal_channels(tmp_path):
     grey = pictures(3, (5, 4, 1))
     prepare(tmp_path, {"train": examples(grey), "test": examples(grey)})
     check_equal(load("tiny", tmp_path), np.repeat(grey, 3, axis=3), np.repeat(grey, 3, axis=3))
+
+
+def test_pictures_of_16_bits_keep_their_range(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 2**16, (3, 5, 4), np.uint16)
+    prepare(tmp_path, {"train": examples(grey), "test": examples(grey)}, shape=(None, None, 1))
+    high = (grey >> 8).astype(np.uint8)[..., None]
+    check_equal(load("tiny", tmp_path), high, high)
+
+
+def test_without_a_shape_channels_are_those_of_the_pictures(tmp_path):
+    grey, colour = pictures(3, (5, 4, 1)), pictures(3)
+    unsaid = {"shape": (None, None, None)}
+    prepare(tmp_path / "a", {"train": examples(grey), "test": examples(grey)}, **unsaid)
+    check_equal(load("tiny", tmp_path / "a"), grey, grey)
+    prepare(tmp_path / "b", {"train": examples(grey), "test": examples(colour)}, **unsaid)
+    with pytest.raises(BadInput, match=r"images of \(5, 4, 1\) and \(5, 4, 3\)"):
+        load("tiny", tmp_path / "b")
+
+
+def test_pictures_of_floats_are_refused_by_name(tmp_path):
+    floats = np.ones((2, 5, 4), np.float32)
+    splits = {split: examples(floats, kind="TIFF") for split in ("train", "test")}
+    prepare(tmp_path, splits, shape=(None, None, 1))
+    with pytest.raises(BadInput, match=r"tiny/1\.0\.0: split train has pictures of mode F; store them with"):
+        load("tiny", tmp_path)
+
+
+def several_labels(images, **keys):
+    """Examples in which each of the `keys` is a class label, shifted by its value."""
+    return [
+        {"image": encoded(image), **{key: (i + shift) % 3 for key, shift in keys.items()}}
+        for i, image in enumerate(images)
+    ]
+
+
+def prepare_labels(root, images, **keys):
+    splits = {split: several_labels(images, **keys) for split in ("train", "test")}
+    features = {key: tfds.features.ClassLabel(num_classes=3) for key in keys}
+    for example in (example for split in splits.values() for example in split):
+        example.setdefault("label", 0)
+    without = {} if "label" in keys else {"label": tfds.features.Scalar(np.int64)}
+    return prepare(root, splits, features=features | without)
+
+
+def test_one_of_several_class_labels_is_learnt(tmp_path):
+    images = pictures(4)
+    prepare_labels(tmp_path, images, label=0, coarse_label=1)
+    for _ in range(2):  # the second time from the cache
+        fine, coarse = load("tiny", tmp_path), load("tiny", tmp_path, label_key="coarse_label")
+        check_equal(fine, images, images)
+        assert as_multiset(coarse.train_images, coarse.train_labels) == as_multiset(images, [1, 2, 0, 1])
+        assert fine.notes == ("labels: label, of coarse_label, label (--label_key)",)
+        assert coarse.notes == ("labels: coarse_label, of coarse_label, label (--label_key)",)
+        assert fine.digest != coarse.digest
+    with pytest.raises(
+        BadInput, match=r"^--label_key=fine: must be one of coarse_label, label, the class labels"
+    ):
+        load("tiny", tmp_path, label_key="fine")
+
+
+def test_several_class_labels_none_of_which_is_called_so_must_be_chosen_from(tmp_path):
+    images = pictures(4)
+    prepare_labels(tmp_path, images, shape=0, colour=1)
+    with pytest.raises(BadInput, match=r"has the class labels colour, shape; choose one with --label_key$"):
+        load("tiny", tmp_path)
+    check_equal(load("tiny", tmp_path, label_key="shape"), images, images)
+
+
+def test_where_labels_for_testing_are_hidden_validation_is_taken(tmp_path):
+    images, others = pictures(4), pictures(3, seed=1)
+    hidden = examples(images, [-1] * 4)
+    prepare(tmp_path / "a", {"train": examples(images), "validation": examples(others), "test": hidden})
+    for _ in range(2):
+        dataset = load("tiny", tmp_path / "a")
+        check_equal(dataset, images, others)
+        assert dataset.notes == ("labels of split test are hidden; tested on validation",)
+
+
+def test_a_class_that_there_is_not_is_no_reason_to_look_elsewhere(tmp_path):
+    images = pictures(2)
+    labels = {"train": [0, 1], "test": [0, 2], "validation": [0, 1]}
+    directory = prepare(tmp_path, {split: examples(images, own) for split, own in labels.items()})
+    three, two = b'"numClasses": "3"', b'"numClasses": "2"'
+    rewrite(directory / "features.json", lambda data: data.replace(three, two))
+    with pytest.raises(BadInput, match=r"split test has labels outside 0\.\.1; needs every label"):
+        load("tiny", tmp_path)
+    shutil.rmtree(tmp_path / "tiny")
+    prepare(tmp_path, {split: examples(images, [0, -1]) for split in ("train", "validation")})
+    with pytest.raises(BadInput, match=r"split train has labels outside 0\.\.2; needs every label"):
+        load("tiny", tmp_path)
+
+
+def missing(name):
+    return ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def raising(error, cause=None):
+    def fail(*_, **__):
+        raise error from cause
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (missing("tensorflow"), "reading it needs the module tensorflow: pip install tensorflow"),
+        (missing("PIL.Image"), "reading it needs the module PIL: pip install pillow"),
+        (
+            ImportError("libfoo.so: no such file"),
+            r"a module that reads it does not load \(libfoo.so: no",
+        ),
+        (PermissionError(13, "Permission denied", "/x"), r"cannot be read \(\[Errno 13\] Permission denied"),
+        (OSError(24, "Too many open files"), r"cannot be read \(\[Errno 24\] Too many open files"),
+        (OSError("image file is truncated"), "is damaged"),
+        (ValueError("nonsense"), "is damaged"),
+    ],
+)
+def test_what_is_missing_here_is_not_laid_to_the_data(tmp_path, monkeypatch, error, words):
+    prepare(tmp_path, {"train": examples(pictures(2)), "test": examples(pictures(2))})
+    builder = tfds.core.read_only_builder.ReadOnlyBuilder
+    causes = (
+        [(error, None)] if isinstance(error, OSError) else [(error, None), (RuntimeError("in TFDS"), error)]
+    )
+    for where in ((tfds, "builder_from_directory"), (builder, "as_data_source")):
+        for raised, cause in causes:
+            with monkeypatch.context() as patch:
+                patch.setattr(*where, raising(raised, cause))
+                with pytest.raises(BadInput, match=f"{tmp_path}/tiny/1.0.0.* {words}") as caught:
+                    load("tiny", tmp_path)
+            assert ("tfds build" in str(caught.value)) == ("damaged" in words)
+    check_equal(load("tiny", tmp_path), pictures(2), pictures(2))
+
+
+def test_without_tfds_the_package_is_named_and_too_little_memory_is_nothing_else(tmp_path, monkeypatch):
+    prepare(tmp_path, {"train": examples(pictures(2)), "test": examples(pictures(2))})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorflow_datasets", None)
+        with pytest.raises(BadInput, match=r"module tensorflow_datasets: pip install tensorflow-datasets$"):
+            load("tiny", tmp_path)
+    monkeypatch.setattr(tfds, "builder_from_directory", raising(MemoryError()))
+    with pytest.raises(MemoryError):
+        load("tiny", tmp_path)
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """These tests may run as root, who may read everything."""
+    directory = prepare(tmp_path, {"train": examples(pictures(2)), "test": examples(pictures(2))})
+
+    def denied(what, real):
+        def attempt(path, *more, **named):
+            if Path(path) == what:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *more, **named)
+
+        return attempt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", denied(directory / TRAIN, Path.open))
+        with pytest.raises(BadInput) as caught:
+            load("tiny", tmp_path)
+    assert str(caught.value) == f"--dataset=tiny: {directory / TRAIN} cannot be read (Permission denied)"
+    for place in (tmp_path, tmp_path / "tiny"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "glob", lambda *_: [])  # which passes over what it may not read
+            patch.setattr(os, "listdir", denied(place, os.listdir))
+            with pytest.raises(BadInput) as caught:
+                load("tiny", tmp_path)
+        assert str(caught.value) == f"--dataset=tiny: {place} cannot be read (Permission denied)"
+
+
+def test_without_a_home_directory_the_flag_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for data_dir in (None, "~/sets"):
+        with pytest.raises(BadInput, match=r"^--dataset=tiny: no home directory here .* --data_dir"):
+            load("tiny", data_dir)
+    prepare(tmp_path, {"train": examples(pictures(2)), "test": examples(pictures(2))})
+    check_equal(load("tiny", tmp_path), pictures(2), pictures(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_images": np.ones((3, 2, 2, 1), np.float32)}, "train: images of float32; must be uint8"),
+        ({"test_images": np.ones((3, 2, 2, 1), np.int64)}, "test: images of int64; must be uint8"),
+        ({"train_images": np.ones((3, 2, 2), np.uint8)}, r"train: images of shape \(3, 2, 2\)"),
+        ({"test_images": np.ones((3, 4, 2, 1), np.uint8)}, r"images of \(2, 2, 1\) and \(4, 2, 1\)"),
+        (
+            {"train_labels": np.arange(2)},
+            r"train: labels of int64 \(2,\); must be integers, one for",
+        ),
+        ({"test_labels": np.ones(3)}, "test: labels of float64"),
+        ({"test_labels": np.arange(3) - 1}, "test: labels -1 to 1; must be 0 to 2"),
+        ({"train_labels": np.arange(3) + 1}, "train: labels 1 to 3; must be 0 to 2"),
+        ({"train_images": np.ones((0, 2, 2, 1), np.uint8), "train_labels": np.arange(0)}, "N at least 1"),
+    ],
+)
+def test_arrays_that_are_no_dataset_are_refused(changes, words):
+    """Also where no types are checked, as they are in tests."""
+    images, labels = np.ones((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32)
+    good = vars(Dataset(images, labels, images, labels, 3, "mine"))
+    with pytest.raises(BadInput, match=f"^dataset mine: {words}" if "N at" not in words else words):
+        Dataset.__post_init__(types.SimpleNamespace(**(good | changes)))  # pyright: ignore
 
 
 def test_finds_configs_and_the_newest_version(tmp_path, monkeypatch):
@@ -286,7 +532,7 @@ def test_unlabelled_and_unclassified_sets_are_refused(tmp_path):
         split: [{**example, "label": 1.0} for example in examples(images)] for split in ("train", "test")
     }
     prepare(tmp_path / "b", splits, features={"label": tfds.features.Scalar(np.float32)})
-    with pytest.raises(BadInput, match="needs one uint8 image and one class label"):
+    with pytest.raises(BadInput, match=r"label \(Scalar\); needs one uint8 image, and a class label"):
         load("tiny", tmp_path / "b")
 
 

@@ -33,17 +33,21 @@ def sizes(parts):
     scheme=st.sampled_from(SCHEMES),
     alpha=st.sampled_from([1e-300, 1e-6, 0.1, 1.0, 1e9]),
     shards=st.integers(1, 3),
+    least=st.integers(1, 9),
     seed=st.integers(0, 2**64 - 1),
 )
-def test_parts_are_disjoint_complete_sorted_and_never_empty(labels, clients, scheme, alpha, shards, seed):
+def test_parts_are_disjoint_complete_sorted_and_of_a_least_size(
+    labels, clients, scheme, alpha, shards, least, seed
+):
     labels = np.array(labels)
-    clients = min(clients, len(labels) // (shards if scheme == "shards" else 1))
+    clients = min(clients, len(labels) // max(least, shards if scheme == "shards" else 1))
     if not clients:
         return
     asked = {"scheme": scheme, "alpha": alpha, "shards_per_client": shards, "seed": seed}
+    asked["min_samples"] = least
     parts = partition(labels, clients, **asked)
     assert len(parts) == clients
-    assert all(len(part) and (np.diff(part) > 0).all() for part in parts)
+    assert all(len(part) >= least and (np.diff(part) > 0).all() for part in parts)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
     for part, again in zip(parts, partition(labels, clients, **asked), strict=True):
         np.testing.assert_array_equal(part, again)
@@ -147,17 +151,49 @@ def test_what_a_fleet_owns_has_nothing_to_do_with_its_place():
     assert not np.array_equal(ones[0], others[0])
 
 
-def test_the_empty_are_fed_by_the_largest():
+@pytest.mark.parametrize("least", [1, 2, 5])
+def test_the_poor_are_fed_by_the_largest(least):
     """Against a loop that moves one sample at a time from whoever has most."""
-    labels = np.zeros(40, int)
+    labels = np.zeros(80, int)
     rng = np.random.default_rng([3, SCHEMES.index("quantity")])
-    counts = np.diff(np.rint(np.cumsum(rng.dirichlet(np.full(15, 0.05))) * 40).astype(int), prepend=0)
-    assert (counts == 0).sum() > 5
-    for client in np.flatnonzero(counts == 0):
-        counts[counts.argmax()] -= 1
-        counts[client] = 1
-    got = sizes(partition(labels, 15, scheme="quantity", alpha=0.05, seed=3))
+    counts = np.diff(np.rint(np.cumsum(rng.dirichlet(np.full(15, 0.05))) * 80).astype(int), prepend=0)
+    assert (counts < least).sum() > 5
+    poor = np.flatnonzero(counts < least)
+    for client in poor:
+        while counts[client] < least:
+            counts[counts.argmax()] -= 1
+            counts[client] += 1
+    got = sizes(partition(labels, 15, scheme="quantity", alpha=0.05, seed=3, min_samples=least))
     assert sorted(got) == sorted(counts)
+    assert (got[poor] == least).all()
+
+
+@pytest.mark.parametrize(("scheme", "alpha"), [("dirichlet", 0.2), ("quantity", 0.4)])
+def test_nobody_loses_but_who_has_most(scheme, alpha):
+    """Who has enough already, and fewer than whoever gives, owns what it would own anyway."""
+    labels, asked = balanced(2000), {"scheme": scheme, "alpha": alpha, "seed": 1}
+    before, after = (partition(labels, 40, **asked, min_samples=least) for least in (1, 20))
+    poor, gave = sizes(before) < 20, sizes(after) < sizes(before)
+    assert 5 < poor.sum() < 35
+    assert (sizes(after)[poor] == 20).all()
+    for mine, own, was_poor in zip(after, before, poor, strict=True):
+        assert was_poor or set(mine) <= set(own)
+    assert sizes(after)[gave].min() >= sizes(after)[~gave].max() - 1
+
+
+def test_what_the_poor_are_given_is_of_every_class_although_the_set_is_sorted():
+    labels = np.repeat(np.arange(10), 1000)
+    asked = {"scheme": "quantity", "alpha": 0.05, "min_samples": 100}
+    parts = [part for part in partition(labels, 20, **asked) if len(part) == 100]
+    assert len(parts) > 5
+    assert min(len(np.unique(labels[part])) for part in parts) >= 8
+
+
+def test_one_sample_each_is_divided_as_ever():
+    """As it was drawn before a least number could be said."""
+    parts = partition(balanced(60), 12, scheme="quantity", alpha=0.1, seed=4)
+    assert sizes(parts).tolist() == [1, 1, 1, 37, 6, 4, 1, 1, 1, 5, 1, 1]
+    assert [part.sum() for part in parts] == [28, 59, 27, 934, 244, 116, 58, 56, 53, 92, 52, 51]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +206,12 @@ def test_the_empty_are_fed_by_the_largest():
         ({"scheme": "dirichlet", "alpha": 0.0}, "--dirichlet_alpha=0.0: must be a positive number"),
         ({"scheme": "quantity", "alpha": float("nan")}, "--dirichlet_alpha=nan"),
         ({"scheme": "dirichlet", "alpha": float("inf")}, "--dirichlet_alpha=inf"),
+        ({"min_samples": 6}, "--min_samples=6: must be 1 to 5 for 2 clients and 10 samples"),
+        ({"min_samples": 0}, "--min_samples=0: must be 1 to 5"),
+        (
+            {"scheme": "fleet", "samples": np.array([3, 1]), "min_samples": 2},
+            "--min_samples=2: client 1 of the fleet has 1 samples; give it more, or",
+        ),
         ({"scheme": "fleet"}, "--partition=fleet: needs the samples of 2 clients, at least 1 each"),
         ({"scheme": "fleet", "samples": np.array([1])}, "--partition=fleet: needs the samples of 2 clients"),
         ({"scheme": "fleet", "samples": np.array([1, 0])}, "--partition=fleet: needs the samples of 2"),

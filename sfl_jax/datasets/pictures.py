@@ -1,0 +1,39 @@
+"""A stored picture to pixels of 8 bits a channel, as TensorFlow decodes it."""
+
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+# Channels of the modes that Pillow converts without loss of range. It clips the others at 255.
+_CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "PA": 4, "RGB": 3, "RGBA": 4, "CMYK": 3, "YCbCr": 3}
+_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class Unusable(ValueError):
+    """A picture that cannot be taken; the message says what it is and what would be taken."""
+
+
+def picture(encoded: bytes, channels: int | None) -> UInt8[np.ndarray, "H W C"]:
+    """The pixels of a PNG, a JPEG or whatever else Pillow reads; `channels` None or 0: as the picture has.
+
+    Of 16 bits the upper 8 are taken; fewer are scaled to 0..255. A palette is looked up, grey is repeated for
+    colour, alpha is dropped, or added where the channels ask for it.
+
+    Raises:
+      Unusable: floats, 32-bit integers, or a number of channels that no picture has.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        # Up to version 10 Pillow opens a 16-bit PNG in a mode of 32 bits.
+        if image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode not in _CHANNELS:
+            raise Unusable(f"pictures of mode {image.mode}; store them with 8 or 16 bits a channel")
+        mode = _MODES.get(channels or _CHANNELS[image.mode])
+        if mode is None:
+            raise Unusable(f"pictures of {channels} channels; must be 1 to 4")
+        array = np.asarray(image if image.mode == mode else image.convert(mode))
+    return array if array.ndim == 3 else array[..., None]

@@ -6,6 +6,11 @@ costs (sum_i sqrt(p_i r_i))^2 / (T - c), which is the session problem with that 
 server of 1. So for any prices its proven bound is one here too (weak duality), and the prices that
 bound best are found by raising those of budgets in short supply. What integer cuts leave of a gap
 shrinks with K.
+
+An energy budget limits how long a client may send: r / x <= (budget - joules of compute) / watts, which is a
+least part of the uplink's band for each cut. A plan keeps these limits: who would get less than its least
+part is given that, and the others share what is left. The bound leaves them out, but for cuts that no part
+allows.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +22,7 @@ from jax import lax
 from numpy.typing import ArrayLike
 
 from sfl_jax.errors import BadInput
-from sfl_jax.optim.costs import Costs, Cuts, Floats, Terms
+from sfl_jax.optim.costs import Costs, Cuts, Energy, Floats, Terms
 from sfl_jax.optim.exact import exact
 from sfl_jax.optim.infeasible import why_infeasible
 from sfl_jax.optim.shares import SLACK, end_s, rounding
@@ -25,6 +30,7 @@ from sfl_jax.optim.shares import SLACK, end_s, rounding
 _ROUNDS = 150  # of prices
 _LAST = 8  # rounds whose cuts are tried
 _POLISH = 60  # rounds of prices with cuts fixed
+_EQUAL = 1 - 1e-9  # of an equal part: least parts no larger than that fit together after rounding
 
 
 class BandPlan(NamedTuple):
@@ -50,56 +56,91 @@ def solve_bandwidth(
     server_flops: float,
     band_hz: float | tuple[float, float],
     *,
-    reference_hz: float,
+    reference_hz: float | tuple[float, float],
     present: ArrayLike | None = None,
 ) -> BandPlan:
     """Cuts, compute and bandwidth that end a round soonest, session barrier.
 
     band_hz: one band pooled for both directions, or (up, down).  reference_hz: the bandwidth at which
-    the terms' uplink_bps and downlink_bps hold; a client's rate is proportional to the band it is given.
-    Infeasible names the clients without a cut; BadInput budgets that are not above 0.
+    the terms' uplink_bps and downlink_bps hold, one or (up, down); a client's rate is proportional to the
+    band it is given.  Infeasible names the clients without a cut; BadInput budgets that are not above 0, and
+    energy budgets that need more than the whole band together.
     """
     bands = np.atleast_1d(np.asarray(band_hz, np.float64))
     budgets = np.concatenate([[server_flops], bands])
     for name, value in [
         ("server_flops", server_flops),
-        ("reference_hz", reference_hz),
+        ("reference_hz", np.min(reference_hz)),
         ("band_hz", bands.min()),
     ]:
         if not 0 < value < np.inf:
             raise BadInput(f"{name}={value}: it must be above 0 and finite")
     clients, _ = terms.shape
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
-    fixed_s, amounts, allowed = _demands(terms, reference_hz, pooled=len(bands) == 1)
-    if (here & ~allowed.any(axis=1)).any():
-        raise why_infeasible(terms, server_flops, here)
+    up_hz, down_hz = np.broadcast_to(reference_hz, 2).tolist()
+    fixed_s, amounts, allowed = _demands(terms, (up_hz, down_hz), pooled=len(bands) == 1)
+    amounts = amounts / budgets[:, None, None]
+    least = None if terms.energy is None else _least_parts(terms, terms.energy, up_hz / bands[0])
+    open_to = allowed if least is None else allowed & (least <= 1)
+    if (here & ~open_to.any(axis=1)).any():
+        whole = terms._replace(uplink_bps=terms.uplink_bps * bands[0] / up_hz)
+        raise why_infeasible(whole, server_flops, here)
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True), jax.default_device(cpu):
-        found = _compiled(fixed_s, amounts / budgets[:, None, None], allowed, here)
-        cuts, parts, ends, round_s, bound_s = jax.tree.map(np.asarray, found)
+        found = jax.tree.map(np.asarray, _compiled(fixed_s, amounts, open_to, here, least))
+        if least is not None:
+            # Cuts that an equal part of the band allows can always be planned together.
+            safe = allowed & (least <= _EQUAL / max(here.sum(), 1))
+            if (safe.any(axis=1) | ~here).all():
+                other = jax.tree.map(np.asarray, _compiled(fixed_s, amounts, safe, here, least))
+                found = (*(other if other[3] < found[3] else found)[:4], found[4])
+    cuts, parts, ends, round_s, bound_s = found
+    if not np.isfinite(round_s):
+        raise BadInput(
+            "no plan serves every client: their energy budgets together need more than the whole uplink band"
+        )
     shares, *hz = parts * budgets[:, None]
     return BandPlan(cuts, shares, hz[0], hz[-1], ends, float(round_s), float(bound_s), _ROUNDS)
 
 
-def _demands(terms: Terms, reference_hz: float, *, pooled: bool):
-    """Seconds that no budget shortens (K, C); FLOP and Hz s per budget (I, K, C); allowed (K, C)."""
+def _least_parts(terms: Terms, energy: Energy, reference: float) -> Floats:
+    """The part of the uplink's band (K, C) that keeps each client's energy budget; inf where none does.
+
+    reference: the part at which the terms' uplink_bps hold.
+    """
+    cuts, nothing = range(terms.shape[1]), np.zeros(terms.shape[0])
+    silent = terms._replace(energy=energy._replace(transmit_w=nothing))
+    idle = terms._replace(energy=energy._replace(j_per_flop=nothing))
+    compute_j, sending_j = (np.stack([some.joules(cut) for cut in cuts], axis=1) for some in (silent, idle))
+    left_j, sending_j = energy.budget_j[:, None] - compute_j, reference * sending_j
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = np.where(sending_j > 0, sending_j / left_j, 0.0)
+    return np.where((left_j > 0) | ((left_j == 0) & (sending_j <= 0)), least, np.inf)
+
+
+def _demands(terms: Terms, reference_hz: tuple[float, float], *, pooled: bool):
+    """Seconds no budget shortens (K, C); FLOP and Hz s per budget (I, K, C); allowed (K, C), energy aside."""
     clients, count = terms.shape
     ones = np.ones(clients)
     rows = [terms.seconds(np.full(clients, cut), ones) for cut in range(count)]
     up, down = (
-        np.stack([reference_hz * (getattr(row, first) + getattr(row, second)) for row in rows], axis=1)
-        for first, second in (("smashed_up", "model_up"), ("model_down", "gradient_down"))
-    )
+        np.stack([hz * (getattr(row, first) + getattr(row, second)) for row in rows], axis=1)
+        for hz, first, second in (
+            (reference_hz[0], "smashed_up", "model_up"), (reference_hz[1], "model_down", "gradient_down"),
+        )
+    )  # fmt: skip
     fixed_s = np.stack([row.client_forward + row.client_backward for row in rows], axis=1)
     flop = np.stack([row.server for row in rows], axis=1)
-    allowed = np.stack([terms.at(np.full(clients, cut))[2] for cut in range(count)], axis=1)
+    free = terms._replace(energy=None)
+    allowed = np.stack([free.at(np.full(clients, cut))[2] for cut in range(count)], axis=1)
     return fixed_s, np.stack([flop, up + down] if pooled else [flop, up, down]), allowed
 
 
-def joint(fixed_s, amounts, allowed, present):
+def joint(fixed_s, amounts, allowed, present, least=None):
     """Cuts (K,), parts of every budget (I, K), ends (K,), round () and bound () for budgets of 1 each.
 
-    fixed_s (K, C) s, amounts (I, K, C) seconds at the whole budget, allowed (K, C), present (K,). Pure.
+    fixed_s (K, C) s, amounts (I, K, C) seconds at the whole budget, allowed (K, C), present (K,), least
+    (K, C) parts of budget 1 that must be given, or None; the round is inf where they are too much. Pure.
     """
     budgets, clients, _ = amounts.shape
 
@@ -125,7 +166,11 @@ def joint(fixed_s, amounts, allowed, present):
             return _normal(prices * jnp.sum(_parts(prices, *mine, present), axis=1))
 
         parts = _parts(lax.fori_loop(0, _POLISH, reprice_fixed, prices), *mine, present)
-        return _fitted(parts, *mine, present)
+        if least is None:
+            return _fitted(parts, *mine, present)
+        floors = jnp.where(present, least[jnp.arange(clients), cuts], 0.0)
+        parts, ends, round_s = _fitted(_raised(parts, floors), *mine, present)
+        return parts, ends, jnp.where((parts[1] >= floors).all(), round_s, jnp.inf)
 
     parts, ends, rounds_s = lax.map(polish, last)
     best = jnp.argmin(rounds_s)
@@ -147,6 +192,21 @@ def _parts(prices, fixed_s, amounts, present):
     time_s = jnp.maximum(end_s(fixed_s, squares, 1.0), idle_s)
     left_s = jnp.where(squares > 0, time_s - fixed_s, 1.0)
     return jnp.sqrt(amounts / prices[:, None]) * (jnp.sqrt(squares) / left_s)
+
+
+def _raised(parts, floors):
+    """Parts where none of budget 1 is below its floor (K,): the others share what is left as before."""
+    floors, room = floors * (1 + 4 * SLACK), 1 - 2 * rounding(parts.shape[1])
+    part = parts[1] * (room / jnp.maximum(jnp.sum(parts[1]), jnp.finfo(float).tiny))
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        fits = jnp.sum(jnp.maximum(middle * part, floors)) <= room
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    scale = lax.fori_loop(0, 60, halve, (jnp.zeros(()), jnp.ones(())))[0]
+    return parts.at[1].set(jnp.where(jnp.any(floors > part), jnp.maximum(scale * part, floors), part))
 
 
 def _fitted(parts, fixed_s, amounts, present):

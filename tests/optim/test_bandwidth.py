@@ -17,8 +17,11 @@ def terms_of(clients, seed=0, units=3, **columns):
     return optim.terms(oracles.profile(units, seed), oracles.fleet(clients, seed, **columns), optim.Work())
 
 
-def fixed_cuts_round_s(fixed_s, demands):
-    """The least round of fixed cuts by a general-purpose solver: log parts of each budget of 1, and T."""
+def fixed_cuts_round_s(fixed_s, demands, least=0.0):
+    """The least round of fixed cuts by a general-purpose solver: log parts of each budget of 1, and T.
+
+    least: parts (K,) of budget 1 that must be given.
+    """
     budgets, clients = demands.shape
     rough = (fixed_s + demands.sum(axis=0) * clients).max()
 
@@ -30,6 +33,7 @@ def fixed_cuts_round_s(fixed_s, demands):
         np.r_[1.0, np.full(budgets * clients, -np.log(clients))],
         constraints=[
             {"type": "ineq", "fun": lambda x: 1 - split(x)[0].sum(axis=1)},
+            {"type": "ineq", "fun": lambda x: split(x)[0][1] - least},
             {
                 "type": "ineq",
                 "fun": lambda x: (split(x)[1] - fixed_s - (demands / split(x)[0]).sum(axis=0)) / rough,
@@ -46,7 +50,7 @@ def fixed_cuts_round_s(fixed_s, demands):
 def test_round_and_bound_enclose_the_optimum_of_enumeration(band_hz, seed):
     terms, server_flops = terms_of(2, seed), 2e9
     plan = bandwidth.solve_bandwidth(terms, server_flops, band_hz, reference_hz=1.0)
-    fixed_s, amounts, allowed = bandwidth._demands(terms, 1.0, pooled=band_hz == POOLED)
+    fixed_s, amounts, allowed = bandwidth._demands(terms, (1.0, 1.0), pooled=band_hz == POOLED)
     budgets = np.r_[server_flops, band_hz]
     rows = np.arange(2)
     optimum = min(
@@ -57,6 +61,56 @@ def test_round_and_bound_enclose_the_optimum_of_enumeration(band_hz, seed):
     assert plan.round_s >= optimum * (1 - 1e-6)
     # Two clients leave the prices little to balance: the cuts found are still within a few per cent.
     assert plan.round_s <= optimum * 1.05
+
+
+def joules(terms, plan):
+    """What each client spends under a band plan, by the formula of the costs."""
+    moved = terms._replace(uplink_bps=terms.uplink_bps * plan.uplink_hz)
+    return moved.joules(plan.cuts)
+
+
+@pytest.mark.parametrize("band_hz", [POOLED, SEPARATE], ids=["pooled", "separate"])
+@pytest.mark.parametrize("seed", range(3))
+def test_energy_budgets_hold_at_the_part_of_the_band_that_is_given(band_hz, seed):
+    power = {"cycles_per_s": np.full(3, 1e9), "kappa": np.full(3, 1e-30), "transmit_w": np.full(3, 0.2)}
+    free = terms_of(3, seed, energy_j=np.full(3, 1e9), **power)
+    server_flops = 2e9
+    spent = joules(free, bandwidth.solve_bandwidth(free, server_flops, band_hz, reference_hz=1.0))
+    # The client that would spend most may spend less, so that it needs more of the band.
+    budget = np.where(spent == spent.max(), 0.8 * spent, 2 * spent)
+    terms = free._replace(energy=free.energy._replace(budget_j=budget))
+    plan = bandwidth.solve_bandwidth(terms, server_flops, band_hz, reference_hz=1.0)
+    assert (joules(terms, plan) <= budget * (1 + 1e-12)).all()
+    assert (joules(free, plan) > 0).all()
+    budgets = np.r_[server_flops, band_hz]
+    fixed_s, amounts, allowed = bandwidth._demands(terms, (1.0, 1.0), pooled=band_hz == POOLED)
+    least = bandwidth._least_parts(terms, terms.energy, 1 / budgets[1])
+    rows = np.arange(3)
+    optimum = min(
+        fixed_cuts_round_s(fixed_s[rows, cuts], amounts[:, rows, cuts] / budgets[:, None], least[rows, cuts])
+        for cuts in itertools.product(*(np.flatnonzero(row) for row in allowed & (least < 1)))
+        if least[rows, cuts].sum() < 1
+    )
+    assert plan.bound_s <= optimum * (1 + 1e-6)
+    assert optimum * (1 - 1e-6) <= plan.round_s <= optimum * 1.1
+
+
+def test_energy_budgets_that_need_more_than_the_band_are_refused():
+    power = {"cycles_per_s": np.full(2, 1e9), "kappa": np.full(2, 1e-40), "transmit_w": np.full(2, 0.2)}
+    free = terms_of(2, 0, energy_j=np.full(2, 1e9), **power)
+    least_j = np.min([free.joules(cut) for cut in range(1, free.shape[1])], axis=0)  # at one Hz each
+    for factor, fits in ((1.01, True), (0.9, False)):  # a client alone would do with 2 Hz
+        terms = free._replace(energy=free.energy._replace(budget_j=factor * least_j))
+        if fits:
+            assert bandwidth.solve_bandwidth(terms, 2e9, (2.0, 2.0), reference_hz=1.0).round_s > 0
+        else:
+            with pytest.raises(
+                BadInput, match="energy budgets together need more than the whole uplink band"
+            ):
+                bandwidth.solve_bandwidth(terms, 2e9, (2.0, 2.0), reference_hz=1.0)
+    terms = free._replace(energy=free.energy._replace(budget_j=np.array([0.4, 1]) * least_j))
+    with pytest.raises(optim.Infeasible, match=r"client 0: every cut costs .* J or more, its budget is"):
+        bandwidth.solve_bandwidth(terms, 2e9, (2.0, 2.0), reference_hz=1.0)
 
 
 @pytest.mark.parametrize("band_hz", [POOLED, SEPARATE], ids=["pooled", "separate"])

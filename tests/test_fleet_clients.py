@@ -43,6 +43,7 @@ def test_a_client_depends_on_seed_and_index_alone():
     small, large = random_fleet(7, seed=5), random_fleet(100, seed=5)
     check_equal(small, large.take(range(7)))
     assert small.client.tolist() == list("0123456")
+    check_equal(random_fleet(7), random_fleet(7, seed=0))
     assert len(np.unique(large.flops)) == 100
     assert not np.isin(random_fleet(100, seed=6).flops, large.flops).any()
     with pytest.raises(AssertionError):

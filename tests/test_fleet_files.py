@@ -49,6 +49,9 @@ def reorder(text):
         reorder(GOOD),
         GOOD.replace("pi", '"pi"').replace("5e6", '"5e6"'),
         GOOD.replace("5e6", " 5000000.0 ").replace("600", "+600"),
+        GOOD.replace(",", ", "),
+        GOOD.replace(",", " ,\t").replace("pi", " pi "),
+        GOOD.replace(",", ", ").replace("phone", ' "phone"').replace("5e6", '"5e6" '),
     ],
 )
 def test_reads_the_same_fleet_however_it_is_written(file, text):
@@ -67,7 +70,7 @@ def test_reads_the_same_fleet_however_it_is_written(file, text):
     assert fleet.distance_m is None
 
 
-@pytest.mark.parametrize("name", ["München", 'client, the "first"', " a ", "-", "1", "nan", "x" * 64, "手机"])
+@pytest.mark.parametrize("name", ["München", 'client, the "first"', "a b", "-", "1", "nan", "x" * 64, "手机"])
 def test_names_are_taken_as_they_are(tmp_path, name):
     fleet = random_fleet(2, seed=0)
     fleet = Fleet(**(fleet.columns() | {"client": np.array([name, "other"])}))
@@ -145,6 +148,21 @@ def test_a_bad_number_is_named(file, line, column, value):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["cycles_per_s", "kappa", "transmit_w", "energy_j", "distance_m"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "-0.1", "", "x", "0"])
+def test_the_columns_that_may_be_missing_hold_numbers_too(file, column, value):
+    text = GOOD.replace("\n", ",2\n").replace("samples,2", f"samples,{column}")
+    path = file(text.replace("600,2", f"600,{value}"))
+    may_be_zero = column in ("kappa", "transmit_w", "energy_j")
+    if value == "0" and may_be_zero:
+        assert getattr(read_fleet(path), column).tolist() == [0, 2]
+        return
+    with pytest.raises(BadInput) as caught:
+        read_fleet(path)
+    rule = "a number, 0 or more" if may_be_zero else "a positive number"
+    assert str(caught.value) == f"{path}:2: column {column}: {value!r}: must be {rule}"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -154,11 +172,17 @@ def test_a_bad_number_is_named(file, line, column, value):
         (HEADER, ":2: no clients; must have one line for each"),
         (HEADER + "\n\n", ":3: no clients"),
         (GOOD.replace("flops", "gflops"), ":1: column 'gflops': must be one of client, flops, uplink_bps,"),
-        (GOOD.replace("flops", " flops"), ":1: column ' flops': must be one of"),
+        (GOOD.replace("flops", "fl ops"), ":1: column 'fl ops': must be one of"),
+        (GOOD.replace(",", ",note,city,"), ":1: columns 'note', 'city', 'note', 'city', "),
+        (GOOD.replace(",", ";"), ":1: cells are separated by semicolons; must be by commas, with points"),
+        (GOOD.replace(",", "\t"), ":1: cells are separated by tabs; must be by commas"),
+        ("sep=;\n" + GOOD.replace(",", ";"), ":1: cells are separated by semicolons"),
+        (GOOD.replace("phone", " pi "), ":3: column client: 'pi': is on line 2 too"),
+        (cell(3, "client", "  "), ":3: column client: '': must be 1 to 64 printable characters"),
         (GOOD.replace("flops", "samples"), ":1: column samples: must be there once"),
         (GOOD.replace("samples", ""), ":1: column '': must be one of"),
         (GOOD.replace("memory_bytes", "energy_j"), ":1: column memory_bytes: missing"),
-        ("1,2,3\n4,5,6\n", ":1: column '1': must be one of"),
+        ("1,2,3\n4,5,6\n", ":1: columns '1', '2', '3': must be one of"),
         (GOOD.replace(",600", ""), ":2: column samples: missing; a line has 6 cells"),
         (GOOD.replace(",4294967296,12", ""), ":3: column memory_bytes: missing"),
         (GOOD.replace(",600", ",600,7"), ":2: cell 7: '7': has no column"),

@@ -58,7 +58,7 @@ class Fleet:
         return {name: values for name, values in columns.items() if values is not None}
 
 
-def random_fleet(clients: int, *, seed: int) -> Fleet:
+def random_fleet(clients: int, *, seed: int = 0) -> Fleet:
     """A fleet of very unequal devices; client i depends on (seed, i) alone, whatever the number of clients.
 
     Drawn log-uniformly and independently, in ranges chosen for this project (orders of magnitude of public

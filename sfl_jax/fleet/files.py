@@ -18,7 +18,7 @@ _NAME_LENGTH = 64
 
 
 def read_fleet(path: str | os.PathLike[str]) -> Fleet:
-    """The fleet of a CSV file in UTF-8 with a header; columns in any order.
+    """The fleet of a CSV file in UTF-8 with a header; columns in any order, blanks around cells do not count.
 
     Those of `Fleet`; the ones that may be None there may be missing here. `client` is a unique name of 1 to
     64 printable characters, `samples` a positive integer; all others are finite numbers, positive, except
@@ -77,7 +77,7 @@ def _read_fast(data: bytes) -> Fleet | None:
     names = table["client"].to_pylist()
     if len(set(names)) < len(names) or not all(map(len, names)) or not "".join(names).isprintable():
         return None
-    if max(map(len, names)) > _NAME_LENGTH:
+    if max(map(len, names)) > _NAME_LENGTH or list(map(str.strip, names)) != names:
         return None
     columns = {name: table[name].to_numpy() for name in header if name != "client"}
     for name, values in columns.items():
@@ -94,9 +94,10 @@ def _read_exactly(path: Path, data: bytes) -> Fleet:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}:{line}: byte {data[error.start]:#04x}: must be UTF-8") from error
-    rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""))
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    rows = csv.reader(text, skipinitialspace=True)
     try:
-        header = next(filter(None, rows), [])
+        header = [name.strip() for name in next(filter(None, rows), [])]
         _check_header(f"{path}:{max(rows.line_num, 1)}", header)
         cells: dict[str, list] = {name: [] for name in header}
         line_of: dict[str, int] = {}
@@ -107,7 +108,7 @@ def _read_exactly(path: Path, data: bytes) -> Fleet:
             if len(row) > len(header):
                 raise BadInput(f"{place}: cell {len(header) + 1}: {_shown(row[len(header)])}: has no column")
             for name, cell in zip(header, row, strict=True):
-                cells[name].append(_value(place, name, cell))
+                cells[name].append(_value(place, name, cell.strip()))
             first = line_of.setdefault(cells["client"][-1], rows.line_num)
             if first != rows.line_num:
                 raise BadInput(
@@ -121,9 +122,16 @@ def _read_exactly(path: Path, data: bytes) -> Fleet:
 
 
 def _check_header(place: str, header: list[str]) -> None:
+    for separator, plural in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and separator in header[0]:
+            raise BadInput(
+                f"{place}: cells are separated by {plural}; must be by commas, with points in numbers"
+            )
+    unknown = [_shown(name) for name in header if name not in _COLUMNS]
+    if unknown:
+        columns = f"columns {', '.join(unknown[:9])}" if len(unknown) > 1 else f"column {unknown[0]}"
+        raise BadInput(f"{place}: {columns}: must be one of {', '.join(_COLUMNS)}")
     for i, name in enumerate(header):
-        if name not in _COLUMNS:
-            raise BadInput(f"{place}: column {_shown(name)}: must be one of {', '.join(_COLUMNS)}")
         if name in header[:i]:
             raise BadInput(f"{place}: column {name}: must be there once")
     for name in _REQUIRED:

@@ -7,6 +7,7 @@ from sfl_jax.optim.infeasible import servable
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
 from sfl_jax.optim.regression import ROUNDINGS, Curve, Fit, fit_curves, relaxed
+from sfl_jax.optim.serving import any_schedule_bound_s, solve_serving
 from sfl_jax.optim.solve import BARRIERS, METHODS, solve, solve_arrays
 from sfl_jax.optim.staged import STAGED_METHODS
 
@@ -28,6 +29,7 @@ __all__ = [
     "Solution",
     "Terms",
     "Work",
+    "any_schedule_bound_s",
     "fit_curves",
     "relaxed",
     "samples_processed",
@@ -37,5 +39,6 @@ __all__ = [
     "solve",
     "solve_arrays",
     "solve_bandwidth",
+    "solve_serving",
     "terms",
 ]

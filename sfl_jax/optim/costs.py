@@ -138,6 +138,7 @@ class Terms(NamedTuple):
     """
 
     samples: Floats  # (K,) really processed in a round, all epochs together
+    steps: Floats  # (K,) local steps of a round
     flops: Floats  # (K,)
     uplink_bps: Floats  # (K,)
     downlink_bps: Floats  # (K,)
@@ -182,7 +183,7 @@ class Terms(NamedTuple):
         """The terms of some clients (indices or a mask), say of a round's cohort."""
         per_client = {
             name: getattr(self, name)[clients]
-            for name in ("samples", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
+            for name in ("samples", "steps", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
         }
         energy = None if self.energy is None else Energy(*(part[clients] for part in self.energy))
         return self._replace(energy=energy, **per_client)
@@ -241,6 +242,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work) -> Terms:
     floats = parameters * (2 + work.optimizer_slots) + state + work.batch_size * _before(profile.activations)
     made = Terms(
         samples=samples_processed(fleet.samples, work),
+        steps=samples_processed(fleet.samples, work) / work.batch_size,
         flops=fleet.flops,
         uplink_bps=fleet.uplink_bps,
         downlink_bps=fleet.downlink_bps,

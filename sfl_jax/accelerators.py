@@ -1,13 +1,63 @@
-"""Switches of GPUs and TPUs."""
+"""JAX as a command needs it: started whatever the environment says, on the devices that were asked for."""
 
 import os
-
-import jax
+import sys
 
 from sfl_jax.config import Config
+from sfl_jax.errors import BadInput
 
 # Kernels that add in a fixed order, and none chosen by measuring, which may choose differently next time.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+# What the code relies on. A variable of JAX that says otherwise would end in an error, or in other numbers.
+RELIED_ON = {
+    "jax_enable_x64": False,  # planning asks for float64 where it needs it
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_transfer_guard": None,
+    "jax_transfer_guard_host_to_device": None,
+    "jax_transfer_guard_device_to_device": None,
+    "jax_transfer_guard_device_to_host": None,
+    "jax_no_tracing": False,
+    "jax_no_execution": False,
+}
+
+
+def start() -> None:
+    """Import JAX and set back what its variables say against the code. BadInput where they are no values."""
+    try:
+        import jax
+    except ValueError as error:
+        raise BadInput(f"JAX cannot start: {error}; mend or unset that variable") from error
+    changed = [name for name, value in RELIED_ON.items() if _plain(getattr(jax.config, name)) != value]
+    for name in changed:
+        jax.config.update(name, RELIED_ON[name])
+    if changed:
+        print(
+            f"without {', '.join(map(str.upper, changed))}, which this program sets itself", file=sys.stderr
+        )
+
+
+def find() -> None:
+    """Start the devices. BadInput where there are none of the platform that JAX_PLATFORMS asks for.
+
+    The host's own are always among them, since planning computes there.
+    """
+    import jax
+
+    asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
+    has_host = not asked or "cpu" in asked.split(",")
+    try:
+        if not has_host:
+            jax.config.update("jax_platforms", f"{asked},cpu")
+        if jax.default_backend() == "cpu" and not has_host:  # JAX passes over GPUs that are not there
+            raise RuntimeError
+    except RuntimeError as error:
+        jax.config.update("jax_platforms", asked)
+        platform = f"{asked} here (JAX_PLATFORMS={asked}); set JAX_PLATFORMS=cpu" if asked else "device here"
+        raise BadInput(f"JAX finds no {platform}" + (f" ({error})" if str(error) else "")) from error
 
 
 def switch(config: Config) -> None:
@@ -16,7 +66,14 @@ def switch(config: Config) -> None:
     The former has an effect only before JAX computes anything.
     What the user has set in the environment stays where the flags ask for nothing, and wins in XLA_FLAGS.
     """
+    import jax
+
     if config.deterministic:
         os.environ["XLA_FLAGS"] = f"{DETERMINISTIC} {os.environ.get('XLA_FLAGS', '')}"
     if config.matmul_precision != "default":
         jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+
+
+def _plain(value):
+    """A setting of JAX as it is written in the environment."""
+    return getattr(value, "value", value)

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.packing import as_packed, plain, plain_like
-from sfl_jax.files import ensure_room
+from sfl_jax.files import ensure_room, unfinished
 
 MODEL, ARRAYS, PROGRESS, SUMS = "model", "arrays.json", "progress.json", "SHA256SUMS"
 STAGING_SPARE_BYTES = 10**6  # beside the arrays
@@ -148,7 +148,8 @@ class Checkpoints:
 
     def _write(self, model, progress):
         try:
-            self._put(model, progress)
+            with unfinished(self.directory / f".{_name(progress.round)}.part"):
+                self._put(model, progress)
         except Exception as error:
             for left in self._unfinished("part"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -289,7 +290,8 @@ def _staging():
     try:
         with contextlib.suppress(OSError):  # a file system without locks has no sweeping either
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield path
+        with unfinished(path):
+            yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(handle)

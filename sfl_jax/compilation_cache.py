@@ -2,10 +2,10 @@
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
+from jaxlib.version import __version__ as jaxlib_version
 
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_writable
@@ -20,6 +20,8 @@ def enable() -> Path | None:
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
         return Path(jax.config.jax_compilation_cache_dir)  # pyright: ignore[reportAttributeAccessIssue]
     directory = default_directory()
+    if directory is None:
+        return None
     try:
         ensure_writable(directory, "compilation_cache", str(directory))
     except BadInput:
@@ -30,13 +32,23 @@ def enable() -> Path | None:
 
 
 def notes() -> Path | None:
-    """The file of what was measured here with these releases; None where JAX is told to keep nothing."""
+    """The file of what was measured here with these releases; None where JAX is told to keep nothing, or
+    there is no place for it.
+    """
     keeps = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    return default_directory() / "executions.json" if keeps else None
+    directory = default_directory() if keeps else None
+    return directory and directory / "executions.json"
 
 
-def default_directory() -> Path:
-    """Where this user's programs for this host and these releases are kept."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    caches = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    return caches / "sfl_jax" / f"jax-{jax.__version__}-jaxlib-{version('jaxlib')}-{platform.node()}"
+def default_directory() -> Path | None:
+    """Where this user's programs for this host and these releases are kept.
+
+    None where no home directory is known, as in a container whose user has a number and no name.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():
+        try:
+            caches = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return caches / "sfl_jax" / f"jax-{jax.__version__}-jaxlib-{jaxlib_version}-{platform.node()}"

@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 from sfl_jax.errors import BadInput
 
+_unfinished: set[Path] = set()  # what this process removes when it ends well
+
 
 class NotWritten(Exception):
     """What the disk refused of a run that is under way."""
@@ -63,20 +65,42 @@ def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator
 
 
 @contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A path for what the block makes and renames; whatever has this name after the block is removed."""
+    _unfinished.add(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Remove what blocks of other threads are at work on, when the process ends without them."""
+    for path in [*_unfinished]:
+        _remove(path)
+
+
+@contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to fill, which takes its name when the block ends well and leaves nothing when it does not.
 
     An OSError of the block, as of a full disk, names the file if it names none.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
+        with unfinished(path.with_name(f".{path.name}.{os.getpid()}.part")) as part:
+            with part.open("wb") as file:
+                yield file
+            part.replace(path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

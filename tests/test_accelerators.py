@@ -1,13 +1,17 @@
+import contextlib
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sfl_jax import accelerators
 from sfl_jax.config import Config
+from sfl_jax.errors import BadInput
 from sfl_jax.models import layers
 
 
@@ -17,6 +21,75 @@ def settings_restored(monkeypatch):
     before = jax.config.jax_default_matmul_precision
     yield
     jax.config.update("jax_default_matmul_precision", before)
+
+
+OTHERWISE = {
+    "jax_enable_x64": True, "jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise",
+    "jax_default_prng_impl": "rbg", "jax_threefry_partitionable": False, "jax_random_seed_offset": 1,
+    "jax_transfer_guard": "disallow", "jax_transfer_guard_host_to_device": "disallow",
+    "jax_transfer_guard_device_to_device": "disallow", "jax_transfer_guard_device_to_host": "disallow",
+    "jax_no_tracing": True, "jax_no_execution": True,
+}  # fmt: skip
+
+
+def test_what_the_environment_says_against_the_code_is_set_back(capsys):
+    assert OTHERWISE.keys() == accelerators.RELIED_ON.keys()
+    accelerators.start()
+    assert capsys.readouterr().err == ""
+    expected = jax.random.normal(jax.random.key(3), (8,))
+    for name, value in OTHERWISE.items():
+        jax.config.update(name, value)
+        accelerators.start()
+        assert capsys.readouterr().err.startswith(f"without {name.upper()}, "), name
+        drawn = np.ones((1, 8)) * jax.random.normal(jax.random.key(3), (8,))
+        assert (drawn.dtype, drawn[0].tolist()) == (jnp.float32, expected.tolist()), name
+
+
+@pytest.mark.parametrize(
+    ("variable", "line"),
+    [
+        (
+            "JAX_NUM_CPU_DEVICES=x",
+            'error: JAX cannot start: Invalid value "x" for JAX flag jax_num_cpu_devices',
+        ),
+        ("JAX_PLATFORMS=cuda", "error: JAX finds no cuda here (JAX_PLATFORMS=cuda); set JAX_PLATFORMS=cpu\n"),
+    ],
+)
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
+def test_what_jax_cannot_start_with_is_one_line(variable, line, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.plan", "--clients=4", f"--output={tmp_path / 'plan.json'}"],
+        env=os.environ | dict([variable.split("=")]), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "reads", "line"),
+    [
+        (None, "cpu", None, ""),
+        ("cpu", "cpu", "cpu", ""),
+        ("cuda,cpu", "cpu", "cuda,cpu", ""),
+        ("cuda", "gpu", "cuda,cpu", ""),  # planning computes on the host
+        ("cuda", "cpu", "cuda", r"JAX finds no cuda here \(JAX_PLATFORMS=cuda\); set JAX_PLATFORMS=cpu$"),
+        (
+            "tpu",
+            RuntimeError("no libtpu"),
+            "tpu",
+            r"finds no tpu here .*; set JAX_PLATFORMS=cpu \(no libtpu\)$",
+        ),
+        (None, RuntimeError("no driver"), None, r"JAX finds no device here \(no driver\)$"),
+    ],
+)
+def test_the_platform_that_is_asked_for(asked, found, reads, line, monkeypatch):
+    config = mock.Mock(jax_platforms=asked)
+    config.update.side_effect = lambda name, value: setattr(config, name, value)
+    monkeypatch.setattr(jax, "config", config)
+    monkeypatch.setattr(jax, "default_backend", mock.Mock(side_effect=[found]))
+    with pytest.raises(BadInput, match=line) if line else contextlib.nullcontext():
+        accelerators.find()
+    assert config.jax_platforms == reads
 
 
 def lowered_for_gpu():

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jaxlib
@@ -67,6 +68,22 @@ def test_where_nothing_can_be_written_nothing_is_kept(monkeypatch, tmp_path, no_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compilation_cache.enable() is None
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_where_no_home_is_known_nothing_is_kept(monkeypatch, no_directory):
+    """As in a container whose user has a number and no name."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative, which is none")
+    assert compilation_cache.default_directory() is None
+    kept = mock.Mock(jax_enable_compilation_cache=True, jax_compilation_cache_dir=None)
+    monkeypatch.setattr(jax, "config", kept)
+    assert compilation_cache.notes() is None
+    assert compilation_cache.enable() is None
 
 
 def test_a_directory_that_the_user_chose_stays(monkeypatch, tmp_path, no_directory):

@@ -29,15 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(config: Config) -> int:
     """Train and write schemes.csv and .png; with --plan_only methods.csv, methods.png and errors.png."""
+    from sfl_jax import accelerators
+
     ensure_writable(config.workdir, "workdir", config.workdir)
+    accelerators.start()
     return compare_plans(config) if config.plan_only else compare_clocks(config)
 
 
 def compare_plans(config: Config) -> int:
     """Every method's plans, no training."""
-    from sfl_jax import comparison, division
+    from sfl_jax import accelerators, comparison, division
     from sfl_jax.commands import compare_plot
 
+    accelerators.find()
     config, _ = division.settle(config)
     rows = [*comparison.sweeps(config), *comparison.errors(config)]
     written = [Path(config.workdir) / name for name in ("methods.csv", "methods.png", "errors.png")]

@@ -9,10 +9,11 @@ from typing import Any
 
 from absl import flags
 
+from sfl_jax.commands.interruption import INTERRUPTED, interruption
 from sfl_jax.config import Config, allowed, bounds, fields_of
 from sfl_jax.errors import BadInput
 
-BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141
+BAD_INPUT, NO_READER = 2, 141
 WIDTH = 110
 
 
@@ -39,9 +40,10 @@ def run(
         print(help_text(command, about))
         return 0
     try:
-        code = main(parse(arguments, command)) or 0
-        sys.stdout.flush()
-        return code
+        with interruption():
+            code = main(parse(arguments, command)) or 0
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -1,35 +1,127 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which a run grants once its round is done and saved."""
+"""Ctrl-C and SIGTERM: a command ends at once where nothing is lost by it, a run once its round is saved.
+
+Python's own handlers wait for native code to return, and compiling takes seconds to minutes. So a thread
+listens, and ends the process itself.
+"""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
+from sfl_jax import files
+
+INTERRUPTED, SAVED = 130, 75  # exit codes: nothing is kept; there is a saved round to go on from
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FLUSHED_S = 1.0  # after which whoever reads the output is not waited for
+AGAIN = "press Ctrl-C again to stop now"
+
 
 class Stop:
-    """asked: whether the run was asked to stop."""
+    """What a signal does at this point of a command.
 
-    asked = False
+    asked: whether the run was asked to stop, which it does once it has saved.
+    """
 
-    def ask(self, number: int, _: object) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+    def __init__(self):
+        self.asked = False
+        self._others_wait = False
+        self._now: tuple[int, str] | str = (INTERRUPTED, "stopped")
+        self._kept = (INTERRUPTED, "nothing was trained yet")
+
+    def keep(self, saved: str) -> None:
+        """From here on there is a saved round, whose line ends the run where it ends at once."""
+        self._kept = SAVED, saved
+
+    def wait_for_others(self) -> None:
+        """From here on no process ends before the others do."""
+        self._others_wait = True
+
+    def may_end(self, doing: str) -> None:
+        """From here on nothing is lost if the process ends at once."""
+        code, kept = self._kept
+        self._now = doing if self._others_wait else (code, f"stopped while {doing}; {kept}")
+
+    def must_end_well(self, doing: str) -> None:
+        """From here on a first signal only asks the run to stop, and it goes on with what it is `doing`."""
+        self._now = doing
+
+    def hear(self, number: int) -> int | None:
+        """Say what follows from a signal; the exit code where that is the end."""
+        now, again = self._now, self.asked and number == signal.SIGINT
         self.asked = True
-        # Not print: a handler may have interrupted one.
-        os.write(2, b"\nstopping after this round, which is saved; Ctrl-C stops at once\n")
+        if isinstance(now, str):
+            code, line = (INTERRUPTED, "stopped") if again else (None, f"stopping after {now}; {AGAIN}")
+        else:
+            code, line = now
+        with contextlib.suppress(OSError):  # not print: whatever the signal interrupted may have been one
+            os.write(2, f"\n{line}\n".encode())
+        return code
 
 
 @contextlib.contextmanager
 def interruption() -> Iterator[Stop]:
-    """While this lasts, SIGINT and SIGTERM only ask to stop; a second SIGINT is KeyboardInterrupt."""
+    """While this lasts, SIGINT and SIGTERM do what the Stop says.
+
+    Where that is the end of an interactive session, it is KeyboardInterrupt instead.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread can hear signals
+        yield stop  # only the main thread may say who hears signals
         return
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+
+    def interrupt(number: int, _: object) -> None:
+        if stop.hear(number) is not None:
+            raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as stack:
+        interactive = hasattr(sys, "ps1")
+        if not interactive:
+            stack.enter_context(_listening(stop))
+        for number in SIGNALS:
+            before = signal.signal(number, interrupt if interactive else lambda *_: None)
+            stack.callback(signal.signal, number, before)
         yield stop
+
+
+@contextlib.contextmanager
+def _listening(stop):
+    """A thread hears every signal that Python handles as soon as it comes."""
+    heard, told = os.pipe()
+    os.set_blocking(told, False)  # as Python wants it
+
+    def listen():
+        while number := os.read(heard, 1):
+            code = stop.hear(number[0]) if number[0] in SIGNALS else None
+            if code is not None:
+                end(code)
+
+    listener = threading.Thread(target=listen, daemon=True, name="signals")
+    listener.start()
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(told)
+        listener.join()
+        os.close(heard)
+
+
+def end(code: int) -> None:
+    """End this process now, whatever its other threads do; what has been printed is seen, and no half a file
+    is left.
+    """
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(FLUSHED_S)
+    files.remove_unfinished()
+    os._exit(code)
+
+
+def _flush():
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()

@@ -25,6 +25,10 @@ def plan(config: Config) -> None:
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_fleet, config.fleet) if config.fleet != "random" else None
         # Meanwhile, for JAX takes as long to import as a million lines to read.
+        from sfl_jax import accelerators
+
+        accelerators.start()
+        accelerators.find()
         from sfl_jax import compilation_cache, planning
         from sfl_jax.commands.plan_files import write_plan
         from sfl_jax.commands.plan_summary import head, summary

@@ -20,6 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(config: Config) -> int:
     """Write the page of the run in the workdir, with the clock of every scheme."""
+    from sfl_jax import accelerators
+
+    accelerators.start()
+    accelerators.find()
     from sfl_jax import experiment, recording
 
     run, _ = recording.described(config.workdir)

@@ -4,17 +4,14 @@ time.
 
 import contextlib
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from sfl_jax import __version__
-from sfl_jax.commands import flags
+from sfl_jax.commands import flags, software
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
@@ -23,7 +20,6 @@ from sfl_jax.files import NotWritten, ensure_writable, locked
 DIVERGED, INTERRUPTED = 3, 75
 AGAIN = "run the same command again to go on"
 REMEDY = "try a lower --learning_rate, more --warmup_rounds, or --on_divergence=skip_client"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "tensorflow-datasets")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,19 +34,25 @@ def train(config: Config) -> int:
     ensure_writable(config.workdir, "workdir", config.workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(interruption())
+        stop.may_end("starting JAX")
+        from sfl_jax import accelerators
+
+        accelerators.start()
         from jax.errors import JaxRuntimeError
 
-        from sfl_jax import accelerators
         from sfl_jax.federated import processes
 
         accelerators.switch(config)
         processes.join(config)
+        accelerators.find()
+        if not processes.is_alone():
+            stop.wait_for_others()
         writes = processes.is_first()
         if writes:
             stack.enter_context(locked(config.workdir, "workdir", config.workdir))
         stack.enter_context(processes.together())
         try:
-            return _train(config, lambda: processes.any_of(stop.asked), writes)
+            return _train(config, stop, writes)
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -66,7 +68,7 @@ def _too_large(config) -> str:
     return f"--{flag}={value}: does not fit into the memory; try {max(value // 2, 1)}"
 
 
-def _train(config, is_asked_to_stop, writes) -> int:
+def _train(config, stop, writes) -> int:
     from sfl_jax import compilation_cache, division, experiment, metrics, recording
     from sfl_jax.checkpoints import Checkpoints
     from sfl_jax.federated import processes
@@ -84,6 +86,9 @@ def _train(config, is_asked_to_stop, writes) -> int:
     if progress is not None and progress.round >= config.rounds:
         print(f"--workdir={config.workdir}: done, all {config.rounds} rounds; nothing was trained")
         return 0
+    if progress is not None:
+        stop.keep(f"round {progress.round} of {config.rounds} is saved; {AGAIN}")
+    stop.may_end("reading the data and planning")
     if config.compilation_cache:
         compilation_cache.enable()
     before_s, compiled_s = (progress.wall_s, progress.compile_s) if progress else (0.0, 0.0)
@@ -101,6 +106,7 @@ def _train(config, is_asked_to_stop, writes) -> int:
             print(f"--workdir={config.workdir}: going on after round {state.round} of {config.rounds}")
         before = progress.settings if progress else None
         notes = compilation_cache.notes() if config.compilation_cache else None
+        stop.may_end("measuring and compiling")
         built, engine = experiment.compile(built, state, before, notes)
         print(_how(built, engine))
         recorder = (
@@ -109,15 +115,19 @@ def _train(config, is_asked_to_stop, writes) -> int:
             else recording.Silent(clock, compiling)
         )
         with contextlib.closing(recorder):
+            stop.must_end_well("this round, which is saved")
             recorder.begin(state, inputs, environment(built, engine))
-            return _rounds(experiment, built, engine, state, recorder, is_asked_to_stop)
+            return _rounds(experiment, built, engine, state, recorder, stop)
 
 
-def _rounds(experiment, built, engine, start, recorder, is_asked_to_stop) -> int:
+def _rounds(experiment, built, engine, start, recorder, stop) -> int:
     """Run the rounds that are left, under the eyes of `recorder`; the exit code."""
     from sfl_jax.federated import processes
 
     config, state, last = built.config, start, None
+
+    def is_asked_to_stop():
+        return processes.any_of(stop.asked)
 
     def pauses(round):
         return not processes.is_alone() or is_asked_to_stop() or recorder.is_due(round)
@@ -140,6 +150,8 @@ def _rounds(experiment, built, engine, start, recorder, is_asked_to_stop) -> int
     if state.round < config.rounds:
         processes.say(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}")
         return INTERRUPTED
+    stop.keep(f"all {config.rounds} rounds are saved")
+    stop.may_end("writing the report")
     clock_s, compile_s = recorder.clock.seconds, recorder.compiling.seconds
     print(summary(config, state.simulated_s, last, clock_s, compile_s, recorder.failed_rounds()))
     if processes.is_first():
@@ -174,11 +186,11 @@ def environment(built: Any, engine: Any) -> dict[str, Any]:
     """What the numbers of a run may depend on besides its settings."""
     return {
         "python": platform.python_version(),
-        "packages": {"sfl_jax": __version__} | {name: version(name) for name in PACKAGES},
+        "packages": software.packages(),
         "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in built.devices],
         "input_scaling": built.scaling._asdict(),
         "seconds_per_client_step": {str(one): seconds for one, seconds in engine.tried.items()},
-        "git_commit": _git_commit(),
+        "git_commit": software.git_commit(),
     }
 
 
@@ -215,11 +227,3 @@ def _with_progress(rounds, done, total):
                 print(f"round {last.round}/{total}: {note}, {last.wall_s:.0f} s", flush=True)
         yield state, last
     bar.close()
-
-
-def _git_commit():
-    where = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None

@@ -1,0 +1,153 @@
+"""Ctrl-C and SIGTERM at every point of a command: what is said, with which code it ends, what is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+
+from sfl_jax import experiment, recording
+from sfl_jax.commands import interruption, train
+from sfl_jax.commands.interruption import Stop
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+def heard(capfd, stop, *numbers):
+    """(exit code or None, line) of each signal."""
+    return [(stop.hear(number), capfd.readouterr().err.strip()) for number in numbers]
+
+
+def test_where_nothing_is_lost_the_first_signal_is_the_end(capfd):
+    stop = Stop()
+    assert heard(capfd, stop, INT) == [(130, "stopped")]
+    stop.may_end("compiling")
+    assert heard(capfd, stop, TERM) == [(130, "stopped while compiling; nothing was trained yet")]
+    stop.keep("round 3 of 9 is saved")
+    stop.may_end("compiling")
+    assert heard(capfd, stop, INT) == [(75, "stopped while compiling; round 3 of 9 is saved")]
+
+
+def test_a_round_is_saved_first_and_only_a_second_ctrl_c_is_the_end(capfd):
+    asked = (None, "stopping after this round; press Ctrl-C again to stop now")
+    for first in (INT, TERM):
+        stop = Stop()
+        stop.must_end_well("this round")
+        assert not stop.asked
+        assert heard(capfd, stop, first, TERM, INT) == [asked, asked, (130, "stopped")]
+        assert stop.asked
+
+
+def test_no_process_of_several_ends_before_the_others(capfd):
+    stop = Stop()
+    stop.keep("round 3 of 9 is saved")
+    stop.wait_for_others()
+    stop.may_end("compiling")
+    assert heard(capfd, stop, TERM) == [(None, "stopping after compiling; press Ctrl-C again to stop now")]
+
+
+NATIVE = """
+import hashlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from sfl_jax.commands.interruption import interruption
+from sfl_jax.files import whole_file
+with interruption() as stop, whole_file(sys.argv[1]) as file:
+    stop.must_end_well("this round")
+    print("printed", end="")
+    print("ready", file=sys.stderr, flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def test_native_code_is_ended_too_and_leaves_nothing(tmp_path):
+    """It runs for many minutes, during which no handler of Python's comes to its turn."""
+    command = [sys.executable, "-c", NATIVE, tmp_path / "file"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr.readline() == "ready\n"
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        for _ in range(2):
+            process.send_signal(INT)
+            assert process.stderr.readline() == "\n"
+            assert process.stderr.readline().startswith("stop")
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, "printed")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The codes with which this process would have ended."""
+    codes = []
+    monkeypatch.setattr(interruption, "end", codes.append)
+    return codes
+
+
+def interrupted_in(monkeypatch, name, ends):
+    """Ctrl-C comes within a function of `experiment`, from which the run does not come back."""
+
+    def interrupt(*_):
+        os.kill(os.getpid(), INT)
+        while not ends:
+            time.sleep(0.001)
+        raise InterruptedError
+
+    monkeypatch.setattr(experiment, name, interrupt)
+
+
+@pytest.mark.parametrize(
+    ("function", "round", "code", "line"),
+    [
+        ("build", None, 130, "stopped while reading the data and planning; nothing was trained yet"),
+        ("compile", None, 130, "stopped while measuring and compiling; nothing was trained yet"),
+        ("compile", 3, 75, "stopped while measuring and compiling; round 3 of 100 is saved; run the same"),
+    ],
+)
+def test_before_the_first_round_a_run_ends_at_once(
+    function, round, code, line, monkeypatch, tmp_path, capfd, ends
+):
+    built = mock.Mock(notes=[])
+    for name in ("build", "inputs", "start", "resume"):
+        monkeypatch.setattr(experiment, name, mock.Mock(return_value=built))
+    monkeypatch.setattr(recording, "check_inputs", mock.Mock())
+    progress = round and mock.Mock(round=round, wall_s=0.0, compile_s=0.0)
+    monkeypatch.setattr(recording, "reached", mock.Mock(return_value=progress))
+    interrupted_in(monkeypatch, function, ends)
+    assert train.main([f"--workdir={tmp_path}"]) == 2  # as it would not
+    assert ends == [code]
+    assert f"\n{line}" in capfd.readouterr().err
+
+
+def test_handlers_are_as_before_afterwards(ends):
+    before = [signal.getsignal(number) for number in (INT, TERM)]
+    with interruption.interruption():
+        with interruption.interruption() as inner:
+            inner.must_end_well("this")
+            os.kill(os.getpid(), TERM)
+            while not inner.asked:
+                time.sleep(0.001)
+        assert ends == []
+        os.kill(os.getpid(), TERM)
+        while not ends:
+            time.sleep(0.001)
+    assert ends == [130]
+    assert [signal.getsignal(number) for number in (INT, TERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_interactive_session_outlives_its_command(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+
+    def command():
+        with interruption.interruption():
+            os.kill(os.getpid(), INT)
+            time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        command()

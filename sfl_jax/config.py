@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from sfl_jax import paths
 from sfl_jax.errors import BadInput
 
 # What models, optim and datasets accept, written out here so that help and refusals need no JAX; a test
@@ -80,14 +81,16 @@ class Config:
         1.0, NETWORK, TRAINING, "times the published dropout and stochastic depth", at_least=0, at_most=1
     )
     init_from: str = _flag(
-        "", NETWORK, TRAINING, "weights from Keras to start with: .weights.h5, .h5, .keras"
+        "", NETWORK, TRAINING, "weights from Keras to start with: .weights.h5, .h5, .keras", path=True
     )
     head_init_scale: float = _flag(
         1.0, NETWORK, TRAINING, "times the published scale of the classifier's initial kernel", at_least=0
     )
 
     dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
-    data_dir: str = _flag("", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True)
+    data_dir: str = _flag(
+        "", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True, path=True
+    )
     label_key: str = _flag(
         "", DATA, TRAINING, "which of several class labels to learn; empty: label, or the only one"
     )
@@ -112,7 +115,9 @@ class Config:
         0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
     )
     cohort_size: int = _flag(10, FLEET, TRAINING, "clients that take part in a round", at_least=1)
-    fleet: str = _flag(RANDOM, FLEET, PLANNING, "random, or the path of a fleet.csv", harmless=True)
+    fleet: str = _flag(
+        RANDOM, FLEET, PLANNING, "random, or the path of a fleet.csv", harmless=True, path=True
+    )
     server_flops: float = _flag(1e12, FLEET, PLANNING, "compute of the server, FLOP/s", above=0)
     method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
     starts: str = _flag(
@@ -215,7 +220,7 @@ class Config:
         100, PROCESSES, ("train",), "of silence after which a process counts as dead", at_least=1
     )
 
-    workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run")
+    workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run", path=True)
     eval_every: int = _flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
     checkpoint_every_rounds: int = _flag(
         0, FILES, TRAINING, "rounds between checkpoints; 0: by time alone", at_least=0
@@ -228,7 +233,7 @@ class Config:
     allow_config_change: bool = _flag(
         False, FILES, TRAINING, "go on with a run that was made with other settings"
     )
-    output: str = _flag("plan.json", FILES, ("plan",), "the plan; a .csv is written beside it")
+    output: str = _flag("plan.json", FILES, ("plan",), "the plan; a .csv is written beside it", path=True)
     plan_only: bool = _flag(False, FILES, ("compare",), "train nothing: plans over sweeps of the fleet")
     plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 
@@ -238,7 +243,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], command: str = "train") -> "Config":
-        """The settings that `to_dict` gave; names that are missing take their defaults.
+        """The settings that `to_dict` gave, or that were typed; names that are missing take their defaults.
 
         Raises BadInput for an unknown name, a value of another type, and for whatever `validate` refuses.
         """
@@ -248,7 +253,8 @@ class Config:
                 raise BadInput(f"config: no setting is called {name}")
             if not _has_type(value, type(known[name].default)):
                 raise BadInput(f"--{name}={value}: must be {allowed(known[name])}")
-        config = cls(**values)
+        places = {name: paths.expand(name, value) for name, value in values.items() if _is_path(known[name])}
+        config = cls(**{**values, **places})
         validate(config, command)
         return config
 
@@ -305,6 +311,10 @@ def validate(config: Config, command: str = "train") -> None:
             raise BadInput(f"--{field.name}={value}: must be {allowed(field)}")
         if type(value) is int and value > LARGEST_INT:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
+        if type(value) is str:
+            paths.check_text(field.name, value)
+        if _is_path(field):
+            paths.check_path(field.name, value)
 
     taken = {field.name for field in fields_of(command)}
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
@@ -357,6 +367,10 @@ def validate(config: Config, command: str = "train") -> None:
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")
+
+
+def _is_path(field: dataclasses.Field[Any]) -> bool:
+    return field.metadata.get("path", False)
 
 
 def _has_type(value: Any, kind: type) -> bool:

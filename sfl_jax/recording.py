@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sfl_jax import experiment, metrics
+from sfl_jax import experiment, metrics, paths
 from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import Config, changes, settings
 from sfl_jax.errors import BadInput
@@ -40,6 +40,7 @@ def saved(workdir: str) -> tuple[experiment.Experiment, experiment.State]:
     Raises BadInput where there is none or its config.json is damaged, and where its dataset, fleet or weights
     are not to be had any more.
     """
+    workdir = paths.expand("workdir", workdir)
     config, _ = described(workdir)
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep)
     progress = reached(config, checkpoints)

@@ -1,0 +1,88 @@
+"""Paths as people type them: every flag that holds one, from the command line and from a flag file."""
+
+import dataclasses
+import os
+
+import pytest
+
+from sfl_jax import config as config_lib
+from sfl_jax import paths
+from sfl_jax.commands import flags
+from sfl_jax.config import Config, fields_of
+from sfl_jax.errors import BadInput
+
+COMMANDS = {"workdir": "train", "init_from": "train", "data_dir": "train", "fleet": "plan", "output": "plan"}
+REFUSED = [
+    ("gs://bucket/x.json", "must be a path of this machine; mount what is elsewhere, e.g. with gcsfuse"),
+    ("s3://bucket/x.json", "must be a path of this machine"),
+    ("file:///x.json", "must be a path of this machine"),
+    ('"x.json"', "flags and flag files know no quotes around a value; leave them out"),
+    ("'~/x.json'", "quotes"),
+    ("x.json  # short", "flags and flag files know no comments behind a value"),
+    ("$HOME/x.json", "flags and flag files know no variables"),
+    ("${HOME}/x.json", "variables"),
+    ("~nobody-of-this-name/x.json", "the home directory of ~ is not known here; write the path out"),
+]
+
+
+def parsed(name, value, flagfile):
+    flag = f"--{name}={value}"
+    if flagfile:
+        flagfile.write_text(f"{flag}  \n")
+        flag = f"--flagfile={flagfile}"
+    return getattr(flags.parse([flag], COMMANDS[name]), name)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_path_is_taken_as_it_is_meant(name, from_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flagfile = tmp_path / "f.flags" if from_file else None
+    for plain in ("a b.json", "~.json", "a#b.json", "it's.json", "a:b.json", "a$.json"):
+        place = tmp_path / plain
+        place.touch()
+        for typed in (str(place), f"~/{plain}", f"  {place} "):
+            assert parsed(name, typed, flagfile) == str(place)
+    for typed, line in REFUSED:
+        with pytest.raises(BadInput) as caught:
+            parsed(name, typed, flagfile)
+        assert str(caught.value).startswith(f"--{name}={typed}: ")
+        assert line in str(caught.value)
+
+
+def test_every_flag_that_holds_a_path_is_tried_here():
+    """A new flag of any text is added there, or here."""
+    no_paths = {"dataset", "label_key", "starts", "coordinator_address"}
+    fields = [f for f in dataclasses.fields(Config) if type(f.default) is str and "choices" not in f.metadata]
+    assert {f.name for f in fields if f.metadata.get("path")} == COMMANDS.keys()
+    assert {f.name for f in fields if not f.metadata.get("path")} == no_paths
+
+
+def test_other_texts_are_not_written_for_a_shell_either():
+    for name in ("dataset", "coordinator_address", "label_key"):
+        with pytest.raises(BadInput, match=f'^--{name}="x": flags and flag files know no quotes'):
+            flags.parse([f'--{name}="x"'], "train")
+
+
+def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    assert paths.expand("workdir", "runs/a") == "runs/a"
+    for typed in ("~", "~/runs"):
+        with pytest.raises(BadInput, match=f"^--workdir={typed}: the home directory of ~ is not known here"):
+            paths.expand("workdir", typed)
+
+
+def test_a_config_made_in_python_is_refused_too():
+    with pytest.raises(BadInput, match=r"^--workdir=gs://b: must be a path of this machine"):
+        config_lib.validate(Config(workdir="gs://b"))
+
+
+def test_defaults_are_paths_as_they_are(monkeypatch):
+    monkeypatch.setitem(os.environ, "HOME", "/elsewhere")
+    for command in ("train", "plan", "compare", "report"):
+        values = {field.name: field.default for field in fields_of(command)}
+        assert Config.from_dict(values, command).to_dict() == Config().to_dict()

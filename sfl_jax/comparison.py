@@ -125,12 +125,17 @@ def spread(terms: optim.Terms, value: float) -> optim.Terms:
 def errors(config: Config, draws: int = DRAWS) -> Iterator[Row]:
     """Plans made on nominal costs, kept while compute and links turn out up to 10 % or 20 % off.
 
-    Each rate of each client is off by a factor drawn evenly from [1 - error, 1 + error].
+    Each rate of each client is off by a factor drawn evenly from [1 - error, 1 + error]. A plan gives no more
+    of the server than its own round needs; here the whole server is given, see `whole_shares`.
     """
     terms, key = next(_fleets(config)), planning.round_key(config, 0)
     plans = {
         scheme: plan_of(scheme, terms, config.server_flops, config.barrier, key)
         for scheme in schemes(config.barrier)
+    }
+    plans = {
+        scheme: plan and plan._replace(shares=whole_shares(scheme, plan, config.server_flops))
+        for scheme, plan in plans.items()
     }
     rng = np.random.default_rng(config.seed)
     for error in ERRORS:
@@ -145,6 +150,16 @@ def errors(config: Config, draws: int = DRAWS) -> Iterator[Row]:
             for scheme, plan in plans.items():
                 kept = plan and plan._replace(round_s=kept_round_s(plan, true, config))
                 yield Row("error", error, 0, draw, scheme, *_numbers(kept, best))
+
+
+def whole_shares(scheme: str, plan: optim.Plan, server_flops: float) -> Float64[np.ndarray, " K"]:
+    """A plan's shares, and what they leave of the server: equal under equal_shares, else in proportion."""
+    busy, given = plan.shares > 0, plan.shares.sum()
+    if not given > 0:  # nobody needs a share, or the barrier knows none
+        return plan.shares
+    if scheme == "equal_shares":
+        return np.where(busy, server_flops / len(plan.shares), 0.0)
+    return plan.shares * max(server_flops / given, 1.0)
 
 
 def kept_round_s(plan: optim.Plan, terms: optim.Terms, config: Config) -> float:

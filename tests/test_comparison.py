@@ -75,6 +75,20 @@ def test_a_plan_kept_under_its_own_costs_lasts_as_planned(barrier):
     assert plan.round_s * 1.1 < kept_s <= 2 * plan.round_s
 
 
+def test_a_kept_plan_gives_the_whole_server():
+    _, _, terms = planning.read_terms(SMALL)
+    for scheme in ("exact", "equal_shares", "no_split"):
+        plan = optim.solve(terms, SMALL.server_flops, scheme)
+        shares = comparison.whole_shares(scheme, plan, SMALL.server_flops)
+        assert (shares >= plan.shares * (1 - 1e-12)).all()
+        if scheme == "equal_shares":
+            assert set(shares) <= {0.0, SMALL.server_flops / terms.shape[0]}
+        np.testing.assert_array_equal(shares > 0, plan.shares > 0)
+        assert scheme != "exact" or shares.sum() == pytest.approx(SMALL.server_flops)
+        kept = plan._replace(shares=shares)
+        assert comparison.kept_round_s(kept, terms, SMALL) <= plan.round_s * (1 + 1e-9)
+
+
 def test_errors_are_as_large_as_they_say_and_cost_a_kept_plan_something():
     rows = list(comparison.errors(SMALL, draws=20))
     assert len(rows) == 2 * 20 * len(comparison.schemes("session"))

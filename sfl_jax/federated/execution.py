@@ -20,7 +20,7 @@ from jax import lax
 
 from sfl_jax.federated.balance import chunk_size
 from sfl_jax.files import whole_file
-from sfl_jax.models import Chain, Profile
+from sfl_jax.models import Chain, Profile, units
 
 UNITS = 2  # kinds of units that are timed
 CHUNKS = 1, 2, 4, 8, 16
@@ -103,7 +103,7 @@ def _inputs(chain, images):
 
 def _seconds_of_unit(unit, x, clients, device):
     """Of a step of one client. Its numbers matter little, but must not become subnormal: hence ones."""
-    shapes = jax.eval_shape(functools.partial(unit.init, train=False), jax.random.key(0), x)
+    shapes = units.shapes(unit, x).variables
     axes = () if clients == 1 else (clients,)
     variables, x, keys = jax.device_put(
         (
@@ -115,11 +115,11 @@ def _seconds_of_unit(unit, x, clients, device):
     )
 
     def session(variables, x, key):
-        params = variables.pop("params")
+        params = variables.pop("params", {})
 
         def size(params, x, step):
-            rngs = {"drop": jax.random.fold_in(key, step)}
-            y, _ = unit.apply({"params": params, **variables}, x, True, rngs=rngs, mutable=["batch_stats"])
+            rngs = units.streams(unit, jax.random.fold_in(key, step))
+            y, _ = units.apply(unit, {"params": params, **variables}, x, True, rngs)
             return jnp.square(y).mean(dtype=jnp.float32)
 
         def step(index, now):

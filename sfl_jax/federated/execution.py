@@ -5,7 +5,6 @@ are timed in their real shapes under each alternative: forward, backward and an 
 """
 
 import contextlib
-import functools
 import json
 import math
 import time

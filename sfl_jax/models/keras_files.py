@@ -8,6 +8,8 @@ library in a loop for ever, or crashes it, so a process of its own reads a file 
 
 import contextlib
 import io
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import h5py
 
 from sfl_jax.errors import BadInput
 
+CLASSIFIER = "predictions"  # Keras' name of the last layer
+SCALING = ("rescaling", "normalization")  # how names of layers begin that scale images
 ARCHIVED = "model.weights.h5"  # in a .keras archive
 PATIENCE_S, BYTES_PER_S = 60.0, 10e6  # with the process that reads first
 READ_ALL = """
@@ -85,21 +89,76 @@ def _hdf5(path):
         return io.BytesIO(archive.read(ARCHIVED))
 
 
+def within(outer: Stored, models: Sequence[Stored], where: str) -> Stored:
+    """The layers of the model inside a model, whose own layers are `outer`; these where none is inside.
+
+    A dense layer behind an inner model without classifier is its classifier. BadInput, which begins with
+    `where`, if there are several models inside, or something around the one that changes what it computes.
+    """
+    inside = [model for model in models if any(model.arrays.values())]
+    if not inside:
+        return outer
+    inner, around = inside[0], {name: arrays for name, arrays in outer.arrays.items() if arrays}
+    classifier = "dense" if inner.by_class else CLASSIFIER
+    is_dense = [[len(array.shape) for array in arrays] == [2, 1] for arrays in around.values()]
+    if len(inside) > 1:
+        reason = f"{len(inside)} of them"
+    elif any(name.startswith(SCALING) for name in outer.arrays):
+        reason = "scales the images outside of it"
+    elif around and (is_dense != [True] or inner.arrays.get(classifier)):
+        reason = f"variables around it, of {', '.join(around)}"
+    else:
+        behind = dict(zip([classifier], around.values(), strict=False))
+        return inner._replace(arrays={**inner.arrays, **behind})
+    raise BadInput(f"{where}: holds a model inside a model, and {reason}; save the inner one alone")
+
+
 def _stored(file: Any, path: str) -> Stored:
+    where = f"--init_from={path}"
     if "layers" in file:
-        layers = {
-            name: [group["vars"][str(number)] for number in range(len(group["vars"]))]
-            for name, group in file["layers"].items()
-            if "vars" in group
-        }
-        return Stored(layers, by_class=True, whole_model=True)
+        return _by_class(file, where)
     group = file.get("model_weights", file)
     if "layer_names" not in group.attrs:
-        raise BadInput(f"--init_from={path}: an HDF5 file without layers; give one that Keras wrote")
-    layers = {}
-    for name in map(_text, group.attrs["layer_names"]):
-        layers[name] = [group[name][_text(key)] for key in group[name].attrs["weight_names"]]
-    return Stored(layers, by_class=False, whole_model="model_config" in file.attrs)
+        raise BadInput(f"{where}: an HDF5 file without layers; give one that Keras wrote")
+    names = list(map(_text, group.attrs["layer_names"]))
+    layers = {name: _by_layer(group[name]) for name in names}
+    is_whole = "model_config" in file.attrs
+    models = [
+        Stored({**_listed(file, name), **layers[name]}, by_class=False, whole_model=is_whole)
+        for name in names
+        if len(layers[name]) > 1
+    ]
+    own = {name: list(itertools.chain(*layers[name].values())) for name in names if len(layers[name]) <= 1}
+    return within(Stored(own, by_class=False, whole_model=is_whole), models, where)
+
+
+def _by_class(group, where):
+    """A model of a .weights.h5."""
+    layers = {
+        name: [layer["vars"][str(number)] for number in range(len(layer["vars"]))]
+        for name, layer in group["layers"].items()
+        if "vars" in layer
+    }
+    models = [_by_class(layer, where) for layer in group["layers"].values() if "layers" in layer]
+    return within(Stored(layers, by_class=True, whole_model=True), models, where)
+
+
+def _by_layer(group):
+    """The arrays of a layer by the layer that is named before each: several where the layer is a model."""
+    layers: dict[str, list[Any]] = {}
+    for name in map(_text, group.attrs["weight_names"]):
+        *_, layer, _ = ("", *name.split("/"))
+        layers.setdefault(layer, []).append(group[name])
+    return layers
+
+
+def _listed(file, model):
+    """No arrays for each layer that the file's description of a whole model lists inside of `model`."""
+    if "model_config" not in file.attrs:
+        return {}
+    layers = json.loads(_text(file.attrs["model_config"]))["config"]["layers"]
+    (inner,) = (layer["config"] for layer in layers if layer["config"]["name"] == model)
+    return {layer["config"]["name"]: [] for layer in inner["layers"]}
 
 
 def _text(name):

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sfl_jax.errors import BadInput
 from sfl_jax.models.chain import Chain, Variables
-from sfl_jax.models.keras_files import Stored, opened
+from sfl_jax.models.keras_files import CLASSIFIER, Stored, opened, within
 
 
 class InputScaling(NamedTuple):
@@ -39,10 +39,14 @@ IMAGENET = InputScaling(  # mean and standard deviation of ImageNet: Keras' B0 t
 
 
 class Imported(NamedTuple):
-    """A chain's variables, and the scaling of the images that they expect."""
+    """A chain's variables, and the scaling of the images that they expect.
+
+    classes: of the source's classifier, None where it has none. It is taken if the chain has as many.
+    """
 
     variables: Variables
     scaling: InputScaling
+    classes: int | None
 
 
 class _Place(NamedTuple):
@@ -80,14 +84,15 @@ _POSITIONS = {  # of a layer's variables in Keras, and their names there
     "depthwise_conv2d": {"depthwise_kernel": "depthwise_kernel"},
     "dense": {"dense_kernel": "kernel", "bias": "bias"},
 }  # fmt: skip
-_CLASSIFIER, _VARIANCE = "predictions", "moving_variance"
+_VARIANCE = "moving_variance"
 
 
 def load(source: Any, model: str, chain: Chain, variables: Variables) -> Imported:
     """The variables of a Keras EfficientNetV2, in the layout and the dtypes of `variables`.
 
     Args:
-      source: the path of a .weights.h5, .h5 or .keras file, or a live Keras model.
+      source: the path of a .weights.h5, .h5 or .keras file, or a live Keras model. Of a model that holds the
+        network as one of its layers, say Sequential([EfficientNetV2B0, Dropout, Dense]), that layer is taken.
       model: the variant, a key of `models.VARIANTS`.
       chain: of that variant.
       variables: fresh ones. Their classifier stays where the source has none, or one of other classes.
@@ -100,13 +105,14 @@ def load(source: Any, model: str, chain: Chain, variables: Variables) -> Importe
     """
     where = f"--init_from={source}" if isinstance(source, str) else "the Keras model"
     places = _places(chain, variables)
-    with _layers_of(source) as stored:
+    with _layers_of(source, where) as stored:
         layers = _by_name(stored, places)
         scaling = _scaling(stored, model)
-        classifier = [place for place in places if place.layer == _CLASSIFIER]
-        if _other_classes(layers.get(_CLASSIFIER, ()), classifier):
+        classifier = [place for place in places if place.layer == CLASSIFIER]
+        classes = _classes(layers.get(CLASSIFIER, ()))
+        if _other_classes(layers.get(CLASSIFIER, ()), classifier):
             places = [place for place in places if place not in classifier]
-            layers.pop(_CLASSIFIER, None)
+            layers.pop(CLASSIFIER, None)
         if _stem_shapes(layers, places) == (3, 1):
             scaling = _grey(layers, scaling)
         values = [_value(layers, place, where, model) for place in places]
@@ -117,7 +123,7 @@ def load(source: Any, model: str, chain: Chain, variables: Variables) -> Importe
         units[place.unit][place.path] = jnp.asarray(value.reshape(fresh.shape), fresh.dtype)
     trees: list[Any] = [unflatten_dict(unit) for unit in units]
     params, batch_stats = ([tree.get(part, {}) for tree in trees] for part in ("params", "batch_stats"))
-    return Imported(Variables(tuple(params), tuple(batch_stats)), scaling)
+    return Imported(Variables(tuple(params), tuple(batch_stats)), scaling, classes)
 
 
 def save(path: str, chain: Chain, variables: Variables, scaling: InputScaling = SIGNED) -> None:
@@ -178,13 +184,20 @@ def _keras_shape(leaf, kind, shape):
 
 
 @contextlib.contextmanager
-def _layers_of(source: Any) -> Iterator[Stored]:
+def _layers_of(source: Any, where: str) -> Iterator[Stored]:
     if isinstance(source, str):
         with opened(source) as stored:
             yield stored
     else:
-        arrays = {layer.name: [np.asarray(weight) for weight in layer.weights] for layer in source.layers}
-        yield Stored(arrays, by_class=False, whole_model=True)
+        yield _of_model(source, where)
+
+
+def _of_model(model, where):
+    arrays = {layer.name: [np.asarray(weight) for weight in layer.weights] for layer in model.layers}
+    models = [layer for layer in model.layers if hasattr(layer, "layers")]
+    own = {name: values for name, values in arrays.items() if name not in {inner.name for inner in models}}
+    inside = [_of_model(inner, where) for inner in models]
+    return within(Stored(own, by_class=False, whole_model=True), inside, where)
 
 
 def _by_name(stored, places) -> dict[str, list[Any]]:
@@ -199,6 +212,11 @@ def _scaling(stored, model):
     if any(name.startswith("rescaling") for name in stored.arrays):
         return CENTRED
     return SIGNED if stored.whole_model else published_scaling(model)
+
+
+def _classes(arrays):
+    """The classes of a classifier; None where there is none, or what stands there is no dense layer."""
+    return arrays[0].shape[1] if arrays and len(arrays[0].shape) == 2 else None
 
 
 def _other_classes(arrays, places):

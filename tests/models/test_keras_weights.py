@@ -183,12 +183,76 @@ def test_grey_images_under_imagenet_scaling_are_exact_inside_the_image():
     assert (loaded.scaling, from_grey.scaling) == (IMAGENET, CENTRED)
     pixels, _ = keras_models.batch(33, channels=1)
     stems = []
-    for chain, (variables, (divisor, offset)) in [(colour, loaded), (grey, from_grey)]:
+    for chain, (variables, (divisor, offset), _) in [(colour, loaded), (grey, from_grey)]:
         images = jnp.repeat(pixels, len(divisor), -1) / jnp.asarray(divisor) + jnp.asarray(offset)
         stems.append(chain.split(1)[0].apply(chain.split_variables(variables, 1)[0], images)[0])
     expected, found = stems
     np.testing.assert_allclose(found[:, 1:-1, 1:-1], expected[:, 1:-1, 1:-1], atol=1e-4)
     assert not np.allclose(found, expected, atol=1e-3)  # the padding is of another grey
+
+
+NESTED = ["n.weights.h5", "n.keras", "n.h5", "weights.h5", "live"]
+
+
+def nested(*behind, before=(), **options):
+    """(a network, a model that holds it as one of its layers); random variables."""
+    inner = keras_models.make(MINI, include_preprocessing=True, name="efficientnetv2-b9", **options)
+    outer = keras.Sequential([*before, inner, *behind])
+    outer.build((None, 32, 32, 3))
+    return inner, outer
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_a_model_inside_a_model_is_found_with_the_classifier_behind_it(tmp_path):
+    inner, outer = nested(keras.layers.Dropout(0.2), keras.layers.Dense(10), include_top=False, pooling="avg")
+    keras_models.randomise(outer, seed=1)
+    chain, fresh = chain_of()
+    headless = keras_weights.load(inner, MINI, chain, fresh)
+    assert headless.classes is None
+    kernel, bias = outer.layers[-1].get_weights()
+    for name in NESTED:
+        source = outer if name == "live" else write(tmp_path, name, outer)
+        variables, scaling, classes = keras_weights.load(source, MINI, chain, fresh)
+        assert classes == 10
+        # An .h5 of weights alone does not say how an inner model scales its images.
+        assert scaling == (CENTRED if name == "weights.h5" else IMAGENET)
+        assert_same(variables.params[:-1], headless.variables.params[:-1])
+        assert_same(variables.batch_stats, headless.variables.batch_stats)
+        np.testing.assert_array_equal(variables.params[-1]["dense"]["dense_kernel"], kernel)
+        np.testing.assert_array_equal(variables.params[-1]["dense"]["bias"], bias)
+
+
+def test_a_whole_network_inside_a_model_keeps_its_own_classifier(tmp_path):
+    inner, outer = nested(keras.layers.Softmax())
+    expected = keras_weights.load(inner, MINI, *chain_of())
+    found = keras_weights.load(write(tmp_path, "n.weights.h5", outer), MINI, *chain_of())
+    assert_same(found, expected)
+    assert found.classes == 10
+
+
+AROUND = {  # what stands around an inner model, and what is said
+    "variables around it, of dense": lambda: nested(keras.layers.Dense(10, name="dense")),
+    "variables around it, of dense, dense_1": lambda: nested(
+        keras.layers.Dense(20, name="dense"), keras.layers.Dense(10, name="dense_1"),
+        include_top=False, pooling="avg"),
+    "scales the images outside of it": lambda: nested(before=[keras.layers.Rescaling(1 / 255)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", AROUND)
+def test_what_changes_the_model_inside_a_model_is_refused(tmp_path, said):
+    _, outer = AROUND[said]()
+    for source in (outer, write(tmp_path, "n.weights.h5", outer)):
+        with pytest.raises(BadInput, match=f": holds a model inside a model, and {said}; save the inner one"):
+            keras_weights.load(source, MINI, *chain_of())
+
+
+def test_two_models_inside_a_model_are_refused():
+    two = [keras_files.Stored({"conv2d": [np.zeros(1)]}, True, True)] * 2
+    with pytest.raises(BadInput, match=r"^here: holds a model inside a model, and 2 of them; save"):
+        keras_files.within(keras_files.Stored({}, True, True), two, "here")
+    augmentation = keras_files.Stored({"random_flip": []}, True, True)
+    assert keras_files.within(two[0], [augmentation], "here") is two[0]
 
 
 def _delete(file, name):

@@ -80,6 +80,30 @@ def notes(
     return lines
 
 
+def single_values(config: Config, parts: list[Int[np.ndarray, " _"]], least: int | None) -> list[str]:
+    """A line about clients that cannot learn, because batch norm averages over one value in their batches.
+
+    Normalised, a single value is 0 whatever the image is. `least`: see `models.least_normalised`.
+
+    Raises:
+      BadInput: no client can learn.
+    """
+    if least != 1:
+        return []
+    reason = f"batch norm would average over a single value at --image_size={config.image_size}"
+    if config.batch_size == 1:
+        raise BadInput(f"--batch_size=1: {reason}, and nothing be learned; choose at least 2")
+    single, clients = sum(len(part) < 2 for part in parts), len(parts)
+    if single == clients:
+        raise BadInput(f"--clients={clients}: each has one sample, and {reason}; --min_samples=2 needs fewer")
+    if not single:
+        return []
+    return [
+        f"{single} of {clients} clients learn next to nothing: they have one sample, and batch norm averages "
+        "over a single value; --min_samples=2 gives each client two"
+    ]
+
+
 def _idle(config: Config, file: fleets.Fleet) -> set[str]:
     """Columns that mean nothing with these links, or where energy is not limited."""
     idle = {"distance_m"} if config.links == "fixed" else {"uplink_bps", "downlink_bps"}

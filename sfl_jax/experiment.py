@@ -114,13 +114,16 @@ def build(config: Config) -> Experiment:
         )
     clients = division.clients(config, file).with_samples([len(part) for part in parts])
     planning.check_links(config, clients)
-    profile = models.profile(chain, (config.image_size, config.image_size, channels))
+    image_shape = (config.image_size, config.image_size, channels)
+    profile = models.profile(chain, image_shape, stored_shape=dataset.train_images.shape[1:])
+    notes += division.single_values(config, parts, models.least_normalised(chain, image_shape))
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
     planning.check_rounds(config, clients, terms)
     # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
     imported = _imported(config, chain, channels)
     scaling = imported.scaling if imported else keras_weights.SIGNED
-    init_digest = digest(map(np.asarray, jax.tree.leaves(imported or (None, scaling))))
+    init_digest = digest(map(np.asarray, jax.tree.leaves(imported[:2] if imported else (None, scaling))))
+    notes += _classifier(config, imported, dataset.num_classes)
     training = Training(
         chain, optimizer(config), preprocessing(config.image_size, *scaling),
         server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
@@ -250,6 +253,7 @@ def _send(experiment, engine, state, previous=None) -> Sent | None:
 
 def _arguments(config, engine, state, prepared):
     """Of `Rounds`."""
+    # The variables of unit 1 are drawn from the same key, but by NumPy or by names: no number twice.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), prepared.round)
     return state.model, engine.samples, prepared.assignments, key, prepared.learning_rate
 
@@ -338,6 +342,16 @@ def _imported(config, chain, channels) -> keras_weights.Imported | None:
         return None
     fresh = _fresh_variables(config, chain, channels)
     return keras_weights.load(config.init_from, config.model, chain, fresh)
+
+
+def _classifier(config, imported, num_classes) -> list[str]:
+    """The line that says where the classifier comes from, if --init_from names a file."""
+    if imported is None:
+        return []
+    if imported.classes == num_classes:
+        return [f"classifier: from {config.init_from}"]
+    has = "none" if imported.classes is None else f"{imported.classes} classes"
+    return [f"classifier: fresh, {config.init_from} has {has}"]
 
 
 def _fresh_of(experiment):

@@ -19,6 +19,7 @@ SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mb
            "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
 # Ends, and sums of shares, that differ by less than this are equal to whoever reads them.
 TOGETHER = 1e-6
+PLAN = 2**32 - 1  # folded into the seed's key: no index of a unit, which the network folds into it
 _NAMED = 3  # clients that an error names
 
 
@@ -166,8 +167,8 @@ def solve(
 
 
 def round_key(config: Config, round: int) -> jax.Array:
-    """What is random in a round's plan is drawn from this."""
-    return jax.random.fold_in(jax.random.key(config.seed), round)
+    """What is random in a round's plan is drawn from this, and nothing else is."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), PLAN), round)
 
 
 def smallest_server(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> float:

@@ -115,7 +115,7 @@ def test_a_start_says_what_it_does_not_use(file, tmp_path, capsys, monkeypatch):
         return out.replace(config.fleet, "FILE").splitlines()
 
     assert said(file(**plain)) == ["44 of 384 training samples not used: FILE asks for 340"]
-    assert said(file([384 - 4, 1, 1, 1, 1], **plain)) == []
+    assert said(file([384 - 8, 2, 2, 2, 2], **plain)) == []
     assert said(file(**plain), "--partition=iid") == [
         "samples of FILE not used: --partition=iid gives 76 to 77"
     ]
@@ -131,7 +131,7 @@ def test_a_start_says_what_it_does_not_use(file, tmp_path, capsys, monkeypatch):
     chosen = dataclasses.replace(whole, notes=("labels: label",), **lower)
     monkeypatch.setattr(small_world, "noise", lambda *_: chosen)
     squeezed = "--image_size=8: images of 5x8 are squeezed to 8x8"
-    assert said(file([384 - 4, 1, 1, 1, 1], **plain)) == ["labels: label", squeezed]
+    assert said(file([384 - 8, 2, 2, 2, 2], **plain)) == ["labels: label", squeezed]
 
 
 def test_every_column_that_energy_needs_is_used(file):
@@ -180,3 +180,38 @@ def test_what_was_chosen_is_what_a_run_in_the_workdir_is_compared_with(file, tmp
     for flags in ([f"--fleet={file().fleet}"], [f"--fleet={file(None, name='none.csv').fleet}"], []):
         assert train.main([f"--workdir={tmp_path / 'run'}", "--cohort_size=3", *flags]) == 2
     assert seen == [(5, "fleet"), (5, "iid"), (100, "iid")]
+
+
+ONES, PAIRS = [np.arange(1)] * 3, [np.arange(2)] * 4
+
+
+def test_clients_that_cannot_learn_are_counted():
+    """Where batch norm averages over one value, a client needs two samples, and a batch too."""
+    [line] = division.single_values(SMALL, ONES + PAIRS, 1)
+    assert line.startswith("3 of 7 clients learn next to nothing: they have one sample, and batch norm")
+    assert "--min_samples=2" in line
+    assert not division.single_values(SMALL, PAIRS, 1)
+    for least in (2, 4, None):
+        assert not division.single_values(dataclasses.replace(SMALL, batch_size=1), ONES, least)
+
+
+def test_a_run_in_which_no_client_can_learn_is_refused():
+    with pytest.raises(BadInput, match=r"^--clients=3: each has one sample"):
+        division.single_values(SMALL, ONES, 1)
+    with pytest.raises(BadInput, match=r"^--batch_size=1: batch norm .* --image_size=8, .* at least 2$"):
+        division.single_values(dataclasses.replace(SMALL, batch_size=1), PAIRS, 1)
+
+
+def test_a_run_looks_at_its_own_images_and_clients():
+    """Tiny at 8x8 ends in maps of 1x1; at 16x16 in 2x2. What goes up at cut 0 is the image of 8x8 in both."""
+    uneven = dataclasses.replace(SMALL, clients=48, partition="quantity", dirichlet_alpha=0.1)
+    larger = dataclasses.replace(uneven, image_size=16, batch_size=1)
+    with small_world.world():
+        built, wide = experiment.build(uneven), experiment.build(larger)
+        with pytest.raises(BadInput, match="--batch_size=1"):
+            experiment.build(dataclasses.replace(larger, image_size=8))
+    single = sum(len(part) == 1 for part in built.parts)
+    assert [line for line in built.notes if line.startswith(f"{single} of 48 clients learn next to nothing")]
+    assert not any("learn" in line for line in wide.notes)
+    for each in (built, wide):
+        assert each.terms.up_bits[0] == 8 * 8 * 8 + 32

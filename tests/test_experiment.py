@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import small_world
 
-from sfl_jax import datasets, experiment, fleet
+from sfl_jax import datasets, experiment, fleet, models
 from sfl_jax.config import PARTITIONS, Config
 from sfl_jax.errors import BadInput
 from sfl_jax.models import keras_weights
@@ -114,3 +115,21 @@ def test_weights_to_start_from_are_held_once(tmp_path, built):
     one, other = digests_of(1), digests_of(2)
     assert one["init_from"] != other["init_from"]
     assert one["dataset"] == other["dataset"]
+
+
+@pytest.mark.parametrize(
+    ("units", "classes", "line"),
+    [(8, 10, "classifier: from {}"), (8, 20, "classifier: fresh, {} has 20 classes"),
+     (7, 10, "classifier: fresh, {} has none")],
+)  # fmt: skip
+def test_a_run_says_where_its_classifier_comes_from(units, classes, line, tmp_path):
+    chain, _ = models.create("efficientnetv2-tiny", classes).split(units)
+    path = str(tmp_path / "given.weights.h5")
+    keras_weights.save(path, chain, chain.init(jax.random.key(7), jnp.zeros((1, 8, 8, 1))))
+    config = dataclasses.replace(SMALL, image_size=8, clients=small_world.CLIENTS, init_from=path)
+    with small_world.world():
+        built = experiment.build(config)
+    assert line.format(path) in built.notes
+    kept = experiment.initial_model(built).variables.params[-1]["dense"]["dense_kernel"]
+    given = models.create("efficientnetv2-tiny", 10).init(jax.random.key(7), jnp.zeros((1, 8, 8, 1)))
+    assert np.array_equal(kept, given.params[-1]["dense"]["dense_kernel"]) == ("from" in line)

@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -313,3 +314,22 @@ def test_a_full_server_holds_up_also_where_a_client_alone_ends_as_late(planned):
     who = planning.binding(planned._replace(plan=planned.plan._replace(shares=shares, client_s=ends)))
     assert who.together
     assert alone not in who.clients
+
+
+def test_keys_of_plans_are_keys_of_nothing_else():
+    """Units are numbered from the seed's key on; what they draw is numbered from theirs, as rounds from 1."""
+    config, seed = Config(seed=5), jax.random.key(5)
+
+    def bits(key):
+        return tuple(jax.random.key_data(key).tolist())
+
+    units = [jax.random.fold_in(seed, unit) for unit in range(110)]
+    drawn = {
+        bits(key)
+        for unit in units[:30]
+        for key in (unit, *jax.vmap(jax.random.fold_in, (None, 0))(unit, jnp.arange(30)))
+    }
+    plans = {bits(planning.round_key(config, round)) for round in range(110)}
+    assert len(plans) == 110
+    assert not plans & (drawn | set(map(bits, units)))
+    assert bits(planning.round_key(Config(seed=6), 0)) not in plans

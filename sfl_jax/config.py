@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -216,6 +217,9 @@ class Config:
     coordinator_address: str = _flag(
         "", PROCESSES, ("train",), "host:port at which process 0 can be reached; empty: as found"
     )
+    join_timeout_s: int = _flag(
+        300, PROCESSES, ("train",), "seconds to wait for the other processes at the start", at_least=1
+    )
     heartbeat_timeout_seconds: int = _flag(
         100, PROCESSES, ("train",), "of silence after which a process counts as dead", at_least=1
     )
@@ -313,8 +317,8 @@ def validate(config: Config, command: str = "train") -> None:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
         if type(value) is str:
             paths.check_text(field.name, value)
-        if _is_path(field):
-            paths.check_path(field.name, value)
+            if _is_path(field):
+                paths.check_path(field.name, value)
 
     taken = {field.name for field in fields_of(command)}
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
@@ -329,6 +333,8 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(
             f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"
         )
+    if config.coordinator_address and not re.fullmatch(r"\S+:\d{1,5}", config.coordinator_address):
+        raise BadInput(f"--coordinator_address={config.coordinator_address}: must be host:port")
     if 0 < config.deadline_factor < 1:
         raise BadInput(f"--deadline_factor={config.deadline_factor:g}: must be 0, or at least 1")
     if "warmup_rounds" in taken and config.warmup_rounds > config.rounds:

@@ -54,7 +54,9 @@ def test_the_pods_of_the_job_find_each_other():
     assert int(flags["num_processes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False), (3, False), (134, False)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(75, True), (130, True), (0, False), (2, False), (3, False), (134, False)]
+)
 def test_slurm_requeues_what_was_interrupted(code, requeued, environment, tmp_path):
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given\nexit {code}\n')

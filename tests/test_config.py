@@ -195,7 +195,7 @@ def test_a_run_may_go_on_with_other_settings_that_change_no_numbers_but_for_roun
         *("data_dir", "fleet", "on_divergence"),  # places whose contents are compared, and what to do then
         *("clients_per_chunk", "execution", "memory_budget_gib", "devices", "deterministic"),
         *("compilation_cache", "num_processes", "process_id", "coordinator_address"),
-        *("heartbeat_timeout_seconds", "workdir", "eval_every", "checkpoint_every_rounds"),
+        *("heartbeat_timeout_seconds", "join_timeout_s", "workdir", "eval_every", "checkpoint_every_rounds"),
         *("checkpoint_every_s", "keep", "on_write_error", "allow_config_change"),
     }
     for field in config_lib.fields_of("train"):

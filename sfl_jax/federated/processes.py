@@ -9,17 +9,23 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # which alone knows whom it waits for
 from jax.experimental import multihost_utils
 
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 
-LOST = 1  # exit code where another process is gone
+LOST, UNREACHABLE = 1, 2  # exit codes: another process is gone, or never came
+SAID_S, OTHERS_SAID_S = 1, 10  # seconds until the first process says that it waits; until the others do
+SPARE_S = 60
+ALONE_FLAG = "--num_processes=1 trains alone"
 # What JAX says where there is nobody to meet: nothing was found, or it is at work already, as in a notebook's
 # second run.
 ALONE = ("coordinator_address should be defined", "before any JAX calls")
@@ -40,20 +46,63 @@ def join(config: Config) -> None:
     if config.num_processes == 1 or jax.distributed.is_initialized():
         return
     asked = any(value is not None for value in given.values()) or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if not asked and _is_the_only_task(os.environ):
+        return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the command
     try:
-        jax.distributed.initialize(
-            **given,
-            heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
-            shutdown_timeout_seconds=config.heartbeat_timeout_seconds,
-        )
-    except (ValueError, RuntimeError) as error:
+        with _patience(config.join_timeout_s):
+            jax.distributed.initialize(
+                **given,
+                initialization_timeout=config.join_timeout_s + SPARE_S,
+                heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+                shutdown_timeout_seconds=config.heartbeat_timeout_seconds,
+            )
+    except (ValueError, RuntimeError, LookupError) as error:
         if asked or not any(words in str(error) for words in ALONE):
-            address = config.coordinator_address or "(as found)"
-            raise BadInput(
-                f"--coordinator_address={address}: the other processes cannot be reached ({error});"
-                " --num_processes=1 trains alone"
-            ) from error
+            raise BadInput(_unreachable(config.coordinator_address, error)) from error
+
+
+def _is_the_only_task(variables: Mapping[str, str]) -> bool:
+    """Whether SLURM started a single task in a job of several, as the shell of salloc: no other will come.
+
+    What Open MPI starts inherits the variables of such a task.
+    """
+    several = variables.get("SLURM_NTASKS") != "1"
+    return (
+        variables.get("SLURM_STEP_NUM_TASKS") == "1" and several and "OMPI_COMM_WORLD_SIZE" not in variables
+    )
+
+
+@contextlib.contextmanager
+def _patience(timeout_s: float) -> Iterator[None]:
+    """While the processes meet: says whom this one waits for, and ends it, with code 2, after `timeout_s`.
+
+    JAX itself is given longer, since it ends by an abort.
+    """
+    begun, met, state = time.monotonic(), threading.Event(), distributed.global_state
+
+    def watch():
+        if met.wait(SAID_S) or (state.process_id and met.wait(OTHERS_SAID_S)):
+            return
+        place = f"process {state.process_id} of {state.num_processes}: waiting for the others at"
+        print(f"{place} {state.coordinator_address}; {ALONE_FLAG}", file=sys.stderr, flush=True)
+        if not met.wait(begun + timeout_s - time.monotonic()):
+            reason = f"--join_timeout_s={timeout_s} are over"
+            print(f"error: {_unreachable(state.coordinator_address, reason)}", file=sys.stderr, flush=True)
+            os._exit(UNREACHABLE)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        met.set()
+        watcher.join()
+
+
+def _unreachable(address: str | None, reason: object) -> str:
+    address = address or "(as found)"
+    return f"--coordinator_address={address}: the other processes cannot be reached ({reason}); {ALONE_FLAG}"
 
 
 def is_first() -> bool:

@@ -35,6 +35,35 @@ SYSTEMS = {
         {},
         ("gpu07:61443", 8, 5),
     ),
+    "slurm, the shell of a job of several": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "node7", "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        },
+        {},
+        None,
+    ),
+    "slurm, a job of one": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "node7", "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        },
+        {},
+        ("node7:61443", 1, 0),
+    ),
+    "open mpi that slurm started": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "node7", "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+            "OMPI_MCA_orte_hnp_uri": f"{5 * 4096}.0;tcp://10.96.0.1,10.148.0.1:34911",
+            "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        },
+        {},
+        ("10.96.0.1:61445", 2, 1),
+    ),
     "slurm, outside of srun": (JOB | {"SLURM_NTASKS": "4"}, {}, None),
     "open mpi": (
         {

@@ -227,7 +227,7 @@ def test_preempted_under_slurm_it_is_requeued_and_goes_on(environment, two, tmp_
     finally:
         queue.child.kill()
     assert code == 0, err
-    assert out.count(f"job {job} was interrupted and saved; requeued") == 1
+    assert out.count(f"job {job} was interrupted; requeued") == 1
     done = int(re.search(r"interrupted, round (\d+) of 12 is saved", err)[1])
     assert f"going on after round {done} of {ROUNDS}" in out
     assert numbers(workdir) == numbers(two[0])
@@ -260,11 +260,30 @@ def test_processes_find_each_other_on_every_system(environment):
 def test_processes_that_cannot_be_are_refused(capsys, tmp_path):
     for flags, line in (
         (["--num_processes=2", "--process_id=2"], "--process_id=2: must be below --num_processes=2"),
+        (["--coordinator_address=host0"], "--coordinator_address=host0: must be host:port"),
+        (["--coordinator_address=host0:port"], "--coordinator_address=host0:port: must be host:port"),
         (["--process_id=-2"], "--process_id=-2: must be an integer, at least -1"),
     ):
         assert train.main([*RUN, f"--workdir={tmp_path / 'run'}", *flags]) == 2
         assert line in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+
+
+def test_a_task_whose_others_never_come_says_so_and_ends(environment, tmp_path):
+    """Twice: at once, and instead of JAX's abort."""
+    port = free_port(range(61440, 65536))
+    task = {
+        "SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "launch.train", f"--workdir={tmp_path / 'run'}", "--join_timeout_s=2"]
+    done = subprocess.run(command, env=environment | task, capture_output=True, text=True, check=False)
+    address = f"127.0.0.1:{port}"
+    assert (done.returncode, done.stderr.splitlines()) == (2, [
+        f"process 0 of 4: waiting for the others at {address}; --num_processes=1 trains alone",
+        f"error: --coordinator_address={address}: the other processes cannot be reached (--join_timeout_s=2"
+        " are over); --num_processes=1 trains alone",
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("variable", ["SLURM_NTASKS", "SLURM_PROCID"])

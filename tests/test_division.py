@@ -54,10 +54,17 @@ def test_what_flags_leave_open_is_decided_by_the_fleet(file, samples, settings, 
 
 
 def test_flags_reach_the_data(monkeypatch):
-    config = dataclasses.replace(SMALL, clients=20, partition="quantity", dirichlet_alpha=0.1, min_samples=9)
-    parts = division.divide(*division.settle(config), np.arange(384) % 10)
-    assert min(map(len, parts)) == 9
-    asked = []
+    labels, asked = np.arange(384) % 10, []
+    for scheme, flags, named in (
+        ("dirichlet", {"dirichlet_alpha": 0.1, "min_samples": 9}, {"alpha": 0.1, "min_samples": 9}),
+        ("shards", {"shards_per_client": 3}, {"shards_per_client": 3}),
+        ("quantity", {"dirichlet_alpha": 3.0}, {"alpha": 3.0}),
+    ):
+        config = dataclasses.replace(SMALL, clients=20, partition=scheme, seed=4, **flags)
+        parts = division.divide(*division.settle(config), labels)
+        expected = datasets.partition(labels, 20, scheme=scheme, seed=4, **named)
+        for part, other in zip(parts, expected, strict=True):
+            np.testing.assert_array_equal(part, other)
 
     def load(*given):
         asked.append(given)

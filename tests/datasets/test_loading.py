@@ -511,6 +511,7 @@ def test_names_that_are_none(tmp_path, name):
     ("train", "test", "shape", "reason"),
     [
         ([*pictures(2), *pictures(1, (6, 4, 3))], pictures(2), (None, None, 3), "one size"),
+        ([*pictures(2), *pictures(1, (5, 1, 3))], pictures(2), (None, None, 3), "one size"),
         (pictures(2), pictures(2, (4, 5, 3)), (None, None, 3), r"\(5, 4, 3\) and \(4, 5, 3\)"),
         (pictures(3), [], (None, None, 3), r"needs train, and test or validation"),
     ],

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -40,6 +41,8 @@ def evaluate(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(mean cross-entropy, accuracy) over samples in batches (N', B, ...); labels of -1 do not count.
 
+    Both are NaN where any logit is not finite: the largest of such logits names a class all the same.
+
     Under `axis_name` these are some of the samples, and the means are those of all devices'.
     """
     variables = packed.unpack()
@@ -49,9 +52,13 @@ def evaluate(
         logits, _ = chain.apply(variables, preprocess(images))
         counts = labels >= 0
         loss = jnp.where(counts, cross_entropy(logits, jnp.maximum(labels, 0)), 0).sum()
-        return (sums[0] + loss, sums[1] + (counts & (logits.argmax(-1) == labels)).sum()), None
+        right = counts & (logits.argmax(-1) == labels)
+        unsound = counts & ~jnp.isfinite(logits).all(-1)
+        return jax.tree.map(jnp.add, sums, (loss, right.sum(), unsound.sum())), None
 
-    sums, _ = lax.scan(add_batch, (jnp.zeros(()), jnp.zeros((), jnp.int32)), tuple(samples))
+    nothing = jnp.zeros((), jnp.int32)
+    sums, _ = lax.scan(add_batch, (jnp.zeros(()), nothing, nothing), tuple(samples))
     sums = *sums, (samples.labels >= 0).sum()
-    loss, correct, total = sums if axis_name is None else lax.psum(sums, axis_name)
+    loss, correct, unsound, total = sums if axis_name is None else lax.psum(sums, axis_name)
+    total = jnp.where(unsound > 0, jnp.nan, total)
     return loss / total, correct / total

@@ -5,12 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices
-from sfl_jax.federated.evaluation import BATCH, batch_at
 
 # Both sides of every comparison are compiled alike, and most of the time goes into compiling.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -51,9 +49,3 @@ def test_several_devices_give_the_numbers_of_one():
 def test_more_devices_than_there_are():
     with pytest.raises(BadInput, match=r"^--devices=99: must be 0 to \d+"):
         devices.choose_devices(99)
-
-
-def test_an_evaluation_takes_fewer_of_larger_images():
-    assert [batch_at(size) for size in (8, 32, 64, 224, 4096)] == [BATCH, BATCH, 125, 10, 1]
-    pixels = np.array([batch_at(size) * size**2 for size in (33, 64, 224)])
-    assert (pixels <= BATCH * 32**2).all()

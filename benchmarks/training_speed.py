@@ -29,7 +29,7 @@ import numpy as np
 
 from sfl_jax import models
 from sfl_jax.federated import execution, optimizers
-from sfl_jax.federated.balance import fill_chunks
+from sfl_jax.federated.balance import fill_chunks, places_per_client
 from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models.layers import FORMS
@@ -159,8 +159,8 @@ def measured_execution(name, clients, batch, size):
         chain = chains[one.layer_form]
         return execution.seconds_per_client(chain, profile, images, one.clients_per_chunk, jax.devices()[0])
 
-    sizes = execution.chunk_sizes(clients, 1, max(execution.CHUNKS))
-    return execution.choose(FORMS, sizes, of_client)[0]
+    places = functools.partial(places_per_client, clients)
+    return execution.choose(FORMS, execution.chunk_sizes(clients, 1), of_client, places)[0]
 
 
 def compare(name, clients, batch, size, options):

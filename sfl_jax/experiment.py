@@ -98,8 +98,7 @@ def build(config: Config) -> Experiment:
     """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles."""
     config, file = division.settle(config)
     devices = federated_devices.choose_devices(config.devices)
-    are_sent = federated_devices.samples_are_sent(devices)
-    dataset = datasets.load(config.dataset, config.data_dir or None, are_sent, config.label_key)
+    dataset = datasets.load(config.dataset, config.data_dir or None, len(devices) > 1, config.label_key)
     parts = division.divide(config, file, dataset.train_labels)
     notes = [
         *dataset.notes,
@@ -173,11 +172,10 @@ def compile(
 ) -> tuple[Experiment, Engine]:
     """(the experiment with nothing left open, what computes the rounds after `state`).
 
-    before, notes: see `tuning.settle`. A chunk that was left open is halved until the compiled round fits
-    into the memory. BadInput where none does.
+    before, notes: see `tuning.settle`. A chunk that was left open shrinks until the compiled round fits into
+    the memory. BadInput where none does.
     """
     data, devices, own = experiment.dataset, experiment.devices, experiment.training
-    is_open = "clients_per_chunk" in left_open(experiment.config)
     image = (experiment.config.image_size,) * 2 + data.train_images.shape[-1:]
     profile = models.profile(own.chain, image)
     batch = (experiment.config.batch_size, *data.train_images.shape[1:])
@@ -187,22 +185,41 @@ def compile(
         chain = _chain(experiment.config, data, one.layer_form)
         return execution.seconds_per_client(chain, profile, images, one.clients_per_chunk, devices[0])
 
-    config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes)
+    placed = federated_devices.bytes_placed(state.model)
+    free = tuning.budget_bytes(experiment.config, devices, placed)
+    samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices, free)
+    placed += federated_devices.bytes_placed(samples)
+    config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes, placed)
     training = own._replace(chain=_chain(config, data, config.layer_form))
-    samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices)
-    held_out = federated_devices.place_held_out(
-        data.test_images, data.test_labels, devices, batch_at(config.image_size)
-    )
-    evaluate = federated_devices.compile_evaluation(training.chain, training.preprocess, devices)
-    first = prepare(experiment, state.round)
+    held_out, evaluate = _compile_evaluation(config, data, training, devices, state, placed)
+    placed += federated_devices.bytes_placed(held_out)
+    first, needed = prepare(experiment, state.round), {}
     while True:
         rounds = federated_devices.Rounds(training, config.clients_per_chunk, devices, config.execution)
         engine = Engine(samples, held_out, rounds, evaluate, tried)
-        needed = rounds.bytes_needed(*_arguments(config, engine, state, first)) if first else 0
-        smaller = tuning.fit(config, is_open, needed, devices)
+        of_round = rounds.bytes_needed(*_arguments(config, engine, state, first)) if first else 0
+        needed[config.clients_per_chunk] = tuning.most_bytes(of_round)
+        smaller = tuning.fit(config, left_open(experiment.config), needed, profile, devices, placed)
         if smaller == config:
             return experiment._replace(config=config, training=training), engine
         config = smaller
+
+
+def _compile_evaluation(config, data, training, devices, state, placed):
+    """(the held-out samples on the devices, the program that takes them), in batches that fit into the
+    memory.
+    """
+    batch, images, labels = batch_at(config.image_size), data.test_images, data.test_labels
+    while True:
+        held_out = federated_devices.place_held_out(images, labels, devices, batch)
+        program = federated_devices.compile_evaluation(
+            training.chain, training.preprocess, devices, state.model.packed, held_out
+        )
+        needed = tuning.most_bytes(federated_devices.program_bytes(program))
+        free = tuning.budget_bytes(config, devices, placed + federated_devices.bytes_placed(held_out))
+        if needed <= free or batch == 1:
+            return held_out, program
+        batch = max(1, min(batch // 2, batch * free // needed))
 
 
 def run(

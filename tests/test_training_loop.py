@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sfl_jax import experiment
+from sfl_jax import experiment, metrics, tuning
 from sfl_jax.config import Config
 from sfl_jax.federated import devices
 from sfl_jax.federated.round import Outcome
@@ -22,6 +22,57 @@ CONFIG = Config(
 def compiled():
     built = experiment.build(CONFIG)
     return experiment.compile(built, experiment.start(built))
+
+
+def test_everything_is_compiled_before_the_first_round(compiled):
+    built, engine = compiled
+    assert isinstance(engine.evaluate, jax.stages.Compiled)
+    rounds = experiment.run(built, experiment.start(built), engine)
+    with metrics.CompileClock() as clock:
+        tested = [next(rounds)[1].test_accuracy for _ in range(CONFIG.eval_every)]
+    assert tested[-1] is not None
+    assert clock.compilations == 0
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay):
+    """To the samples what the model leaves, to the chunk what both leave, to the round what all leave."""
+    built, engine = compiled
+    state, asked = experiment.start(built), []
+    model, samples, held_out = map(devices.bytes_placed, (state.model, engine.samples, engine.held_out))
+    assert samples > 60_000 * 28 * 28
+    free = 2 * samples - (not stay)
+    monkeypatch.setattr(tuning, "budget_bytes", lambda *given: asked.append(given[-1]) or free)
+    monkeypatch.setattr(devices, "compile_evaluation", lambda *given: engine.evaluate)
+    monkeypatch.setattr(devices.Rounds, "bytes_needed", lambda *given: 0)
+    _, again = experiment.compile(built, state)
+    assert isinstance(again.samples.images, jax.Array) == stay
+    after = model + stay * samples
+    assert asked == [model, after, after + held_out, after + held_out]
+    assert again.held_out.labels.size == len(built.dataset.test_labels)
+
+
+@pytest.mark.parametrize(
+    ("budget", "batches"), [(1000, [500]), (999, [500, 250]), (290, [500, 145]), (0, [500, 1])]
+)
+def test_an_evaluation_takes_the_batches_that_the_memory_holds(compiled, monkeypatch, budget, batches):
+    """Of a program that needs two bytes a sample."""
+    built, engine = compiled
+    asked = []
+
+    def compile_evaluation(chain, preprocess, devices, packed, held_out):
+        asked.append(held_out.labels.shape[1])
+        return engine.evaluate
+
+    monkeypatch.setattr(devices, "compile_evaluation", compile_evaluation)
+    monkeypatch.setattr(devices, "program_bytes", lambda _: 2 * asked[-1])
+    monkeypatch.setattr(tuning, "budget_bytes", lambda config, devices, placed: budget)
+    held_out, program = experiment._compile_evaluation(
+        built.config, built.dataset, built.training, built.devices, experiment.start(built), 0
+    )
+    assert program is engine.evaluate
+    assert asked == batches
+    assert held_out.labels.shape[1] == batches[-1]
 
 
 def go(compiled, pauses=lambda round: False, **changes):

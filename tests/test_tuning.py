@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from federated import rounds
 
 from sfl_jax import models, tuning
+from sfl_jax.commands import train
 from sfl_jax.config import Config, changes, left_open, settings
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import memory
+from sfl_jax.federated.balance import chunk_size, fill_chunks
 from sfl_jax.federated.execution import Execution
 
 OPEN = Config(model="efficientnetv2-tiny", clients=100, cohort_size=16, memory_budget_gib=8.0)
@@ -46,11 +50,35 @@ def test_what_is_open_is_chosen_by_measurement(profile):
     ("forced", "expected"),
     [({"layer_form": "conv"}, ("conv", "vmap", 4)), ({"clients_per_chunk": 8}, ("product", "vmap", 8)),
      ({"execution": "map"}, ("product", "map", 1)), ({"execution": "vmap"}, ("product", "vmap", 4)),
-     ({"execution": "map", "clients_per_chunk": 5}, ("product", "map", 5))],
+     ({"execution": "map", "clients_per_chunk": 5}, ("product", "map", 1))],
 )  # fmt: skip
 def test_what_a_flag_says_stays(profile, forced, expected):
     config, _ = settle(profile, dataclasses.replace(OPEN, **forced))
     assert choice(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("cohort", "size"), [(17, 9), (19, 10), (34, 12), (37, 13), (16, 16), (2, 2), (1, 1)]
+)
+def test_the_settings_say_what_is_computed_at_once(profile, cohort, size):
+    """--clients_per_chunk=16 of a cohort that 16 does not divide."""
+    asked = dataclasses.replace(
+        OPEN, cohort_size=cohort, layer_form="conv", execution="vmap", clients_per_chunk=16
+    )
+    assert choice(settle(profile, asked)[0]) == ("conv", "vmap", size)
+    work = rounds.assignments(cuts=[1] * cohort, steps=1, batch=1)
+    assert fill_chunks(work, size)[1] == size
+    assert train._how(mock.Mock(config=settle(profile, asked)[0]), mock.Mock(tried={})).startswith(
+        f"layers in conv form, {f'{size} clients at once' if size > 1 else 'one client after the other'}"
+    )
+
+
+def test_an_open_chunk_is_chosen_among_those_of_the_cohort(profile):
+    config, tried = settle(profile, dataclasses.replace(OPEN, cohort_size=17), lambda one: 1.0)
+    assert config.clients_per_chunk == 1
+    assert {one.clients_per_chunk for one in tried} == {1, 2, 4, 6, 9}
+    config, _ = settle(profile, dataclasses.replace(OPEN, cohort_size=17), lambda one: 1 / one[1])
+    assert config.clients_per_chunk == 9
 
 
 def test_forced_altogether_measures_nothing(profile):
@@ -74,12 +102,12 @@ def test_what_was_measured_once_is_not_measured_again(profile, tmp_path):
     notes = tmp_path / "executions.json"
     first = settle(profile, OPEN, notes=notes)
     assert settle(profile, OPEN, lambda _: pytest.fail("measured"), notes=notes) == first
-    # Other shapes are another question.
-    measured = []
-    settle(
-        profile, dataclasses.replace(OPEN, batch_size=8), lambda one: measured.append(one) or 1.0, notes=notes
-    )
-    assert measured
+    # Other shapes, and other cohorts in the same chunks, are other questions.
+    for other in ({"batch_size": 8}, {"cohort_size": 15}):
+        measured = []
+        config = dataclasses.replace(OPEN, **other)
+        settle(profile, config, lambda one, seen=measured: seen.append(one) or 1.0, notes=notes)
+        assert measured, other
 
 
 def test_the_chunk_fits_into_the_memory(profile):
@@ -97,17 +125,47 @@ def test_far_too_little_memory_is_a_line_before_anything_compiles(profile):
         settle(profile, wide, lambda _: pytest.fail("measured"))
 
 
-def test_what_the_compiled_round_needs_has_the_last_word():
+def test_what_the_compiled_round_needs_has_the_last_word(profile):
     config = dataclasses.replace(OPEN, clients_per_chunk=4, execution="vmap", memory_budget_gib=1.0)
-    fit = functools.partial(tuning.fit, config, devices=jax.devices()[:1])
-    assert fit(is_open=True, needed_bytes=2**30) is config
-    assert choice(fit(is_open=True, needed_bytes=2**30 + 1))[1:] == ("vmap", 2)
+    opened = {"execution", "clients_per_chunk"}
+
+    def fit(config, needed, opened=opened):
+        return tuning.fit(config, opened, {config.clients_per_chunk: needed}, profile, jax.devices()[:1])
+
+    assert fit(config, 2**30) is config
+    assert choice(fit(config, 2**30 + 1))[1:] == ("vmap", 3)
     two = dataclasses.replace(config, clients_per_chunk=2)
-    assert choice(tuning.fit(two, True, 2**31, jax.devices()[:1]))[1:] == ("map", 1)
+    assert choice(fit(two, 2**31))[1:] == ("map", 1)
+    assert choice(fit(two, 2**31, {"clients_per_chunk"}))[1:] == ("vmap", 1), "a flag that was given stays"
     with pytest.raises(BadInput, match=r"--clients_per_chunk=4: a round needs 1\.5 GiB, 1 GiB are .*; try 2"):
-        fit(is_open=False, needed_bytes=3 * 2**29)
+        fit(config, 3 * 2**29, opened={"layer_form"})
     with pytest.raises(BadInput, match=r"--batch_size=32: .*; try 16"):
-        tuning.fit(dataclasses.replace(config, clients_per_chunk=1), True, 2**31, jax.devices()[:1])
+        fit(dataclasses.replace(config, clients_per_chunk=1), 2**31)
+
+
+@pytest.mark.parametrize(("cohort", "devices"), [(16, 1), (37, 1), (37, 4)])
+@pytest.mark.parametrize("fixed", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("fits", [1, 3, 7])
+def test_few_rounds_are_compiled_to_find_the_chunk_that_fits(profile, cohort, devices, fixed, fits):
+    """Whatever part of the memory does not grow with the chunk: the largest that fits, of one compiled first,
+    is found by one or two more.
+    """
+    sizes = sorted({chunk_size(cohort, most, devices) for most in range(1, 17)})
+    expected = max(size for size in sizes if size <= fits)
+    config = dataclasses.replace(
+        OPEN, cohort_size=cohort, clients_per_chunk=sizes[-1], execution="vmap",
+        memory_budget_gib=0.1 * (fixed + expected + 0.5),
+    )  # fmt: skip
+    needed, compiled = {}, []
+    while config.clients_per_chunk not in compiled:
+        size = config.clients_per_chunk
+        compiled.append(size)
+        needed[size] = tuning.most_bytes(int(0.1 * (fixed + size) * tuning.GIB))
+        config = tuning.fit(
+            config, ["clients_per_chunk", "execution"], needed, profile, jax.devices()[:1] * devices
+        )
+    assert config.clients_per_chunk == expected
+    assert len(compiled) <= 3, compiled
 
 
 def test_the_budget_is_what_the_device_has_left():
@@ -123,12 +181,34 @@ def test_the_budget_is_what_the_device_has_left():
         def memory_stats(self):
             return {"bytes_limit": 1000, "bytes_in_use": 200}
 
+    # What is placed is in use; no part of it is taken off again.
     assert memory.available_bytes(Gpu()) == 720
+    assert tuning.budget_bytes(dataclasses.replace(OPEN, memory_budget_gib=0), [Gpu()], 100) == 720
+
+
+def test_what_is_placed_counts_against_a_budget():
+    assert tuning.budget_bytes(OPEN, jax.devices()[:1], 2**30) == 7 * 2**30
+    assert tuning.budget_bytes(OPEN, jax.devices()[:1], 2**34) == 0
+
+
+def test_processes_of_one_host_share_its_memory(monkeypatch):
+    """Two of three processes are on this host, each with two of its devices."""
+    asked = []
+
+    def of_all(value):
+        asked.append(value)
+        return np.array([value, 7, value]) if isinstance(value, int) else np.array([value])
+
+    monkeypatch.setattr(tuning.processes, "of_all", of_all)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 8000 * tuning.GIB)
+    config = dataclasses.replace(OPEN, memory_budget_gib=0)
+    assert tuning.budget_bytes(config, jax.devices()[:1] * 2) == 8000 * tuning.GIB // 4 * 9 // 10
+    assert 0 <= asked[0] < 2**31, "processes tell each other 32 bits"
 
 
 def test_more_samples_and_clients_need_more(profile):
     base = memory.expected_bytes(profile, 32, 4, 1)
     model = 4 * int(np.sum(profile.parameters) + np.sum(profile.state))
     assert memory.expected_bytes(profile, 64, 4, 1) > 1.9 * base - 16 * model
-    assert memory.expected_bytes(profile, 32, 8, 1) == 2 * base - 2 * model
+    assert memory.expected_bytes(profile, 32, 8, 1) == 2 * base - model
     assert memory.expected_bytes(profile, 32, 4, 2) == base + 4 * model

@@ -8,8 +8,6 @@ from jaxtyping import Int
 
 from sfl_jax.federated.session import Assignment
 
-PADDING = 0.05  # part of a cohort that may be added as idle clients to fill the last chunk
-
 
 def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 1) -> tuple[Assignment, int]:
     """NumPy assignments ordered for D devices and padded with idle clients, and the clients of a chunk.
@@ -51,9 +49,19 @@ def deal(steps: Int[np.ndarray, " N"], devices: int, slots: int) -> Int[np.ndarr
     return places
 
 
-def chunk_size(clients: int, clients_per_chunk: int, devices: int = 1) -> int:
-    """The clients of a chunk, at most `clients_per_chunk`; fewer where that saves idle ones at the end."""
-    sizes = range(1, min(clients_per_chunk, -(-clients // devices)) + 1)
-    padded = {size: -(-clients // (size * devices)) * size * devices for size in sizes}
-    least = max(min(padded.values()), int(clients * (1 + PADDING)))
-    return max(size for size in sizes if padded[size] <= least)
+def chunk_size(clients: int, most: int, devices: int = 1) -> int:
+    """The clients of a chunk: the fewest, at most `most`, with which no device has more chunks than it must.
+
+    17 clients in chunks of at most 16 take two chunks whatever their size, so chunks of 9: one place is idle.
+    """
+    turns = -(-clients // (devices * most))
+    return -(-clients // (devices * turns))
+
+
+def places_per_client(clients: int, size: int, devices: int = 1) -> float:
+    """How many places a round in chunks of `size` runs for each client, at least 1.
+
+    An idle place takes as long as a filled one, and all devices as long as the one that has most chunks.
+    """
+    turns = -(-clients // (devices * size))
+    return turns * size * min(devices, clients) / clients

@@ -1,11 +1,13 @@
 """The client axis over devices. No other file knows that there may be several.
 
 The body of a round is written once, in `round.py`. With one device it is jitted; with several, of one process
-or many, `jax.pmap` maps it over the client axis: the model is on every device, each device has the samples
-of its own clients and runs them, and the weighted sums meet in one `psum`.
+or many, `jax.pmap` maps it over the client axis: the model is on every device, each device runs its own
+clients, and the weighted sums meet in one `psum`. The samples are on every device too where they fit; else
+each round sends a device those of its own clients.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +18,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import evaluation
 from sfl_jax.federated.balance import fill_chunks
+from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Outcome, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import Chain
 
 AXIS = "devices"
+RESIDENT = 0.5  # part of a device's free memory that the samples may take for good
 
 
 def choose_devices(count: int) -> list[Any]:
@@ -44,14 +48,20 @@ def on_first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
 
-def samples_are_sent(devices: Sequence[Any]) -> bool:
-    """Whether a device is sent, with every round, the samples of its own clients; a single device has all."""
-    return len(devices) > 1
+def bytes_placed(tree: Any) -> int:
+    """What the JAX arrays of `tree` take on each device; what is still on the host counts nothing."""
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays)
 
 
-def place_samples(samples: Samples, devices: Sequence[Any]) -> Samples:
-    """What `Rounds` takes: NumPy samples go whole to a single device, and stay here for several."""
-    return samples if samples_are_sent(devices) else replicate(samples, devices)
+def place_samples(samples: Samples, devices: Sequence[Any], free_bytes: float = math.inf) -> Samples:
+    """What `Rounds` takes: NumPy samples go whole to every device where they fit into half of `free_bytes`,
+    and stay here otherwise.
+    """
+    if sum(x.nbytes for x in samples) > RESIDENT * free_bytes:
+        return samples
+    # Images in a file are held against their checksums when they are indexed.
+    return replicate(Samples(samples.images[:], samples.labels), devices)
 
 
 class Rounds:
@@ -68,69 +78,87 @@ class Rounds:
         self._devices = devices
         self._most = 1 if execution == "map" else clients_per_chunk
         self._program = functools.cache(functools.partial(map_round, training, devices))
+        self._room = 0
 
     def __call__(self, *arguments: Any):
-        placed, size = self._place(*arguments)
-        return self._program(size)(*placed)
+        placed, program = self._place(*arguments)
+        return program(*placed)
 
     def bytes_needed(self, *arguments: Any) -> int:
-        """Of memory on each device, for all that such a round reads, makes and keeps in between. Compiles it
-        for the calls to come, and runs nothing.
+        """What such a round needs of each device beside the model and the samples that are placed already:
+        for what it makes and keeps in between, and twice for what it is sent, as the next one may be sent
+        while it runs. Compiles it for the calls to come, and runs nothing.
         """
-        placed, size = self._place(*arguments)
-        need = self._program(size).lower(*placed).compile().memory_analysis()
-        made = need.output_size_in_bytes - need.alias_size_in_bytes
-        return need.argument_size_in_bytes + need.temp_size_in_bytes + made
+        placed, program = self._place(*arguments)
+        sent = bytes_placed(placed[2] if _are_placed(arguments[1]) else placed[1:3])
+        return program_bytes(program.lower(*placed).compile()) + 2 * sent
 
     def _place(self, model, samples, assignments, key, learning_rate, previous=None):
         arranged, size = fill_chunks(assignments, self._most, len(self._devices))
-        if len(self._devices) == 1:
-            placed = samples, jax.device_put(arranged, self._devices[0])
+        if _are_placed(samples):
+            placed = samples, _by_device(_parts(arranged, self._devices), self._devices)
         else:
-            placed = place_clients(samples, arranged, self._devices)
+            # Never less than before, so that rounds of few samples do not compile it anew.
+            self._room = max(self._room, room(arranged, len(samples.labels), len(self._devices)))
+            placed = place_clients(samples, arranged, self._devices, self._room)
         if previous is None:  # as good a round as any
             nobody = np.full(len(arranged.client), -1, np.int32)
             previous = Outcome(*replicate((np.float32(0), nobody, np.int32(0)), self._devices))
         scalars = replicate((key, np.float32(learning_rate)), self._devices)
-        return (model, *placed, *scalars, previous), size
+        return (model, *placed, *scalars, previous), self._program(size, _are_placed(samples))
 
 
-def map_round(training: Training, devices: Sequence[Any], size: int) -> Any:
+def map_round(training: Training, devices: Sequence[Any], size: int, samples_stay: bool = False) -> Any:
     """`run_round` over the devices for chunks of `size` clients: jitted on one, mapped by `jax.pmap` on more.
 
-    What it takes is placed already, see `place_clients`; the model given is donated.
+    What it takes is placed already: samples whole on each device where they stay, else see `place_clients`.
+    The model given is donated.
     """
     body = functools.partial(run_round, training, size)
     if len(devices) == 1:
         return jax.jit(functools.partial(body, None), donate_argnums=0)
+    samples_axis = None if samples_stay else 0
     return jax.pmap(
-        functools.partial(body, AXIS), AXIS, in_axes=(None, 0, 0, None, None, None), out_axes=None,
+        functools.partial(body, AXIS), AXIS, in_axes=(None, samples_axis, 0, None, None, None), out_axes=None,
         devices=devices, donate_argnums=0,
     )  # fmt: skip
 
 
-def place_clients(
-    samples: Samples, arranged: Assignment, devices: Sequence[Any]
-) -> tuple[Samples, Assignment]:
-    """What `fill_chunks` arranged, on the devices of this process, each with the samples of its clients.
+def program_bytes(program: Any) -> int:
+    """What a compiled program needs of each device beside its arguments, which are there already."""
+    need = program.memory_analysis()
+    return need.temp_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes
 
-    The leading axis becomes (devices here, ...). A device has room for one sample an index, or for all that
-    there are if these are fewer, so that shapes do not change from round to round.
+
+def place_clients(
+    samples: Samples, arranged: Assignment, devices: Sequence[Any], rows: int
+) -> tuple[Samples, Assignment]:
+    """What `fill_chunks` arranged, on the devices of this process, each with the samples of its clients, for
+    which it has room for `rows`, see `room`.
+
+    The leading axis becomes (devices here, ...), where there are several.
     """
-    by_device = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), arranged)
     parts = []
-    for device in _indices_here(devices):
-        own: Assignment = jax.tree.map(lambda x, device=device: x[device], by_device)
-        room = min(own.batches.size, len(samples.labels))
-        is_used = np.arange(own.batches.shape[1]) < own.steps[:, None]
-        rows, local = np.unique(own.batches[is_used], return_inverse=True)
+    for own in _parts(arranged, devices):
+        is_used = _are_used(own)
+        used, local = np.unique(own.batches[is_used], return_inverse=True)
         batches = np.zeros_like(own.batches)
         batches[is_used] = local.reshape(-1, own.batches.shape[-1])
-        images, labels = (np.zeros((room, *x.shape[1:]), x.dtype) for x in samples)
-        images[: len(rows)], labels[: len(rows)] = samples.images[rows], samples.labels[rows]
+        images, labels = (np.zeros((rows, *x.shape[1:]), x.dtype) for x in samples)
+        images[: len(used)], labels[: len(used)] = samples.images[used], samples.labels[used]
         parts.append((Samples(images, labels), own._replace(batches=batches)))
-    stacked = jax.tree.map(lambda *xs: np.stack(xs), *parts)
-    return jax.device_put(stacked, _sharding(devices, PartitionSpec(AXIS)))
+    return _by_device(parts, devices)
+
+
+def room(arranged: Assignment, samples: int, devices: int) -> int:
+    """The rows that every device needs for the samples of its clients: those of the device that has most,
+    rounded up to a power of two, so that rounds have few shapes; at most one an index, or all `samples`.
+    """
+    most = 1
+    for device in range(devices):
+        own = _part(arranged, device, devices)
+        most = max(most, np.count_nonzero(np.bincount(own.batches[_are_used(own)].reshape(-1))))
+    return min(1 << (int(most) - 1).bit_length(), arranged.batches.size // devices, samples)
 
 
 def place_held_out(
@@ -138,20 +166,55 @@ def place_held_out(
 ) -> Samples:
     """What the evaluations of `compile_evaluation` take: each device has a part."""
     parts = evaluation.in_batches(images, labels, len(devices), batch)
-    if len(devices) == 1:
-        return jax.device_put(jax.tree.map(lambda x: x[0], parts), devices[0])
-    own = jax.tree.map(lambda x: x[_indices_here(devices)], parts)
-    return jax.device_put(own, _sharding(devices, PartitionSpec(AXIS)))
+    return _by_device([jax.tree.map(lambda x, i=i: x[i], parts) for i in _indices_here(devices)], devices)
 
 
 def compile_evaluation(
-    chain: Chain, preprocess: Callable[[jax.Array], jax.Array], devices: Sequence[Any]
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """evaluate(packed variables, samples from `place_held_out`) -> (mean loss, accuracy), replicated."""
+    chain: Chain,
+    preprocess: Callable[[jax.Array], jax.Array],
+    devices: Sequence[Any],
+    packed: PackedVariables,
+    held_out: Samples,
+) -> Any:
+    """The compiled program evaluate(packed variables, samples) -> (mean loss, accuracy), replicated, for
+    variables like `packed` and samples from `place_held_out`.
+    """
     body = functools.partial(evaluation.evaluate, chain, preprocess)
     if len(devices) == 1:
-        return jax.jit(functools.partial(body, None))
-    return jax.pmap(functools.partial(body, AXIS), AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+        program = jax.jit(functools.partial(body, None))
+    else:
+        program = jax.pmap(
+            functools.partial(body, AXIS), AXIS, in_axes=(None, 0), out_axes=None, devices=devices
+        )
+    return program.lower(packed, held_out).compile()
+
+
+def _are_placed(samples: Samples) -> bool:
+    return isinstance(samples.labels, jax.Array)
+
+
+def _are_used(own: Assignment) -> Any:
+    """Which of the (K, S) batches are those of a step that is run."""
+    return np.arange(own.batches.shape[1]) < own.steps[:, None]
+
+
+def _part(arranged: Assignment, device: int, devices: int) -> Assignment:
+    """What `fill_chunks` arranged for one of the devices."""
+    own = len(arranged.client) // devices
+    return jax.tree.map(lambda x: x[own * device : own * (device + 1)], arranged)
+
+
+def _parts(arranged: Assignment, devices: Sequence[Any]) -> list[Assignment]:
+    """Those of the devices of this process."""
+    return [_part(arranged, device, len(devices)) for device in _indices_here(devices)]
+
+
+def _by_device(parts: Sequence[Any], devices: Sequence[Any]) -> Any:
+    """The part of each device of this process on its device; with a leading axis where there are several."""
+    if len(devices) == 1:
+        return jax.device_put(parts[0], devices[0])
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *parts)
+    return jax.device_put(stacked, _sharding(devices, PartitionSpec(AXIS)))
 
 
 def _indices_here(devices) -> list[int]:

@@ -40,17 +40,22 @@ class Execution(NamedTuple):
         return f"{self.layer_form} form, {self.clients_per_chunk} at once"
 
 
-def chunk_sizes(clients: int, devices: int, most: int) -> list[int]:
-    """The sizes worth a try, at most `most`, rising."""
-    return sorted({chunk_size(clients, min(size, most), devices) for size in CHUNKS})
+def chunk_sizes(clients: int, devices: int) -> list[int]:
+    """The sizes worth a try, rising."""
+    return sorted({chunk_size(clients, size, devices) for size in CHUNKS})
 
 
 def choose(
-    forms: Sequence[str], sizes: Sequence[int], seconds: Callable[[Execution], float]
+    forms: Sequence[str],
+    sizes: Sequence[int],
+    seconds: Callable[[Execution], float],
+    places: Callable[[int], float] = lambda size: 1.0,
 ) -> tuple[Execution, dict[Execution, float]]:
-    """(the fastest, the `seconds` of each that was tried); nothing is tried where there is no choice.
+    """(the fastest, the seconds of a client in each that was tried); nothing is tried without a choice.
 
-    `sizes` rise. A form is given up where it is far slower than another, or begins to be slower than itself.
+    `seconds` measures one place of a chunk. A client takes the time of `places(size)` of them, see
+    `places_per_client`. `sizes` rise. A form is given up where it is far slower than another, or where its
+    larger chunks begin to be slower.
     """
     if len(forms) * len(sizes) == 1:
         return Execution(forms[0], sizes[0]), {}
@@ -59,8 +64,9 @@ def choose(
         best = math.inf
         for size in sizes:
             one = Execution(form, size)
-            tried[one] = now = seconds(one)
-            if now > min(WORSE * best, FAR_WORSE * min(tried.values())):
+            now = seconds(one)
+            tried[one] = places(size) * now
+            if now > WORSE * best or tried[one] > FAR_WORSE * min(tried.values()):
                 break
             best = min(best, now)
     return min(tried, key=tried.__getitem__), tried

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import numpy as np
 from federated import rounds
@@ -36,6 +37,14 @@ def short(chain):
     return Chain((stem, fused, separable, head, classifier))
 
 
+class Linear(nn.Module):
+    """A network that compiles fast."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
 SHORT = {"product": short(rounds.CHAIN), "conv": short(rounds.REFERENCE_CHAIN)}
 KEY = jax.random.key(7)
 profiling = importlib.import_module("sfl_jax.models.profile")  # the package's `profile` is the function in it
@@ -50,22 +59,29 @@ def cohort(chain, clients=rounds.CUTS, seed=0):
 
 
 def after_rounds(
-    count, chunk=2, execution="vmap", clients=rounds.CUTS, chain=rounds.CHAIN, broken=None, **changes
+    count,
+    chunk=2,
+    execution="vmap",
+    clients=rounds.CUTS,
+    chain=rounds.CHAIN,
+    broken=None,
+    free_bytes=0,
+    **changes,
 ):
     """(model, loss, diverged) after two rounds on `count` devices, as NumPy; the `broken`-th client sees
-    nothing but black.
+    nothing but black. Samples are sent with the rounds unless there are `free_bytes` for them.
     """
     chosen = devices.choose_devices(count)
     training = rounds.training(link=rounds.SCALING, chain=chain)._replace(**changes)
     run = devices.Rounds(training, chunk, chosen, execution)
     own = samples_of(chain)
-    samples = devices.place_samples(own, chosen)
+    samples = devices.place_samples(own, chosen, free_bytes)
     model = devices.replicate(Model.of(rounds.start(chain)[0]), chosen)
     for seed in range(2):
         work = cohort(chain, clients, seed)
         if broken is not None:
             own, work = rounds.poisoned(own, work, broken)
-            samples = devices.place_samples(own, chosen)
+            samples = devices.place_samples(own, chosen, free_bytes)
         with jax.transfer_guard_device_to_device("disallow"):
             result = run(model, samples, work, KEY, rounds.RATE)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model)), "the model is donated"
@@ -93,6 +109,17 @@ def whole_network():
 def small_network():
     chain = SHORT["product"]
     assert distance(after_rounds(1, chain=chain), after_rounds(4, chain=chain)) < 1e-5
+
+
+def samples_stay_or_are_sent():
+    """Neither changes a bit; what stays is whole on every device."""
+    chain = Chain((Linear(),))
+    sent, resident = (after_rounds(4, chain=chain, free_bytes=free) for free in (0, math.inf))
+    jax.tree.map(np.testing.assert_array_equal, sent, resident)
+    assert np.isfinite(sent[1])
+    placed = devices.place_samples(samples_of(chain), devices.choose_devices(4))
+    for array, own in zip(placed, samples_of(chain), strict=True):
+        assert [shard.data.shape for shard in array.addressable_shards] == [own.shape] * 4
 
 
 def divergence():
@@ -168,20 +195,21 @@ def evaluations_of(chain):
     results = {}
     for count in (1, 2, 8):
         chosen = devices.choose_devices(count)
-        held_out = devices.place_held_out(images, labels, chosen, batch=6)
-        evaluate = devices.compile_evaluation(chain, rounds.preprocess, chosen)
-        loss, accuracy = evaluate(devices.replicate(PackedVariables.of(variables), chosen), held_out)
+        given = (
+            devices.replicate(PackedVariables.of(variables), chosen),
+            devices.place_held_out(images, labels, chosen, batch=6),
+        )
+        loss, accuracy = devices.compile_evaluation(chain, rounds.preprocess, chosen, *given)(*given)
         results[count] = float(devices.on_first(loss)), float(devices.on_first(accuracy))
         if count > 1:
-            assert {s.data.shape[0] for s in held_out.images.addressable_shards} == {1}
+            assert {s.data.shape[0] for s in given[1].images.addressable_shards} == {1}
     logits, _ = jax.jit(functools.partial(chain.apply, train=False))(variables, rounds.preprocess(images))
     right = np.asarray(logits).argmax(-1) == labels
     loss = -np.mean(np.asarray(jax.nn.log_softmax(logits))[np.arange(130), labels])
     for count, got in results.items():
         np.testing.assert_allclose(got, (loss, right.mean()), rtol=1e-5, err_msg=str(count), equal_nan=False)
     with mock.patch.object(evaluation.lax, "psum", lambda tree, _: tree):
-        evaluate = devices.compile_evaluation(chain, rounds.preprocess, chosen)
-        part, _ = evaluate(devices.replicate(PackedVariables.of(variables), chosen), held_out)
+        part, _ = devices.compile_evaluation(chain, rounds.preprocess, chosen, *given)(*given)
     assert abs(float(devices.on_first(part)) / loss - 1) > 1e-4
 
 
@@ -229,13 +257,15 @@ def placed(count, chain, chunk=2):
     """(what a round takes on `count` devices, the clients of a chunk)."""
     chosen = devices.choose_devices(count)
     arranged, size = fill_chunks(cohort(chain), chunk, count)
-    own = devices.place_clients(samples_of(chain), arranged, chosen)
+    samples = samples_of(chain)
+    own = devices.place_clients(samples, arranged, chosen, devices.room(arranged, len(samples.labels), count))
     model = devices.replicate(Model.of(rounds.start(chain)[0]), chosen)
     return (model, *own, *devices.replicate((KEY, np.float32(rounds.RATE)), chosen)), size
 
 
 def placement():
-    """A device holds the model, its own clients, their samples, and nothing of other clients."""
+    """A device that is sent its samples holds the model, its own clients, theirs, and nothing of others."""
+    samples_stay_or_are_sent()
     chain, count = SHORT["conv"], 4
     (model, samples, assignments, *_), _ = placed(count, chain)
     arranged, _ = fill_chunks(cohort(chain), 2, count)

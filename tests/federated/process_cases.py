@@ -155,7 +155,8 @@ def own_samples():
     images.read = set()
     arranged, _ = fill_chunks(work, 2, len(chosen))
     labels = np.arange(len(images), dtype=np.int32)
-    samples, placed = devices.place_clients(Samples(images, labels), arranged, chosen)
+    rows = devices.room(arranged, len(labels), len(chosen))
+    samples, placed = devices.place_clients(Samples(images, labels), arranged, chosen, rows)
 
     by_process = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), arranged)
     here = by_process.client[own][by_process.weight[own] > 0]

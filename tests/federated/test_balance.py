@@ -1,6 +1,7 @@
 """Who runs where: every client once, little padding, devices done at the same time."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfl_jax import datasets
-from sfl_jax.federated.balance import deal, fill_chunks
+from sfl_jax.federated.balance import chunk_size, deal, fill_chunks, places_per_client
 
 
 @pytest.mark.parametrize(
@@ -27,10 +28,29 @@ def test_chunks_hold_every_client_once(clients, chunk, devices):
     assert not arranged.steps[~there].any()
 
 
-def test_padding_is_small_where_it_can_be():
-    for clients in range(1, 200):
-        arranged, _ = fill_chunks(rounds.assignments(cuts=[1] * clients, steps=1, batch=1), 4)
-        assert len(arranged.client) <= clients * 1.05
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_a_chunk_has_the_fewest_idle_places_of_those_that_take_the_fewest_turns(devices):
+    for clients in range(1, 40):
+        for most in range(1, 20):
+            turns = {size: math.ceil(clients / size / devices) for size in range(1, most + 1)}
+            best = min(size for size in turns if turns[size] == min(turns.values()))
+            assert chunk_size(clients, most, devices) == best
+            assert chunk_size(clients, best, devices) == best
+
+
+@pytest.mark.parametrize(
+    ("clients", "most", "devices", "size"),
+    [(17, 16, 1, 9), (34, 16, 1, 12), (37, 16, 1, 13), (19, 4, 1, 4), (10, 16, 1, 10), (2, 5, 1, 2),
+     (17, 16, 4, 5), (9, 8, 8, 2), (3, 2, 8, 1)],
+)  # fmt: skip
+def test_a_cohort_that_nothing_divides_is_still_computed_together(clients, most, devices, size):
+    arranged, found = fill_chunks(rounds.assignments(cuts=[1] * clients, steps=1, batch=1), most, devices)
+    assert found == size
+    slots = len(arranged.client) // devices // size
+    assert len(arranged.client) == devices * slots * size
+    # What a device has most of, counted, against what the choice among sizes is told.
+    busiest = (arranged.weight.reshape(devices, slots, size) > 0).any(2).sum(1).max()
+    assert places_per_client(clients, size, devices) == busiest * size * min(devices, clients) / clients
 
 
 @pytest.mark.parametrize(("clients", "most"), [(100, 1.15), (1000, 1.05)])

@@ -1,11 +1,14 @@
 """The alternatives of computing clients are timed in real shapes, and the fastest is taken."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from sfl_jax import models
 from sfl_jax.federated import execution
+from sfl_jax.federated.balance import places_per_client
 from sfl_jax.federated.execution import Execution, choose, chunk_sizes, remember, remembered
 
 FORMS = ("product", "conv")
@@ -44,16 +47,31 @@ def test_nothing_is_measured_without_a_choice():
     assert choose(("conv",), [3], lambda _: pytest.fail("measured")) == (("conv", 3), {})
 
 
+def test_idle_places_cost_their_part():
+    """17 clients: nine at once run 18 places, which is worth it only where nine are that much faster."""
+    sizes = chunk_sizes(17, 1)
+    places = functools.partial(places_per_client, 17)
+    for nine, best in ((0.9, 9), (0.96, 1)):
+        seconds, asked = timed({("conv", size): nine if size == 9 else 1.0 for size in sizes})
+        choice, tried = choose(("conv",), sizes, seconds, places)
+        assert choice == ("conv", best)
+        assert [size for _, size in asked] == sizes
+        assert tried[Execution("conv", 9)] == pytest.approx(nine * 18 / 17)
+        assert tried[Execution("conv", 1)] == 1.0
+
+
+def test_idle_places_are_no_sign_that_larger_chunks_are_slower():
+    seconds, _ = timed({("conv", size): 1.0 - 0.01 * size for size in (1, 2, 3)})
+    assert choose(("conv",), [1, 2, 3], seconds, functools.partial(places_per_client, 3))[0] == ("conv", 3)
+
+
 @pytest.mark.parametrize(
-    ("clients", "devices", "most", "sizes"),
-    [(100, 1, 16, [1, 2, 4, 8, 15]), (10, 1, 16, [1, 2, 5, 10]), (10, 1, 4, [1, 2]), (1, 1, 16, [1]),
-     (16, 4, 16, [1, 2, 4]), (3, 8, 16, [1])],
+    ("clients", "devices", "sizes"),
+    [(100, 1, [1, 2, 4, 8, 15]), (10, 1, [1, 2, 4, 5, 10]), (17, 1, [1, 2, 4, 6, 9]), (1, 1, [1]),
+     (16, 4, [1, 2, 4]), (17, 4, [1, 2, 3, 5]), (3, 8, [1])],
 )  # fmt: skip
-def test_chunks_are_those_that_pad_little(clients, devices, most, sizes):
-    found = chunk_sizes(clients, devices, most)
-    assert found == sorted(set(found))
-    assert max(found) <= most
-    assert found == sizes
+def test_chunks_are_those_that_leave_the_fewest_places_idle(clients, devices, sizes):
+    assert chunk_sizes(clients, devices) == sizes
 
 
 def test_the_heaviest_units_stand_for_all_that_are_like_them(monkeypatch):

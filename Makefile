@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
 .DELETE_ON_ERROR:
 
 train: .venv/runtime.stamp
-	$(BIN)/python -m launch.train --flagfile=launch/flags/mnist.flags $(ARGS)
+	$(BIN)/python -m launch.train --preset=mnist $(ARGS)
 
 # Tests of a file share what they compile.
 test: lint

@@ -1,4 +1,4 @@
-"""python -m launch.train --flagfile=launch/flags/mnist.flags --workdir=runs/mnist"""
+"""python -m launch.train --preset=mnist --workdir=runs/mnist"""
 
 import sys
 

@@ -53,7 +53,7 @@ LARGEST_INT = 2**31 - 1
 
 def _flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limits: Any) -> Any:
     """A field with what a flag needs; limits: choices, at_least, at_most, above, below. open: the value
-    that leaves the choice to the run.
+    that leaves the choice to the run. hints: what to say of a wrong value that others know.
 
     harmless: whether a run may go on with another value. It may where that changes no numbers but for
     rounding, as under some headings, and where it names a file whose contents are compared.
@@ -67,25 +67,53 @@ class Config:
     """The settings of a run. A field's name is its flag's name; units are in the help texts."""
 
     model: str = _flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=MODELS)
-    image_size: int = _flag(32, NETWORK, PLANNING, "side of the images, pixels", at_least=8, at_most=4096)
-    image_channels: int = _flag(1, NETWORK, DATALESS, "1 grey, 3 colour", at_least=1, at_most=4096)
-    num_classes: int = _flag(10, NETWORK, DATALESS, "classes to tell apart", at_least=1)
+    image_size: int = _flag(
+        32,
+        NETWORK,
+        PLANNING,
+        "side of the images that enter the network, in pixels",
+        at_least=8,
+        at_most=4096,
+    )
+    image_channels: int = _flag(
+        1, NETWORK, DATALESS, "channels of an image: 1 is grey, 3 is colour", at_least=1, at_most=4096
+    )
+    num_classes: int = _flag(10, NETWORK, DATALESS, "classes that the network tells apart", at_least=1)
     layer_form: str = _flag(
-        AUTO, NETWORK, TRAINING, "how convolutions are computed; auto: the faster way",
+        AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which way is faster",
         choices=(AUTO, *LAYER_FORMS), open=AUTO,
     )  # fmt: skip
-    compute_dtype: str = _flag("float32", NETWORK, TRAINING, "arithmetic of the layers", choices=DTYPES)
+    compute_dtype: str = _flag(
+        "float32", NETWORK, TRAINING, "number type in which the layers compute", choices=DTYPES
+    )
     matmul_precision: str = _flag(
-        "default", NETWORK, TRAINING, "of float32 products on GPU and TPU", choices=PRECISIONS
+        "default",
+        NETWORK,
+        TRAINING,
+        "how exactly a GPU or TPU multiplies float32 numbers",
+        choices=PRECISIONS,
     )
     drop_rate_scale: float = _flag(
-        1.0, NETWORK, TRAINING, "times the published dropout and stochastic depth", at_least=0, at_most=1
+        0.0,
+        NETWORK,
+        PLANNING,
+        "multiplies the published rates of dropout and stochastic depth; 0 switches them off",
+        at_least=0,
+        at_most=1,
     )
     init_from: str = _flag(
-        "", NETWORK, TRAINING, "weights from Keras to start with: .weights.h5, .h5, .keras", path=True
+        "",
+        NETWORK,
+        TRAINING,
+        "Keras weights to start from: .weights.h5, .h5 or .keras; empty: random weights",
+        path=True,
     )
     head_init_scale: float = _flag(
-        1.0, NETWORK, TRAINING, "times the published scale of the classifier's initial kernel", at_least=0
+        0.0,
+        NETWORK,
+        TRAINING,
+        "multiplies the random initial weights of the classifier; 0 starts it at zero",
+        at_least=0,
     )
 
     dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
@@ -96,45 +124,74 @@ class Config:
         "", DATA, TRAINING, "which of several class labels to learn; empty: label, or the only one"
     )
     partition: str = _flag(
-        AUTO, DATA, TRAINING, "how clients divide the samples; auto: fleet where the file of --fleet has the "
-        "column samples, else iid", choices=PARTITIONS,
+        AUTO, DATA, TRAINING, "how the samples are divided among the clients; auto: fleet where the file of "
+        "--fleet has the column samples, else iid", choices=PARTITIONS,
     )  # fmt: skip
     dirichlet_alpha: float = _flag(
         0.5,
         DATA,
         TRAINING,
-        "evenness of classes under dirichlet, of sizes under quantity",
+        "with dirichlet, how evenly a client sees the classes; with quantity, how alike clients' "
+        "numbers of samples are; larger is more even",
         above=0,
         at_most=1e6,
     )
     min_samples: int = _flag(
-        1, DATA, TRAINING, "least number of samples of a client, under every partition", at_least=1
+        1, DATA, TRAINING, "samples that every client gets at least, under every partition", at_least=1
     )
-    shards_per_client: int = _flag(2, DATA, TRAINING, "runs of one label each under shards", at_least=1)
+    shards_per_client: int = _flag(
+        2,
+        DATA,
+        TRAINING,
+        "with shards, how many pieces of the samples sorted by label a client gets",
+        at_least=1,
+    )
 
     clients: int = _flag(
         0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
     )
     cohort_size: int = _flag(10, FLEET, TRAINING, "clients that take part in a round", at_least=1)
     fleet: str = _flag(
-        RANDOM, FLEET, PLANNING, "random, or the path of a fleet.csv", harmless=True, path=True
+        RANDOM,
+        FLEET,
+        PLANNING,
+        "compute and links of the clients: random, or the path of a fleet.csv",
+        harmless=True,
+        path=True,
     )
-    server_flops: float = _flag(1e12, FLEET, PLANNING, "compute of the server, FLOP/s", above=0)
-    method: str = _flag("exact", FLEET, PLANNING, "how cuts and shares are chosen", choices=METHODS)
+    server_flops: float = _flag(2e10, FLEET, PLANNING, "compute of the server, FLOP/s; 20G is 2e10", above=0)
+    method: str = _flag(
+        "exact", FLEET, PLANNING, "how cuts and shares of the server are chosen", choices=METHODS
+    )
     starts: str = _flag(
-        "equal", FLEET, PLANNING, "of alternating and regression, the best is kept: some of "
-        "equal, proportional, random, with commas between",
+        "equal", FLEET, PLANNING, "where alternating and regression start; several may be given "
+        "with commas between (equal, proportional, random), the best result is kept",
     )  # fmt: skip
     recall: bool = _flag(
-        False, FLEET, PLANNING, "of alternating and regression: who left the server and ends last comes back"
+        False,
+        FLEET,
+        PLANNING,
+        "let alternating and regression bring a client back to the server that left it and now ends last",
+    )
+    barrier: str = _flag(
+        "session",
+        FLEET,
+        PLANNING,
+        "session: every client goes through its round by itself; staged: all wait for each other "
+        "before and after the server works",
+        choices=BARRIERS,
     )
     rounding: str = _flag(
         "need", FLEET, PLANNING, "how regression makes a cut whole: the neighbour that needs less server, or "
         "the nearest", choices=ROUNDINGS,
     )  # fmt: skip
-    barrier: str = _flag("session", FLEET, PLANNING, "what a round waits for", choices=BARRIERS)
     links: str = _flag(
-        "fixed", FLEET, PLANNING, "the fleet's rates, or Shannon's by distance, or fading too", choices=LINKS
+        "fixed",
+        FLEET,
+        PLANNING,
+        "fixed: the rates of the fleet; shannon: rates by distance; fading: rates by distance that "
+        "change every round",
+        choices=LINKS,
     )
     coherence_s: float = _flag(
         0.0, FLEET, PLANNING, "seconds that a fade lasts under --links=fading; rates are means over the "
@@ -144,64 +201,124 @@ class Config:
         "fixed",
         FLEET,
         PLANNING,
-        "equal parts of it, or best parts: of one, or apart up and down",
+        "how clients share bandwidth: equal parts (fixed); best parts of one band (pooled); best "
+        "parts of an uplink and a downlink band (separate)",
         choices=BANDS,
     )
     drop_probability: float = _flag(
-        0.0, FLEET, TRAINING, "of a client of the cohort, to drop out of a round", at_least=0, at_most=1
+        0.0,
+        FLEET,
+        TRAINING,
+        "probability that a client of the cohort drops out of a round",
+        at_least=0,
+        at_most=1,
     )
     jitter: float = _flag(
-        0.0, FLEET, TRAINING, "mean part by which a client is slower than planned", at_least=0, at_most=1e6
+        0.0,
+        FLEET,
+        TRAINING,
+        "how much slower than planned clients are on average; 0.1 is 10 %",
+        at_least=0,
+        at_most=1e6,
     )
     deadline_factor: float = _flag(
-        0.0, FLEET, TRAINING, "times the planned round, after which nobody is waited for; 0: none", at_least=0
+        0.0,
+        FLEET,
+        TRAINING,
+        "a round ends after this many times its planned seconds, and who is late is left out; 0: "
+        "wait for everybody",
+        at_least=0,
     )
-    min_cut: int = _flag(1, FLEET, PLANNING, "units kept on the client; 0 lets its images leave", at_least=0)
-    samples_per_client: int = _flag(600, FLEET, DATALESS, "of each client of the random fleet", at_least=1)
+    min_cut: int = _flag(
+        1, FLEET, PLANNING, "units that every client keeps to itself; 0 lets its images leave it", at_least=0
+    )
+    samples_per_client: int = _flag(
+        600, FLEET, DATALESS, "samples of every client of the random fleet", at_least=1
+    )
     bits_per_float: int = _flag(
-        32, FLEET, DATALESS, "of smashed data and their gradients as they are sent", at_least=1, at_most=64
+        32,
+        FLEET,
+        DATALESS,
+        "bits in which a number of the smashed data or their gradient is sent",
+        at_least=1,
+        at_most=64,
     )
     target_round_s: float = _flag(
-        0.0, FLEET, ("plan",), "find the smallest server for this round; 0: off", at_least=0
+        0.0,
+        FLEET,
+        ("plan",),
+        "find the smallest server whose round takes at most this many seconds; 0: off",
+        at_least=0,
     )
 
     rounds: int = _flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
-    local_epochs: int = _flag(1, LEARNING, PLANNING, "epochs of a client in a round", at_least=1)
-    batch_size: int = _flag(32, LEARNING, PLANNING, "samples of a local step", at_least=1)
-    optimizer: str = _flag("sgd", LEARNING, PLANNING, "of the local steps", choices=("sgd", "adam"))
-    learning_rate: float = _flag(0.02, LEARNING, TRAINING, "of the local steps", above=0)
-    momentum: float = _flag(0.9, LEARNING, PLANNING, "of sgd; the first moment of adam", at_least=0, below=1)
-    weight_decay: float = _flag(0.0, LEARNING, TRAINING, "of the local steps", at_least=0)
-    learning_rate_schedule: str = _flag("constant", LEARNING, TRAINING, "over the rounds", choices=SCHEDULES)
-    warmup_rounds: int = _flag(0, LEARNING, TRAINING, "rounds of rising learning rate", at_least=0)
-    server_learning_rate: float = _flag(1.0, LEARNING, TRAINING, "of the mean change of a round", above=0)
+    local_epochs: int = _flag(1, LEARNING, PLANNING, "epochs that a client trains in a round", at_least=1)
+    batch_size: int = _flag(32, LEARNING, PLANNING, "samples in a local step", at_least=1)
+    optimizer: str = _flag(
+        "adam",
+        LEARNING,
+        PLANNING,
+        "optimiser of the local steps",
+        choices=("sgd", "adam"),
+        hints={"adamw": "adam with --weight_decay is AdamW"},
+    )
+    learning_rate: float = _flag(
+        0.002,
+        LEARNING,
+        TRAINING,
+        "learning rate of the local steps; 0.002 suits adam, 0.05 suits sgd",
+        above=0,
+    )
+    momentum: float = _flag(
+        0.9, LEARNING, PLANNING, "momentum of sgd; decay of the first moment of adam", at_least=0, below=1
+    )
+    weight_decay: float = _flag(0.0, LEARNING, TRAINING, "weight decay of the local steps", at_least=0)
+    learning_rate_schedule: str = _flag(
+        "cosine",
+        LEARNING,
+        TRAINING,
+        "how the learning rate changes over the rounds; cosine falls to 0",
+        choices=SCHEDULES,
+    )
+    warmup_rounds: int = _flag(
+        4, LEARNING, TRAINING, "rounds in which the learning rate rises to its full value", at_least=0
+    )
+    server_learning_rate: float = _flag(
+        1.0, LEARNING, TRAINING, "multiplies the clients' mean change before the model takes it", above=0
+    )
     server_momentum: float = _flag(
-        0.0, LEARNING, TRAINING, "of the mean change of a round", at_least=0, below=1
+        0.5,
+        LEARNING,
+        TRAINING,
+        "momentum of the clients' mean change from round to round",
+        at_least=0,
+        below=1,
     )
     on_divergence: str = _flag(
-        "stop", LEARNING, TRAINING, "when a client's loss or update is not finite",
+        "stop", LEARNING, TRAINING, "what to do when a client's loss or update is not finite",
         choices=("stop", "skip_client"), harmless=True,
     )  # fmt: skip
-    seed: int = _flag(0, LEARNING, PLANNING, "of all that is random", at_least=0)
+    seed: int = _flag(0, LEARNING, PLANNING, "seed of all that is random", at_least=0)
 
     clients_per_chunk: int = _flag(
         0,
         MACHINE,
         TRAINING,
-        "clients a device computes at once; 0: what is fastest and fits",
+        "clients that a device computes at once; 0: the fastest number that fits the memory",
         at_least=0,
         open=0,
     )
     execution: str = _flag(
-        AUTO, MACHINE, TRAINING, "of a chunk: vmap at once, map one by one, auto the faster",
+        AUTO, MACHINE, TRAINING, "vmap: a device computes the clients of a chunk at once; "
+        "map: one after the other; auto measures which is faster",
         choices=(AUTO, *EXECUTIONS), open=AUTO,
     )  # fmt: skip
     memory_budget_gib: float = _flag(
         0.0, MACHINE, TRAINING, "memory of a device that rounds may take, GiB; 0: what is free", at_least=0
     )
-    devices: int = _flag(0, MACHINE, TRAINING, "devices of a process to use; 0 is all", at_least=0)
+    devices: int = _flag(0, MACHINE, TRAINING, "devices to use in each process; 0: all", at_least=0)
     deterministic: bool = _flag(
-        False, MACHINE, TRAINING, "the same bits in every run on a GPU too, which is slower"
+        False, MACHINE, TRAINING, "get the same bits in every run on a GPU too, which is slower"
     )
     compilation_cache: bool = _flag(
         True, MACHINE, PLANNING, "keep compiled programs in the user's cache directory"
@@ -210,10 +327,12 @@ class Config:
         0,
         PROCESSES,
         ("train",),
-        "of the run; 0: as SLURM, Open MPI, a TPU pod or GKE says, else 1",
+        "processes of the run; 0: as SLURM, Open MPI, a TPU pod or GKE says, else 1",
         at_least=0,
     )
-    process_id: int = _flag(-1, PROCESSES, ("train",), "of this one; -1: as found", at_least=-1)
+    process_id: int = _flag(
+        -1, PROCESSES, ("train",), "number of this process, counted from 0; -1: as found", at_least=-1
+    )
     coordinator_address: str = _flag(
         "", PROCESSES, ("train",), "host:port at which process 0 can be reached; empty: as found"
     )
@@ -221,7 +340,7 @@ class Config:
         300, PROCESSES, ("train",), "seconds to wait for the other processes at the start", at_least=1
     )
     heartbeat_timeout_seconds: int = _flag(
-        100, PROCESSES, ("train",), "of silence after which a process counts as dead", at_least=1
+        100, PROCESSES, ("train",), "seconds of silence after which a process counts as dead", at_least=1
     )
 
     workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run", path=True)
@@ -233,12 +352,18 @@ class Config:
         300.0, FILES, TRAINING, "seconds between checkpoints; 0: by rounds alone", at_least=0
     )
     keep: int = _flag(2, FILES, TRAINING, "checkpoints to keep", at_least=1)
-    on_write_error: str = _flag("stop", FILES, TRAINING, "when the disk fails", choices=("stop", "continue"))
+    on_write_error: str = _flag(
+        "stop", FILES, TRAINING, "what to do when the disk fails", choices=("stop", "continue")
+    )
     allow_config_change: bool = _flag(
         False, FILES, TRAINING, "go on with a run that was made with other settings"
     )
-    output: str = _flag("plan.json", FILES, ("plan",), "the plan; a .csv is written beside it", path=True)
-    plan_only: bool = _flag(False, FILES, ("compare",), "train nothing: plans over sweeps of the fleet")
+    output: str = _flag(
+        "plan.json", FILES, ("plan",), "file of the plan; a .csv is written beside it", path=True
+    )
+    plan_only: bool = _flag(
+        False, FILES, ("compare",), "train nothing: compare the plans of all methods over many fleets"
+    )
     plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 
     def to_dict(self) -> dict[str, Any]:
@@ -312,7 +437,9 @@ def validate(config: Config, command: str = "train") -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _within(value, field.metadata):
-            raise BadInput(f"--{field.name}={value}: must be {allowed(field)}")
+            hint = field.metadata.get("hints", {}).get(str(value).lower())
+            more = f"; {hint}" if hint else ""
+            raise BadInput(f"--{field.name}={value}: must be {allowed(field)}{more}")
         if type(value) is int and value > LARGEST_INT:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
         if type(value) is str:
@@ -337,7 +464,8 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(f"--coordinator_address={config.coordinator_address}: must be host:port")
     if 0 < config.deadline_factor < 1:
         raise BadInput(f"--deadline_factor={config.deadline_factor:g}: must be 0, or at least 1")
-    if "warmup_rounds" in taken and config.warmup_rounds > config.rounds:
+    # The default makes way for shorter runs, see `experiment.learning_rate`.
+    if "warmup_rounds" in taken and config.rounds < config.warmup_rounds != Config.warmup_rounds:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
     if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
         raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import optax
 
 from sfl_jax import datasets, division, fleet, metrics, models, optim, planning, tuning
 from sfl_jax.checkpoints import Checkpoints, Progress
-from sfl_jax.config import AUTO, Config, left_open
+from sfl_jax.config import AUTO, Config, left_open, validate
 from sfl_jax.datasets.images import preprocessing, squeezed
 from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
@@ -23,10 +24,16 @@ from sfl_jax.federated.evaluation import batch_at
 from sfl_jax.federated.round import Model, Outcome, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import keras_weights
+from sfl_jax.programs import Programs
 from sfl_jax.turnout import Turnout, delays, turnout
 
 RIVALS = ("no_split", "common_cut")  # whose clocks run beside the plan's
+Say = Callable[[str], None]  # is told what is being done, for a person who waits
 SHORT_S = 2.0  # a round that takes less is followed by the next before it is read
+
+
+def silent(line: str) -> None:
+    """Tells nobody."""
 
 
 class Diverged(ArithmeticError):
@@ -94,8 +101,10 @@ class Sent(NamedTuple):
     tested: Any  # (loss, accuracy) on held-out samples; None where it is not evaluated
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, say: Say = silent) -> Experiment:
     """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles."""
+    validate(config)
+    say(f"reading {config.dataset}")
     config, file = division.settle(config)
     devices = federated_devices.choose_devices(config.devices)
     dataset = datasets.load(config.dataset, config.data_dir or None, len(devices) > 1, config.label_key)
@@ -113,6 +122,7 @@ def build(config: Config) -> Experiment:
         )
     clients = division.clients(config, file).with_samples([len(part) for part in parts])
     planning.check_links(config, clients)
+    say(f"counting the work of the {len(chain)} units of {config.model}")
     image_shape = (config.image_size, config.image_size, channels)
     profile = models.profile(chain, image_shape, stored_shape=dataset.train_images.shape[1:])
     notes += division.single_values(config, parts, models.least_normalised(chain, image_shape))
@@ -168,7 +178,11 @@ def initial_model(experiment: Experiment) -> Model:
 
 
 def compile(
-    experiment: Experiment, state: State, before: Mapping[str, Any] | None = None, notes: Path | None = None
+    experiment: Experiment,
+    state: State,
+    before: Mapping[str, Any] | None = None,
+    notes: Path | None = None,
+    say: Say = silent,
 ) -> tuple[Experiment, Engine]:
     """(the experiment with nothing left open, what computes the rounds after `state`).
 
@@ -182,6 +196,7 @@ def compile(
     images = jax.eval_shape(own.preprocess, jax.ShapeDtypeStruct(batch, data.train_images.dtype))
 
     def seconds(one):
+        say(f"measuring {one}")
         chain = _chain(experiment.config, data, one.layer_form)
         return execution.seconds_per_client(chain, profile, images, one.clients_per_chunk, devices[0])
 
@@ -191,13 +206,18 @@ def compile(
     placed += federated_devices.bytes_placed(samples)
     config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes, placed)
     training = own._replace(chain=_chain(config, data, config.layer_form))
+    say("compiling the evaluation")
     held_out, evaluate = _compile_evaluation(config, data, training, devices, state, placed)
     placed += federated_devices.bytes_placed(held_out)
     first, needed = prepare(experiment, state.round), {}
+    programs = Programs(notes, devices)
     while True:
+        say(programs.expected(config))
+        begun = time.perf_counter()
         rounds = federated_devices.Rounds(training, config.clients_per_chunk, devices, config.execution)
         engine = Engine(samples, held_out, rounds, evaluate, tried)
         of_round = rounds.bytes_needed(*_arguments(config, engine, state, first)) if first else 0
+        programs.took(config, time.perf_counter() - begun)
         needed[config.clients_per_chunk] = tuning.most_bytes(of_round)
         smaller = tuning.fit(config, left_open(experiment.config), needed, profile, devices, placed)
         if smaller == config:
@@ -332,12 +352,16 @@ def server_optimizer(config: Config) -> optax.GradientTransformation | None:
 
 
 def learning_rate(config: Config, round: int) -> float:
-    """Rises linearly over the warm-up rounds, then stays, or falls to 0 along a half cosine."""
-    if round < config.warmup_rounds:
-        return config.learning_rate * (round + 1) / config.warmup_rounds
+    """Rises linearly over the warm-up rounds, then stays, or falls to 0 along a half cosine.
+
+    A run with fewer rounds than the warm-up takes rises to its end.
+    """
+    warmup = min(config.warmup_rounds, config.rounds)
+    if round < warmup:
+        return config.learning_rate * (round + 1) / warmup
     if config.learning_rate_schedule == "constant":
         return config.learning_rate
-    progress = (round - config.warmup_rounds) / (config.rounds - config.warmup_rounds)
+    progress = (round - warmup) / (config.rounds - warmup)
     return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -54,7 +54,9 @@ def read_terms(
 ) -> tuple[fleets.Fleet, models.Profile, optim.Terms]:
     """The fleet of `config`, the profile of its network, and their terms with the links of round 0."""
     fleet = read_fleet(config, file)
-    chain = models.create(config.model, config.num_classes, config.image_channels)
+    chain = models.create(
+        config.model, config.num_classes, config.image_channels, drop_rate_scale=config.drop_rate_scale
+    )
     if config.min_cut > len(chain):
         raise BadInput(
             f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"

@@ -6,6 +6,7 @@ import gc
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 from commands import small_world
 
@@ -15,7 +16,13 @@ from sfl_jax.errors import BadInput
 from sfl_jax.models import keras_weights
 
 SMALL = Config(
-    model="efficientnetv2-tiny", clients=30, cohort_size=6, server_flops=1e10, links="fading", coherence_s=1e9
+    model="efficientnetv2-tiny",
+    clients=30,
+    cohort_size=6,
+    server_flops=1e10,
+    links="fading",
+    **plain.SETTINGS,
+    coherence_s=1e9,
 )
 
 
@@ -61,7 +68,8 @@ def test_a_fleet_without_distances_is_refused_before_anything_compiles(tmp_path)
     fleet.write_fleet(path, dataclasses.replace(fleet.random_fleet(30, seed=0), distance_m=None))
     with pytest.raises(BadInput, match=r"--links=fading: .* has no column distance_m"):
         experiment.build(dataclasses.replace(SMALL, fleet=str(path)))
-    assert len(experiment.build(dataclasses.replace(SMALL, fleet=str(path), links="fixed")).fleet) == 30
+    fixed = dataclasses.replace(SMALL, fleet=str(path), links="fixed", coherence_s=0.0)
+    assert len(experiment.build(fixed).fleet) == 30
 
 
 @pytest.mark.parametrize(
@@ -82,11 +90,29 @@ def test_a_client_that_cannot_be_served_in_a_later_round_is_refused_at_the_start
     clients.memory_bytes[poor] = memory_bytes
     fleet.write_fleet(path, clients)
     first = next(round for round in range(99) if poor in fleet.cohort(SMALL.seed, round, 30, 6))
-    config = dataclasses.replace(SMALL, fleet=str(path), method=method, links="fixed", rounds=first + 1)
+    fixed = {"links": "fixed", "coherence_s": 0.0}
+    config = dataclasses.replace(SMALL, fleet=str(path), method=method, **fixed, rounds=first + 1)
     with pytest.raises(BadInput, match=rf"fleet.csv: round {first + 1}: .* client {poor}: {reason}"):
         experiment.build(config)
     # Nobody need serve who does not come.
     experiment.build(dataclasses.replace(config, rounds=first))
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"rounds": 0}, "--rounds=0: must be an integer, at least 1"),
+        ({"cohort_size": 200}, "--cohort_size=200: must be at most --clients=30"),
+        (
+            {"optimizer": "adamw"},
+            "--optimizer=adamw: must be one of sgd, adam; adam with --weight_decay is AdamW",
+        ),
+    ],
+)
+def test_settings_from_python_are_held_to_the_rules_of_flags(settings, line):
+    with pytest.raises(BadInput) as caught:
+        experiment.build(dataclasses.replace(SMALL, **settings))
+    assert str(caught.value) == line
 
 
 def held_bytes():

@@ -5,6 +5,7 @@ import gc
 
 import jax
 import numpy as np
+import plain
 import pytest
 
 from sfl_jax import experiment, metrics, tuning
@@ -14,7 +15,8 @@ from sfl_jax.federated.round import Outcome
 
 CONFIG = Config(
     model="efficientnetv2-tiny", layer_form="conv", image_size=8, clients=1200, cohort_size=3, rounds=6,
-    eval_every=2, clients_per_chunk=3, execution="vmap", server_flops=1e10, server_momentum=0.5,
+    eval_every=2, clients_per_chunk=3, execution="vmap", server_flops=1e10,
+    **{**plain.SETTINGS, "server_momentum": 0.5},
 )  # fmt: skip
 
 

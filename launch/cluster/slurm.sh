@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One run on the GPUs of several nodes, on a cluster with SLURM; JAX learns the rest from srun's variables.
-#   sbatch launch/cluster/slurm.sh --flagfile=launch/flags/mnist.flags --workdir=/shared/runs/mnist
+#   sbatch launch/cluster/slurm.sh --preset=mnist --workdir=/shared/runs/mnist
 #   sbatch --nodes=1 --ntasks-per-node=1 launch/cluster/slurm.sh ...      the same on one GPU
 # The workdir must be on a file system that every node sees.
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run on all hosts of a Cloud TPU pod slice that is up; JAX finds the hosts and the chips by itself.
 #   TPU=my-slice ZONE=us-east5-a REPOSITORY=https://example.com/sfl_jax.git \
-#     launch/cluster/tpu_pod.sh --flagfile=launch/flags/mnist.flags --workdir=/mnt/runs/mnist
+#     launch/cluster/tpu_pod.sh --preset=mnist --workdir=/mnt/runs/mnist
 # The workdir must be a place that every host sees (Filestore, or a bucket mounted with gcsfuse).
 #
 # A spot slice that is taken away saves itself and exits 75. The same command goes on from there, once the slice

@@ -4,12 +4,15 @@ the fleet and the server, and under misjudged costs.
 
 import csv
 import io
+import itertools
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sfl_jax.commands import flags
+from sfl_jax.commands.screen import Screen, first_line_of_plan, screen
 from sfl_jax.config import Config
 from sfl_jax.files import ensure_writable, whole_file
 
@@ -29,49 +32,66 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(config: Config) -> int:
     """Train and write schemes.csv and .png; with --plan_only methods.csv, methods.png and errors.png."""
-    from sfl_jax import accelerators
-
     ensure_writable(config.workdir, "workdir", config.workdir)
-    accelerators.start()
     return compare_plans(config) if config.plan_only else compare_clocks(config)
 
 
 def compare_plans(config: Config) -> int:
     """Every method's plans, no training."""
-    from sfl_jax import accelerators, comparison, division
-    from sfl_jax.commands import compare_plot
+    with screen(f"plans of every method, no training: {first_line_of_plan(config)}") as say:
+        from sfl_jax import accelerators
 
-    accelerators.find()
-    config, _ = division.settle(config)
-    rows = [*comparison.sweeps(config), *comparison.errors(config)]
-    written = [Path(config.workdir) / name for name in ("methods.csv", "methods.png", "errors.png")]
-    write_csv(written[0], comparison.Row._fields, rows)
-    compare_plot.write_methods(written[1], rows, config)
-    compare_plot.write_errors(written[2], rows, config)
-    print(methods_table(rows))
-    print(f"written: {', '.join(map(str, written))}")
-    return 0
+        accelerators.start()
+        accelerators.find()
+        from sfl_jax import comparison, division
+        from sfl_jax.commands import compare_plot
+
+        config, _ = division.settle(config)
+        say(f"counting the work of {config.model}, and compiling the methods")
+        rows = _said(itertools.chain(comparison.sweeps(config), comparison.errors(config)), say)
+        say("drawing")
+        written = [Path(config.workdir) / name for name in ("methods.csv", "methods.png", "errors.png")]
+        write_csv(written[0], comparison.Row._fields, rows)
+        compare_plot.write_methods(written[1], rows, config)
+        compare_plot.write_errors(written[2], rows, config)
+        say.result(f"{methods_table(rows)}\nwritten: {', '.join(map(str, written))}")
+        return 0
+
+
+def _said(rows: Iterable[Any], say: Screen) -> list[Any]:
+    """The rows, each sweep said when it begins."""
+    found: list[Any] = []
+    for row in rows:
+        begins = not found or (row.sweep, row.fleet) != (found[-1].sweep, found[-1].fleet)
+        found.append(row)
+        if begins:
+            say(f"planning: {_SWEEPS.get(row.sweep, row.sweep)}, fleet {row.fleet + 1}")
+    return found
 
 
 def compare_clocks(config: Config) -> int:
     """One training, and the clock of every scheme beside its accuracy."""
-    from sfl_jax import comparison, experiment, recording
-    from sfl_jax.commands import compare_plot, report, train
-    from sfl_jax.federated import processes
+    from sfl_jax.commands import report, train
 
     code = train.train(config)
+    from sfl_jax.federated import processes
+
     if code or not processes.is_first():
         return code
-    workdir = Path(config.workdir)
-    lines = recording.logged(config.workdir)
-    accuracies = [line.test_accuracy for line in lines]
-    clocks = comparison.clocks(experiment.build(config), len(lines))
-    rows = zip([line.round for line in lines], accuracies, *clocks.values(), strict=True)
-    write_csv(workdir / "schemes.csv", ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
-    compare_plot.write_clocks(workdir / "schemes.png", accuracies, clocks, config)
-    print("\n" + report.table(clocks))
-    print(f"written: {workdir / 'schemes.csv'}, {workdir / 'schemes.png'}")
-    return 0
+    with screen(f"planning {config.rounds} rounds by every method") as say:
+        from sfl_jax import comparison, experiment, recording
+        from sfl_jax.commands import compare_plot
+
+        workdir = Path(config.workdir)
+        lines = recording.logged(config.workdir)
+        accuracies = [line.test_accuracy for line in lines]
+        clocks = comparison.clocks(experiment.build(config), len(lines))
+        rows = zip([line.round for line in lines], accuracies, *clocks.values(), strict=True)
+        written = workdir / "schemes.csv", workdir / "schemes.png"
+        write_csv(written[0], ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
+        compare_plot.write_clocks(written[1], accuracies, clocks, config)
+        say.result(f"\n{report.table(clocks)}\nwritten: {', '.join(map(str, written))}")
+        return 0
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -108,3 +128,7 @@ def _sweeps(rows: Sequence[Any]) -> list[str]:
 
 def _cell(value: Any) -> Any:
     return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,19 +2,33 @@
 
 import dataclasses
 import os
+import re
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
+from sfl_jax import __version__
+from sfl_jax.commands import helping, preset
 from sfl_jax.commands.interruption import INTERRUPTED, interruption
-from sfl_jax.config import Config, allowed, bounds, fields_of
+from sfl_jax.config import Config, allowed, fields_of
 from sfl_jax.errors import BadInput
 
 BAD_INPUT, NO_READER = 2, 141
-WIDTH = 110
+# What other programs call our flags.
+SYNONYMS = {
+    "lr": "learning_rate", "wd": "weight_decay", "epochs": "local_epochs, or --rounds", "opt": "optimizer",
+    "bs": "batch_size", "batch": "batch_size", "num_rounds": "rounds", "global_rounds": "rounds",
+    "num_clients": "clients", "num_users": "clients", "clients_per_round": "cohort_size",
+    "fraction_fit": "cohort_size", "frac": "cohort_size", "local_ep": "local_epochs",
+    "local_bs": "batch_size", "alpha": "dirichlet_alpha", "iid": "partition", "arch": "model",
+    "network": "model", "data": "dataset",
+    "output_dir": "workdir", "logdir": "workdir", "log_dir": "workdir", "save_dir": "workdir",
+    "gpus": "devices", "num_gpus": "devices", "dtype": "compute_dtype", "scheduler": "learning_rate_schedule",
+    "lr_schedule": "learning_rate_schedule", "warmup": "warmup_rounds", "pretrained": "init_from",
+}  # fmt: skip
+SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 
 def run(
@@ -36,8 +50,11 @@ def run(
       argv: the arguments without the program's name; None for those of this process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-help", "-h"} & set(arguments):
-        print(help_text(command, about))
+    if (helping.SHORT | helping.FULL) & set(arguments):
+        print(helping.help_text(command, about, arguments))
+        return 0
+    if "--version" in arguments:
+        print("sfl_jax", __version__)
         return 0
     try:
         with interruption():
@@ -67,31 +84,42 @@ def parse(arguments: Sequence[str], command: str) -> Config:
         boolean = isinstance(field.default, bool)
         flags.DEFINE(_Parser(field), field.name, field.default, None, values, boolean=boolean)
     try:
-        _, *strays = values(["", *arguments])
+        _, *strays = values(["", *(preset.expand(arguments) if command in preset.COMMANDS else arguments)])
     except UnicodeDecodeError as error:
         raise BadInput(f"--flagfile: must be a text file ({error})") from error
+    except BadInput:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        raise BadInput(_unknown(error, [field.name for field in taken])) from error
     except (flags.Error, ValueError) as error:
         raise BadInput(str(error).removeprefix("flag ").removeprefix("ERROR:: ")) from error
     if strays:
         raise BadInput(f"{strays[0]!r} is no flag; write every setting as --name=value")
-    return Config.from_dict({field.name: values[field.name].value for field in taken}, command)
+    given = {field.name: values[field.name].value for field in taken}
+    return Config.from_dict(given | _shorter(given, _typed(arguments)), command)
 
 
-def help_text(command: str, about: str) -> str:
-    """The flags of a command by heading, each with its default, its meaning and what it may hold."""
-    lines = [about, "", f"python -m launch.{command} [--flagfile=FILE] [--name=value ...]"]
-    heading = None
-    for field in fields_of(command):
-        if field.metadata["group"] != heading:
-            heading = field.metadata["group"]
-            lines += ["", heading]
-        flag = f"  --{field.name}={_written(field.default)}"
-        limits = ", ".join(field.metadata.get("choices", ())) or bounds(field)
-        meaning = field.metadata["help"] + (f" ({limits})" if limits else "")
-        lines += textwrap.wrap(
-            f"{flag:<37} {meaning}", WIDTH, subsequent_indent=" " * 38, break_on_hyphens=False
-        )
-    return "\n".join(lines)
+def _typed(arguments: Sequence[str]) -> set[str]:
+    """The flags that stand on the command line itself, and in no file."""
+    return {argument.lstrip("-").partition("=")[0] for argument in arguments if argument.startswith("-")}
+
+
+def _shorter(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+    """A warm-up that fits, said in a line, where the rounds were typed and the warm-up comes from a file."""
+    rounds, warmup = given.get("rounds"), given.get("warmup_rounds")
+    may_give_way = {"rounds"} <= typed and "warmup_rounds" not in typed and warmup != Config.warmup_rounds
+    if not may_give_way or None in (rounds, warmup) or not 1 <= rounds < warmup:
+        return {}
+    print(f"--warmup_rounds={rounds}, instead of {warmup}: no more than --rounds={rounds}", file=sys.stderr)
+    return {"warmup_rounds": rounds}
+
+
+def _unknown(error: flags.UnrecognizedFlagError, names: Sequence[str]) -> str:
+    """The refusal of a flag that no field is called, with the name that was perhaps meant."""
+    meant = SYNONYMS.get(error.flagname.lower().replace("-", "_"), "")
+    if meant.partition(",")[0] in names:
+        return f"--{error.flagname}: no flag is called that; the name here is --{meant}"
+    return str(error)
 
 
 class _Parser(flags.ArgumentParser):
@@ -100,6 +128,8 @@ class _Parser(flags.ArgumentParser):
     def __init__(self, field: dataclasses.Field[Any]):
         self.field = field
         self.convert = flags.BooleanParser().parse if isinstance(field.default, bool) else type(field.default)
+        if field.name.endswith("_flops"):
+            self.convert = _number
 
     def parse(self, argument: Any) -> Any:
         try:
@@ -108,10 +138,10 @@ class _Parser(flags.ArgumentParser):
             raise ValueError(f"must be {allowed(self.field)}") from None
 
 
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _number(argument: Any) -> float:
+    """A number, with k, M, G, T or P behind it if one likes."""
+    found = re.fullmatch(r"(.*[\d.])\s*([kKMGTP])", argument.strip()) if isinstance(argument, str) else None
+    return float(found[1]) * SUFFIXES[found[2]] if found else float(argument)
 
 
 def _line(error: Exception) -> str:

@@ -1,10 +1,12 @@
 """Cuts and server shares for a round of a fleet: the plan, how good it can be, what would shorten it."""
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sfl_jax.commands import flags
+from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_writable, whole_file
@@ -20,9 +22,9 @@ def plan(config: Config) -> None:
     output = Path(config.output)
     written = [output, output.with_suffix(".csv"), *([output.with_suffix(".png")] if config.plot else [])]
     check_outputs(written, config.fleet)
-    from sfl_jax.fleet import read_fleet
+    with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
+        from sfl_jax.fleet import read_fleet
 
-    with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_fleet, config.fleet) if config.fleet != "random" else None
         # Meanwhile, for JAX takes as long to import as a million lines to read.
         from sfl_jax import accelerators
@@ -35,10 +37,13 @@ def plan(config: Config) -> None:
 
         if config.compilation_cache:
             compilation_cache.enable()
+        say(f"counting the work of {config.model}, and planning")
         planned = planning.make_plan(config, reading and reading.result())
         writing = pool.submit(write_plan, output, head(planned), planning.table(planned))
-        print(summary(planned, planning.gains(planned)))
+        say("planning with more server, and with faster links and clients")
+        say.result(summary(planned, planning.gains(planned)))
         if config.plot:
+            say("drawing the plan")
             from sfl_jax.commands.plan_plot import write_plot
 
             with whole_file(written[-1]) as file:
@@ -56,3 +61,7 @@ def check_outputs(written: Sequence[Path], fleet: str) -> None:
             raise BadInput(f"--output={output}: {path} is a directory; choose another name")
         if path.exists() and Path(fleet).exists() and path.samefile(fleet):
             raise BadInput(f"--output={output}: {path} is the fleet, which it would replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

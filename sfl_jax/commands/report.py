@@ -1,12 +1,13 @@
 """report.html of a run, done or not: what it reached, on every scheme's clock, and with which settings."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfl_jax.commands import flags
+from sfl_jax.commands import flags, words
+from sfl_jax.commands.screen import screen
 from sfl_jax.config import Config
 from sfl_jax.files import ensure_writable, whole_file
 
@@ -20,20 +21,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(config: Config) -> int:
     """Write the page of the run in the workdir, with the clock of every scheme."""
-    from sfl_jax import accelerators
+    with screen(f"reading the run in {config.workdir}") as say:
+        from sfl_jax import accelerators
 
-    accelerators.start()
-    accelerators.find()
-    from sfl_jax import experiment, recording
+        accelerators.start()
+        accelerators.find()
+        from sfl_jax import experiment, recording
 
-    run, _ = recording.described(config.workdir)
-    recording.logged(config.workdir)  # before anything long
-    ensure_writable(config.workdir, "workdir", config.workdir)
-    # Clocks follow from the settings alone, on whatever devices are here.
-    clocks = write(experiment.build(dataclasses.replace(run, devices=0)))
-    print(table(clocks))
-    print(f"written: {Path(config.workdir) / NAME}")
-    return 0
+        run, _ = recording.described(config.workdir)
+        rounds = len(recording.logged(config.workdir))  # before anything long
+        ensure_writable(config.workdir, "workdir", config.workdir)
+        # Clocks follow from the settings alone, on whatever devices are here.
+        built = experiment.build(dataclasses.replace(run, devices=0), say)
+        say(f"planning {rounds} rounds by every method")
+        clocks = write(built)
+        say.result(f"{table(clocks)}\nwritten: {Path(config.workdir) / NAME}")
+        return 0
 
 
 def write(built: Any, rivals: Sequence[str] | None = None) -> dict[str, Any]:
@@ -55,9 +58,13 @@ def write(built: Any, rivals: Sequence[str] | None = None) -> dict[str, Any]:
 def table(clocks: Mapping[str, Any]) -> str:
     """The simulated time of every scheme, (R,) seconds after each round, the run's own first."""
     own_s, *_ = (seconds[-1] for seconds in clocks.values())
-    lines = ["simulated time of every scheme, the accuracy being the same"]
-    for name, seconds in clocks.items():
-        possible = math.isfinite(seconds[-1])
-        text = f"{seconds[-1]:>10.1f} s   {seconds[-1] / own_s:.2f}x" if possible else "not possible"
-        lines.append(f"  {name:<26}{text}")
-    return "\n".join(lines)
+    own, *_ = clocks
+    rows = [
+        (name, words.clock(seconds[-1]), "this plan" if name == own else words.beside(seconds[-1], own_s))
+        for name, seconds in clocks.items()
+    ]
+    return f"simulated time of every scheme, the accuracy being the same\n{words.columns(rows)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,8 +11,11 @@ from typing import Any
 
 from absl import logging
 
-from sfl_jax.commands import flags, software
+from sfl_jax.commands import flags, software, words
 from sfl_jax.commands.interruption import interruption
+from sfl_jax.commands.program import program
+from sfl_jax.commands.progress import with_progress
+from sfl_jax.commands.screen import first_line, is_perhaps_first, screen
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.files import NotWritten, ensure_writable, locked
@@ -33,6 +36,7 @@ def train(config: Config) -> int:
     """
     ensure_writable(config.workdir, "workdir", config.workdir)
     with contextlib.ExitStack() as stack:
+        say = stack.enter_context(screen(first_line(config), is_perhaps_first(config)))
         stop = stack.enter_context(interruption())
         stop.may_end("starting JAX")
         from sfl_jax import accelerators
@@ -47,12 +51,12 @@ def train(config: Config) -> int:
         accelerators.find()
         if not processes.is_alone():
             stop.wait_for_others()
-        writes = processes.is_first()
+        writes = say.speaks = processes.is_first()
         if writes:
             stack.enter_context(locked(config.workdir, "workdir", config.workdir))
         stack.enter_context(processes.together())
         try:
-            return _train(config, stop, writes)
+            return _train(config, stop, writes, say)
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -68,7 +72,7 @@ def _too_large(config) -> str:
     return f"--{flag}={value}: does not fit into the memory; try {max(value // 2, 1)}"
 
 
-def _train(config, stop, writes) -> int:
+def _train(config, stop, writes, say) -> int:
     from sfl_jax import compilation_cache, division, experiment, metrics, recording
     from sfl_jax.checkpoints import Checkpoints
     from sfl_jax.federated import processes
@@ -84,7 +88,7 @@ def _train(config, stop, writes) -> int:
         f"--workdir={config.workdir}: must be one place for all processes, but they find other rounds in it",
     )
     if progress is not None and progress.round >= config.rounds:
-        print(f"--workdir={config.workdir}: done, all {config.rounds} rounds; nothing was trained")
+        say.result(f"--workdir={config.workdir}: done, all {config.rounds} rounds; nothing was trained")
         return 0
     if progress is not None:
         stop.keep(f"round {progress.round} of {config.rounds} is saved; {AGAIN}")
@@ -94,21 +98,24 @@ def _train(config, stop, writes) -> int:
     before_s, compiled_s = (progress.wall_s, progress.compile_s) if progress else (0.0, 0.0)
     clock = metrics.Stopwatch(before_s)
     with metrics.CompileClock(compiled_s) as compiling:
-        built = experiment.build(config)
+        if config.warmup_rounds > config.rounds:
+            say(f"the learning rate rises to the last round: --warmup_rounds={config.warmup_rounds}")
+        built = experiment.build(config, say)
         for note in built.notes:
-            print(note)
+            say.result(note)
         inputs = experiment.inputs(built)
         if progress is None:
+            say("drawing the first weights" if not config.init_from else f"reading {config.init_from}")
             state = experiment.start(built)
         else:
             recording.check_inputs(config, progress, inputs)
             state = experiment.resume(built, checkpoints, progress)
-            print(f"--workdir={config.workdir}: going on after round {state.round} of {config.rounds}")
+            say.result(f"--workdir={config.workdir}: going on after round {state.round} of {config.rounds}")
         before = progress.settings if progress else None
         notes = compilation_cache.notes() if config.compilation_cache else None
         stop.may_end("measuring and compiling")
-        built, engine = experiment.compile(built, state, before, notes)
-        print(_how(built, engine))
+        built, engine = experiment.compile(built, state, before, notes, say)
+        say.result(_how(built))
         recorder = (
             recording.Recorder(built.config, checkpoints, progress, clock, compiling)
             if writes
@@ -117,11 +124,12 @@ def _train(config, stop, writes) -> int:
         with contextlib.closing(recorder):
             stop.must_end_well("this round, which is saved")
             recorder.begin(state, inputs, environment(built, engine))
-            return _rounds(experiment, built, engine, state, recorder, stop)
+            return _rounds(experiment, built, engine, state, recorder, stop, say)
 
 
-def _rounds(experiment, built, engine, start, recorder, stop) -> int:
+def _rounds(experiment, built, engine, start, recorder, stop, say) -> int:
     """Run the rounds that are left, under the eyes of `recorder`; the exit code."""
+    from sfl_jax.commands import report
     from sfl_jax.federated import processes
 
     config, state, last = built.config, start, None
@@ -134,7 +142,7 @@ def _rounds(experiment, built, engine, start, recorder, stop) -> int:
 
     try:
         rounds = experiment.run(built, start, engine, recorder.clock, pauses)
-        rounds = _with_progress(rounds, start.round, config.rounds)
+        rounds = with_progress(rounds, start.round, config.rounds, say)
         while not (is_asked_to_stop() and experiment.is_held(state)) and (done := next(rounds, None)):
             state, last = done
             recorder.add(state, last)
@@ -153,9 +161,11 @@ def _rounds(experiment, built, engine, start, recorder, stop) -> int:
     stop.keep(f"all {config.rounds} rounds are saved")
     stop.may_end("writing the report")
     clock_s, compile_s = recorder.clock.seconds, recorder.compiling.seconds
-    print(summary(config, state.simulated_s, last, clock_s, compile_s, recorder.failed_rounds()))
+    failed, units = recorder.failed_rounds(), len(built.training.chain)
+    say.result(summary(config, state.simulated_s, last, clock_s, compile_s, failed, units))
     if processes.is_first():
-        print(_report(built, experiment.RIVALS))
+        say(f"drawing {report.NAME}")
+        say.result(_report(built, experiment.RIVALS))
     return 0
 
 
@@ -166,20 +176,22 @@ def _report(built, rivals) -> str:
     path = Path(built.config.workdir) / report.NAME
     try:
         report.write(built, rivals)
-        return f"  {'report':<34}{path}"
+        return f"  report: {path}"
     except (BadInput, OSError) as error:
-        return f"{path}: cannot be written ({error}); python -m launch.report writes it later"
+        return f"{path}: cannot be written ({error}); {program('report')} writes it later"
 
 
-def _how(built, engine) -> str:
+def _how(built) -> str:
     """How the devices compute this run, in a line."""
-    config, slowest = built.config, max(engine.tried.values(), default=None)
-    together = config.execution == "vmap" and config.clients_per_chunk > 1
-    number = f"{config.clients_per_chunk} clients at once" if together else "one client after the other"
-    how = f"layers in {config.layer_form} form, {number} on each device"
-    if slowest is None:
-        return how
-    return f"{how}: up to {slowest / min(engine.tried.values()):.1f} times as fast as other ways"
+    from sfl_jax.federated.balance import chunk_size
+
+    config, devices = built.config, len(built.devices)
+    size = chunk_size(
+        config.cohort_size, 1 if config.execution == "map" else config.clients_per_chunk, devices
+    )
+    number = "one client after the other" if size == 1 else f"{size} clients at once"
+    where = f" on each of {devices} devices" if devices > 1 else ""
+    return f"layers in {config.layer_form} form, {number}{where}"
 
 
 def environment(built: Any, engine: Any) -> dict[str, Any]:
@@ -195,35 +207,33 @@ def environment(built: Any, engine: Any) -> dict[str, Any]:
 
 
 def summary(
-    config: Config, simulated_s: dict[str, float], last: Any, wall_s: float, compile_s: float, failed: int = 0
+    config: Config,
+    simulated_s: dict[str, float],
+    last: Any,
+    wall_s: float,
+    compile_s: float,
+    failed: int = 0,
+    units: int = 0,
 ) -> str:
-    """The closing table: accuracy, every scheme's simulated time against this plan's, and this machine's."""
+    """The closing table: accuracy, every scheme's simulated time against this plan's, and this machine's.
+
+    units: of the network, so that a plan that cuts nothing is told.
+    """
     cohort = f"{last.clients} of {config.clients} clients"
-    lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}"]
-    lines.append(f"  {'test accuracy':<34}{100 * last.test_accuracy:>9.2f} %")
+    own, own_s = config.method, simulated_s[config.method]
+    rows = [("test accuracy", words.percent(last.test_accuracy))]
     if failed:
-        lines.append(f"  {'failed rounds, without a client':<34}{failed:>9}")
-    own_s = simulated_s[config.method]
+        rows.append(("failed rounds, without a client", str(failed)))
     for name, seconds in simulated_s.items():
-        label = f"simulated time, {name}" + (" (this plan)" if name == config.method else "")
-        text = "not possible" if seconds == float("inf") else f"{seconds:>9.1f} s"
-        lines.append(f"  {label:<34}{text}" + (f"   {seconds / own_s:.2f}x" if name != config.method else ""))
-    lines.append(f"  {'wall time':<34}{wall_s:>9.1f} s   of which compiling {compile_s:.1f} s")
+        label = f"simulated time, {name}" + (" (this plan)" if name == own else "")
+        rows.append((label, words.clock(seconds), "" if name == own else words.beside(seconds, own_s)))
+    rows.append(("wall time", f"{wall_s:.1f} s", f"of which compiling {compile_s:.1f} s"))
+    lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}", words.columns(rows)]
+    if last.mean_cut == units:
+        lines.append(f"  all {last.clients} clients keep the whole network: nothing to gain by a split")
     lines.append("  simulated times: FLOP = 2 x multiply-accumulates, backward work counted from the trace")
     return "\n".join(lines)
 
 
-def _with_progress(rounds, done, total):
-    """The rounds with a bar on a terminal, or with a line for each evaluation elsewhere."""
-    from tqdm import tqdm
-
-    bar = tqdm(initial=done, total=total, unit="round", disable=None, dynamic_ncols=True)
-    for state, last in rounds:
-        bar.update(last.round - bar.n)
-        if last.test_accuracy is not None:
-            note = f"loss {last.train_loss:.3f}, test accuracy {100 * last.test_accuracy:.2f} %"
-            bar.set_postfix_str(note)
-            if bar.disable:
-                print(f"round {last.round}/{total}: {note}, {last.wall_s:.0f} s", flush=True)
-        yield state, last
-    bar.close()
+if __name__ == "__main__":
+    sys.exit(main())

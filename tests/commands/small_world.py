@@ -16,6 +16,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 
 from sfl_jax import checkpoints, datasets, experiment, fleet, metrics, recording
 from sfl_jax.commands import train
@@ -24,7 +25,7 @@ CLIENTS = 48
 FLAGS = [
     "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", f"--clients={CLIENTS}",
     "--cohort_size=4", "--clients_per_chunk=4", "--execution=vmap", "--batch_size=4", "--server_flops=1e10",
-    "--learning_rate=0.01",
+    "--learning_rate=0.01", *plain.FLAGS,
 ]  # fmt: skip
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,14 +1,19 @@
+import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
+import types
 
 import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfl_jax.commands import flags
+import sfl_jax
+from sfl_jax.commands import flags, helping
+from sfl_jax.commands.program import program
 from sfl_jax.config import Config, fields_of, validate
 from sfl_jax.errors import BadInput
 
@@ -29,6 +34,16 @@ BAD = [
     (["--flagfile=/no/such/file"], "/no/such/file"),
     ([f"--flagfile={sys.executable}"], "--flagfile: must be a text file"),
     (["--output=x"], "output"),  # belongs to another command
+    (["--lr=1"], "--lr: no flag is called that; the name here is --learning_rate"),
+    (["--num-rounds=3"], "--num-rounds: no flag is called that; the name here is --rounds"),
+    (["--epochs", "3"], "--epochs: no flag is called that; the name here is --local_epochs, or --rounds"),
+    (["--optimizer=adamw"], "must be one of sgd, adam; adam with --weight_decay is AdamW"),
+    (["--server_flops=20X"], "--server_flops=20X: must be a finite number, above 0"),
+    (["--server_flops=G"], "--server_flops=G: must be a finite number"),
+    (["--learning_rate=2k"], "--learning_rate=2k: must be"),  # only FLOP/s are that large
+    (["--preset=best"], "--preset=best: must be one of mnist"),
+    (["--preset"], "--preset=: must be one of mnist"),
+    (["--rounds=3", "--warmup_rounds=5"], "--warmup_rounds=5: must be at most --rounds=3"),
 ]
 
 
@@ -92,17 +107,118 @@ def test_what_main_raises(capsys):
         run([], main=fail)
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "compare", "report"])
-def test_help_names_every_flag_once_with_its_default(command, capsys):
-    assert run(["--rounds=bad", "--help"], command, main=lambda config: pytest.fail("ran")) == 0
-    text = capsys.readouterr().out
-    lines = text.splitlines()
-    for field in fields_of(command):
-        assert sum(line.startswith(f"  --{field.name}=") for line in lines) == 1, field.name
-    assert text.startswith("About.")
-    assert max(map(len, lines)) <= flags.WIDTH
+def helped(capsys, command, *argv):
+    """The lines of a help text."""
+    assert run([*argv], command, main=lambda config: pytest.fail("ran")) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out.splitlines()
+
+
+def listed(lines):
+    return [line[4:].partition("=")[0] for line in lines if re.match(r"  --\w+=", line)]
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "report"])
+@pytest.mark.parametrize("columns", [50, 80, 300])
+def test_full_help_names_every_flag_once_with_its_default(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = helped(capsys, command, "--rounds=bad", "--helpfull")
+    assert listed(lines) == [field.name for field in fields_of(command)]
+    assert lines[0] == "About."
+    assert max(map(len, lines)) <= min(max(columns, 60), 100)
+    assert columns < 300 or command == "report" or max(map(len, lines)) > 80
     headings = [line for line in lines[3:] if line and not line.startswith(" ")]
     assert len(headings) == len(set(headings))
+    assert any(re.match(r"  --workdir=runs/demo +directory", line) for line in lines) or command == "plan"
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "compare", "report"])
+def test_help_begins_with_examples_and_the_flags_of_a_first_hour(command, capsys):
+    lines = helped(capsys, command, "--help")
+    assert listed(lines) == list(helping.FIRST[command])
+    assert len(listed(lines)) <= 10
+    rest = len(helping._that_apply(command, False)) - len(listed(lines))
+    more = f"--helpfull lists {rest} more; " if rest else ""
+    assert lines[-1] == f"{more}--version names the release"
+    start = next(i for i, line in enumerate(lines) if line == "examples")
+    end = next(i for i, line in enumerate(lines) if line == "flags")
+    examples = [line.split(f".{command} ")[1] for line in lines[start:end] if f".{command} " in line]
+    for example in examples:  # they are good, but for the fleet, which is the reader's
+        values = [each for each in example.split() if not each.startswith(("--fleet", "--preset=quick"))]
+        assert isinstance(flags.parse(values, command), Config)
+
+
+def test_help_of_compare_shows_what_applies(capsys):
+    training, plans = (
+        listed(helped(capsys, "compare", "--helpfull", *more)) for more in ([], ["--plan_only"])
+    )
+    both = {field.name for field in fields_of("compare")}
+    assert {"rounds", "dataset", "learning_rate"} <= set(training) - set(plans)
+    assert {"num_classes", "samples_per_client"} <= set(plans) - set(training)
+    assert set(training) | set(plans) == both
+    assert {"workdir", "plan_only", "model"} <= set(training) & set(plans)
+
+
+def test_the_version_is_said(capsys):
+    assert helped(capsys, "plan", "--version") == [f"sfl_jax {sfl_jax.__version__}"]
+
+
+@pytest.mark.parametrize(
+    ("started", "spec", "typed", "says"),
+    [
+        ("/x/bin/sfl-train", None, ["/x/bin/python", "/x/bin/sfl-train"], "sfl-report"),
+        (
+            "/w/launch/train.py",
+            "launch.train",
+            [".venv/bin/python", "-m"],
+            ".venv/bin/python -m launch.report",
+        ),
+        ("/s/train.py", "sfl_jax.commands.train", ["python3", "-m"], "python3 -m sfl_jax.commands.report"),
+        ("/s/pytest", "pytest.__main__", ["python3", "-m"], "python3 -m sfl_jax.commands.report"),
+        ("", None, ["python"], "python -m sfl_jax.commands.report"),
+    ],
+)
+def test_messages_name_a_command_that_exists_where_they_are_read(started, spec, typed, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    main = types.SimpleNamespace(__spec__=spec and types.SimpleNamespace(name=spec))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert program("report") == says
+
+
+@pytest.mark.parametrize(
+    ("text", "flops"), [("20G", 2e10), ("1.5T", 1.5e12), ("3k", 3e3), ("2e1 M", 2e7), ("5K", 5e3), ("7", 7.0)]
+)
+def test_flops_may_be_written_with_a_letter(text, flops):
+    assert flags.parse([f"--server_flops={text}"], "plan").server_flops == pytest.approx(flops, rel=1e-12)
+
+
+def test_flags_beside_a_preset_change_its_settings(capsys):
+    preset = flags.parse(["--preset=mnist"], "train")
+    assert preset.workdir == "runs/mnist"
+    for argv in (["--rounds=7", "--preset=mnist"], ["--preset", "mnist", "--rounds=7"]):
+        assert flags.parse(argv, "train") == dataclasses.replace(preset, rounds=7)
+    assert flags.parse(["--flagfile=launch/flags/mnist.flags"], "train") == preset
+    assert run(["--preset=mnist"], "plan") == 2  # whose flags are others
+
+
+def test_a_warm_up_from_a_file_makes_way_for_fewer_rounds(tmp_path, capsys):
+    """Who wants a quick look types --rounds=3. Nobody's own numbers are changed."""
+    file = tmp_path / "x.flags"
+    file.write_text("--rounds=40\n--warmup_rounds=6\n")
+    for argv in ([f"--flagfile={file}", "--rounds=3"], ["--flagfile", str(file), "--rounds", "3"]):
+        assert flags.parse(argv, "train").warmup_rounds == 3
+        said = capsys.readouterr().err
+        assert said == "--warmup_rounds=3, instead of 6: no more than --rounds=3\n"
+    assert flags.parse([f"--flagfile={file}", "--rounds=6"], "train").warmup_rounds == 6
+    assert capsys.readouterr().err == ""
+    with pytest.raises(BadInput, match="--warmup_rounds=6: must be at most --rounds=3"):
+        flags.parse([f"--flagfile={file}", "--rounds=3", "--warmup_rounds=6"], "train")
+    file.write_text("--rounds=3\n--warmup_rounds=6\n")
+    with pytest.raises(BadInput, match="--warmup_rounds=6: must be at most --rounds=3"):
+        flags.parse([f"--flagfile={file}"], "train")
+    assert run(["--preset=mnist", "--rounds=1"]) == 0  # as `make train ARGS=--rounds=1`
 
 
 # A job in the background of a shell is deaf to Ctrl-C, and so are its children: hear it again.

@@ -11,6 +11,7 @@ from commands import small_world
 
 from sfl_jax import comparison, experiment, recording
 from sfl_jax.commands import report, train
+from sfl_jax.commands.program import program
 
 RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
 
@@ -53,7 +54,8 @@ def made(workdir, capsys):
     with small_world.world():
         code = report.main([f"--workdir={workdir}"])
     said = capsys.readouterr()
-    assert (code, said.err) == (0, "")
+    assert code == 0
+    assert said.err.splitlines()[0] == f"reading the run in {workdir}"
     return Page((workdir / "report.html").read_text()), said.out
 
 
@@ -124,7 +126,8 @@ def test_what_is_no_run_is_refused_in_one_line(run, tmp_path, capsys, name, cont
         (tmp_path / name).write_bytes(content)
     assert report.main([f"--workdir={tmp_path}"]) == 2
     said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert (said.out, said.err.count("\n")) == ("", 2)
+    assert said.err.splitlines()[1].startswith("error: ")
     assert reason in said.err
     assert not (tmp_path / "report.html").exists()
 
@@ -139,7 +142,7 @@ def test_a_full_disk_leaves_the_run_done_and_no_page(run, tmp_path):
     page = tmp_path / "report.html"
     with mock.patch.object(report, "whole_file", side_effect=small_world.FULL):
         said = train._report(built, ())
-    assert said == f"{page}: cannot be written ({small_world.FULL}); python -m launch.report writes it later"
+    assert said == f"{page}: cannot be written ({small_world.FULL}); {program('report')} writes it later"
     assert not page.exists()
     assert train._report(built, ()).endswith(str(page))
     assert page.exists()

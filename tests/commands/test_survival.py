@@ -15,6 +15,7 @@ from pathlib import Path
 
 import finite
 import numpy as np
+import plain
 import pytest
 from disks import fill
 
@@ -22,6 +23,7 @@ from sfl_jax.config import Config
 
 ROUNDS = 8
 FLAGS = [
+    *plain.FLAGS,
     "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", "--clients=1200", "--cohort_size=2",
     "--clients_per_chunk=2", "--execution=vmap", f"--rounds={ROUNDS}", "--eval_every=4",
     "--server_flops=1e10", "--server_momentum=0.5", "--drop_probability=0.2", "--jitter=0.1",

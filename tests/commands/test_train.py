@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 from models import keras_models
 
@@ -22,6 +23,7 @@ IMAGES = jnp.zeros((1, 32, 32, 1))
 SMALL = [
     "--model=efficientnetv2-tiny", "--clients=600", "--cohort_size=3", "--rounds=3", "--eval_every=2",
     "--clients_per_chunk=3", "--server_flops=1e10", "--layer_form=product", "--learning_rate=0.02",
+    *plain.FLAGS,
 ]  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def test_other_settings_are_refused_with_the_difference(run, capsys):
     given = ["--learning_rate=0.03", "--seed=1", "--clients_per_chunk=2", "--eval_every=1"]
     before = (workdir / "metrics.jsonl").read_bytes()
     assert train.main([*SMALL, f"--workdir={workdir}", *given]) == 2
-    [said] = capsys.readouterr().err.splitlines()
+    *_, said = capsys.readouterr().err.splitlines()
     assert "--learning_rate=0.03 (was 0.02), --seed=1 (was 0): " in said
     assert "chunk" not in said
     assert "--allow_config_change" in said
@@ -179,7 +181,7 @@ def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkey
 
     monkeypatch.setattr(experiment, "run", exhaust)
     assert train.main([*SMALL, f"--workdir={tmp_path}", flag]) == 2
-    [said] = capsys.readouterr().err.splitlines()
+    *_, said = capsys.readouterr().err.splitlines()
     assert line in said
 
 
@@ -197,9 +199,26 @@ def test_the_table_compares_the_clocks():
     clocks = {"exact": 2.0, "no_split": 5.0, "common_cut": math.inf}
     text = train.summary(Config(), clocks, last, wall_s=9.0, compile_s=3.0)
     assert "91.23 %" in text
-    assert "2.50x" in text
+    assert re.search(r"no_split +5 s +this plan is 2.50 times as fast$", text, re.M)
     assert "not possible" in text
     assert "compiling 3.0 s" in text
+    assert "whole network" not in text
+
+
+def test_the_table_reads_the_right_way_in_columns():
+    """A plan that loses, a long name, equal clocks, no accuracy, and a network that nobody cuts."""
+    last = metrics.Round(2, 0.5, 0.4, math.nan, 1.0, 1.0, 2.0, 9.0, 100.0, 2, 8.0)
+    clocks = {"random_cut": 1540.0, "no_split": 200.0, "common_cut": 1540.0}
+    text = train.summary(Config(method="random_cut"), clocks, last, wall_s=9.0, compile_s=3.0, units=8)
+    lines = text.splitlines()[1:5]
+    assert "random_cut (this plan)" in lines[1]
+    assert len({re.match(r".*?(not finite|[\d.] s)", line).end() for line in lines}) == 1, text
+    assert lines[0].endswith(" not finite")
+    assert lines[2].endswith(" 200.0 s  this plan is 7.70 times as slow")
+    assert lines[3].endswith(" 1,540.0 s  this plan is as fast")
+    assert "  all 2 clients keep the whole network: nothing to gain by a split" in text.splitlines()
+    untested = train.summary(Config(), {"exact": 1.0}, last._replace(test_accuracy=None), 9.0, 3.0)
+    assert re.search(r"test accuracy +-$", untested, re.M)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +253,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, line, tmp_path, cap
     given = [flag.format(**places) for flag in flags]
     assert train.main([*SMALL, f"--workdir={workdir}", *given]) == 2
     captured = capsys.readouterr()
-    [said] = captured.err.splitlines()
+    *_, said = captured.err.splitlines()
+    assert captured.err.count("error: ") == 1
     assert re.search(line, said), said
     assert [path.name for path in workdir.glob("*")] in ([], [".lock"])
 

@@ -1,0 +1,33 @@
+"""Presets: flag files that come with the package, called by name with --preset=NAME."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfl_jax.errors import BadInput
+
+COMMANDS = ("train", "compare")  # that take all flags of a preset
+DIRECTORY = Path(__file__).parent / "presets"
+
+
+def names() -> list[str]:
+    """The presets there are."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.flags"))
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """The arguments with each preset as the flag file that it is, before all others, which can change its
+    settings. BadInput for a name that is none.
+    """
+    chosen, others, given = [], [], iter(arguments)
+    for argument in given:
+        name, is_value, value = argument.partition("=")
+        if name in ("--preset", "-preset"):
+            chosen.append(value if is_value else next(given, ""))
+        elif argument == "--":
+            others += [argument, *given]
+        else:
+            others.append(argument)
+    for name in chosen:
+        if name not in names():
+            raise BadInput(f"--preset={name}: must be one of {', '.join(names())}")
+    return [*(f"--flagfile={DIRECTORY / name}.flags" for name in chosen), *others]

@@ -1,0 +1,38 @@
+"""Numbers as a person reads them."""
+
+import math
+
+ALIKE = 0.005  # part by which times may differ that are called equal
+
+
+def percent(part: float | None) -> str:
+    """An accuracy; a dash where there is none."""
+    if part is None:
+        return "-"
+    return f"{100 * part:.2f} %" if math.isfinite(part) else "not finite"
+
+
+def beside(seconds: float, own_s: float) -> str:
+    """How this plan, which takes own_s, does beside another that takes `seconds`."""
+    if own_s <= 0 or seconds <= 0 or not math.isfinite(seconds / own_s):
+        return ""
+    if abs(seconds / own_s - 1) < ALIKE:
+        return "this plan is as fast"
+    if seconds > own_s:
+        return f"this plan is {seconds / own_s:.2f} times as fast"
+    return f"this plan is {own_s / seconds:.2f} times as slow"
+
+
+def clock(seconds: float) -> str:
+    """A simulated time; "not possible" where it is infinite."""
+    if not math.isfinite(seconds):
+        return "not possible"
+    return f"{seconds:,.1f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def columns(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
+    """Rows in columns as wide as their widest cell; the second is flush right."""
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(2)]
+    return "\n".join(
+        f"{indent}{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {'  '.join(row[2:])}".rstrip() for row in rows
+    )

@@ -1,0 +1,92 @@
+"""How long earlier starts took to make a round's program: what a person may expect of this one."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sfl_jax.config import DATA, FLEET, HARMLESS, Config, fields_of
+from sfl_jax.files import whole_file
+
+NAME = "programs.json"
+# What a program is made of; the rest is data to it, or does not reach it.
+_SHAPES = ("dataset", "clients", "cohort_size", "partition", "clients_per_chunk", "execution")
+_DATA = ("seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds")
+
+
+class Programs:
+    """What was noted of programs of this device: seconds to compile one, and to load one that is kept.
+
+    notes: a file in the directory of what is kept; None where nothing is.
+    """
+
+    def __init__(self, notes: Path | None, devices: Sequence[Any]):
+        self._path = notes and notes.with_name(NAME)
+        self._directory = jax.config.jax_compilation_cache_dir if notes else None  # pyright: ignore[reportAttributeAccessIssue]
+        self._device = f"{len(devices)} x {devices[0].device_kind}"
+        self._entries = self._read()
+
+    def expected(self, config: Config) -> str:
+        """What comes now, in words: compiling or loading, and about how long, as far as it was noted."""
+        same = self._entries.get(self._key(config), {})
+        if same:
+            return f"tracing the round, loading its compiled program{_about(same.get('loaded_s'))}"
+        alike = [
+            one["compiled_s"] for one in self._entries.values() if one.get("model") == self._model(config)
+        ]
+        kept = f"kept in {_short(self._directory)}" if self._directory else "not kept"
+        if not alike:
+            return f"compiling the round ({kept}; a large network takes minutes)"
+        return f"compiling the round (about {alike[-1]:.0f} s the first time; {kept})"
+
+    def took(self, config: Config, seconds: float) -> None:
+        """Note how long it took, if the disk lets it."""
+        if self._path is None:
+            return
+        key, entries = self._key(config), self._read()
+        if key in entries:
+            entries[key]["loaded_s"] = seconds
+        else:
+            entries[key] = {"model": self._model(config), "compiled_s": seconds}
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self._path) as file:
+                file.write(json.dumps(entries, indent=1).encode())
+        self._entries = entries
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads(self._path.read_bytes()) if self._path else {}
+            return {key: entry for key, entry in found.items() if _is_entry(entry)}
+        return {}
+
+    def _key(self, config) -> str:
+        """All settings that shape a program."""
+        is_shape = {
+            field.name for field in fields_of("train")
+            if field.metadata["group"] not in (DATA, FLEET, *HARMLESS) and field.name not in _DATA
+        }.union(_SHAPES)  # fmt: skip
+        return json.dumps([self._device, *(f"{name}={getattr(config, name)}" for name in sorted(is_shape))])
+
+    def _model(self, config) -> str:
+        return f"{self._device}, {config.model} at {config.image_size}, {config.layer_form}"
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what `took` notes."""
+    seconds = {name: value for name, value in entry.items() if name.endswith("_s")}
+    return "compiled_s" in seconds and all(isinstance(value, int | float) for value in seconds.values())
+
+
+def _short(directory: str) -> str:
+    """A path with ~ for the home directory."""
+    with contextlib.suppress(ValueError, RuntimeError):
+        return f"~/{Path(directory).relative_to(Path.home())}"
+    return directory
+
+
+def _about(seconds: float | None) -> str:
+    return "" if seconds is None else f" (about {seconds:.0f} s)"

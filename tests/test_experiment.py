@@ -37,11 +37,13 @@ def built():
     + [{"partition": "shards", "shards_per_client": 1}],
 )
 def test_clients_own_what_the_flags_say(settings):
-    config = dataclasses.replace(SMALL, dirichlet_alpha=0.3, seed=5, **settings)
+    takes_alpha = settings["partition"] in ("dirichlet", "quantity")
+    more = {"dirichlet_alpha": 0.3} if takes_alpha else {}
+    config = dataclasses.replace(SMALL, seed=5, **settings, **more)
     built = experiment.build(config)
     expected = datasets.partition(
-        built.dataset.train_labels, SMALL.clients, scheme=config.partition, alpha=0.3, seed=5,
-        shards_per_client=config.shards_per_client,
+        built.dataset.train_labels, SMALL.clients, scheme=config.partition, alpha=config.dirichlet_alpha,
+        seed=5, shards_per_client=config.shards_per_client,
     )  # fmt: skip
     for own, part in zip(built.parts, expected, strict=True):
         np.testing.assert_array_equal(own, part)

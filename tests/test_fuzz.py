@@ -113,9 +113,10 @@ München,3E9,1.5e6,2e6,0,60000,3
 
 
 def read_plainly(data):
-    """The columns of a fleet.csv by Python's own reader, without a check."""
-    header, *rows = filter(None, csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")))
-    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    """The columns of a fleet.csv by Python's own reader, without a check and without blanks around cells."""
+    text = io.StringIO(data.decode("utf-8-sig"), newline="")
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text, skipinitialspace=True) if row]
+    columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
     return {name: list(cells if name == "client" else map(float, cells)) for name, cells in columns.items()}
 
 

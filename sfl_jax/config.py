@@ -469,6 +469,11 @@ def validate(config: Config, command: str = "train") -> None:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
     if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
         raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
+    if config.fleet != RANDOM and config.samples_per_client != Config.samples_per_client:
+        raise BadInput(
+            f"--samples_per_client={config.samples_per_client}: is of the random fleet;"
+            f" --fleet={config.fleet} says the samples of each client"
+        )
     if "output" in taken and pathlib.Path(config.output).suffix != ".json":
         raise BadInput(f"--output={config.output}: must end in .json")
     if (

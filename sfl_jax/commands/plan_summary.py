@@ -4,10 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from sfl_jax import optim
+from sfl_jax import __version__, optim
 from sfl_jax.config import ALTERNATING, Config
+from sfl_jax.digests import digest
 from sfl_jax.planning import TOGETHER, Gains, Planned, binding, doubts, floor, seconds
 
+ASSUMPTIONS = (
+    "a session runs in order, and nothing in it overlaps",
+    "a share of the server is constant over the round, and speed is linear in it",
+    "the server has memory for a copy of its half for every client",
+    "each client sends and receives at once, at one rate for the whole round, and without round-trip time",
+    "the model is sent to each client apart, and averaging takes no time",
+    "at cut 0 the stored images go up in every epoch",
+)
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
 _ASKED = ("model", "image_size", "barrier", "method", "links", "band", "server_flops")
 _SETTINGS = (
@@ -43,7 +52,12 @@ def head(planned: Planned) -> dict[str, Any]:
         **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
+        "fleet": config.fleet,
+        "fleet_sha256": digest(planned.fleet.columns().values()),
+        "seed": config.seed,
+        "sfl_jax": __version__,
         "convention": CONVENTION,
+        "assumptions": ASSUMPTIONS,
     }
 
 

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ from sfl_jax import compilation_cache, models, optim, planning
 from sfl_jax.commands import plan, plan_plot
 from sfl_jax.commands.plan_summary import WORDS, summary
 from sfl_jax.config import Config
+from sfl_jax.digests import digest
+from sfl_jax.fleet import read_fleet
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLEET = """client,flops,uplink_bps,downlink_bps,memory_bytes,samples
@@ -43,6 +46,14 @@ def test_plan_json_is_as_promised(here, capsys, method):
     assert {name: written[name] for name in expected} == expected
     assert written["server_flops"] == 1e10
     assert 0 < written["bound_s"] <= written["round_s"]
+    # What it takes to make the same plan again.
+    fleet = read_fleet("fleet.csv")
+    assert (written["fleet"], written["seed"]) == ("fleet.csv", 0)
+    assert written["fleet_sha256"] == digest(fleet.columns().values())
+    assert written["fleet_sha256"] != digest(
+        dataclasses.replace(fleet, flops=fleet.flops * 2).columns().values()
+    )
+    assert any("constant over the round" in line for line in written["assumptions"])
     assert [client["client"] for client in written["clients"]] == ["cam-1", "cam, 2", "cam-3"]
     for client in written["clients"]:
         terms = [value for name, value in client.items() if name.endswith("_s") and name != "client_s"]
@@ -205,6 +216,7 @@ BAD_FLAGS = [
     ("--server_flops=0", "--server_flops=0.0: must be a finite number, above 0"),
     ("--fleet=missing.csv", "--fleet=missing.csv: no such file"),
     ("--method=best", "--method=best: must be one of"),
+    ("--samples_per_client=7", "--samples_per_client=7: is of the random fleet; --fleet=fleet.csv says"),
     ("--min_cut=99", "--min_cut=99: must be at most"),
     ("--starts=random", "--starts=random: needs --method=alternating"),
     ("--cohort_size=3", "cohort_size"),

@@ -194,12 +194,13 @@ def clocks(
     for round in range(rounds):
         ids, clients, terms = experiment.cohort(built, round)
         key, delayed = planning.round_key(config, round), delays(config, round, ids)
-        own = planning.solve(config, clients, terms, round)
-        rounds_s[0, round] = turnout(own.client_s, own.round_s, delayed, config.deadline_factor).round_s
-        for index, scheme in enumerate(names[1:], start=1):
-            plan = plan_of(scheme, terms, config.server_flops, config.barrier, key)
+        own, present, _ = planning.serve(config, clients, terms, round)
+        plans: list[Any] = [own]
+        for scheme in names[1:]:
+            plans.append(plan_of(scheme, terms, config.server_flops, config.barrier, key, present))
+        for index, plan in enumerate(plans):
             if plan is not None:
-                lasted = turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor)
+                lasted = turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor, present)
                 rounds_s[index, round] = lasted.round_s
     return dict(zip(names, np.cumsum(rounds_s, axis=1), strict=True))
 

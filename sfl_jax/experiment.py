@@ -1,9 +1,11 @@
 """A training run: every round plan, train, evaluate now and then, and log."""
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +87,7 @@ class Prepared(NamedTuple):
 
     round: int
     plan: optim.Plan | optim.BandPlan
+    left_out: tuple[str, ...]  # whom no plan serves with the links of this round, and why
     turnout: Turnout
     rival_s: dict[str, float]
     assignments: Assignment
@@ -92,13 +95,20 @@ class Prepared(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A round that the devices compute: the states before and after it, and what will be read of it."""
+    """A round that the devices compute: the states before and after it, and what will be read of it.
+
+    began_s: the clock when its preparation began.  ended_s, tested_s: when the round was done, and when its
+    evaluation was.
+    """
 
     prepared: Prepared
     before: State
     state: State
     outcome: Outcome
     tested: Any  # (loss, accuracy) on held-out samples; None where it is not evaluated
+    began_s: float
+    ended_s: Future[float]
+    tested_s: Future[float]
 
 
 def build(config: Config, say: Say = silent) -> Experiment:
@@ -257,16 +267,26 @@ def run(
     """
     config = experiment.config
     clock = clock or metrics.Stopwatch()
-    before_s, took_s = clock.seconds, math.inf
-    sent = _send(experiment, engine, state)
-    while sent:
-        may_wait = took_s >= SHORT_S or pauses(sent.state.round)
-        following = None if may_wait else _send(experiment, engine, sent.state, sent.outcome)
-        outcome, tested = jax.device_get(federated_devices.on_first((sent.outcome, sent.tested)))
-        _judge(experiment, sent._replace(state=(following or sent).state), outcome)
-        before_s, took_s = clock.seconds, clock.seconds - before_s
-        yield sent.state, _line(config, sent, outcome, tested, before_s, took_s)
-        sent = following or _send(experiment, engine, sent.state, sent.outcome)
+    free_s, lasted_s = clock.seconds, math.inf  # since when the devices are idle; how long they were busy
+    with ThreadPoolExecutor(1, "rounds") as pool:
+        follow = functools.partial(_send, experiment, engine, clock, pool)
+        sent = follow(state)
+        while sent:
+            following, failure = None, None
+            if lasted_s < SHORT_S and not pauses(sent.state.round):
+                try:
+                    following = follow(sent.state, sent.outcome)
+                except Exception as error:  # not before the round that is done has been yielded
+                    failure = error
+            ended_s, tested_s = sent.ended_s.result(), sent.tested_s.result()
+            outcome, tested = jax.device_get(federated_devices.on_first((sent.outcome, sent.tested)))
+            _judge(experiment, sent._replace(state=(following or sent).state), outcome)
+            start_s, free_s = max(free_s, sent.began_s), tested_s
+            lasted_s = tested_s - start_s
+            yield sent.state, _line(config, sent, outcome, tested, tested_s, ended_s - start_s)
+            if failure:
+                raise failure
+            sent = following or follow(sent.state, sent.outcome)
 
 
 def is_held(state: State) -> bool:
@@ -274,18 +294,28 @@ def is_held(state: State) -> bool:
     return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))
 
 
-def _send(experiment, engine, state, previous=None) -> Sent | None:
+def _send(experiment, engine, clock, pool, state, previous=None) -> Sent | None:
     """Plan the round after `state` and send it off to the devices; None after the last."""
+    began_s = clock.seconds
     config, prepared = experiment.config, prepare(experiment, state.round)
     if prepared is None:
         return None
     model, loss, diverged = engine.run_round(*_arguments(config, engine, state, prepared), previous)
     clocks = _add_clocks(state.simulated_s, config.method, prepared)
     after = State(state.round + 1, model, clocks)
+    came = federated_devices.replicate(np.int32(prepared.turnout.came.sum()), experiment.devices)
+    outcome = Outcome(loss, diverged, came)
+    ended_s = pool.submit(_clock_after, outcome, clock)
     due = after.round % config.eval_every == 0 or after.round == config.rounds
     tested = engine.evaluate(model.packed, engine.held_out) if due else None
-    came = federated_devices.replicate(np.int32(prepared.turnout.came.sum()), experiment.devices)
-    return Sent(prepared, state, after, Outcome(loss, diverged, came), tested)
+    tested_s = pool.submit(_clock_after, tested, clock)
+    return Sent(prepared, state, after, outcome, tested, began_s, ended_s, tested_s)
+
+
+def _clock_after(arrays, clock):
+    """The clock once these are computed. In a thread of its own, or whatever else is done would be in it."""
+    jax.block_until_ready(arrays)
+    return clock.seconds
 
 
 def _arguments(config, engine, state, prepared):
@@ -300,10 +330,11 @@ def _line(config, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
     test_loss, test_accuracy = (None, None) if tested is None else map(float, tested)
     trained = int(done.assignments.steps.sum()) * config.batch_size
     left_out = int((outcome.diverged >= 0).sum())
+    cuts = done.plan.cuts[done.turnout.came]
     return metrics.Round(
         sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
         done.plan.bound_s, sent.state.simulated_s[config.method], wall_s, trained / took_s,
-        int(outcome.came) - left_out, float(done.plan.cuts.mean()),
+        int(outcome.came) - left_out, float(cuts.mean()) if len(cuts) else math.nan,
     )  # fmt: skip
 
 
@@ -313,20 +344,20 @@ def prepare(experiment: Experiment, round: int) -> Prepared | None:
     if round >= config.rounds:
         return None
     ids, clients, terms = cohort(experiment, round)
-    plan = planning.solve(config, clients, terms, round)
+    plan, present, left_out = planning.serve(config, clients, terms, round)
     indices, steps = datasets.batches(
         experiment.parts, ids, seed=config.seed, round=round, local_epochs=config.local_epochs,
         batch_size=config.batch_size, steps_max=experiment.steps_max,
     )  # fmt: skip
     assert clients.samples is not None
     delayed = delays(config, round, ids)
-    comers = turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor)
+    comers = turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor, present)
     # A client that does not come keeps its place, so that nothing compiles, and does nothing in it.
     weights = np.where(comers.came, clients.samples, 0).astype(np.float32)
     steps = np.where(comers.came, steps, 0).astype(np.int32)
     assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices)
-    rival_s = {name: _round_s(config, terms, name, delayed) for name in RIVALS}
-    return Prepared(round, plan, comers, rival_s, assignments, learning_rate(config, round))
+    rival_s = {name: _round_s(config, terms, name, delayed, present) for name in RIVALS}
+    return Prepared(round, plan, left_out, comers, rival_s, assignments, learning_rate(config, round))
 
 
 def cohort(experiment: Experiment, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms]:
@@ -412,6 +443,8 @@ def _judge(experiment, sent: Sent, outcome: Outcome) -> None:
     the model as it was.
     """
     done = sent.prepared
+    for line in done.left_out:
+        logging.warning("round %d: %s; left out", done.round + 1, line)
     names = [
         f"round {done.round + 1}: the loss or the update of client {experiment.fleet.client[id]}, "
         f"cut {done.plan.cuts[done.assignments.client == id][0]}, is not finite"
@@ -426,11 +459,11 @@ def _judge(experiment, sent: Sent, outcome: Outcome) -> None:
         logging.warning("round %d: failed, no client's work is left; the model stays", done.round + 1)
 
 
-def _round_s(config, terms, method, delayed) -> float:
-    """A rival's round under the same delays, infinite where it cannot serve every client."""
+def _round_s(config, terms, method, delayed, present) -> float:
+    """A rival's round of the same clients and delays, infinite where it cannot serve each of them."""
     try:
-        plan = optim.solve(terms, config.server_flops, method, config.barrier)
-        return turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor).round_s
+        plan = optim.solve(terms, config.server_flops, method, config.barrier, present=present)
+        return turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor, present).round_s
     except optim.Infeasible:
         return math.inf
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +31,20 @@ class Round(NamedTuple):
     mean_cut: float
 
 
+def attendance(cohort_size: int, clients: int, came: Sequence[int]) -> str:
+    """ "4 of 100 clients, of which 2.3 contributed on average"; `came`: how many did in each round."""
+    asked = f"{cohort_size} of {clients} clients"
+    mean = sum(came) / max(len(came), 1)
+    return (
+        asked if mean == cohort_size or not came else f"{asked}, of which {mean:.1f} contributed on average"
+    )
+
+
 class Log:
     """metrics.jsonl, of which the first `kept_bytes` stay; never half a line of it is on the disk for long.
 
-    bytes, sha256: of the lines that are on the disk.
+    bytes, sha256: of the lines that are on the disk. came, mean_cuts: of every round, also of lines that are
+    still to be written; no cut of a round to which nobody came.
     """
 
     def __init__(self, path: Path, kept_bytes: int = 0):
@@ -41,8 +52,12 @@ class Log:
         self.path = path
         self._file = path.open("r+b", buffering=0)
         self._file.truncate(kept_bytes)
-        self._digest = hashlib.sha256(self._file.read())
+        kept = self._file.read()
+        self._digest = hashlib.sha256(kept)
         self._pending = b""
+        lines = [json.loads(line) for line in kept.splitlines()]
+        self.came: list[int] = [line["clients"] for line in lines]
+        self.mean_cuts: list[float] = [line["mean_cut"] for line in lines if line["mean_cut"] is not None]
         self.bytes = kept_bytes
 
     def write(self, metrics: Round) -> None:
@@ -52,6 +67,8 @@ class Log:
             for key, value in metrics._asdict().items()
         }
         self._pending += json.dumps(values).encode() + b"\n"
+        self.came.append(metrics.clients)
+        self.mean_cuts += [metrics.mean_cut] if math.isfinite(metrics.mean_cut) else []
         self.flush()
 
     def flush(self) -> None:

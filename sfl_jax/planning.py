@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float64, Int64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 from sfl_jax import division, models, optim
 from sfl_jax import fleet as fleets
@@ -97,10 +97,12 @@ def check_links(config: Config, fleet: fleets.Fleet) -> None:
 
 
 def check_rounds(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> None:
-    """Refuse, before the first round, a later one whose cohort no plan can serve. Links are those of round 0:
-    what fades stays above 0.
+    """Refuse, before the first round, a later one whose cohort no plan can serve. Where links vary, whom not
+    even the best could serve: the others have a round in which they can be, see `serve`.
     """
-    usable = optim.servable(linked(config, fleet, terms), config.server_flops)
+    best = {"uplink_bps": np.full(len(fleet), np.inf), "downlink_bps": np.full(len(fleet), np.inf)}
+    terms = terms._replace(**best) if _links_vary(config) else linked(config, fleet, terms)
+    usable = optim.servable(terms, config.server_flops)
     usable = usable[:, -1:] if config.method == "no_split" else usable
     together = config.method == "common_cut"
     if usable.all(axis=0).any() if together else usable.any(axis=1).all():
@@ -110,7 +112,7 @@ def check_rounds(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> Non
         if not (usable[ids].all(axis=0).any() if together else usable[ids].any(axis=1).all()):
             own = fleet.take(ids)
             try:
-                solve(config, own, linked(config, own, terms.take(ids), round, ids), round)
+                solve(config, own, terms.take(ids), round)
             except BadInput as error:
                 raise BadInput(f"--fleet={config.fleet}: round {round + 1}: {error}") from error
 
@@ -142,6 +144,36 @@ def work(config: Config) -> optim.Work:
     )
 
 
+class Served(NamedTuple):
+    """A round's plan, who is in it (K,), and for each of the others a line with its name and the reason."""
+
+    plan: optim.Plan | optim.BandPlan
+    present: Bool[np.ndarray, " K"]
+    left_out: tuple[str, ...]
+
+
+def serve(config: Config, fleet: fleets.Fleet, terms: optim.Terms, round: int) -> Served:
+    """The plan of a round of training. Where links vary from round to round, it leaves out the clients that
+    no plan serves with the links of this one. BadInput names them where links do not vary.
+    """
+    present, left_out = np.ones(len(fleet), bool), []
+    while True:
+        try:
+            return Served(_solve(config, terms, round, present), present, tuple(left_out))
+        except optim.Infeasible as error:
+            if not _links_vary(config) or not error.clients:
+                raise BadInput(_named(error, fleet)) from error
+            present[list(error.clients)] = False
+            left_out += _reasons(error, fleet)
+        except BadInput:  # each of them can be served, but not all together
+            greedy = present & ~optim.servable(terms, config.server_flops).any(axis=1)
+            if not _links_vary(config) or not greedy.any():
+                raise
+            present &= ~greedy
+            reason = "its energy budget needs more than an equal part of the uplink band"
+            left_out += [f"client {client}: {reason}" for client in fleet.client[greedy]]
+
+
 def solve(
     config: Config, fleet: fleets.Fleet, terms: optim.Terms, round: int = 0
 ) -> optim.Plan | optim.BandPlan:
@@ -150,22 +182,24 @@ def solve(
     Where the band is shared, parts of it are in units of an equal part, at which the terms' rates hold.
     """
     try:
-        if config.band != "fixed":
-            equal = float(len(fleet))
-            band = equal if config.band == "pooled" else (equal, equal)
-            return optim.solve_bandwidth(terms, config.server_flops, band, reference_hz=1.0)
-        return optim.solve(
-            terms,
-            config.server_flops,
-            config.method,
-            config.barrier,
-            round_key(config, round),
-            starts=config.starts.split(","),
-            recall=config.recall,
-            rounding=config.rounding,
-        )
+        return _solve(config, terms, round)
     except optim.Infeasible as error:
         raise BadInput(_named(error, fleet)) from error
+
+
+def _solve(config, terms, round, present=None):
+    if config.band != "fixed":
+        equal = float(len(terms.samples))
+        band = equal if config.band == "pooled" else (equal, equal)
+        return optim.solve_bandwidth(terms, config.server_flops, band, reference_hz=1.0, present=present)
+    return optim.solve(
+        terms, config.server_flops, config.method, config.barrier, round_key(config, round), present,
+        starts=config.starts.split(","), recall=config.recall, rounding=config.rounding,
+    )  # fmt: skip
+
+
+def _links_vary(config):
+    return config.links == "fading"
 
 
 def round_key(config: Config, round: int) -> jax.Array:
@@ -183,10 +217,14 @@ def smallest_server(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> 
 
 def _named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:
     """What the error says, with the clients' names instead of their places in the fleet."""
-    named = zip(fleet.client[list(error.clients)], error.reasons, strict=True)
-    reasons = [f"client {client}: {reason}" for client, reason in named]
+    reasons = _reasons(error, fleet)
     more = f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
     return f"no plan serves every client: {'; '.join(reasons[:_NAMED])}{more}"
+
+
+def _reasons(error, fleet):
+    named = zip(fleet.client[list(error.clients)], error.reasons, strict=True)
+    return [f"client {client}: {reason}" for client, reason in named]
 
 
 class Gains(NamedTuple):

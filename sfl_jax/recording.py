@@ -1,5 +1,6 @@
 """What a run leaves on disk round by round, and where a run that was stopped goes on."""
 
+import contextlib
 import json
 import logging
 import time
@@ -147,16 +148,33 @@ class Recorder:
 
     def save(self, state: experiment.State, wait: bool = False) -> None:
         """A checkpoint of `state`, unless it has one; `wait`: until it is on the disk."""
-        if state.round != self.saved_round:
-            self._try(self.checkpoints.wait)
-            if self._try(lambda: self._save(state)):
-                self.saved_round, self._saved_at = state.round, time.monotonic()
-        if wait and not self._try(self.checkpoints.wait):
-            self.saved_round = -1
+        self._wait()  # a writing that failed since was none
+        if state.round != self.saved_round and self._try(lambda: self._save(state)):
+            self.saved_round, self._saved_at = state.round, time.monotonic()
+        if wait:
+            self._wait()
 
-    def failed_rounds(self) -> int:
-        """How many rounds no client's work went into, of those in the log."""
-        return sum(json.loads(line)["clients"] == 0 for line in self.log.path.read_bytes().splitlines())
+    def _wait(self):
+        own, self.saved_round = self.saved_round, -1  # also where it raises
+        if self._try(self.checkpoints.wait):
+            self.saved_round = own
+
+    def came(self) -> list[int]:
+        """How many clients' work went into each round, of the lines that are still to be written too."""
+        return self.log.came
+
+    def mean_cuts(self) -> list[float]:
+        """Of those of each round to which somebody came."""
+        return self.log.mean_cuts
+
+    def rescue(self, state: experiment.State) -> bool:
+        """Save what is done, before an error ends the run; whether that is on the disk. Raises nothing: the
+        error is what is to be said.
+        """
+        with contextlib.suppress(Exception):
+            if experiment.is_held(state):
+                self.save(state, wait=True)
+        return self.saved_round == state.round
 
     def close(self) -> None:
         """Nothing is written after it, so that the workdir can be another's."""
@@ -201,8 +219,14 @@ class Silent(Recorder):
     def save(self, state: experiment.State, wait: bool = False) -> None:
         self.saved_round = state.round
 
-    def failed_rounds(self) -> int:
-        return 0
+    def came(self) -> list[int]:
+        return []
+
+    def mean_cuts(self) -> list[float]:
+        return []
+
+    def rescue(self, state: experiment.State) -> bool:
+        return False
 
     def close(self) -> None:
         pass

@@ -10,9 +10,10 @@ import plain
 import pytest
 from commands import small_world
 
-from sfl_jax import datasets, experiment, fleet, models
+from sfl_jax import comparison, datasets, experiment, fleet, models, optim, planning
 from sfl_jax.config import PARTITIONS, Config
 from sfl_jax.errors import BadInput
+from sfl_jax.federated.round import Outcome
 from sfl_jax.models import keras_weights
 
 SMALL = Config(
@@ -115,6 +116,109 @@ def test_settings_from_python_are_held_to_the_rules_of_flags(settings, line):
     with pytest.raises(BadInput) as caught:
         experiment.build(dataclasses.replace(SMALL, **settings))
     assert str(caught.value) == line
+
+
+def thrifty(tmp_path, memory_bytes=1e12, budget=1.0):
+    """A fleet file whose clients may spend `budget` times what their cheapest cut costs on links that do not
+    fade.
+    """
+    clients = dataclasses.replace(
+        fleet.random_fleet(30, seed=0), memory_bytes=np.full(30, memory_bytes), energy_j=np.full(30, 1e300),
+        cycles_per_s=np.full(30, 1e9), kappa=np.full(30, 1e-30),
+    )  # fmt: skip
+    path = tmp_path / "fleet.csv"
+    fleet.write_fleet(path, clients)
+    config = dataclasses.replace(SMALL, fleet=str(path), links="shannon", coherence_s=0.0)
+    terms = experiment.build(config).terms
+    terms = planning.linked(config, clients, terms)
+    cheapest = np.min([terms.joules(cut) for cut in range(1, terms.shape[1])], axis=0)
+    fleet.write_fleet(path, dataclasses.replace(clients, energy_j=budget * cheapest))
+    return dataclasses.replace(SMALL, fleet=str(path), rounds=3, cohort_size=12)
+
+
+@pytest.mark.parametrize("method", ["exact", "common_cut"])
+def test_whom_the_links_of_a_round_do_not_serve_is_absent_in_it(method, tmp_path):
+    built = experiment.build(dataclasses.replace(thrifty(tmp_path), method=method, deadline_factor=1.0))
+    rounds = [experiment.prepare(built, round) for round in range(3)]
+    left_out = [len(done.left_out) for done in rounds]
+    assert 0 < min(left_out) <= max(left_out) < 12
+    for done in rounds:
+        ids, _, terms = experiment.cohort(built, done.round)
+        costs = terms.costs()
+        could = costs.allowed.any(axis=1) if method == "exact" else costs.allowed[:, done.plan.cuts.min()]
+        np.testing.assert_array_equal(done.turnout.came, could)
+        assert len(done.left_out) == (~could).sum()
+        for index, line in zip(np.flatnonzero(~could), done.left_out, strict=True):
+            assert line.startswith(f"client {ids[index]}: ")
+            assert " J or more, its budget is " in line
+        for of_client in (done.assignments.weight, done.assignments.steps, done.plan.client_s):
+            np.testing.assert_array_equal(of_client > 0, could)
+        # Its plan is that of the others, and nobody waits for it until the deadline.
+        given = terms, SMALL.server_flops
+        alone = optim.solve(*given, method, present=could)
+        assert done.turnout.round_s == pytest.approx(alone.round_s)
+        assert done.plan.round_s == pytest.approx(alone.round_s)
+        for name, clock_s in done.rival_s.items():
+            try:
+                expected = optim.solve(*given, name, present=could).round_s
+            except optim.Infeasible:
+                expected = np.inf
+            assert clock_s == pytest.approx(expected)
+        line = line_of(built, done)
+        assert line.mean_cut == np.flatnonzero(could).mean()
+        assert line.clients == could.sum()
+        assert line.client_samples_per_s == done.assignments.steps[could].sum() * SMALL.batch_size / 2
+    clocks = comparison.clocks(built, 3, experiment.RIVALS)
+    np.testing.assert_allclose(clocks[method], np.cumsum([done.turnout.round_s for done in rounds]))
+    for name in {*experiment.RIVALS} - {method}:
+        np.testing.assert_allclose(clocks[name], np.cumsum([done.rival_s[name] for done in rounds]))
+
+
+def line_of(built, done):
+    """The metrics of a round that took two seconds, in which client i had cut i."""
+    done = done._replace(plan=done.plan._replace(cuts=np.arange(len(done.plan.cuts))))
+    state = experiment.State(done.round + 1, None, {built.config.method: 1.0})  # pyright: ignore
+    nobody = np.full(len(done.plan.cuts), -1)
+    outcome = Outcome(np.float32(0.5), nobody, done.turnout.came.sum())  # pyright: ignore
+    sent = experiment.Sent(done, state, state, outcome, None, 0.0, None, None)  # pyright: ignore
+    return experiment._line(built.config, sent, outcome, None, 9.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"barrier": "staged"}, {"band": "pooled"}, {"method": "random_cut"}, {}]
+)
+def test_a_round_that_serves_nobody_lasts_no_time(settings, tmp_path):
+    config = dataclasses.replace(thrifty(tmp_path, budget=1e-2), **settings)
+    built = experiment.build(config)
+    done = experiment.prepare(built, 0)
+    assert len(done.left_out) == 12
+    assert not done.turnout.came.any()
+    assert (done.turnout.round_s, done.plan.bound_s, {*done.rival_s.values()}) == (0, 0, {0})
+    assert done.assignments.steps.sum() == 0
+    line = line_of(built, done)
+    assert line.clients == 0
+    assert np.isnan(line.mean_cut)
+
+
+def test_whom_a_shared_band_cannot_serve_together_are_absent(tmp_path):
+    """Each of them could be served alone, with the whole band."""
+    budget = np.where(np.arange(30) % 2 == 0, 0.5, 99.0)
+    built = experiment.build(dataclasses.replace(thrifty(tmp_path, budget=budget), band="pooled"))
+    ids, _, terms = experiment.cohort(built, 0)
+    modest = terms.costs().allowed.any(axis=1)
+    done = experiment.prepare(built, 0)
+    np.testing.assert_array_equal(done.turnout.came, modest)
+    assert len(done.left_out) == 12 - modest.sum()
+    reason = "its energy budget needs more than an equal part of the uplink band"
+    greedy = [k for k in range(12) if f"client {ids[k]}: {reason}" in done.left_out]
+    assert len(greedy) > 1
+    for k in greedy:
+        optim.solve_bandwidth(terms, SMALL.server_flops, 12.0, reference_hz=1.0, present=np.arange(12) == k)
+
+
+def test_whom_no_links_serve_is_refused_before_anything_compiles(tmp_path):
+    with pytest.raises(BadInput, match=r"fleet.csv: round 1: no plan .* needs .* bytes of memory"):
+        experiment.build(thrifty(tmp_path, memory_bytes=1000.0))
 
 
 def held_bytes():

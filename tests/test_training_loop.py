@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import itertools
+import time
 
 import jax
 import numpy as np
@@ -142,6 +144,67 @@ def test_a_state_that_is_wanted_is_there(compiled, sent_ahead):
     assert all(held[round] for round in (*wanted, CONFIG.rounds))
     assert not held[4]
     assert not held[5]
+
+
+@pytest.mark.parametrize("broken", [1, 3, 5])
+def test_an_error_while_the_next_round_is_prepared_costs_no_round_that_is_done(
+    broken, compiled, quiet, sent_ahead, monkeypatch
+):
+    prepare = experiment.prepare
+
+    def prepare_or_fail(own, round):
+        if round == broken:
+            raise ValueError(f"round {round}")
+        return prepare(own, round)
+
+    monkeypatch.setattr(experiment, "prepare", prepare_or_fail)
+    built, engine = compiled
+    rounds, done = experiment.run(built, experiment.start(built), engine), []
+    with pytest.raises(ValueError, match=f"^round {broken}$"):
+        done.extend(rounds)
+    assert [line.round for _, line in done] == [*range(1, broken + 1)]
+    assert [line.train_loss for _, line in done] == [line.train_loss for _, line in quiet[:broken]]
+    monkeypatch.undo()
+    expected = go(compiled, rounds=broken)[-1][0]
+    jax.tree.map(np.testing.assert_array_equal, variables(done[-1][0]), variables(expected))
+
+
+def test_the_clock_of_a_round_stops_when_it_is_done(compiled, sent_ahead):
+    """Neither what evaluates it, nor what compiles or prepares beside it, is in it, also of the last two
+    rounds. A round takes milliseconds here.
+    """
+    built, engine = compiled
+    slow_s, slow_rounds = 1.0, (4, CONFIG.rounds)
+    slowly = jax.jit(lambda x: jax.pure_callback(lambda x: time.sleep(slow_s / 2) or x, x, x))
+    evaluated = []
+
+    def evaluate(*given):
+        evaluated.append(2 * len(evaluated) + 2)
+        if evaluated[-1] not in slow_rounds:
+            return engine.evaluate(*given)
+        time.sleep(slow_s / 2)  # as compiling does, before the evaluation is sent
+        return jax.tree.map(slowly, engine.evaluate(*given))
+
+    clock = metrics.Stopwatch()
+    rounds = experiment.run(built, experiment.start(built), engine._replace(evaluate=evaluate), clock)
+    lines = [line for _, line in rounds]
+    samples = sum(len(part) for part in built.parts) / CONFIG.clients * CONFIG.cohort_size
+    took_s = [samples / line.client_samples_per_s for line in lines]
+    assert max(took_s) < slow_s / 2
+    assert sum(took_s) < clock.seconds - len(slow_rounds) * slow_s
+    assert all(b.wall_s > a.wall_s for a, b in itertools.pairwise(lines))
+    assert lines[3].wall_s - lines[2].wall_s > slow_s / 2  # wall time counts all
+
+
+def test_the_clock_of_a_round_begins_with_its_plan(compiled, one_by_one, monkeypatch):
+    prepare = experiment.prepare
+    monkeypatch.setattr(experiment, "prepare", lambda *given: time.sleep(0.3) or prepare(*given))
+    built, engine = compiled
+    built = built._replace(config=dataclasses.replace(built.config, rounds=2))
+    for _, line in experiment.run(built, experiment.start(built), engine):
+        assert 150 / line.client_samples_per_s > 0.3
+        time.sleep(0.6)  # what writes the line is not in the next
+        assert line.client_samples_per_s > 150 / 0.6
 
 
 def test_few_numbers_leave_the_devices(compiled, sent_ahead, monkeypatch):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sfl_jax.commands.compare_plot import draw_clocks
 from sfl_jax.config import Config, settings
-from sfl_jax.metrics import Round
+from sfl_jax.metrics import Round, attendance
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -29,7 +29,8 @@ def page(
     """The page. `clocks` are simulated seconds after each round by scheme, (R,), the run's own first."""
     title = f"{config.model} on {config.dataset}"
     last = lines[-1]
-    done = f"{last.round} of {config.rounds} rounds, {config.cohort_size} of {config.clients} clients in each"
+    cohort = attendance(config.cohort_size, config.clients, [line.clients for line in lines])
+    done = f"{last.round} of {config.rounds} rounds, each of {cohort}"
     return "\n".join([
         "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">',
         f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>",

@@ -148,10 +148,17 @@ def _rounds(experiment, built, engine, start, recorder, stop, say) -> int:
             recorder.add(state, last)
         recorder.save(state, wait=True)
     except experiment.Diverged as error:
-        recorder.save(error.state, wait=True)
+        if experiment.is_held(error.state):
+            recorder.save(error.state, wait=True)
         kept = "is" if recorder.saved_round == error.state.round else "is not"
         processes.say(f"error: {error}; round {error.state.round} {kept} saved; {REMEDY}")
         return DIVERGED
+    except NotWritten:
+        raise
+    except Exception:
+        if recorder.rescue(state):
+            processes.say(f"round {state.round} of {config.rounds} is saved; {AGAIN} once that is mended")
+        raise
     if recorder.saved_round != state.round:
         processes.say(f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}")
         return INTERRUPTED
@@ -161,8 +168,8 @@ def _rounds(experiment, built, engine, start, recorder, stop, say) -> int:
     stop.keep(f"all {config.rounds} rounds are saved")
     stop.may_end("writing the report")
     clock_s, compile_s = recorder.clock.seconds, recorder.compiling.seconds
-    failed, units = recorder.failed_rounds(), len(built.training.chain)
-    say.result(summary(config, state.simulated_s, last, clock_s, compile_s, failed, units))
+    run = recorder.came(), recorder.mean_cuts(), len(built.training.chain)
+    say.result(summary(config, state.simulated_s, last, clock_s, compile_s, *run))
     if processes.is_first():
         say(f"drawing {report.NAME}")
         say.result(_report(built, experiment.RIVALS))
@@ -177,8 +184,9 @@ def _report(built, rivals) -> str:
     try:
         report.write(built, rivals)
         return f"  report: {path}"
-    except (BadInput, OSError) as error:
-        return f"{path}: cannot be written ({error}); {program('report')} writes it later"
+    except Exception as error:  # the run is done and saved, whatever a picture or a font does
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        return f"{path}: cannot be written ({reason}); {program('report')} writes it later"
 
 
 def _how(built) -> str:
@@ -212,16 +220,21 @@ def summary(
     last: Any,
     wall_s: float,
     compile_s: float,
-    failed: int = 0,
+    came: Sequence[int],
+    mean_cuts: Sequence[float] = (),
     units: int = 0,
 ) -> str:
     """The closing table: accuracy, every scheme's simulated time against this plan's, and this machine's.
 
-    units: of the network, so that a plan that cuts nothing is told.
+    came, mean_cuts: of each round, how many clients' work went into it, and their mean cut. units: of the
+    network, so that plans that cut nothing are told.
     """
-    cohort = f"{last.clients} of {config.clients} clients"
+    from sfl_jax.metrics import attendance
+
+    cohort = attendance(config.cohort_size, config.clients, came)
+    failed = sum(number == 0 for number in came)
     own, own_s = config.method, simulated_s[config.method]
-    rows = [("test accuracy", words.percent(last.test_accuracy))]
+    rows: list[tuple[str, ...]] = [("test accuracy", words.percent(last.test_accuracy))]
     if failed:
         rows.append(("failed rounds, without a client", str(failed)))
     for name, seconds in simulated_s.items():
@@ -229,8 +242,8 @@ def summary(
         rows.append((label, words.clock(seconds), "" if name == own else words.beside(seconds, own_s)))
     rows.append(("wall time", f"{wall_s:.1f} s", f"of which compiling {compile_s:.1f} s"))
     lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}", words.columns(rows)]
-    if last.mean_cut == units:
-        lines.append(f"  all {last.clients} clients keep the whole network: nothing to gain by a split")
+    if mean_cuts and min(mean_cuts) == units:
+        lines.append("  all clients keep the whole network: nothing to gain by a split")
     lines.append("  simulated times: FLOP = 2 x multiply-accumulates, backward work counted from the trace")
     return "\n".join(lines)
 

@@ -9,7 +9,8 @@ from commands import small_world
 from commands.small_world import lines, model, run, same, saved_rounds
 from jax.experimental.compilation_cache import compilation_cache
 
-from sfl_jax import datasets, fleet
+from sfl_jax import datasets, experiment, fleet
+from sfl_jax.errors import BadInput
 
 SEED, CLIENTS, COHORT = 0, small_world.CLIENTS, 4
 
@@ -66,6 +67,30 @@ def test_a_diverged_state_that_cannot_be_saved_is_not_said_to_be(tmp_path, capsy
         assert run(tmp_path, "--rounds=3", "--on_write_error=continue") == 3
     assert "is not finite; round 1 is not saved; " in capsys.readouterr().err
     assert saved_rounds(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("error", [BadInput("no more"), pytest.param(KeyError("x"), marks=pytest.mark.slow)])
+def test_an_error_in_the_middle_of_a_run_costs_no_round_that_is_done(error, tmp_path, capsys, monkeypatch):
+    prepare = experiment.prepare
+
+    def fail_once(own, round):
+        if round == 2:
+            monkeypatch.undo()
+            raise error
+        return prepare(own, round)
+
+    with small_world.world():
+        monkeypatch.setattr(experiment, "prepare", fail_once)
+        if isinstance(error, BadInput):
+            assert run(tmp_path, "--rounds=3") == 2
+        else:
+            with pytest.raises(KeyError):
+                run(tmp_path, "--rounds=3")
+        said = capsys.readouterr().err
+        assert "round 2 of 3 is saved; run the same command again to go on once that is mended" in said
+        assert (saved_rounds(tmp_path), len(lines(tmp_path))) == ([0, 2], 2)
+        assert run(tmp_path, "--rounds=3") == 0
+    assert [line["round"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_of_a_run_under_way_whole_lines_count(run, tmp_path, capsys):
     log = (run / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(log[: log.index(b"\n") + 30])
     page, _ = made(tmp_path, capsys)
-    assert "1 of 3 rounds, 4 of 48 clients in each" in [text for _, text in page.texts]
+    assert "1 of 3 rounds, each of 4 of 48 clients" in [text for _, text in page.texts]
     assert not any(text.startswith("test accuracy after") for _, text in page.texts)  # none was evaluated
 
 

@@ -197,7 +197,8 @@ def test_only_what_the_disk_refuses_is_laid_to_the_workdir(tmp_path, monkeypatch
 def test_the_table_compares_the_clocks():
     last = metrics.Round(2, 0.5, 0.4, 0.9123, 1.0, 1.0, 2.0, 9.0, 100.0, 10, 3.5)
     clocks = {"exact": 2.0, "no_split": 5.0, "common_cut": math.inf}
-    text = train.summary(Config(), clocks, last, wall_s=9.0, compile_s=3.0)
+    text = train.summary(Config(clients=100), clocks, last, wall_s=9.0, compile_s=3.0, came=[10, 10])
+    assert "2 rounds of 10 of 100 clients\n" in text
     assert "91.23 %" in text
     assert re.search(r"no_split +5 s +this plan is 2.50 times as fast$", text, re.M)
     assert "not possible" in text
@@ -209,16 +210,39 @@ def test_the_table_reads_the_right_way_in_columns():
     """A plan that loses, a long name, equal clocks, no accuracy, and a network that nobody cuts."""
     last = metrics.Round(2, 0.5, 0.4, math.nan, 1.0, 1.0, 2.0, 9.0, 100.0, 2, 8.0)
     clocks = {"random_cut": 1540.0, "no_split": 200.0, "common_cut": 1540.0}
-    text = train.summary(Config(method="random_cut"), clocks, last, wall_s=9.0, compile_s=3.0, units=8)
+    text = train.summary(
+        Config(method="random_cut"),
+        clocks,
+        last,
+        wall_s=9.0,
+        compile_s=3.0,
+        came=[2],
+        mean_cuts=[8.0],
+        units=8,
+    )
     lines = text.splitlines()[1:5]
     assert "random_cut (this plan)" in lines[1]
     assert len({re.match(r".*?(not finite|[\d.] s)", line).end() for line in lines}) == 1, text
     assert lines[0].endswith(" not finite")
     assert lines[2].endswith(" 200.0 s  this plan is 7.70 times as slow")
     assert lines[3].endswith(" 1,540.0 s  this plan is as fast")
-    assert "  all 2 clients keep the whole network: nothing to gain by a split" in text.splitlines()
-    untested = train.summary(Config(), {"exact": 1.0}, last._replace(test_accuracy=None), 9.0, 3.0)
+    whole = "  all clients keep the whole network: nothing to gain by a split"
+    assert whole in text.splitlines()
+    some_split = train.summary(
+        Config(), {"exact": 1.0}, last, 9.0, 3.0, [2, 2], mean_cuts=[7.5, 8.0], units=8
+    )
+    assert whole not in some_split
+    untested = train.summary(Config(), {"exact": 1.0}, last._replace(test_accuracy=None), 9.0, 3.0, [2])
     assert re.search(r"test accuracy +-$", untested, re.M)
+
+
+def test_the_table_counts_the_clients_of_all_rounds():
+    last = metrics.Round(4, 0.5, 0.4, 0.9, 1.0, 1.0, 2.0, 9.0, 100.0, 1, 3.5)
+    text = train.summary(
+        Config(clients=100, cohort_size=4), {"exact": 2.0}, last, 9.0, 3.0, came=[4, 0, 4, 1]
+    )
+    assert "4 rounds of 4 of 100 clients, of which 2.2 contributed on average\n" in text
+    assert re.search(r"failed rounds, without a client +1\n", text)
 
 
 @pytest.mark.parametrize(

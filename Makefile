@@ -1,3 +1,4 @@
+# make quick   a first look: a tiny network on MNIST, in about a minute
 # make train   trains the default model on MNIST (ARGS="--rounds=5" adds flags)
 # make test    formatting, lint, types, tests        make test-slow   the long tests
 # make lint    the first three alone                 make bench       against peers, installs PyTorch
@@ -10,8 +11,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
 
-.PHONY: train test test-slow lint bench clean
+.PHONY: quick train test test-slow lint bench clean
 .DELETE_ON_ERROR:
+
+quick: .venv/runtime.stamp
+	$(BIN)/python -m launch.train --preset=quick $(ARGS)
 
 train: .venv/runtime.stamp
 	$(BIN)/python -m launch.train --preset=mnist $(ARGS)

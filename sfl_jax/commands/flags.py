@@ -106,9 +106,9 @@ def _typed(arguments: Sequence[str]) -> set[str]:
 
 def _shorter(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
     """A warm-up that fits, said in a line, where the rounds were typed and the warm-up comes from a file."""
-    rounds, warmup = given.get("rounds"), given.get("warmup_rounds")
-    may_give_way = {"rounds"} <= typed and "warmup_rounds" not in typed and warmup != Config.warmup_rounds
-    if not may_give_way or None in (rounds, warmup) or not 1 <= rounds < warmup:
+    rounds, warmup = given.get("rounds", 0), given.get("warmup_rounds", 0)
+    may_give_way = "rounds" in typed and "warmup_rounds" not in typed and warmup != Config.warmup_rounds
+    if not may_give_way or not 1 <= rounds < warmup:
         return {}
     print(f"--warmup_rounds={rounds}, instead of {warmup}: no more than --rounds={rounds}", file=sys.stderr)
     return {"warmup_rounds": rounds}

@@ -11,15 +11,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sfl_jax.commands import words
 from sfl_jax.commands.compare_plot import draw_clocks
 from sfl_jax.config import Config, settings
 from sfl_jax.metrics import Round, attendance
 
 _STYLE = """
+:root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-svg { width: 100%; height: auto } h1, h2 { font-weight: 600 } code { font-size: 13px }
-table { border-collapse: collapse } td { padding: .15rem 1.5rem .15rem 0; border-bottom: 1px solid #ddd }
-td.number { text-align: right; font-variant-numeric: tabular-nums } .columns { columns: 3 18rem }
+h1, h2 { font-weight: 600; overflow-wrap: anywhere } code { font-size: 13px; overflow-wrap: anywhere }
+.wide { overflow-x: auto } .wide svg { display: block; width: 100%; min-width: 44rem; height: auto }
+table { border-collapse: collapse } td { padding: .15rem 1.5rem .15rem 0; border-bottom: 1px solid #8884 }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+.columns { columns: 3 18rem }
+/* Black becomes white, and hues stay. */
+@media (prefers-color-scheme: dark) { svg { filter: invert(1) hue-rotate(180deg) } }
 """
 
 
@@ -33,6 +39,7 @@ def page(
     done = f"{last.round} of {config.rounds} rounds, each of {cohort}"
     return "\n".join([
         "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(done)}</p>",
         _table(_results(lines)),
@@ -40,7 +47,7 @@ def page(
         "<p>What training would have lasted on this fleet, by how cuts and shares are chosen; accuracy is the"
         " same for all, since the numbers of a round do not depend on them.</p>",
         _table(_times(clocks)),
-        _pictures(config, lines, clocks),
+        _wide(_pictures(config, lines, clocks)),
         "<h2>Settings</h2>", _columns(settings(config, "train")),
         "<h2>Made with</h2>", _columns(environment),
         "</html>", "",
@@ -49,8 +56,8 @@ def page(
 
 def _results(lines: Sequence[Round]) -> list[tuple[str, str]]:
     last = lines[-1]
-    tested = [(line.round, 100 * line.test_accuracy) for line in lines if line.test_accuracy is not None]
-    rows = [(f"test accuracy after round {round}", f"{percent:.2f} %") for round, percent in tested[-1:]]
+    tested = [(line.round, line.test_accuracy) for line in lines if line.test_accuracy is not None]
+    rows = [(f"test accuracy after round {round}", words.percent(part)) for round, part in tested[-1:]]
     failed = sum(line.clients == 0 for line in lines)
     if failed:
         rows.append(("failed rounds, without a client", str(failed)))
@@ -67,7 +74,13 @@ def _times(clocks: Mapping[str, np.ndarray]) -> list[tuple[str, ...]]:
     for name, seconds in clocks.items():
         label = name + (" (this plan)" if name == own else "")
         if math.isfinite(seconds[-1]):
-            rows.append((label, f"{seconds[-1]:,.1f} s", f"{seconds[-1] / clocks[own][-1]:.2f}x"))
+            rows.append(
+                (
+                    label,
+                    f"{seconds[-1]:,.1f} s",
+                    words.beside(seconds[-1], clocks[own][-1]) if name != own else "",
+                )
+            )
         else:
             rows.append((label, "not possible", ""))
     return rows
@@ -75,10 +88,16 @@ def _times(clocks: Mapping[str, np.ndarray]) -> list[tuple[str, ...]]:
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
     cells = (
-        f"<td>{html.escape(name)}" + "".join(f'<td class="number">{html.escape(value)}' for value in values)
-        for name, *values in rows
+        f'<td>{html.escape(name)}<td class="number">{html.escape(value)}'
+        + "".join(f"<td>{html.escape(word)}" for word in more)
+        for name, value, *more in rows
     )
-    return "<table>\n" + "\n".join(f"<tr>{row}" for row in cells) + "\n</table>"
+    return _wide("<table>\n" + "\n".join(f"<tr>{row}" for row in cells) + "\n</table>")
+
+
+def _wide(inside: str) -> str:
+    """What scrolls by itself where the page is narrower."""
+    return f'<div class="wide">\n{inside}\n</div>'
 
 
 def _columns(values: Mapping[str, Any]) -> str:
@@ -98,7 +117,7 @@ def _pictures(config: Config, lines: Sequence[Round], clocks: Mapping[str, np.nd
     times.set(title="Simulated time of a round, s", xlabel="round", ylim=(0, None))
     text = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sfl_jax"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 

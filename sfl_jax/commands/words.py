@@ -27,7 +27,9 @@ def clock(seconds: float) -> str:
     """A simulated time; "not possible" where it is infinite."""
     if not math.isfinite(seconds):
         return "not possible"
-    return f"{seconds:,.1f} s" if seconds >= 100 else f"{seconds:.3g} s"
+    return (
+        f"{seconds:,.1f} s" if seconds >= 100 else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds:.3g} s"
+    )
 
 
 def columns(rows: list[tuple[str, ...]], indent: str = "  ") -> str:

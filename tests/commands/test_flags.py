@@ -200,6 +200,8 @@ def test_flags_beside_a_preset_change_its_settings(capsys):
     for argv in (["--rounds=7", "--preset=mnist"], ["--preset", "mnist", "--rounds=7"]):
         assert flags.parse(argv, "train") == dataclasses.replace(preset, rounds=7)
     assert flags.parse(["--flagfile=launch/flags/mnist.flags"], "train") == preset
+    for command in ("train", "compare"):
+        assert flags.parse(["--preset=quick"], command).server_flops == 1e10
     assert run(["--preset=mnist"], "plan") == 2  # whose flags are others
 
 

@@ -77,6 +77,22 @@ def test_training_leaves_a_page_and_the_command_adds_every_scheme(run, capsys):
     assert re.search(r"no_split +\d", out)
 
 
+def test_the_page_fits_phones_and_the_dark(run, capsys):
+    """What is wider scrolls by itself; pictures have no paper of their own, and black lines turn white."""
+    made(run, capsys)
+    text = (run / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    for wide in ("<svg", "<table"):
+        assert text.count(f'<div class="wide">\n{wide}') == text.count(wide) > 0
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert ".wide { overflow-x: auto }" in style
+    assert "color-scheme: light dark" in style
+    assert re.search(r"prefers-color-scheme: dark\) \{ svg \{ filter: invert", style)
+    assert "fill: #ffffff" not in text
+    assert "fill: none" in text
+    assert re.search(r"<td>no_split<td[^>]*>[\d.]+ s<td>this plan is ", text)
+
+
 def test_names_are_text_and_not_markup(run, tmp_path, capsys):
     described = json.loads((run / "config.json").read_text())
     described["environment"]["devices"] = ["<script>alert(1)</script>"]

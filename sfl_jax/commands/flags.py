@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from sfl_jax import __version__
-from sfl_jax.commands import helping, preset
+from sfl_jax.commands import helping, preset, surroundings
 from sfl_jax.commands.interruption import INTERRUPTED, interruption
 from sfl_jax.config import Config, allowed, fields_of
 from sfl_jax.errors import BadInput
@@ -50,15 +50,24 @@ def run(
       argv: the arguments without the program's name; None for those of this process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with surroundings.mended():
+        return _coded(lambda: _run(main, command, about, arguments))
+
+
+def _run(main, command, about, arguments) -> int | None:
     if (helping.SHORT | helping.FULL) & set(arguments):
         print(helping.help_text(command, about, arguments))
-        return 0
-    if "--version" in arguments:
+    elif "--version" in arguments:
         print("sfl_jax", __version__)
-        return 0
+    else:
+        return main(parse(arguments, command))
+
+
+def _coded(work: Callable[[], int | None]) -> int:
+    """The exit code of `work`, which is its own, 0 for None, or that of its error."""
     try:
         with interruption():
-            code = main(parse(arguments, command)) or 0
+            code = work() or 0
             sys.stdout.flush()
             return code
     except KeyboardInterrupt:

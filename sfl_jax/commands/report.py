@@ -51,7 +51,7 @@ def write(built: Any, rivals: Sequence[str] | None = None) -> dict[str, Any]:
     lines = recording.logged(workdir)
     clocks = comparison.clocks(built, len(lines), rivals)
     with whole_file(Path(workdir) / NAME) as file:
-        file.write(report_page.page(run, environment, lines, clocks).encode())
+        file.write(report_page.page(run, environment, lines, clocks).encode(errors="xmlcharrefreplace"))
     return clocks
 
 

@@ -243,13 +243,39 @@ def test_as_a_process_without_jax(argv, code):
     assert done.stdout == "False False\n" or argv
 
 
-def test_a_reader_that_has_gone():
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_a_reader_that_has_gone(argv):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-c", SCRIPT.format(main="lambda c: print('x' * 9)")]
+    command = [sys.executable, "-c", SCRIPT.format(main="lambda c: print('x' * 9)"), *argv]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_letters_that_cannot_be_printed_are_spelt_out():
+    command = [sys.executable, "-c", SCRIPT.format(main="lambda c: print('\\udcff é')")]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\udcff \\xe9\n", b"")
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    """What is printed would end in it."""
+    main = "lambda c: [print('printed', flush=True), open(c.workdir, 'w').fileno()][1]"
+    command = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", SCRIPT.format(main=main)]
+    done = subprocess.run([*command, f"--workdir={tmp_path / 'file'}"], timeout=60, check=False)
+    assert done.returncode > 2
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_pictures_need_no_window(monkeypatch):
+    for backend in ("TkAgg", "nonsense", "module://matplotlib_inline.backend_inline"):
+        seen = []
+        monkeypatch.setenv("MPLBACKEND", backend)
+        assert run([], main=lambda config, seen=seen: seen.append(os.environ["MPLBACKEND"])) == 0
+        assert seen == [backend if backend.startswith("module:") else "agg"]
+        assert os.environ["MPLBACKEND"] == backend
 
 
 def test_ctrl_c_as_a_process():

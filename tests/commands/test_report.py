@@ -10,7 +10,7 @@ import pytest
 from commands import small_world
 
 from sfl_jax import comparison, experiment, recording
-from sfl_jax.commands import report, train
+from sfl_jax.commands import report, report_page, train
 from sfl_jax.commands.program import program
 
 RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
@@ -159,6 +159,11 @@ def test_a_full_disk_leaves_the_run_done_and_no_page(run, tmp_path):
     with mock.patch.object(report, "whole_file", side_effect=small_world.FULL):
         said = train._report(built, ())
     assert said == f"{page}: cannot be written ({small_world.FULL}); {program('report')} writes it later"
+    with mock.patch.object(report_page, "page", side_effect=ValueError("a library's own")):
+        assert "cannot be written (a library's own); " in train._report(built, ())
     assert not page.exists()
+    with mock.patch.object(report_page, "page", return_value="\udcff"):  # of a workdir that is not UTF-8
+        train._report(built, ())
+    assert page.read_bytes() == b"&#56575;"
     assert train._report(built, ()).endswith(str(page))
-    assert page.exists()
+    assert b"</html>" in page.read_bytes()

@@ -15,6 +15,7 @@ from sfl_jax.errors import BadInput
 MODELS = tuple(f"efficientnetv2-{name}" for name in ("tiny", "b0", "b1", "b2", "b3", "s", "m", "l", "xl"))
 METHODS = (
     "exact", "alternating", "regression", "greedy", "equal_shares", "common_cut", "random_cut", "no_split",
+    "work_conserving",
 )  # fmt: skip
 ALTERNATING = ("alternating", "regression")
 STARTS = ("equal", "proportional", "random")
@@ -501,6 +502,8 @@ def validate(config: Config, command: str = "train") -> None:
         value, training = getattr(config, name), command == "compare" and not config.plan_only
         if training and value != getattr(Config, name):
             raise BadInput(f"--{name}={value}: needs --plan_only; in training {holds}")
+    if config.method == "work_conserving" and config.barrier != "session":
+        raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
     if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
         raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
     for name in ("dataset", "workdir"):

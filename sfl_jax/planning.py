@@ -14,6 +14,7 @@ from sfl_jax.config import RANDOM, Config
 from sfl_jax.errors import BadInput
 
 MORE_SERVER_FLOPS, MORE = 1e12, 1.1
+MOST_CLIENTS = 20_000  # for the bound of any schedule
 # Slower than any client that anybody plans for: a file in Mbit/s or GFLOP/s looks like this.
 SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mbit/s"),
            "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
@@ -192,6 +193,8 @@ def _solve(config, terms, round, present=None):
         equal = float(len(terms.samples))
         band = equal if config.band == "pooled" else (equal, equal)
         return optim.solve_bandwidth(terms, config.server_flops, band, reference_hz=1.0, present=present)
+    if config.method == "work_conserving":
+        return optim.solve_serving(terms, config.server_flops, present)
     return optim.solve(
         terms, config.server_flops, config.method, config.barrier, round_key(config, round), present,
         starts=config.starts.split(","), recall=config.recall, rounding=config.rounding,
@@ -225,6 +228,16 @@ def _named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:
 def _reasons(error, fleet):
     named = zip(fleet.client[list(error.clients)], error.reasons, strict=True)
     return [f"client {client}: {reason}" for client, reason in named]
+
+
+def any_schedule_bound_s(planned: Planned) -> float | None:
+    """A lower bound on the round however the server works, None where it is not known or takes long."""
+    config = planned.config
+    if (config.barrier, config.band) != ("session", "fixed") or not config.server_flops:
+        return None
+    if len(planned.fleet) > MOST_CLIENTS:
+        return None
+    return optim.any_schedule_bound_s(planned.terms, config.server_flops)
 
 
 class Gains(NamedTuple):
@@ -298,8 +311,9 @@ def binding(planned: Planned) -> Binding:
     Staged: the slowest client up to the server, and the slowest after it. Under the session barrier: a client
     that needs no server and ends last holds it up alone. Else everybody whom a full server serves ends
     together, and the multipliers of `optim.sensitivity` are the pulls. Where the method leaves some of the
-    server idle, those with the largest share hold it up. Where the band is shared, all end together, with
-    pulls in proportion to a client's part of it over its airtime.
+    server idle, those with the largest share hold it up. With a server that works for whoever waits, those
+    that end last do. Where the band is shared, all end together, with pulls in proportion to a client's part
+    of it over its airtime.
     """
     plan = planned.plan
     if isinstance(plan, optim.BandPlan):
@@ -315,6 +329,9 @@ def binding(planned: Planned) -> Binding:
         slowest = np.unique([np.argmax(parts.before_server), np.argmax(parts.after_server)])
         return Binding(False, slowest, np.ones(len(slowest)))
     late = plan.client_s >= plan.round_s * (1 - TOGETHER)
+    if planned.config.method == "work_conserving":
+        last = np.flatnonzero(late)
+        return Binding(False, last, np.full(len(last), 1 / len(last)))
     alone = late & (plan.shares == 0)
     given, flops = plan.shares.sum(), planned.config.server_flops
     full = bool(flops > 0 and given >= flops * (1 - TOGETHER))
@@ -329,14 +346,21 @@ def binding(planned: Planned) -> Binding:
 
 
 def seconds(planned: Planned) -> optim.Seconds:
-    """Each client's seconds by term; (K,) each. Staged, the whole server serves one after the other."""
+    """Each client's seconds by term; (K,) each. Staged, the whole server serves one after the other.
+
+    With a server that works for whoever waits, the server's seconds hold the waiting too.
+    """
     plan, terms = planned.plan, planned.terms
     if isinstance(plan, optim.BandPlan):
         terms = terms._replace(
             uplink_bps=terms.uplink_bps * plan.uplink_hz, downlink_bps=terms.downlink_bps * plan.downlink_hz
         )
     shares = np.where(np.isnan(plan.shares), planned.config.server_flops, plan.shares)
-    return terms.seconds(plan.cuts, shares)
+    parts = terms.seconds(plan.cuts, shares)
+    if planned.config.method == "work_conserving":
+        others = parts.before_server + parts.after_server
+        parts = parts._replace(server=np.where(parts.server > 0, plan.client_s - others, 0.0))
+    return parts
 
 
 def table(planned: Planned) -> dict[str, Shaped[np.ndarray, " K"]]:

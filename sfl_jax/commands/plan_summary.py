@@ -7,11 +7,11 @@ import numpy as np
 from sfl_jax import __version__, optim
 from sfl_jax.config import ALTERNATING, Config
 from sfl_jax.digests import digest
-from sfl_jax.planning import TOGETHER, Gains, Planned, binding, doubts, floor, seconds
+from sfl_jax.planning import TOGETHER, Gains, Planned, any_schedule_bound_s, binding, doubts, floor, seconds
 
 ASSUMPTIONS = (
     "a session runs in order, and nothing in it overlaps",
-    "a share of the server is constant over the round, and speed is linear in it",
+    "a share of the server is constant over the round, and speed is linear in it (not with work_conserving)",
     "the server has memory for a copy of its half for every client",
     "each client sends and receives at once, at one rate for the whole round, and without round-trip time",
     "the model is sent to each client apart, and averaging takes no time",
@@ -47,6 +47,7 @@ def head(planned: Planned) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _ASKED},
         "round_s": plan.round_s,
         "bound_s": plan.bound_s,
+        "any_schedule_bound_s": any_schedule_bound_s(planned),
         "iterations": plan.iterations,
         **({"starts": config.starts, "recall": config.recall} if config.method in ALTERNATING else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
@@ -92,7 +93,7 @@ def summary(planned: Planned, gains: Gains) -> str:
         ("plan", f"{method}, {config.barrier} barrier, {_LINKS[config.links]}, {network}, {clients}"),
         *(("units", doubt) for doubt in doubts(planned.fleet)),
         ("round", f"{plan.round_s:.5g} s"),
-        ("bound", f"{plan.bound_s:.5g} s, proven for all cuts and constant shares; {_gap(plan.gap)}"),
+        *_bounds(planned),
         ("server", _server(planned)),
         *([("band", _band(planned.plan))] if isinstance(planned.plan, optim.BandPlan) else []),
         ("cuts", _cuts(planned)),
@@ -125,8 +126,21 @@ def _gap(gap: float) -> str:
     return f"this plan is optimal to {gap:.0e}" if gap < 1e-6 else f"this plan is at most {gap:.2%} above it"
 
 
+def _bounds(planned: Planned) -> list[tuple[str, str]]:
+    """What is proven, and for which servers."""
+    plan, whatever_s = planned.plan, any_schedule_bound_s(planned)
+    if planned.config.method == "work_conserving":
+        return [("bound", f"{plan.bound_s:.5g} s, proven for all cuts and every schedule; {_gap(plan.gap)}")]
+    lines = [("bound", f"{plan.bound_s:.5g} s, proven for all cuts and constant shares; {_gap(plan.gap)}")]
+    if whatever_s is not None:
+        lines.append(("", f"{whatever_s:.5g} s, proven for every schedule: see --method=work_conserving"))
+    return lines
+
+
 def _server(planned: Planned) -> str:
     shares, flops = planned.plan.shares, planned.config.server_flops
+    if planned.config.method == "work_conserving":
+        return f"{flops:.4g} FLOP/s, all of it for whoever waits and has the longest way to go"
     if np.isnan(shares).any():
         return f"{flops:.4g} FLOP/s, all of it for one client after the other"
     if not flops:
@@ -163,6 +177,8 @@ def _time(planned: Planned) -> str:
 
 def _whole_server(planned: Planned, name: str) -> str:
     """How long the server's work of a client would last on the whole server, since a share stretches it."""
+    if name == "server" and planned.config.method == "work_conserving":
+        return " (with waiting for it)"
     if name != "server" or np.isnan(planned.plan.shares).any():
         return ""
     _, work, _ = planned.terms.at(planned.plan.cuts)

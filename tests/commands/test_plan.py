@@ -38,7 +38,7 @@ def run(*argv):
     return plan.main(["--model=efficientnetv2-tiny", "--fleet=fleet.csv", *argv])
 
 
-@pytest.mark.parametrize("method", ["exact", "no_split", "random_cut"])
+@pytest.mark.parametrize("method", ["exact", "no_split", "random_cut", "work_conserving"])
 def test_plan_json_is_as_promised(here, capsys, method):
     assert run("--server_flops=1e10", "--output=out/p.json", f"--method={method}") == 0
     written = json.loads((here / "out" / "p.json").read_text())
@@ -60,7 +60,8 @@ def test_plan_json_is_as_promised(here, capsys, method):
         assert sum(terms) == pytest.approx(client["client_s"], rel=1e-9)
         assert client["client_s"] <= written["round_s"]
         assert isinstance(client["unit"], str)
-    assert sum(client["share_flops"] for client in written["clients"]) <= 1e10
+    assert sum(client["share_flops"] or 0.0 for client in written["clients"]) <= 1e10
+    assert 0 < written["any_schedule_bound_s"] <= written["round_s"]
     out = capsys.readouterr().out
     for words in (f"{written['round_s']:.5g} s", f"{written['bound_s']:.5g} s", "2 x multiply-accumulates"):
         assert words in out

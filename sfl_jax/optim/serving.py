@@ -25,7 +25,7 @@ from sfl_jax.optim.infeasible import why_infeasible
 from sfl_jax.optim.plan import Plan
 from sfl_jax.optim.solve import solve
 
-_SAFE = 1e-9  # by which times are rounded down or up: more than any sum here is off
+_SAFE = 1e-10  # by which times are rounded down or up: more than any sum of so many jobs is off
 _HALVINGS = 50
 _MOST_JOBS = 100_000  # that the search for cuts may run through, besides one round for each start
 

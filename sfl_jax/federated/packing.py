@@ -1,4 +1,4 @@
-"""The variables of a chain as few arrays: a vector of every unit's small leaves, and the large as they are.
+"""The variables of a chain as few arrays: a vector of a unit's small leaves of a type, the large as they are.
 
 A network has hundreds of small leaves (batch norm, biases), and each costs kernels of its own for the
 optimiser, for masking and for aggregation. Packed, those of a unit share one. It is one for a unit and not
@@ -23,21 +23,26 @@ SMALL = 16384  # elements of a leaf that goes into the vector
 
 
 class Layout(NamedTuple):
-    """What a unit's leaves were: their tree and shapes. Hashable."""
+    """What a unit's leaves were: their tree, shapes and types. Hashable."""
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
+    types: tuple[str, ...]
 
-    def is_small(self) -> list[bool]:
-        """Of every leaf, whether it is in the vector."""
-        return [math.prod(shape) <= SMALL for shape in self.shapes]
+    def vectors(self) -> list[list[int]]:
+        """The leaves of each vector: the small ones of one type."""
+        groups: dict[str, list[int]] = {}
+        for leaf, (shape, type) in enumerate(zip(self.shapes, self.types, strict=True)):
+            if math.prod(shape) <= SMALL:
+                groups.setdefault(type, []).append(leaf)
+        return list(groups.values())
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["layouts"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A pytree for each unit, of floats of one type, as few arrays: of every unit the vector of its small
-    leaves, if it has any, and the others.
+    """A pytree for each unit as few arrays: of every unit the vectors of its small leaves, one for each type,
+    and then the other leaves.
     """
 
     arrays: Any  # tuple[tuple[jax.Array, ...], ...], but for what JAX puts in its place for a while
@@ -67,10 +72,11 @@ class PackedVariables(NamedTuple):
 def pack(units: Sequence[Any], numpy: Any = jnp) -> Packed:
     """A pytree for each unit, packed; `numpy`: where, np on the host."""
     flat = [jax.tree.flatten(unit) for unit in units]
-    layouts = [Layout(structure, tuple(leaf.shape for leaf in leaves)) for leaves, structure in flat]
-    arrays = [
-        _join(leaves, layout.is_small(), numpy) for (leaves, _), layout in zip(flat, layouts, strict=True)
+    layouts = [
+        Layout(structure, tuple(leaf.shape for leaf in leaves), tuple(str(leaf.dtype) for leaf in leaves))
+        for leaves, structure in flat
     ]
+    arrays = [_join(leaves, layout, numpy) for (leaves, _), layout in zip(flat, layouts, strict=True)]
     return Packed(tuple(arrays), tuple(layouts))
 
 
@@ -100,31 +106,47 @@ def _map_packed(function, tree, *others):
     return jax.tree.map(of, tree, *others, is_leaf=lambda node: isinstance(node, Packed))
 
 
+def _forward(packed):
+    return _unpack(packed), dataclasses.replace(packed, arrays=())
+
+
+def _backward(empty, gradients):
+    joined = [
+        _join(jax.tree.leaves(unit), at, jnp) for unit, at in zip(gradients, empty.layouts, strict=True)
+    ]
+    return (dataclasses.replace(empty, arrays=tuple(joined)),)
+
+
 # The gradient of a cut is a concatenation; derived by itself it would be a sum of padded vectors.
 @jax.custom_vjp
 def _unpack(packed: Packed) -> tuple[Any, ...]:
     return tuple(map(_cut, packed.arrays, packed.layouts))
 
 
-_unpack.defvjp(lambda packed: (_unpack(packed), None), lambda _, gradients: (pack(gradients),))
+_unpack.defvjp(_forward, _backward)
 
 
-def _join(leaves, is_small, numpy):
-    parts = [leaf.reshape(-1) for leaf in itertools.compress(leaves, is_small)]
-    large = [leaf for leaf, small in zip(leaves, is_small, strict=True) if not small]
-    return (numpy.concatenate(parts), *large) if parts else tuple(large)
+def _join(leaves, layout, numpy):
+    vectors = layout.vectors()
+    joined = [numpy.concatenate([leaves[leaf].reshape(-1) for leaf in vector]) for vector in vectors]
+    return *joined, *(leaves[leaf] for leaf in _large(layout, vectors))
+
+
+def _large(layout, vectors):
+    small = {leaf for vector in vectors for leaf in vector}
+    return [leaf for leaf in range(len(layout.shapes)) if leaf not in small]
 
 
 def _cut_on_host(arrays, layout):
-    return _cut(map(np.asarray, arrays), layout, np)
+    return _cut(list(map(np.asarray, arrays)), layout, np)
 
 
 def _cut(arrays, layout, numpy=jnp):
-    is_small, large = layout.is_small(), iter(arrays)
-    ends = itertools.accumulate(math.prod(shape) for shape in itertools.compress(layout.shapes, is_small))
-    parts = iter(numpy.split(next(large), list(ends)[:-1]) if any(is_small) else ())
-    leaves = [
-        next(parts).reshape(shape) if small else next(large)
-        for shape, small in zip(layout.shapes, is_small, strict=True)
-    ]
-    return jax.tree.unflatten(layout.structure, leaves)
+    vectors = layout.vectors()
+    leaves = dict(zip(_large(layout, vectors), arrays[len(vectors) :], strict=True))
+    for vector, joined in zip(vectors, arrays[: len(vectors)], strict=True):
+        shapes = [layout.shapes[leaf] for leaf in vector]
+        ends = list(itertools.accumulate(map(math.prod, shapes)))
+        parts = numpy.split(joined, ends[:-1])
+        leaves |= {leaf: part.reshape(s) for leaf, part, s in zip(vector, parts, shapes, strict=True)}
+    return jax.tree.unflatten(layout.structure, [leaves[leaf] for leaf in range(len(layout.shapes))])

@@ -1,5 +1,7 @@
 """Packed trees and their gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,3 +41,49 @@ def test_the_gradient_of_packed_units_is_the_packed_gradient():
 
     packed = jax.grad(lambda p: loss(p.unpack()))(packing.pack(UNITS))
     jax.tree.map(np.testing.assert_array_equal, packed.unpack(), jax.grad(loss)(UNITS))
+
+
+LARGE_INTEGER = 2**24 + 1  # which float32 does not have
+MIXED = (
+    {
+        "count": jnp.array(LARGE_INTEGER),
+        "half": jnp.array([1.0, -0.0, 2.0**-133, 3e38], jnp.bfloat16),
+        "here": jnp.arange(3, dtype=jnp.float32) / 3,
+        "large": jnp.full((129, 128), 1 / 3, jnp.bfloat16),
+        "more": jnp.array([7, LARGE_INTEGER], jnp.int32),
+        "scalar": jnp.float32(1 / 3),
+        "told": jnp.array([True, False]),
+    },
+    {"half": jnp.ones((2, 2), jnp.bfloat16)},
+)
+
+
+def bits(leaf):
+    return leaf.shape, leaf.dtype, np.asarray(leaf).tobytes()
+
+
+@pytest.mark.parametrize("numpy", [jnp, np])
+def test_leaves_of_any_types_keep_their_bits(numpy):
+    packed = packing.pack(jax.tree.map(numpy.asarray, MIXED), numpy)
+    assert [len(arrays) for arrays in packed.arrays] == [5, 1]
+    assert {array.dtype for array in packed.arrays[0]} == {leaf.dtype for leaf in MIXED[0].values()}
+    back = packed.unpack() if numpy is jnp else packing.plain(packed)
+    assert jax.tree.structure(back) == jax.tree.structure(MIXED)
+    assert jax.tree.map(bits, back) == jax.tree.map(bits, MIXED)
+
+
+def test_units_of_other_types_are_laid_out_otherwise():
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), MIXED[1])
+    assert packing.pack((MIXED[1],)).layouts != packing.pack((wide,)).layouts
+
+
+def test_gradients_of_leaves_of_several_types_are_packed_like_them():
+    def loss(units):
+        first, second = units
+        powers = first["half"] ** 2, first["here"] ** 3, first["large"] * 2, second["half"] ** 3
+        return sum(power.astype(jnp.float32).sum() for power in powers)
+
+    gradient = functools.partial(jax.grad, allow_int=True)
+    packed = gradient(lambda packed: loss(packed.unpack()))(packing.pack(MIXED))
+    assert packed.layouts == packing.pack(MIXED).layouts
+    assert jax.tree.map(bits, packed.unpack()) == jax.tree.map(bits, gradient(loss)(MIXED))

@@ -239,16 +239,21 @@ def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clients_of_a_round(compiled):
+    """But for the indices of their samples, also where each takes several steps."""
     built, engine = compiled
-    needed = []
+    needed, indices = [], []
     for clients in (100, 1000):
-        config = dataclasses.replace(CONFIG, cohort_size=clients, clients_per_chunk=4)
-        many = built._replace(config=config)
+        config = dataclasses.replace(CONFIG, cohort_size=clients, clients_per_chunk=4, local_epochs=4)
+        many = built._replace(config=config, steps_max=4 * built.steps_max)
         state = experiment.start(many)
         rounds = devices.Rounds(built.training, 4, built.devices)
         first = experiment.prepare(many, 0)
+        assert first.assignments.steps.max() >= 4
         needed.append(rounds.bytes_needed(*experiment._arguments(config, engine, state, first)))
-    assert needed[1] < 1.1 * needed[0]
+        indices.append(sum(array.nbytes for array in first.assignments))
+    # What the round is sent is counted twice, and split into chunks.
+    assert needed[1] - needed[0] < 0.1 * needed[0] + 4 * (indices[1] - indices[0])
+    assert indices[1] < 0.1 * needed[0]
 
 
 class TestDivergence:

@@ -19,7 +19,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated import evaluation
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.packing import PackedVariables
-from sfl_jax.federated.round import Outcome, run_round
+from sfl_jax.federated.round import Outcome, normalised, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import Chain
 
@@ -94,6 +94,7 @@ class Rounds:
         return program_bytes(program.lower(*placed).compile()) + 2 * sent
 
     def _place(self, model, samples, assignments, key, learning_rate, previous=None):
+        assignments = assignments._replace(weight=normalised(assignments.weight))
         arranged, size = fill_chunks(assignments, self._most, len(self._devices))
         if _are_placed(samples):
             placed = samples, _by_device(_parts(arranged, self._devices), self._devices)

@@ -1,130 +1,212 @@
-"""The reference: two parties that exchange messages, one client at a time, nothing compiled as a whole.
+"""The reference: two parties that exchange messages, one client at a time, one unit at a time.
 
-Each party has its own half of the chain, its own variables and its own optimiser. What crosses is what the
+Each party has its own units, with their own variables and their own optimiser. What crosses is what the
 protocol sends: smashed data and labels up, the gradient of the smashed data down, once a step; the client's
-half of the model down before a session and up after it. It shares no code with the compiled round, which
-tests hold equal to it.
+variables down before a session and up after it. Nothing is compiled as a whole, and everything is plain data:
+Flax modules, arrays, an optimiser used as optax says. It imports no code of the compiled round, which tests
+hold equal to it.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from sfl_jax.federated.optimizers import LocalOptimizer
-from sfl_jax.federated.session import Assignment, Link, Samples, Training
-from sfl_jax.models import Chain, Variables
+# Folded into the key of a step for the link, then the direction.
+LINK, UP, DOWN = 2**31, 0, 1
 
 
-class Up(NamedTuple):
-    """Client to server, once a step. At cut 0 the smashed data are the images."""
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What the clients of a round share.
 
-    smashed: Array
+    units: of the whole network. variables: of each unit, by collection, as Flax takes them.
+    optimizer: with its learning rate. preprocess: images (B, H, W, C) as they lie there to the network's
+    input. key: of the round. up, down: what the link does to smashed data and to their gradient, given a key
+    too.
+    """
+
+    units: Sequence[nn.Module]
+    variables: Sequence[dict[str, Any]]
+    optimizer: optax.GradientTransformation
+    preprocess: Callable[[Array], Array]
+    images: Array | np.ndarray
+    labels: Int[Array, " N"]
+    key: Key[Array, ""]
+    up: Callable[[Array, Key[Array, ""]], Array] = lambda x, key: x
+    down: Callable[[Array, Key[Array, ""]], Array] = lambda gradient, key: gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one client does in a round: `batches` are the (S, B) sample indices of its own steps."""
+
+    client: int
+    cut: int
+    weight: float
+    batches: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Up:
+    """Client to server, once a step: smashed data, at cut 0 the images as they lie there, and labels."""
+
+    smashed: Array | np.ndarray
     labels: Int[Array, " B"]
 
 
-class Down(NamedTuple):
-    """Server to client, once a step: the gradient of the smashed data."""
+@dataclasses.dataclass(frozen=True)
+class Down:
+    """Server to client, once a step: the gradient of the smashed data; nothing at cut 0."""
 
-    gradient: Array
+    gradient: Array | None
+
+
+class Copy:
+    """One party's copy of a unit: its variables and the state of its optimiser."""
+
+    def __init__(self, world: World, index: int):
+        self.unit, self.index, self.variables = world.units[index], index, dict(world.variables[index])
+        self.optimizer = world.optimizer
+        self.state = self.optimizer.init(self.variables["params"])
+
+    def forward(self, x: Array | np.ndarray, step_key: Key[Array, ""]) -> Array:
+        """The unit's output. Keeps what `backward` needs, and the new state of the unit."""
+        key = unit_key(step_key, self.index)
+        kept = {name: tree for name, tree in self.variables.items() if name != "params"}
+
+        def run(params, x):
+            return _apply(self.unit, {"params": params} | kept, x, key, tuple(kept))
+
+        output, self.pullback, new = jax.vjp(run, self.variables["params"], x, has_aux=True)
+        self.variables |= new
+        return output
+
+    def backward(self, gradient: Array) -> Array:
+        """The gradient of the unit's input; takes a step of its parameters."""
+        params = self.variables["params"]
+        own, of_input = self.pullback(gradient)
+        self.variables["params"], self.state = _step(self.optimizer, own, self.state, params)
+        return of_input
 
 
 class Party:
-    """A half of the chain with its variables and its own optimiser."""
+    """Who holds the units [first, last)."""
 
-    def __init__(self, half: Chain, variables: Variables, optimizer: LocalOptimizer, rate: float):
-        self.half, self.variables, self.optimizer, self.rate = half, variables, optimizer, rate
-        self.state = optimizer.init(variables.params)
+    def __init__(self, world: World, first: int, last: int):
+        self.copies = [Copy(world, index) for index in range(first, last)]
+        self.first, self.preprocess = first, world.preprocess
 
-    def forward(self, x: Array, key: Key[Array, ""]) -> tuple[Array, Any]:
-        """(the half's output, its pullback to gradients of parameters and input); keeps the new BN
-        statistics.
-        """
+    def forward(self, x: Array | np.ndarray, step_key: Key[Array, ""]) -> Array:
+        """The output of the last unit. Unit 0 takes images as they lie there."""
+        now: Any = x
+        for copy in self.copies:
+            now = copy.forward(self.preprocess(now) if copy.index == 0 else now, step_key)
+        return now
 
-        def run(params, x):
-            output, updated = self.half.apply(self.variables._replace(params=params), x, train=True, key=key)
-            return output, updated.batch_stats
+    def backward(self, gradient: Array) -> Array:
+        """The gradient of what entered the first unit; every unit takes its step."""
+        for copy in reversed(self.copies):
+            gradient = copy.backward(gradient)
+        return gradient
 
-        output, pullback, batch_stats = jax.vjp(run, self.variables.params, x, has_aux=True)
-        self.variables = self.variables._replace(batch_stats=batch_stats)
-        return output, pullback
-
-    def update(self, gradients: Any) -> None:
-        """One step of this party's optimiser."""
-        updates, self.state = self.optimizer.update(gradients, self.state, self.variables.params)
-        params = jax.tree.map(lambda p, u: p - self.rate * u, self.variables.params, updates)
-        self.variables = self.variables._replace(params=params)
+    def finish(self, logits: Array, labels: Int[Array, " B"]) -> tuple[Array, float]:
+        """Takes a step from logits; (the gradient of what entered the first unit, the loss)."""
+        loss, gradient = jax.value_and_grad(mean_cross_entropy)(logits, labels)
+        return self.backward(gradient), float(loss)
 
 
 class Server(Party):
-    """The server's replica for one client: completes the forward pass, answers with the gradient."""
+    """The server's replica for one client."""
 
-    def answer(self, message: Up, key: Key[Array, ""]) -> tuple[Down, Float[Array, ""]]:
-        logits, pullback = self.forward(message.smashed, key)
-        loss, loss_pullback = jax.vjp(lambda logits: mean_cross_entropy(logits, message.labels), logits)
-        gradients, smashed_gradient = pullback(loss_pullback(jnp.ones_like(loss))[0])
-        self.update(gradients)
-        return Down(smashed_gradient), loss
+    def answer(self, message: Up, step_key: Key[Array, ""]) -> tuple[Down, float]:
+        """(the message for the client, the loss): completes the pass and takes a step."""
+        gradient, loss = self.finish(self.forward(message.smashed, step_key), message.labels)
+        return Down(gradient if self.first else None), loss
 
 
-def run_session(
-    training: Training,
-    variables: Variables,
-    samples: Samples,
-    assignment: Assignment,
-    round_key: Key[Array, ""],
-    learning_rate: float,
-) -> tuple[Variables, float]:
-    """One client's session with its server: (variables of both halves joined, mean loss of its steps)."""
-    chain, cut = training.chain, int(assignment.cut)
-    link = training.link or Link(up=lambda x: x, down=lambda x: x)
-    halves = zip(chain.split(cut), chain.split_variables(variables, cut), strict=True)
-    (client_half, client_variables), (server_half, server_variables) = halves
-    client = Party(client_half, client_variables, training.optimizer, learning_rate)
-    server = Server(server_half, server_variables, training.optimizer, learning_rate)
-
+def run_session(world: World, work: Work) -> tuple[list[dict[str, Any]], float]:
+    """(the variables of each unit after the session, the mean loss of its steps, 0 of none)."""
+    client, server = Party(world, 0, work.cut), Server(world, work.cut, len(world.units))
     losses = []
-    for step in range(int(assignment.steps)):
-        key = jax.random.fold_in(jax.random.fold_in(round_key, assignment.client), step)
-        batch = assignment.batches[step]
-        labels = samples.labels[batch]
-        output, pullback = client.forward(training.preprocess(samples.images[batch]), key)
-        if cut == len(
-            chain
-        ):  # nothing is left to the server: the client has the logits, and no message is sent
-            loss, loss_pullback = jax.vjp(lambda logits, y=labels: mean_cross_entropy(logits, y), output)
-            gradient = loss_pullback(jnp.ones_like(loss))[0]
+    for step, rows in enumerate(work.batches):
+        key = jax.random.fold_in(jax.random.fold_in(world.key, work.client), step)
+        images, labels = world.images[rows], world.labels[rows]
+        if work.cut == len(world.units):
+            _, loss = client.finish(client.forward(images, key), labels)
+        elif work.cut == 0:
+            _, loss = server.answer(Up(images, labels), key)
         else:
-            down, loss = server.answer(Up(link.up(output), labels), key)
-            gradient = link.down(down.gradient)
-        client.update(pullback(gradient)[0])
-        losses.append(float(loss))
-    return chain.join_variables(client.variables, server.variables), float(np.mean(losses))
+            smashed = world.up(client.forward(images, key), link_key(key, UP))
+            down, loss = server.answer(Up(smashed, labels), key)
+            assert down.gradient is not None
+            client.backward(world.down(down.gradient, link_key(key, DOWN)))
+        losses.append(loss)
+    variables = [copy.variables for copy in client.copies + server.copies]
+    return variables, float(np.mean(losses)) if losses else 0.0
 
 
 def run_round(
-    training: Training,
-    variables: Variables,
-    samples: Samples,
-    assignments: Assignment,
-    round_key: Key[Array, ""],
-    learning_rate: float,
-) -> tuple[Variables, float]:
-    """Sessions one after the other, then the weighted mean of every unit over all clients, and of their
-    losses.
+    world: World, works: Sequence[Work], skip_diverged: bool = False
+) -> tuple[list[dict[str, Any]], float, list[int]]:
+    """(the weighted mean of each unit over the clients, that of their losses, the clients that diverged).
+
+    A client of weight 0 did not come. One whose loss or variables are not finite is in no mean; without
+    `skip_diverged` the variables then stay as they were, as they do where nobody is left, with loss NaN.
     """
-    clients = [jax.tree.map(lambda x, k=k: x[k], assignments) for k in range(len(assignments.client))]
-    results = [run_session(training, variables, samples, one, round_key, learning_rate) for one in clients]
-    weights = np.asarray(assignments.weight, np.float64) / np.sum(assignments.weight, dtype=np.float64)
-    mean = jax.tree.map(
-        lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *results
-    )
-    return mean[0], float(mean[1])
+    came = [work for work in works if work.weight > 0]
+    results = [(work, *run_session(world, work)) for work in came]
+    sound = [one for one in results if _is_finite(one[1:])]
+    diverged = [work.client for work, *one in results if not _is_finite(one)]
+    total = sum(work.weight for work, *_ in sound)
+    loss = sum(work.weight * loss for work, _, loss in sound) / total if sound else np.nan
+    if not sound or (diverged and not skip_diverged):
+        return list(world.variables), loss, diverged
+
+    def mean(*leaves):
+        exact = sum(
+            work.weight / total * np.asarray(leaf, np.float64)
+            for (work, *_), leaf in zip(sound, leaves, strict=True)
+        )
+        is_integer = jnp.issubdtype(leaves[0].dtype, jnp.integer)
+        return jnp.asarray(np.round(exact) if is_integer else exact, leaves[0].dtype)
+
+    return jax.tree.map(mean, *(variables for _, variables, _ in sound)), loss, diverged
+
+
+def unit_key(step_key: Key[Array, ""], index: int) -> Key[Array, ""]:
+    """The key from which unit `index` of the whole network draws."""
+    return jax.random.fold_in(step_key, index)
+
+
+def link_key(step_key: Key[Array, ""], direction: int) -> Key[Array, ""]:
+    """The key that the link gets in one direction."""
+    return jax.random.fold_in(jax.random.fold_in(step_key, LINK), direction)
 
 
 def mean_cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, ""]:
     """The mean of -log softmax(logits) at the labels."""
     picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=1) - picked).mean()
+
+
+@functools.partial(jax.jit, static_argnames=("unit", "mutable"))
+def _apply(unit, variables, x, key, mutable):
+    return unit.apply(variables, x, train=True, rngs={"params": key, "drop": key}, mutable=list(mutable))
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _step(optimizer, gradients, state, params):
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def _is_finite(tree):
+    return all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(tree))

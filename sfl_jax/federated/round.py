@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from sfl_jax.federated.packing import PackedVariables
+from sfl_jax.federated.elementwise import may_join
+from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.federated.session import Assignment, Samples, Training, run_session
 from sfl_jax.models import Variables
 
@@ -86,9 +88,10 @@ def run_round(
         own = everywhere.at[lax.axis_index(axis_name)].set(diverged + 1)
         sums, ids = lax.psum((sums, own.reshape(-1)), axis_name)
         diverged = ids - 1
-    mean, loss = jax.tree.map(lambda x: x / sums.weight.astype(x.dtype), (sums.variables, sums.loss))
+    totals, like = (sums.variables, sums.loss), (model.packed, sums.loss)
+    mean, loss = jax.tree.map(lambda x, old: _narrow(x / sums.weight.astype(x.dtype), old), totals, like)
     new = _server_step(training.server_optimizer, model, mean)
-    sound = _finite(new.packed.params)
+    sound = _finite(new.packed)
     taken = sound if training.skip_diverged else sound & (diverged < 0).all()
     if previous is not None:
         taken &= ~previous.is_last(training)
@@ -100,17 +103,24 @@ def run_round(
 def start_model(training: Training, variables: Variables) -> Model:
     """The model before the first round."""
     model, optimizer = Model.of(variables), training.server_optimizer
-    params: Any = model.packed.params
-    return model if optimizer is None else model._replace(server_state=optimizer.init(params))
+    if optimizer is None:
+        return model
+    return model._replace(server_state=optimizer.init(_for_server(optimizer, model.packed.params)))
 
 
 def _server_step(optimizer, model, mean):
     if optimizer is None:
         return model._replace(packed=mean)
-    params: Any = model.packed.params
-    gradients = jax.tree.map(jnp.subtract, params, mean.params)
+    params, target = (_for_server(optimizer, packed.params) for packed in (model.packed, mean))
+    gradients = jax.tree.map(jnp.subtract, params, target)
     updates, state = optimizer.update(gradients, model.server_state, params)
-    return Model(mean._replace(params=optax.apply_updates(params, updates)), state)
+    params: Any = optax.apply_updates(params, updates)
+    return Model(mean._replace(params=params if isinstance(params, Packed) else pack(params)), state)
+
+
+def _for_server(optimizer, params: Packed) -> Any:
+    """The parameters as the server's optimiser takes them."""
+    return params if may_join(optimizer, params.layouts) else params.unpack()
 
 
 def sum_of_sessions(
@@ -125,7 +135,9 @@ def sum_of_sessions(
     """(the weighted sums of variables and of losses over K clients, who diverged: see `run_round`).
 
     Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
-    is that of one chunk. A client that diverged, or of weight 0, has no influence whatever its numbers are.
+    is that of one chunk, and of the (K, S, B) indices of samples. Sums are in float32 or wider; they overflow
+    where a weight times a variable does, so weights should be at most 1, see `normalised`. A client that
+    diverged, or of weight 0, has no influence whatever its numbers are.
     """
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
@@ -142,8 +154,18 @@ def sum_of_sessions(
         return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
 
     like = Sums(start, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
-    sums, diverged = lax.scan(run_chunk, jax.tree.map(jnp.zeros_like, like), chunks)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), like)
+    sums, diverged = lax.scan(run_chunk, zeros, chunks)
     return sums, diverged.reshape(-1)
+
+
+def normalised(weights: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
+    """The weights of a round over a power of two, so that they add up to at least 1/2 and less than 1.
+
+    That changes no bit of a weighted mean, and keeps its sums finite wherever its numbers are.
+    """
+    _, exponent = np.frexp(np.sum(weights, dtype=np.float64))
+    return np.ldexp(weights, -exponent).astype(weights.dtype)
 
 
 def _alone(session, chunk, *rest):
@@ -153,11 +175,23 @@ def _alone(session, chunk, *rest):
 
 @jax.jit  # traced once for a shape
 def _weighted_sum(weights, values):
+    values = values.astype(_wide(values.dtype))
     weights = weights.astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
     # By the values and not by their client's weight: LLVM would make a loop for each set of weights above 0.
     weighted = weights * jnp.where(jnp.isfinite(values), values, 0)
     # Unrolled: XLA:CPU compiles equal sums once, but every reduction anew.
     return functools.reduce(jnp.add, (weighted[k] for k in range(len(weighted))))
+
+
+def _wide(type):
+    """The type in which numbers of `type` are added up."""
+    return jnp.promote_types(type, jnp.float32)
+
+
+def _narrow(mean, like):
+    """The mean in the type of what it is the mean of; that of integers is rounded."""
+    is_integer = jnp.issubdtype(like.dtype, jnp.integer)
+    return (jnp.round(mean) if is_integer else mean).astype(like.dtype)
 
 
 def _if_finite(weight, tree):

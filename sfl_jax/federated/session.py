@@ -16,15 +16,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from sfl_jax.federated.optimizers import LocalOptimizer
-from sfl_jax.federated.packing import PackedVariables, pack
+from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.models import Chain, Variables
+
+# Folded into the key of a step for the link: a number that no unit has, then the direction.
+LINK, UP, DOWN = 2**31, 0, 1
 
 
 class Link(NamedTuple):
-    """What happens at the cut: `up` to smashed data (B, ...), `down` to its gradient, of the same shape."""
+    """What happens at the cut: `up` to smashed data (B, ...), `down` to its gradient, of the same shape.
 
-    up: Callable[[Array], Array]
-    down: Callable[[Array], Array]
+    Both also take a key, which is that of the client's step and of the direction.
+    """
+
+    up: Callable[[Array, Key[Array, ""]], Array]
+    down: Callable[[Array, Key[Array, ""]], Array]
 
 
 class Samples(NamedTuple):
@@ -54,9 +60,10 @@ class Assignment(NamedTuple):
 class Training(NamedTuple):
     """What stays the same for a whole run; static under jit.
 
-    optimizer: of the local steps, without the learning rate, which is an argument of every round.
-    preprocess: uint8 images (B, H, W, C) -> float images of the network's size. link: None is the identity,
-    which leaves no trace in the compiled program. server_optimizer: takes variables - mean as a gradient,
+    optimizer: of the local steps; the rate of a round is a factor on its updates.
+    preprocess: uint8 images (B, H, W, C) -> float images of the network's size. link: acts where something
+    crosses: not at cut 0, where images go up as they are, nor at cut L. None is the identity, which leaves no
+    trace in the compiled program. server_optimizer: takes variables - mean as a gradient,
     once a round (Reddi et al., arXiv 2003.00295); None takes
       the mean itself, which is federated averaging. skip_diverged: whether a round goes on without the
       clients whose numbers are not finite; otherwise it changes nothing.
@@ -85,17 +92,18 @@ def run_session(
     the longest session. Steps beyond a client's own change nothing, bitwise.
     """
     optimizer, loop_steps = training.optimizer, assignment.steps.max()
+    first = start.params if optimizer.may_join(start.params.layouts) else start.params.unpack()
 
     def begin(one):
-        state = optimizer.init(start.params)
-        return start.params, start.batch_stats, state, jnp.zeros((), jnp.result_type(float))
+        state = optimizer.init(first)
+        return first, start.batch_stats, state, jnp.zeros((), jnp.result_type(float))
 
     def moved(one, params, state, steps_done):
         """The parameters after the last of so many steps, if that was one of the client's own."""
         own = (steps_done > 0) & (steps_done <= one.steps)
         updates = optimizer.updates_of(state, params)
         return jax.tree.map(
-            lambda p, u: jnp.where(own, p - (learning_rate * u).astype(p.dtype), p), params, updates
+            lambda p, u: jnp.where(own, p + (learning_rate * u).astype(p.dtype), p), params, updates
         )
 
     def step(one: Assignment, carry, index):
@@ -106,7 +114,8 @@ def run_session(
         key = jax.random.fold_in(jax.random.fold_in(round_key, one.client), index)
 
         def loss_of(params):
-            now = Variables(params.unpack(), old_stats.unpack())
+            units = params.unpack() if isinstance(params, Packed) else params
+            now = Variables(units, old_stats.unpack())
             return batch_loss(training, now, images, labels, one.cut, key)
 
         (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -118,7 +127,8 @@ def run_session(
 
     def end(one, carry):
         params, stats, state, loss_sum = carry
-        after = PackedVariables(moved(one, params, state, loop_steps), stats)
+        params = moved(one, params, state, loop_steps)
+        after = PackedVariables(params if isinstance(params, Packed) else pack(params), stats)
         return after, loss_sum / jnp.maximum(one.steps, 1)
 
     # The loop is around `each`: inside, JAX would trace its body anew until it knows what is mapped.
@@ -131,7 +141,7 @@ def run_session(
 def batch_loss(training, variables, images, labels, cut, key):
     """(mean cross-entropy of the batch, new batch-norm statistics)."""
     logits, updated = training.chain.apply(
-        variables, images, train=True, key=key, at_boundary=_crossing(training.link, cut)
+        variables, images, train=True, key=key, at_boundary=_crossing(training.link, cut, key)
     )
     return cross_entropy(logits, labels).mean(), updated.batch_stats
 
@@ -142,14 +152,25 @@ def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -
     return optax.softmax_cross_entropy_with_integer_labels(wide, labels)
 
 
-def _crossing(link, cut):
+def _crossing(link, cut, key):
     """A hook for `Chain.apply`: what enters unit `cut` goes through the link, and so does its gradient."""
     if link is None:
         return None
 
+    # The keys are arguments: JAX does not let a custom gradient close over what it traces.
     @jax.custom_vjp
-    def send(x):
-        return link.up(x)
+    def send(x, up_key, down_key):
+        return link.up(x, up_key)
 
-    send.defvjp(lambda x: (link.up(x), None), lambda _, gradient: (link.down(gradient),))
-    return lambda unit, x: lax.cond(unit == cut, send, lambda x: x, x)
+    def answer(down_key, gradient):
+        return link.down(gradient, down_key), None, None
+
+    send.defvjp(lambda x, up_key, down_key: (link.up(x, up_key), down_key), answer)
+    up_key, down_key = (
+        jax.random.fold_in(jax.random.fold_in(key, LINK), direction) for direction in (UP, DOWN)
+    )
+
+    def at_boundary(unit, x):
+        return x if unit == 0 else lax.cond(unit == cut, send, lambda x, *_: x, x, up_key, down_key)
+
+    return at_boundary

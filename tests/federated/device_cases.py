@@ -28,13 +28,6 @@ from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Samples
-from sfl_jax.models import Chain
-
-
-def short(chain):
-    """Fewer units, one of each kind: what devices do with a network depends on its variables alone."""
-    stem, fused, *_, separable, _, head, classifier = chain.units
-    return Chain((stem, fused, separable, head, classifier))
 
 
 class Linear(nn.Module):
@@ -45,7 +38,7 @@ class Linear(nn.Module):
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
-SHORT = {"product": short(rounds.CHAIN), "conv": short(rounds.REFERENCE_CHAIN)}
+SHORT = {"product": rounds.short(rounds.CHAIN), "conv": rounds.short(rounds.REFERENCE_CHAIN)}
 KEY = jax.random.key(7)
 profiling = importlib.import_module("sfl_jax.models.profile")  # the package's `profile` is the function in it
 
@@ -113,7 +106,7 @@ def small_network():
 
 def samples_stay_or_are_sent():
     """Neither changes a bit; what stays is whole on every device."""
-    chain = Chain((Linear(),))
+    chain = models.Chain((Linear(),))
     sent, resident = (after_rounds(4, chain=chain, free_bytes=free) for free in (0, math.inf))
     jax.tree.map(np.testing.assert_array_equal, sent, resident)
     assert np.isfinite(sent[1])

@@ -1,25 +1,70 @@
-"""Small rounds for tests: tiny on 16x16 noise, one client for every cut, unequal sessions and weights."""
+"""Small rounds for tests: tiny on 16x16 noise, one client for every cut, unequal sessions and weights; a
+chain of three units on 4x4 noise, which compiles in a second; and the same for the protocol.
+"""
 
 import finite
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import linen as nn
 
 from sfl_jax import models
-from sfl_jax.federated import optimizers
+from sfl_jax.federated import optimizers, protocol
 from sfl_jax.federated.packing import Packed, PackedVariables
 from sfl_jax.federated.session import Assignment, Link, Samples, Training, run_session
+from sfl_jax.models import Chain
 
+
+def short(chain):
+    """Fewer units, one of each kind: what devices do with a network depends on its variables alone."""
+    stem, fused, *_, separable, _, head, classifier = chain.units
+    return Chain((stem, fused, separable, head, classifier))
+
+
+def number(key):
+    """In 0..1, another for every key, and cheap to compile."""
+    return jax.random.key_data(key)[-1].astype(jnp.result_type(float)) / 2.0**32
+
+
+class Block(nn.Module):
+    """A unit with statistics, a counter and random numbers."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        calls = self.variable("batch_stats", "calls", lambda: jnp.zeros((), jnp.int32))
+        calls.value += train
+        x = nn.Dense(self.features, use_bias=False)(x.reshape(len(x), -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.silu(x) * (number(self.make_rng("drop")) if train else 0.5)
+
+
+class Head(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+SMALL_CHAIN = Chain((Block(12), Block(8), Head()))
+SMALL_CUTS, SMALL_SIZE = len(SMALL_CHAIN) + 1, 4
 CHAIN = models.create("efficientnetv2-tiny")
 REFERENCE_CHAIN = models.create("efficientnetv2-tiny", layer_form="conv")
 CUTS = len(CHAIN) + 1
 # Not the identity, so that every cut gives numbers of its own.
-SCALING = Link(up=lambda x: 0.5 * x, down=lambda g: 2.0 * g)
-OPTIMIZERS = {
+SCALING = Link(up=lambda x, _: 0.5 * x, down=lambda g, _: 2.0 * g)
+# With the keys that it is given, both ways.
+NOISY = Link(up=lambda x, key: (1 + number(key)) * x, down=lambda g, key: number(key) * g)
+OPTIMIZERS = {  # of learning rate 1
     "sgd": optimizers.sgd(0.9),
     # With its usual epsilon Adam makes whole steps of gradients that are 0 but for rounding, those of biases
     # that the next batch norm takes away. Element by element only this can be compared; `SHARP` by its norm.
     "adam": optimizers.adam(eps=1.0),
+}
+OF_OPTAX = {  # by the learning rate
+    "sgd": lambda rate: optax.sgd(rate, 0.9),
+    "adam": lambda rate: optax.adam(rate, eps=1.0),
 }
 # By x64: epsilons so small that nearly every element moves by a whole step, whatever its gradient. Of such
 # updates the norm is compared, see `distance`.
@@ -43,6 +88,29 @@ def training(optimizer="sgd", link=None, chain=CHAIN):
     return Training(chain, OPTIMIZERS[optimizer], preprocess, link)
 
 
+def world(training, variables, samples, key, optimizer):
+    """The world of the protocol in which parties do what `training` says, with an optimiser of optax."""
+    link = {} if training.link is None else training.link._asdict()
+    return protocol.World(
+        training.chain.units, by_unit(training.chain, variables), optimizer, training.preprocess,
+        *samples, key, **link,
+    )  # fmt: skip
+
+
+def works(assignments):
+    """Assignments as the protocol takes them."""
+    rows = zip(*jax.tree.map(np.asarray, assignments), strict=True)
+    return [
+        protocol.Work(int(client), int(cut), float(weight), batches[:steps])
+        for client, cut, weight, steps, batches in rows
+    ]
+
+
+def by_unit(chain, variables):
+    """What the protocol calls variables."""
+    return [chain.unit_variables(variables, index) for index in range(len(chain))]
+
+
 def sharp_training(x64, link=None, chain=CHAIN, **changes):
     """With Adam of a small epsilon; `changes` are of its arguments."""
     return Training(chain, optimizers.adam(**{"eps": SHARP[x64], **changes}), preprocess, link)
@@ -58,9 +126,12 @@ def poisoned(samples, work, client):
 
 
 def start(chain=CHAIN, size=16):
-    """(variables, samples) in the default float type."""
-    variables = chain.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
-    variables = jax.tree.map(lambda x: x.astype(jnp.result_type(float)), variables)
+    """(variables, samples) with all floats in the default float type."""
+
+    def default(x):
+        return x.astype(jnp.result_type(float)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    variables = jax.tree.map(default, chain.init(jax.random.key(0), jnp.zeros((1, size, size, 1))))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (64, size, size, 1), np.uint8)
     return variables, Samples(jnp.asarray(images), jnp.asarray(rng.integers(0, 10, 64).astype(np.int32)))

@@ -11,8 +11,10 @@ import pytest
 from federated import rounds
 
 from sfl_jax import metrics
-from sfl_jax.federated.round import Model, _finite, run_round, start_model
-from sfl_jax.federated.session import Link
+from sfl_jax.federated import devices
+from sfl_jax.federated.round import Model, _finite, normalised, run_round, start_model
+from sfl_jax.federated.session import Link, batch_loss
+from sfl_jax.models import Chain
 
 KEY = jax.random.key(7)
 
@@ -178,7 +180,7 @@ def test_nobody_came_keeps_the_variables():
 # The images of client 4 are NaN: its loss is. Or the gradient that comes back to it is: its update alone is.
 BROKEN = {
     "loss": {"preprocess": rounds.preprocess_black_to_nan},
-    "update": {"link": Link(up=lambda x: x, down=lambda g: g * jnp.nan)},
+    "update": {"link": Link(up=lambda x, _: x, down=lambda g, _: g * jnp.nan)},
 }
 
 
@@ -227,17 +229,6 @@ def test_a_step_of_the_server_that_overflows_is_not_taken():
     finite.assert_equal(model.variables, variables)
 
 
-def test_learning_rate_free_optimisers_match_optax_sgd():
-    """The session applies the rate itself; that is what optax.sgd does."""
-    params, gradients = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([0.5, 0.25])}
-    ours, whole = rounds.OPTIMIZERS["sgd"], optax.sgd(rounds.RATE, 0.9)
-    state, whole_state = ours.init(params), whole.init(params)
-    for _ in range(3):
-        update, state = ours.update(gradients, state, params)
-        expected, whole_state = whole.update(gradients, whole_state, params)
-        np.testing.assert_allclose(-rounds.RATE * update["w"], expected["w"], rtol=1e-6)
-
-
 def test_server_momentum_adds_up_the_mean_changes():
     training = rounds.training()._replace(server_optimizer=optax.sgd(0.5, 0.9))
     step = jax.jit(functools.partial(run_round, training, 3, None))
@@ -274,3 +265,88 @@ def test_a_client_that_does_not_come_has_no_influence_though_all_its_data_are_na
     # Had it come, it would have been seen.
     assert run(work._replace(batches=broken.batches))[2].max() == work.client[4]
     assert rounds.difference(run(work)[0].variables, run(absent)[0].variables) > 1e-4
+
+
+IDLE = rounds.assignments(cuts=[0, 1, 2], steps=0)._replace(weight=np.array([6000, 1, 3000], np.float32))
+
+
+@pytest.fixture(scope="module")
+def idle():
+    """(variables of several types and sizes, a round in which nobody takes a step)."""
+    chain = Chain((rounds.Block(4), rounds.Head()))
+    variables, samples = rounds.start(chain, rounds.SMALL_SIZE)
+    first, last = variables.params
+    narrow = {"Dense_0": jax.tree.map(lambda x: x.astype(jnp.bfloat16), last["Dense_0"])}
+    stats, none = variables.batch_stats
+    stats = {
+        "BatchNorm_0": {"mean": jnp.full(4, -1e35), "var": jnp.full(4, 1e35)},
+        "calls": jnp.asarray(stats["calls"] + 12345),
+    }
+    variables = variables._replace(params=(first, narrow), batch_stats=(stats, none))
+    program = jax.jit(functools.partial(run_round, rounds.training(chain=chain), 3, None))
+
+    def run(weights):
+        work = IDLE._replace(weight=weights)
+        model, loss, _ = program(Model.of(variables), samples, work, KEY, jnp.asarray(rounds.RATE))
+        return model.variables, loss
+
+    return variables, run
+
+
+def test_what_nobody_changed_stays_as_it_was(idle):
+    """The mean of equal numbers is their number, also of narrow types, of integers and of very large ones."""
+    variables, run = idle
+    mean, loss = run(normalised(IDLE.weight))
+    assert loss == 0
+    assert jax.tree.map(lambda x: x.dtype, mean) == jax.tree.map(lambda x: x.dtype, variables)
+    assert rounds.difference(mean, variables) < 1e-6
+    finite.assert_equal(mean.params[1], variables.params[1])
+    assert mean.batch_stats[0]["calls"] == 12345
+
+
+def test_statistics_that_overflow_are_not_taken(idle):
+    variables, run = idle
+    mean, loss = run(IDLE.weight)  # 6000 * 1e35 is infinite in float32
+    assert np.isnan(loss)
+    finite.assert_equal(mean, variables)
+
+
+@pytest.mark.parametrize("weights", [[6000, 1, 3000], [1], [0.3, 0.1], [1e38, 1e38], [3e-38, 0], [8, 8]])
+def test_normalised_weights_are_the_same_but_for_a_power_of_two(weights):
+    weights = np.array(weights, np.float32)
+    found = normalised(weights)
+    assert found.dtype == np.float32
+    assert 0.5 <= found.sum() <= 1
+    factors = found[weights > 0] / weights[weights > 0].astype(np.float64)
+    assert len(set(factors)) == 1
+    assert np.frexp(factors[0])[0] == 0.5
+    assert normalised(np.zeros(3, np.float32)).tolist() == [0, 0, 0]
+
+
+def test_weights_of_a_round_are_normalised():
+    run = devices.Rounds(rounds.training(chain=rounds.SMALL_CHAIN), 3, devices.choose_devices(1))
+    variables, samples = rounds.start(rounds.SMALL_CHAIN, rounds.SMALL_SIZE)
+    samples = devices.place_samples(samples, devices.choose_devices(1))
+    (_, _, placed, *_), _ = run._place(Model.of(variables), samples, IDLE, KEY, rounds.RATE)
+    assert sorted(np.ravel(placed.weight)) == sorted(normalised(IDLE.weight))
+
+
+def test_the_keys_of_a_link_may_be_traced():
+    """They are arguments of its gradient, with and without an axis of clients."""
+    training = rounds.training("sgd", rounds.NOISY, rounds.SMALL_CHAIN)
+    variables, samples = rounds.start(rounds.SMALL_CHAIN, rounds.SMALL_SIZE)
+
+    @jax.jit
+    def gradient(params, cut, key):
+        def loss_of(params):
+            now = variables._replace(params=params)
+            images, labels = rounds.preprocess(samples.images[:4]), jnp.asarray(samples.labels[:4])
+            return batch_loss(training, now, images, labels, cut, key)[0]
+
+        return jax.grad(loss_of)(params)
+
+    cuts, keys = jnp.array([0, 2]), jax.random.split(KEY, 2)
+    jax.eval_shape(gradient, variables.params, cuts[1], keys[1])
+    of_two = jax.vmap(gradient, (None, 0, 0))
+    shapes = jax.eval_shape(of_two, variables.params, cuts, keys)
+    assert jax.tree.leaves(shapes)[0].shape[0] == 2

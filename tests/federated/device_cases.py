@@ -397,7 +397,7 @@ def products(jaxpr, times=1):
     for equation in jaxpr.eqns:
         total += times * profiling._MACS.get(equation.primitive.name, lambda _: 0)(equation)
         turns = times * equation.params.get("length", 1)
-        total += sum(products(inner, turns) for inner in profiling._inner_jaxprs(equation.params))
+        total += sum(products(inner, turns) for inner in profiling._bodies(equation.params))
     return total
 
 

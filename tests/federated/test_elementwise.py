@@ -45,6 +45,9 @@ BY_LEAF = {
     "clipped by the global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
     "a mask by axes": optax.adamw(1e-3, mask=by_axes),
     "a mask by name": optax.adamw(1e-3, mask=by_path(lambda path: "scale" not in path)),
+    "a mask that asks for keys": optax.adamw(
+        1e-3, mask=lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key != "nothing", params)
+    ),
     "a mask by unit": optax.masked(optax.sgd(0.1), by_path(lambda path: path.startswith("[0]"))),
     "a mask of a small leaf": optax.adamw(1e-3, mask=by_path(lambda path: "dense']['bias" not in path)),
     "only where all is finite": optax.apply_if_finite(optax.sgd(0.1), 3),
@@ -73,6 +76,15 @@ def times(numbers):
     return stateless(lambda u, p: -u * numbers(u).reshape(u.shape).astype(u.dtype))
 
 
+@optax.stateless
+def exchanged(updates, params):
+    """The updates, those of the first leaf and of the last one of its shape exchanged."""
+    leaves, structure = jax.tree.flatten(updates)
+    last = max(index for index, leaf in enumerate(leaves) if leaf.shape == leaves[0].shape)
+    leaves[0], leaves[last] = leaves[last], leaves[0]
+    return jax.tree.unflatten(structure, leaves)
+
+
 FIRST_LEAF = optax.stateless(lambda updates, params: [x + jax.tree.leaves(updates)[0].sum() for x in updates])
 CRAFTED = {
     "of the first parameters": (starting_from(lambda p: 0.1 * p), True),
@@ -84,7 +96,8 @@ CRAFTED = {
     "sorted": (stateless(lambda u, p: -jnp.sort(u, axis=None).reshape(u.shape)), False),
     "the neighbour's": (stateless(lambda u, p: -jnp.roll(u, 1)), False),
     "the first number's": (stateless(lambda u, p: jnp.full_like(u, u.reshape(-1)[0])), False),
-    "another leaf's": (FIRST_LEAF, False),
+    "the first leaf's": (FIRST_LEAF, False),
+    "another leaf's": (exchanged, False),
     "where": (stateless(lambda u, p: jnp.where(p > 0, -u, u)), True),
 }
 

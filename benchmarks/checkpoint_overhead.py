@@ -50,7 +50,7 @@ def main():
         clock, compiling = metrics.Stopwatch(), metrics.CompileClock()
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", 2)
         with contextlib.closing(Timed(built.config, checkpoints, None, clock, compiling)) as recorder:
-            recorder.begin(state, {}, {})
+            recorder.begin(state, {}, {}, {})
             recorder.start()
             for after, line in experiment.run(built, state, engine, clock, recorder.is_due):
                 recorder.add(after, line)

@@ -22,7 +22,7 @@ from sfl_jax.checkpoints import Checkpoints, Progress
 def measured(model, saves):
     """(held_ms, saved_s, cpu_s, restored_s) of each save."""
     like = jax.eval_shape(lambda: model)
-    progress = Progress(0, {}, 0.0, 0.0, 0, hashlib.sha256().hexdigest(), {}, {})
+    progress = Progress(0, {}, 0.0, 0.0, 0, hashlib.sha256().hexdigest(), {}, {}, {})
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = Checkpoints(Path(directory), keep=2)
         for round in range(saves):

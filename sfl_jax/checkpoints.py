@@ -43,7 +43,8 @@ class Progress(NamedTuple):
 
     round: rounds done. simulated_s: every scheme's clock. wall_s, compile_s: clocks of the machine.
     log_bytes, log_sha256: how much of metrics.jsonl belongs to these rounds, and its digest.
-    settings: the flags of the run. inputs: digests of what its flags name.
+    settings: the flags of the run. inputs: digests of what its flags name. network: what else says which
+    network the model is of, and what it is given: num_classes, image_channels, input_scaling.
     """
 
     round: int
@@ -54,6 +55,7 @@ class Progress(NamedTuple):
     log_sha256: str
     settings: dict[str, Any]
     inputs: dict[str, str]
+    network: dict[str, Any]
 
 
 class Stored(NamedTuple):
@@ -245,7 +247,7 @@ def _read(path, log) -> Progress:
         progress = Progress(**json.loads((path / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Damaged(_line(error)) from error
-    if [*map(type, progress)] != [int, dict, float, float, int, str, dict, dict]:
+    if [*map(type, progress)] != [int, dict, float, float, int, str, dict, dict, dict]:
         raise Damaged(f"{PROGRESS} is not of this form")
     if path.name != _name(progress.round):
         raise Damaged(f"it is that of round {progress.round}")

@@ -170,15 +170,8 @@ def kept_round_s(plan: optim.Plan, terms: optim.Terms, config: Config) -> float:
     return float(seconds.before_server.max() + seconds.server.sum() + seconds.after_server.max())
 
 
-def clocks(
-    built: experiment.Experiment, rounds: int, rivals: Sequence[str] | None = None
-) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first, and
-    then `rivals`, or all.
-
-    Training is the same under every scheme, so its plans are all that a clock needs.
-    """
-    config = built.config
+def own_scheme(config: Config) -> str:
+    """What the scheme of a run is called beside the others."""
     name = config.method
     if config.band != "fixed":
         name += f", {config.band} band"
@@ -188,6 +181,19 @@ def clocks(
         name += ", recall"
     if config.rounding != Config.rounding:
         name += f", {config.rounding}"
+    return name
+
+
+def clocks(
+    built: experiment.Experiment, rounds: int, rivals: Sequence[str] | None = None
+) -> dict[str, Float64[np.ndarray, " R"]]:
+    """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first, and
+    then `rivals`, or all.
+
+    Training is the same under every scheme, so its plans are all that a clock needs.
+    """
+    config = built.config
+    name = own_scheme(config)
     others = schemes(config.barrier) if rivals is None else rivals
     names = [name, *(scheme for scheme in others if scheme != name)]
     rounds_s = np.full((len(names), rounds), np.inf)

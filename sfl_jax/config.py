@@ -394,15 +394,15 @@ def settings(config: Config, command: str) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields_of(command)}
 
 
-def changes(before: Mapping[str, Any], config: Config, command: str) -> list[str]:
-    """The settings that make other numbers than those of `before` do: "--seed=1 (was 0)"."""
+def changes(before: Mapping[str, Any], config: Config, command: str) -> dict[str, str]:
+    """The settings that make other numbers than those of `before` do, by name: "--seed=1 (was 0)"."""
     harmful = [field for field in fields_of(command) if not field.metadata["harmless"]]
     pairs = [(f.name, getattr(config, f.name), before.get(f.name, f.default)) for f in harmful]
-    return [
-        f"--{name}={now} (was {was})"
+    return {
+        name: f"--{name}={now} (was {was})"
         for name, now, was in pairs
         if now != was and name not in left_open(config)
-    ]
+    }
 
 
 def left_open(config: Config) -> list[str]:

@@ -23,6 +23,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import execution, optimizers
 from sfl_jax.federated.evaluation import batch_at
+from sfl_jax.federated.packing import plain
 from sfl_jax.federated.round import Model, Outcome, start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import keras_weights
@@ -125,7 +126,7 @@ def build(config: Config, say: Say = silent) -> Experiment:
         *division.notes(config, file, parts, len(dataset.train_labels)),
     ]
     channels = _channels(dataset)
-    chain = _chain(config, dataset, "product" if config.layer_form == AUTO else config.layer_form)
+    chain = _chain_for(config, dataset, "product" if config.layer_form == AUTO else config.layer_form)
     if config.min_cut > len(chain):
         raise BadInput(
             f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"
@@ -143,10 +144,7 @@ def build(config: Config, say: Say = silent) -> Experiment:
     scaling = imported.scaling if imported else keras_weights.SIGNED
     init_digest = digest(map(np.asarray, jax.tree.leaves(imported[:2] if imported else (None, scaling))))
     notes += _classifier(config, imported, dataset.num_classes)
-    training = Training(
-        chain, optimizer(config), preprocessing(config.image_size, *scaling),
-        server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
-    )  # fmt: skip
+    training = _training(config, chain, scaling)
     steps_max = datasets.max_steps(parts, config.local_epochs, config.batch_size)
     return Experiment(
         config, dataset, parts, clients, terms, training, devices, scaling, init_digest, steps_max,
@@ -161,6 +159,37 @@ def inputs(experiment: Experiment) -> dict[str, str]:
         "fleet": digest(map(np.asarray, experiment.fleet.columns().values())),
         "init_from": experiment.init_digest,
     }
+
+
+def network(experiment: Experiment) -> dict[str, Any]:
+    """What says, besides the settings, which network it is, and how its images are scaled: for `trained`."""
+    return {
+        "num_classes": experiment.dataset.num_classes,
+        "image_channels": _channels(experiment.dataset),
+        "input_scaling": experiment.scaling._asdict(),
+    }
+
+
+class Trained(NamedTuple):
+    """What a run has learned: all that an export needs."""
+
+    chain: models.Chain
+    variables: models.Variables
+    scaling: keras_weights.InputScaling
+    round: int
+
+
+def trained(config: Config, checkpoints: Checkpoints, progress: Progress) -> Trained:
+    """The model of a checkpoint on the host, without the data and the weights that it began with."""
+    classes, channels, scaling = (
+        progress.network[name] for name in ("num_classes", "image_channels", "input_scaling")
+    )
+    chain = _chain(config, classes, channels, config.layer_form)
+    scaling = keras_weights.InputScaling(*map(tuple, (scaling["divisor"], scaling["offset"])))
+    training = _training(config, chain, scaling)
+    fresh = functools.partial(_fresh_variables, config, chain, channels)
+    model = checkpoints.restore(progress, jax.eval_shape(lambda: start_model(training, fresh())))
+    return Trained(chain, models.Variables(*plain(model.packed)), scaling, progress.round)
 
 
 def start(experiment: Experiment) -> State:
@@ -207,7 +236,7 @@ def compile(
 
     def seconds(one):
         say(f"measuring {one}")
-        chain = _chain(experiment.config, data, one.layer_form)
+        chain = _chain_for(experiment.config, data, one.layer_form)
         return execution.seconds_per_client(chain, profile, images, one.clients_per_chunk, devices[0])
 
     placed = federated_devices.bytes_placed(state.model)
@@ -215,7 +244,7 @@ def compile(
     samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices, free)
     placed += federated_devices.bytes_placed(samples)
     config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes, placed)
-    training = own._replace(chain=_chain(config, data, config.layer_form))
+    training = own._replace(chain=_chain_for(config, data, config.layer_form))
     say("compiling the evaluation")
     held_out, evaluate = _compile_evaluation(config, data, training, devices, state, placed)
     placed += federated_devices.bytes_placed(held_out)
@@ -396,10 +425,21 @@ def learning_rate(config: Config, round: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _chain(config, dataset, layer_form):
+def _training(config, chain, scaling):
+    return Training(
+        chain, optimizer(config), preprocessing(config.image_size, *scaling),
+        server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
+    )  # fmt: skip
+
+
+def _chain_for(config, dataset, layer_form):
+    return _chain(config, dataset.num_classes, _channels(dataset), layer_form)
+
+
+def _chain(config, num_classes, channels, layer_form):
     dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
     return models.create(
-        config.model, dataset.num_classes, _channels(dataset),
+        config.model, num_classes, channels,
         layer_form=layer_form, dtype=dtype, drop_rate_scale=config.drop_rate_scale,
     )  # fmt: skip
 

@@ -11,6 +11,9 @@ from typing import BinaryIO
 
 from sfl_jax.errors import BadInput
 
+PNG_METADATA = {"Software": "sfl_jax"}
+PNG_MARK = b"Software\0sfl_jax"
+
 _unfinished: set[Path] = set()  # what this process removes when it ends well
 
 
@@ -27,6 +30,22 @@ def ensure_writable(directory: str | os.PathLike[str], flag: str, value: str) ->
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"--{flag}={value}: cannot be written ({reason}); choose another place") from error
+
+
+def ensure_ours(path: str | os.PathLike[str], mark: bytes, flag: str, value: str) -> None:
+    """BadInput, naming --flag=value, where a file is there that lacks `mark`, which is near the beginning of
+    every one of this name that this package writes. An empty one is nobody's.
+    """
+    with (
+        contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError),
+        open(path, "rb") as file,
+    ):
+        head = file.read(2**16)
+        if head and mark not in head:
+            raise BadInput(
+                f"--{flag}={value}: {path} is not of sfl_jax and would be replaced; move it, or choose"
+                " another place"
+            )
 
 
 def ensure_room(directory: str | os.PathLike[str], flag: str, value: str, needed_bytes: int) -> None:

@@ -1,9 +1,11 @@
 """What a run leaves on disk round by round, and where a run that was stopped goes on."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +14,107 @@ from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import Config, changes, settings
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.files import NotWritten, whole_file
+from sfl_jax.files import NotWritten, ensure_ours, whole_file
 
-LOG = "metrics.jsonl"
+LOG, CONFIG, PAGE = "metrics.jsonl", "config.json", "report.html"
+# What is in every file of this name that this package writes: others are somebody's own.
+MARKS = {CONFIG: b'"cohort_size"', PAGE: b'<meta name="generator" content="sfl_jax">'}
 
 
 def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:
     """What the run in the workdir has reached; None where there is none.
 
     Raises:
-      BadInput: it was made with other settings, none of its checkpoints can be used, or it has none.
+      BadInput: it was made with other settings, none of its checkpoints can be used, it has none, or there
+        are files of somebody else's where it would write.
     """
-    path = Path(config.workdir) / LOG
-    log = path.read_bytes() if path.exists() else b""
+    log = _log_bytes(config.workdir)
     progress = checkpoints.newest(log)
-    if progress is None and log:
+    if progress is not None:
+        _refuse(config, _differences(config, progress))
+        return progress
+    if log:
         raise BadInput(
             f"--workdir={config.workdir}: has a {LOG} but no checkpoint to go on from; choose another"
         )
-    if progress is not None:
-        _refuse(config, changes(progress.settings, config, "train"))
-    return progress
+    for name, mark in MARKS.items():
+        ensure_ours(Path(config.workdir, name), mark, "workdir", config.workdir)
+    return None
 
 
 def saved(workdir: str) -> tuple[experiment.Experiment, experiment.State]:
-    """The run in a workdir as its newest checkpoint has it.
+    """The run in a workdir as its newest checkpoint has it, on whatever devices are here.
 
-    Raises BadInput where there is none or its config.json is damaged, and where its dataset, fleet or weights
-    are not to be had any more.
+    Raises BadInput where there is none, and where its dataset, fleet or weights are not to be had any more or
+    have other contents: `trained` needs none of them.
     """
+    config, checkpoints, progress = _newest(workdir)
+    built = experiment.build(config)
+    ensure_unchanged(built, progress)
+    return built, experiment.resume(built, checkpoints, progress)
+
+
+def trained(workdir: str) -> experiment.Trained:
+    """What the run in a workdir has learned, from its newest checkpoint alone; BadInput where none is."""
+    return experiment.trained(*_newest(workdir))
+
+
+def ensure_unchanged(
+    built: experiment.Experiment,
+    progress: Progress | None = None,
+    names: Sequence[str] = ("dataset", "fleet", "init_from"),
+) -> None:
+    """BadInput where inputs of an experiment are not those of the run in its workdir; `progress`: what that
+    has reached, if known.
+    """
+    progress = progress or _newest(built.config.workdir)[2]
+    now = {name: digest for name, digest in experiment.inputs(built).items() if name in names}
+    if differ := _other_contents(built.config, progress, now):
+        raise BadInput(
+            f"{', '.join(differ)}: not what the run in --workdir={built.config.workdir} was made with"
+        )
+
+
+def _newest(workdir):
+    """(settings, checkpoints, progress) of the newest checkpoint in a workdir; the devices are open."""
     workdir = paths.expand("workdir", workdir)
     config, _ = described(workdir)
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep)
-    progress = reached(config, checkpoints)
+    progress = checkpoints.newest(_log_bytes(workdir))
     if progress is None:
         raise BadInput(f"--workdir={workdir}: no checkpoint is here")
-    built = experiment.build(config)
-    return built, experiment.resume(built, checkpoints, progress)
+    config = Config.from_dict(progress.settings | {"workdir": str(workdir), "devices": 0})
+    return config, checkpoints, progress
+
+
+def _log_bytes(workdir):
+    path = Path(workdir) / LOG
+    return path.read_bytes() if path.exists() else b""
+
+
+def _differences(config, progress):
+    """The settings that make other numbers than those of the rounds that are done.
+
+    More rounds, or fewer, do where the rates of these depend on how many there are.
+    """
+    found = changes(progress.settings, config, "train")
+    if "rounds" in found:
+        was = dataclasses.replace(config, rounds=progress.settings["rounds"])
+        done = range(min(progress.round, was.rounds, config.rounds))
+        if all(experiment.learning_rate(config, i) == experiment.learning_rate(was, i) for i in done):
+            del found["rounds"]
+        else:
+            cosine = config.learning_rate_schedule != "constant"
+            flag = "learning_rate_schedule" if cosine else "warmup_rounds"
+            reason = f"with --{flag}={getattr(config, flag)} the rates of all rounds depend on it"
+            found["rounds"] = f"--rounds={config.rounds} (was {was.rounds}; {reason})"
+    return [*found.values()]
 
 
 def described(workdir: str) -> tuple[Config, dict[str, Any]]:
     """(settings, environment) of the run in a workdir. BadInput where there is none or it is damaged."""
     try:
-        found = json.loads((Path(workdir) / "config.json").read_bytes())
+        found = json.loads((Path(workdir) / CONFIG).read_bytes())
     except OSError as error:
         raise BadInput(f"--workdir={workdir}: no run is here, config.json cannot be read") from error
     except (ValueError, RecursionError) as error:
@@ -85,13 +145,21 @@ def logged(workdir: str) -> list[metrics.Round]:
 
 
 def check_inputs(config: Config, progress: Progress, inputs: dict[str, str]) -> None:
-    """BadInput where the dataset or the fleet is not that of the run."""
+    """BadInput where the dataset, the fleet or the weights to start from are not those of the run."""
+    _refuse(config, _other_contents(config, progress, inputs))
+
+
+def _other_contents(config, progress, inputs):
     differ = [name for name in inputs if inputs[name] != progress.inputs.get(name)]
-    _refuse(config, [f"--{name}={getattr(config, name)} (has other contents now)" for name in differ])
+    return [f"--{name}={getattr(config, name)} (has other contents now)" for name in differ]
 
 
 def _refuse(config, differences):
-    if differences and not config.allow_config_change:
+    """BadInput names the differences; where they are allowed, each is said."""
+    if config.allow_config_change:
+        for difference in differences:
+            logging.warning("--allow_config_change: going on with %s", difference)
+    elif differences:
         raise BadInput(
             f"{', '.join(differences)}: the run in --workdir={config.workdir} was made with other settings; "
             "take those, or another --workdir, or --allow_config_change to go on all the same"
@@ -120,13 +188,20 @@ class Recorder:
         self.saved_round = progress.round if progress else -1
         self.log = metrics.Log(self.workdir / LOG, progress.log_bytes if progress else 0)
         self._inputs: dict[str, str] = {}
+        self._network: dict[str, Any] = {}
         self._saved_at = time.monotonic()
 
-    def begin(self, state: experiment.State, inputs: dict[str, str], environment: dict[str, Any]) -> None:
+    def begin(
+        self,
+        state: experiment.State,
+        inputs: dict[str, str],
+        network: dict[str, Any],
+        environment: dict[str, Any],
+    ) -> None:
         """Describe the run, save its first state. BadInput or OSError where the disk does not let it."""
-        self._inputs = inputs
+        self._inputs, self._network = inputs, network
         self.checkpoints.ensure_room(self.config.workdir, state.model)
-        with whole_file(self.workdir / "config.json") as file:
+        with whole_file(self.workdir / CONFIG) as file:
             described = settings(self.config, "train") | {"environment": environment}
             file.write(json.dumps(described, indent=2).encode())
         try:
@@ -185,7 +260,7 @@ class Recorder:
         self.log.sync()
         progress = Progress(
             state.round, state.simulated_s, self.clock.seconds, self.compiling.seconds, self.log.bytes,
-            self.log.sha256, settings(self.config, "train"), self._inputs,
+            self.log.sha256, settings(self.config, "train"), self._inputs, self._network,
         )  # fmt: skip
         self.checkpoints.save(federated_devices.on_first(state.model), progress)
 
@@ -207,7 +282,13 @@ class Silent(Recorder):
     def __init__(self, clock: metrics.Stopwatch, compiling: metrics.CompileClock):
         self.clock, self.compiling = clock, compiling
 
-    def begin(self, state: experiment.State, inputs: dict[str, str], environment: dict[str, Any]) -> None:
+    def begin(
+        self,
+        state: experiment.State,
+        inputs: dict[str, str],
+        network: dict[str, Any],
+        environment: dict[str, Any],
+    ) -> None:
         pass
 
     def add(self, state: experiment.State, line: metrics.Round) -> None:

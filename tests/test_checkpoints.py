@@ -29,7 +29,7 @@ def progress(round):
     size = LOG.index(b"%d\n" % (round + 1)) - len("round ")
     digest = hashlib.sha256(LOG[:size]).hexdigest()
     clocks = {"exact": 0.1 * round, "no_split": float("inf")}
-    return Progress(round, clocks, 1.5, 0.5, size, digest, {"seed": 3}, {"fleet": "ab"})
+    return Progress(round, clocks, 1.5, 0.5, size, digest, {"seed": 3}, {"fleet": "ab"}, {})
 
 
 def model(round):

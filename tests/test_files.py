@@ -6,7 +6,7 @@ import pytest
 from disks import fill
 
 from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_writable, locked, whole_file
+from sfl_jax.files import ensure_ours, ensure_writable, locked, whole_file
 
 
 def test_a_file_appears_whole_and_alone(tmp_path):
@@ -112,3 +112,21 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_file_is_ours_if_it_has_the_mark(tmp_path):
+    path = tmp_path / "a.csv"
+    ensure_ours(path, b"x,y", "output", "a.json")
+    path.mkdir()
+    ensure_ours(path, b"x,y", "output", "a.json")
+    ensure_ours(path / "b" / "c", b"x,y", "output", "a.json")
+    path.rmdir()
+    for content in (b"", b"x,y\n1,2\n", b"\x89PNG" + bytes(99) + b"x,y"):
+        path.write_bytes(content)
+        ensure_ours(path, b"x,y", "output", "a.json")
+        ensure_ours(path / "b", b"x,y", "output", "a.json")
+    path.write_bytes(b"y,x\n")
+    with pytest.raises(
+        BadInput, match=r"^--output=a.json: .*a.csv is not of sfl_jax and would be replaced; move it"
+    ):
+        ensure_ours(path, b"x,y", "output", "a.json")

@@ -1,6 +1,8 @@
 """What a run leaves on disk round by round, without any training."""
 
 import contextlib
+import dataclasses
+import json
 from unittest import mock
 
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from sfl_jax import experiment, metrics, recording
 from sfl_jax.checkpoints import Checkpoints
 from sfl_jax.config import Config
+from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Model
 
 ROUNDS = 7
@@ -39,7 +42,7 @@ def line(round):
 
 def go(config, clock, rounds, progress=None):
     with recorder(config, progress) as own:
-        own.begin(state(progress.round if progress else 0), {"fleet": "ab"}, {})
+        own.begin(state(progress.round if progress else 0), {"fleet": "ab"}, {}, {})
         for round in rounds:
             clock[0] += 1.0
             own.add(state(round), line(round))
@@ -96,7 +99,7 @@ class Fails:
 def test_a_background_save_that_failed_is_tried_again_at_the_end(clock, tmp_path, monkeypatch, caplog):
     config = Config(workdir=str(tmp_path), checkpoint_every_rounds=2, on_write_error="continue")
     with recorder(config) as own:
-        own.begin(state(0), {}, {})
+        own.begin(state(0), {}, {}, {})
         own.add(state(1), line(1))
         fails = Fails(monkeypatch, 1)
         own.add(state(2), line(2))
@@ -115,7 +118,7 @@ def test_a_background_save_that_failed_is_tried_again_at_the_end(clock, tmp_path
 def test_what_is_done_is_saved_before_an_error_ends_the_run(clock, tmp_path, monkeypatch):
     config = Config(workdir=str(tmp_path))
     with recorder(config) as own:
-        own.begin(state(0), {}, {})
+        own.begin(state(0), {}, {}, {})
         own.add(state(1), line(1))
         assert own.rescue(state(1))
         assert own.saved_round == 1
@@ -134,9 +137,94 @@ def test_clients_are_counted_over_the_whole_run(clock, tmp_path, monkeypatch):
     go(config, clock, range(1, 3))
     progress = recording.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
     with recorder(config, progress) as own:
-        own.begin(state(2), {"fleet": "ab"}, {})
+        own.begin(state(2), {"fleet": "ab"}, {}, {})
         broken = mock.Mock(wraps=own.log._file, write=mock.Mock(side_effect=OSError(28, "full")))
         file, own.log._file = own.log._file, broken
         own.add(state(3), line(3)._replace(clients=0))
         own.log._file = file
         assert own.came() == [1, 1, 0]
+
+
+def differences(before, after, rounds, tmp_path, clock):
+    """What refuses a run that has done so many rounds with `before`, and is to go on with `after`."""
+    config = Config(workdir=str(tmp_path), checkpoint_every_rounds=1, learning_rate=0.5, **before)
+    go(config, clock, range(1, rounds + 1))
+    try:
+        recording.reached(dataclasses.replace(config, **after), Checkpoints(tmp_path / "checkpoints", 2))
+    except BadInput as error:
+        return str(error).split(": the run in")[0]
+    return None
+
+
+CONSTANT = {"learning_rate_schedule": "constant", "warmup_rounds": 0}
+
+
+@pytest.mark.parametrize(
+    ("before", "rounds", "after", "refusal"),
+    [
+        ({**CONSTANT, "rounds": 3}, 3, {"rounds": 9}, None),
+        ({**CONSTANT, "rounds": 9}, 3, {"rounds": 4}, None),
+        ({**CONSTANT, "rounds": 9, "warmup_rounds": 4}, 6, {"rounds": 20}, None),
+        ({**CONSTANT, "rounds": 9}, 3, {"rounds": 4, "seed": 1}, "--seed=1 (was 0)"),
+        (
+            {**CONSTANT, "rounds": 4, "warmup_rounds": 8}, 4, {"rounds": 8},
+            "--rounds=8 (was 4; with --warmup_rounds=8 the rates of all rounds depend on it)",
+        ),
+        (
+            {"learning_rate_schedule": "cosine", "rounds": 4, "warmup_rounds": 0}, 4, {"rounds": 8},
+            "--rounds=8 (was 4; with --learning_rate_schedule=cosine the rates of all rounds depend on it)",
+        ),
+        # The rounds that are done have the same rates in a run of so many rounds.
+        ({"learning_rate_schedule": "cosine", "rounds": 9, "warmup_rounds": 2}, 2, {"rounds": 8}, None),
+    ],
+)  # fmt: skip
+def test_more_rounds_need_no_flag_where_those_that_are_done_stay_as_they_are(
+    before, rounds, after, refusal, tmp_path, clock
+):
+    assert differences(before, after, rounds, tmp_path, clock) == refusal
+
+
+def test_what_a_run_goes_on_with_all_the_same_is_said(tmp_path, clock, caplog):
+    after = {"seed": 1, "method": "common_cut", "allow_config_change": True}
+    assert differences({}, after, 1, tmp_path, clock) is None
+    said = [message for message in caplog.messages if "going on with" in message]
+    assert said == [
+        "--allow_config_change: going on with --method=common_cut (was exact)",
+        "--allow_config_change: going on with --seed=1 (was 0)",
+    ]
+    caplog.clear()
+    progress = Checkpoints(tmp_path / "checkpoints", 2).newest((tmp_path / recording.LOG).read_bytes())
+    config = Config(workdir=str(tmp_path), fleet="f.csv", allow_config_change=True)
+    recording.check_inputs(config, progress, {"fleet": "cd"})
+    [said] = caplog.messages
+    assert said.endswith("going on with --fleet=f.csv (has other contents now)")
+    with pytest.raises(BadInput, match=r"^--fleet=f.csv \(has other contents now\): the run in "):
+        recording.check_inputs(
+            dataclasses.replace(config, allow_config_change=False), progress, {"fleet": "cd"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_ours"),
+    [
+        ("config.json", '{"model_type": "bert"}', False),
+        ("config.json", "not json", False),
+        ("config.json", "", True),
+        ("config.json", json.dumps(Config().to_dict() | {"environment": {}}), True),
+        ("report.html", "<!doctype html><p>thesis", False),
+        ("report.html", '<!doctype html>\n<meta name="generator" content="sfl_jax">', True),
+        ("notes.txt", "mine", True),
+    ],
+)
+def test_files_of_somebody_else_refuse_the_workdir(name, content, is_ours, tmp_path):
+    (tmp_path / name).write_text(content)
+    config = Config(workdir=str(tmp_path))
+    if is_ours:
+        assert recording.reached(config, Checkpoints(tmp_path / "checkpoints", 2)) is None
+    else:
+        said = (
+            rf"^--workdir={tmp_path}: {tmp_path / name} is not of sfl_jax and would be replaced; move it, or"
+        )
+        with pytest.raises(BadInput, match=said):
+            recording.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
+    assert (tmp_path / name).read_text() == content

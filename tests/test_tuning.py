@@ -92,10 +92,10 @@ def test_a_run_that_goes_on_keeps_its_choice(profile):
     again, tried = settle(profile, OPEN, lambda _: pytest.fail("measured"), before)
     assert choice(again) == ("conv", "vmap", 2)
     assert not tried
-    assert changes(before, OPEN, "train") == []
-    assert changes(before, dataclasses.replace(OPEN, layer_form="product"), "train") == [
-        "--layer_form=product (was conv)"
-    ]
+    assert changes(before, OPEN, "train") == {}
+    assert changes(before, dataclasses.replace(OPEN, layer_form="product"), "train") == {
+        "layer_form": "--layer_form=product (was conv)"
+    }
 
 
 def test_what_was_measured_once_is_not_measured_again(profile, tmp_path):

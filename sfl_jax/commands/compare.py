@@ -14,8 +14,11 @@ from typing import Any
 from sfl_jax.commands import flags
 from sfl_jax.commands.screen import Screen, first_line_of_plan, screen
 from sfl_jax.config import Config
-from sfl_jax.files import ensure_writable, whole_file
+from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
+# What the command writes, and what is in every such file.
+PLAN_FILES = {"methods.csv": b"sweep,value,fleet,", "methods.png": PNG_MARK, "errors.png": PNG_MARK}
+CLOCK_FILES = {"schemes.csv": b"round,test_accuracy,", "schemes.png": PNG_MARK}
 _SWEEPS = {
     "server_flops": "server compute",
     "clients": "number of clients",
@@ -33,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(config: Config) -> int:
     """Train and write schemes.csv and .png; with --plan_only methods.csv, methods.png and errors.png."""
     ensure_writable(config.workdir, "workdir", config.workdir)
+    for name, mark in (PLAN_FILES if config.plan_only else CLOCK_FILES).items():
+        ensure_ours(Path(config.workdir, name), mark, "workdir", config.workdir)
     return compare_plans(config) if config.plan_only else compare_clocks(config)
 
 
@@ -50,7 +55,7 @@ def compare_plans(config: Config) -> int:
         say(f"counting the work of {config.model}, and compiling the methods")
         rows = _said(itertools.chain(comparison.sweeps(config), comparison.errors(config)), say)
         say("drawing")
-        written = [Path(config.workdir) / name for name in ("methods.csv", "methods.png", "errors.png")]
+        written = [Path(config.workdir) / name for name in PLAN_FILES]
         write_csv(written[0], comparison.Row._fields, rows)
         compare_plot.write_methods(written[1], rows, config)
         compare_plot.write_errors(written[2], rows, config)
@@ -79,15 +84,17 @@ def compare_clocks(config: Config) -> int:
     if code or not processes.is_first():
         return code
     with screen(f"planning {config.rounds} rounds by every method") as say:
-        from sfl_jax import comparison, experiment, recording
+        from sfl_jax import experiment, recording
         from sfl_jax.commands import compare_plot
 
         workdir = Path(config.workdir)
         lines = recording.logged(config.workdir)
         accuracies = [line.test_accuracy for line in lines]
-        clocks = comparison.clocks(experiment.build(config), len(lines))
+        built = experiment.build(config, say)
+        recording.ensure_unchanged(built, names=("dataset", "fleet"))
+        clocks = report.clocks(built, lines)
         rows = zip([line.round for line in lines], accuracies, *clocks.values(), strict=True)
-        written = workdir / "schemes.csv", workdir / "schemes.png"
+        written = [workdir / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
         compare_plot.write_clocks(written[1], accuracies, clocks, config)
         say.result(f"\n{report.table(clocks)}\nwritten: {', '.join(map(str, written))}")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sfl_jax.comparison import DRAWS, ERRORS, FOUR_STARTS, NEAREST, RECALL, Row
 from sfl_jax.config import Config
-from sfl_jax.files import whole_file
+from sfl_jax.files import PNG_METADATA, whole_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes where a hue comes twice.
 _STYLES = {
@@ -147,4 +147,4 @@ def _plain(axis: Axis) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=110, metadata=PNG_METADATA)

@@ -9,7 +9,10 @@ from sfl_jax.commands import flags
 from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_writable, whole_file
+from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+
+# What is in every file that this command writes, by its ending.
+MARKS = {".json": b'"server_flops":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(config: Config) -> None:
     """Plan, print the summary, and write the plan as JSON, as CSV beside it, as a picture if asked for."""
     output = Path(config.output)
-    written = [output, output.with_suffix(".csv"), *([output.with_suffix(".png")] if config.plot else [])]
+    written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
     check_outputs(written, config.fleet)
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
@@ -61,6 +64,7 @@ def check_outputs(written: Sequence[Path], fleet: str) -> None:
             raise BadInput(f"--output={output}: {path} is a directory; choose another name")
         if path.exists() and Path(fleet).exists() and path.samefile(fleet):
             raise BadInput(f"--output={output}: {path} is the fleet, which it would replace")
+        ensure_ours(path, MARKS[path.suffix], "output", str(output))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sfl_jax import optim
 from sfl_jax.commands.plan_summary import WORDS
+from sfl_jax.files import PNG_METADATA
 from sfl_jax.planning import MORE_SERVER_FLOPS, Planned, seconds, solve
 
 # The two directions of one thing share a hue.
@@ -49,7 +50,7 @@ def write_plot(file: BinaryIO, planned: Planned) -> None:
     _draw_clients(axes["clients"], planned)
     _draw_cuts(axes["cuts"], planned)
     _draw_servers(axes["servers"], planned)
-    figure.savefig(file, format="png", dpi=120)
+    figure.savefig(file, format="png", dpi=120, metadata=PNG_METADATA)
 
 
 def _draw_clients(axes: Axes, planned: Planned) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 from sfl_jax.commands import flags, words
 from sfl_jax.commands.screen import screen
 from sfl_jax.config import Config
-from sfl_jax.files import ensure_writable, whole_file
+from sfl_jax.errors import BadInput
+from sfl_jax.files import ensure_ours, ensure_writable, whole_file
 
 NAME = "report.html"
+SAME = 1e-6  # part by which a clock may differ that is made again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,30 +31,82 @@ def report(config: Config) -> int:
         from sfl_jax import experiment, recording
 
         run, _ = recording.described(config.workdir)
-        rounds = len(recording.logged(config.workdir))  # before anything long
+        recording.logged(config.workdir)  # before anything long
         ensure_writable(config.workdir, "workdir", config.workdir)
-        # Clocks follow from the settings alone, on whatever devices are here.
-        built = experiment.build(dataclasses.replace(run, devices=0), say)
-        say(f"planning {rounds} rounds by every method")
-        clocks = write(built)
-        say.result(f"{table(clocks)}\nwritten: {Path(config.workdir) / NAME}")
+        ensure_page_is_ours(config.workdir)
+
+        def all_clocks(lines):
+            # They follow from settings, data and fleet, on whatever devices are here.
+            built = experiment.build(dataclasses.replace(run, devices=0, init_from=""), say)
+            recording.ensure_unchanged(built, names=("dataset", "fleet"))
+            say(f"planning {len(lines)} rounds by every method")
+            return clocks(built, lines)
+
+        found, note = _write(config.workdir, all_clocks)
+        say.result("\n".join(filter(None, [table(found), note])))
+        print(f"written: {Path(config.workdir) / NAME}")
         return 0
 
 
-def write(built: Any, rivals: Sequence[str] | None = None) -> dict[str, Any]:
-    """Write the page of an experiment's workdir; the simulated seconds after each round by scheme, the run's
-    own first, and then those of `rivals`, or all. OSError where the disk does not let it.
+def write(built: Any, rivals: Sequence[str]) -> str:
+    """Write the page of an experiment's workdir, with the clocks of `rivals`; a line where it has none of
+    them, else nothing. OSError where the disk does not let it, BadInput where somebody else's page is there.
     """
-    from sfl_jax import comparison, recording
+    return _write(built.config.workdir, lambda lines: clocks(built, lines, rivals))[1]
+
+
+def clocks(built: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None) -> dict[str, Any]:
+    """The simulated seconds after each round by scheme: the run's own first, as `lines` have them, and then
+    those of `rivals`, or all.
+
+    BadInput where the plans made now are not those of the run: then other settings or inputs held in it.
+    """
+    import numpy as np
+
+    from sfl_jax import comparison
+
+    made = comparison.clocks(built, len(lines), rivals)
+    own = _own_clock(built.config, lines)
+    (name, logged_s), *_ = own.items()
+    if not np.allclose(made[name], logged_s, rtol=SAME, atol=0):
+        raise BadInput(
+            f"--workdir={built.config.workdir}: its rounds were planned with other settings, inputs or"
+            " another release"
+        )
+    return made | own
+
+
+def ensure_page_is_ours(workdir: str) -> None:
+    """BadInput where the workdir has a page of this name that is somebody else's."""
+    from sfl_jax import recording
+
+    ensure_ours(Path(workdir) / NAME, recording.MARKS[NAME], "workdir", workdir)
+
+
+def _write(workdir, clocks_of):
+    """(the clocks on the page, a line where those of other schemes are left out)"""
+    from sfl_jax import recording
     from sfl_jax.commands import report_page
 
-    workdir = built.config.workdir
     run, environment = recording.described(workdir)
-    lines = recording.logged(workdir)
-    clocks = comparison.clocks(built, len(lines), rivals)
+    lines, note = recording.logged(workdir), ""
+    try:
+        found = clocks_of(lines)
+    except BadInput as error:
+        found = _own_clock(run, lines)
+        note = f"other schemes' clocks are left out: {error}"
+    ensure_page_is_ours(workdir)
     with whole_file(Path(workdir) / NAME) as file:
-        file.write(report_page.page(run, environment, lines, clocks).encode(errors="xmlcharrefreplace"))
-    return clocks
+        file.write(report_page.page(run, environment, lines, found, note).encode(errors="xmlcharrefreplace"))
+    return found, note
+
+
+def _own_clock(config, lines):
+    import numpy as np
+
+    from sfl_jax import comparison
+
+    return {comparison.own_scheme(config): np.array([line.simulated_s for line in lines], float)}
 
 
 def table(clocks: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from sfl_jax.commands import words
 from sfl_jax.commands.compare_plot import draw_clocks
 from sfl_jax.config import Config, settings
 from sfl_jax.metrics import Round, attendance
+from sfl_jax.recording import MARKS, PAGE
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -30,15 +31,21 @@ td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabula
 
 
 def page(
-    config: Config, environment: Mapping[str, Any], lines: Sequence[Round], clocks: Mapping[str, np.ndarray]
+    config: Config,
+    environment: Mapping[str, Any],
+    lines: Sequence[Round],
+    clocks: Mapping[str, np.ndarray],
+    note: str = "",
 ) -> str:
-    """The page. `clocks` are simulated seconds after each round by scheme, (R,), the run's own first."""
+    """The page. `clocks` are simulated seconds after each round by scheme, (R,), the run's own first; `note`
+    says what of them is left out.
+    """
     title = f"{config.model} on {config.dataset}"
     last = lines[-1]
     cohort = attendance(config.cohort_size, config.clients, [line.clients for line in lines])
     done = f"{last.round} of {config.rounds} rounds, each of {cohort}"
     return "\n".join([
-        "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">',
+        "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">', MARKS[PAGE].decode(),
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(done)}</p>",
@@ -46,7 +53,7 @@ def page(
         "<h2>Simulated time</h2>",
         "<p>What training would have lasted on this fleet, by how cuts and shares are chosen; accuracy is the"
         " same for all, since the numbers of a round do not depend on them.</p>",
-        _table(_times(clocks)),
+        _table(_times(clocks)), *([f"<p>{html.escape(note)}</p>"] if note else []),
         _wide(_pictures(config, lines, clocks)),
         "<h2>Settings</h2>", _columns(settings(config, "train")),
         "<h2>Made with</h2>", _columns(environment),

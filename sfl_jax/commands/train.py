@@ -88,7 +88,7 @@ def _train(config, stop, writes, say) -> int:
         f"--workdir={config.workdir}: must be one place for all processes, but they find other rounds in it",
     )
     if progress is not None and progress.round >= config.rounds:
-        say.result(f"--workdir={config.workdir}: done, all {config.rounds} rounds; nothing was trained")
+        say.result(f"--workdir={config.workdir}: done, all {progress.round} rounds; nothing was trained")
         return 0
     if progress is not None:
         stop.keep(f"round {progress.round} of {config.rounds} is saved; {AGAIN}")
@@ -123,7 +123,7 @@ def _train(config, stop, writes, say) -> int:
         )
         with contextlib.closing(recorder):
             stop.must_end_well("this round, which is saved")
-            recorder.begin(state, inputs, environment(built, engine))
+            recorder.begin(state, inputs, experiment.network(built), environment(built, engine))
             return _rounds(experiment, built, engine, state, recorder, stop, say)
 
 
@@ -182,8 +182,8 @@ def _report(built, rivals) -> str:
 
     path = Path(built.config.workdir) / report.NAME
     try:
-        report.write(built, rivals)
-        return f"  report: {path}"
+        note = report.write(built, rivals)
+        return f"  report: {path}" + (f"; {note}" if note else "")
     except Exception as error:  # the run is done and saved, whatever a picture or a font does
         reason = " ".join(f"{error}".split()) or type(error).__name__
         return f"{path}: cannot be written ({reason}); {program('report')} writes it later"

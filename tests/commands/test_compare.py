@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from disks import fill
 
-from sfl_jax import comparison
+from sfl_jax import comparison, files
 from sfl_jax.commands import compare
 from sfl_jax.config import Config
 
@@ -53,6 +53,8 @@ def test_plans_without_training(tmp_path, capsys, monkeypatch):
     assert len(swept) == len(comparison.FACTORS) * comparison.RANDOM_FLEETS * schemes
     for name in ("methods.png", "errors.png"):
         assert (tmp_path / name).read_bytes()[:8] == PNG
+    for name, mark in compare.PLAN_FILES.items():  # a second time its own files are replaced
+        files.ensure_ours(tmp_path / name, mark, "workdir", "w")
     assert sorted(os.listdir(tmp_path)) == ["errors.png", "methods.csv", "methods.png"]
     ratio = max(
         float(row["round_s"]) / float(row["optimum_s"]) for row in swept if row["scheme"] == "no_split"
@@ -82,6 +84,21 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, capsy
     assert (out, err.count("\n")) == ("", 1)
     assert words in err
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("schemes.csv", []),
+        ("schemes.png", []),
+        *((n, ["--plan_only"]) for n in ("methods.csv", "errors.png")),
+    ],
+)
+def test_a_file_of_the_users_own_stays(name, flags, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    assert compare.main([*TINY, *flags, f"--workdir={tmp_path}"]) == 2
+    assert f"{tmp_path / name} is not of sfl_jax and would be replaced" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_plans_alone_need_no_cohort():

@@ -112,7 +112,7 @@ def test_nobody_comes_the_model_stays_and_the_rounds_count_as_failed(tmp_path, c
 
 
 @pytest.mark.slow
-def test_other_settings_are_taken_by_those_who_insist(tmp_path, capsys):
+def test_other_settings_are_taken_by_those_who_insist(tmp_path, capsys, caplog):
     """Then they hold from there on, and for the runs after."""
     with small_world.world():
         assert run(tmp_path / "run", "--rounds=2") == 0
@@ -120,9 +120,11 @@ def test_other_settings_are_taken_by_those_who_insist(tmp_path, capsys):
         capsys.readouterr()
         more = ["--rounds=4", "--learning_rate=0.02", "--method=common_cut"]
         assert run(tmp_path / "run", *more) == 2
-        refusal = "--method=common_cut (was exact), --rounds=4 (was 2), --learning_rate=0.02 (was 0.01): "
-        assert refusal in capsys.readouterr().err
+        differences = "--method=common_cut (was exact)", "--learning_rate=0.02 (was 0.01)"
+        assert ", ".join(differences) + ": " in capsys.readouterr().err
         assert run(tmp_path / "run", *more, "--allow_config_change") == 0
+        for difference in differences:
+            assert f"--allow_config_change: going on with {difference}" in caplog.messages
     assert "going on after round 2 of 4" in capsys.readouterr().out
     changed, straight = lines(tmp_path / "run"), lines(tmp_path / "straight")
     assert changed[:2] == straight[:2]
@@ -135,7 +137,7 @@ def test_other_settings_are_taken_by_those_who_insist(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_another_dataset_or_fleet_behind_the_same_flag_is_refused(tmp_path, capsys):
+def test_another_dataset_or_fleet_behind_the_same_flag_is_refused(tmp_path, capsys, caplog):
     clients = fleet.random_fleet(CLIENTS, seed=3)
     fleet.write_fleet(tmp_path / "fleet.csv", clients)
     given = [f"--fleet={tmp_path / 'fleet.csv'}", "--on_divergence=skip_client"]
@@ -145,19 +147,19 @@ def test_another_dataset_or_fleet_behind_the_same_flag_is_refused(tmp_path, caps
     capsys.readouterr()
     more = [*given, "--rounds=4", "--allow_config_change"]
     with small_world.world():  # no image is black any more
-        with pytest.MonkeyPatch.context() as patch:
-            # As if it had been broken off: the settings agree.
-            patch.setattr("sfl_jax.recording.changes", lambda *_: [])
-            assert run(tmp_path / "run", *given, "--rounds=4") == 2
-            assert "--dataset=mnist (has other contents now): the run in " in capsys.readouterr().err
-            faster = dataclasses.replace(clients, uplink_bps=2 * clients.uplink_bps)
-            fleet.write_fleet(tmp_path / "fleet.csv", faster)
-            assert run(tmp_path / "run", *given, "--rounds=4") == 2
-            said = capsys.readouterr().err
-            assert "--dataset=mnist (has other contents now), --fleet=" in said
-            assert "fleet.csv (has other contents now): the run in " in said
+        assert run(tmp_path / "run", *given, "--rounds=4") == 2
+        assert "--dataset=mnist (has other contents now): the run in " in capsys.readouterr().err
+        faster = dataclasses.replace(clients, uplink_bps=2 * clients.uplink_bps)
+        fleet.write_fleet(tmp_path / "fleet.csv", faster)
+        assert run(tmp_path / "run", *given, "--rounds=4") == 2
+        said = capsys.readouterr().err
+        assert "--dataset=mnist (has other contents now), --fleet=" in said
+        assert "fleet.csv (has other contents now): the run in " in said
         assert lines(tmp_path / "run") == before
         assert run(tmp_path / "run", *more) == 0
+        for name in ("dataset=mnist", f"fleet={tmp_path / 'fleet.csv'}"):
+            line = f"--allow_config_change: going on with --{name} (has other contents now)"
+            assert line in caplog.messages
     assert lines(tmp_path / "run")[:3] == before
     assert len(lines(tmp_path / "run")) == 4
 

@@ -203,10 +203,26 @@ def test_compiled_programs_are_kept_unless_they_should_not_be(here, monkeypatch,
 
 def test_a_server_nobody_needs(here, capsys):
     assert run("--target_round_s=1e6", "--plot") == 0
+    for name in ("plan.json", "plan.csv", "plan.png"):  # a second time its own files are replaced
+        plan.check_outputs([here / "plan.json", here / name], "random")
     assert json.loads((here / "plan.json").read_text())["server_flops"] == 0
     out = capsys.readouterr().out
     assert "all clients can train alone" in out
     assert "a full server" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("p.csv", "my,results\n"), ("p.png", "\x89PNG of mine"), ("p.json", '{"name": "package"}')],
+)
+def test_a_file_of_the_users_own_beside_the_output_stays(name, content, here, capsys):
+    (here / name).write_text(content)
+    assert run("--output=p.json", "--plot") == 2
+    assert (
+        f"--output=p.json: {name} is not of sfl_jax and would be replaced; move it" in capsys.readouterr().err
+    )
+    assert (here / name).read_text() == content
+    assert sorted(path.name for path in here.iterdir()) == sorted(["fleet.csv", name])
 
 
 BAD_FLAGS = [

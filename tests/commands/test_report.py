@@ -1,5 +1,7 @@
 """launch.report: the page of a run, done or not."""
 
+import contextlib
+import dataclasses
 import html.parser
 import itertools
 import json
@@ -9,9 +11,10 @@ from unittest import mock
 import pytest
 from commands import small_world
 
-from sfl_jax import comparison, experiment, recording
-from sfl_jax.commands import report, report_page, train
+from sfl_jax import comparison, experiment, fleet, recording
+from sfl_jax.commands import compare, report, report_page, train
 from sfl_jax.commands.program import program
+from sfl_jax.errors import BadInput
 
 RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
 
@@ -44,8 +47,9 @@ class Page(html.parser.HTMLParser):
 def run(tmp_path_factory):
     """The workdir of a run that is done."""
     workdir = tmp_path_factory.mktemp("run")
+    fleet.write_fleet(workdir / "fleet.csv", fleet.random_fleet(small_world.CLIENTS, seed=7))
     with small_world.world():
-        assert small_world.run(workdir, *RUN) == 0
+        assert small_world.run(workdir, *RUN, f"--fleet={workdir / 'fleet.csv'}") == 0
     return workdir
 
 
@@ -110,6 +114,93 @@ def test_of_a_run_under_way_whole_lines_count(run, tmp_path, capsys):
     page, _ = made(tmp_path, capsys)
     assert "1 of 3 rounds, each of 4 of 48 clients" in [text for _, text in page.texts]
     assert not any(text.startswith("test accuracy after") for _, text in page.texts)  # none was evaluated
+
+
+@contextlib.contextmanager
+def changed(run, name):
+    """While it lasts, an input of the run, a record of it, or what planned it, is another."""
+    before = {
+        path: path.read_bytes() for path in (run / "fleet.csv", run / "metrics.jsonl", run / "config.json")
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(small_world.world([3] if name == "dataset" else ()))
+        if name == "fleet":
+            clients = fleet.random_fleet(small_world.CLIENTS, seed=7)
+            fleet.write_fleet(run / "fleet.csv", dataclasses.replace(clients, flops=clients.flops / 100))
+        if name == "gone":
+            (run / "fleet.csv").unlink()
+        if name == "settings":  # as after --allow_config_change
+            text = (run / "config.json").read_text()
+            (run / "config.json").write_text(
+                text.replace('"server_flops": 1e10', '"server_flops": 1e5').replace(
+                    '"server_flops": 10000000000.0', '"server_flops": 1e5'
+                )
+            )
+        yield
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fleet", r"--fleet=.*fleet.csv \(has other contents now\): not what the run in .* was made"),
+        ("dataset", r"--dataset=mnist \(has other contents now\): not what the run in"),
+        ("gone", r"fleet.csv: "),
+        ("settings", r"--workdir=.*: its rounds were planned with other settings, inputs or another release"),
+    ],
+)  # fmt: skip
+def test_of_other_inputs_no_clock_is_made_but_that_of_the_run_is_shown(name, reason, run, capsys):
+    with changed(run, name):
+        code = report.main([f"--workdir={run}"])
+        page, said = Page((run / "report.html").read_text()), capsys.readouterr()
+    assert code == 0, said.err
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    rows = page.rows()
+    assert rows["exact (this plan)"] == f"{last['simulated_s']:,.1f} s"
+    assert "no_split" not in rows
+    note = rf"other schemes' clocks are left out: .*{reason}"
+    assert re.search(note, said.out)
+    assert any(re.match(note, text) for tag, text in page.texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("fleet", "has other contents now"), ("settings", "its rounds were planned with other")],
+)
+def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
+    """The clocks of every scheme in a table, and the experiment as it was."""
+    config, _ = recording.described(str(run))
+    with changed(run, name):
+        if name == "fleet":
+            with pytest.raises(BadInput, match=reason):
+                recording.saved(str(run))
+        config = dataclasses.replace(recording.described(str(run))[0], allow_config_change=True)
+        with pytest.raises(BadInput, match=reason):
+            compare.compare_clocks(config)
+    assert not (run / "schemes.csv").exists()
+
+
+def test_a_page_of_somebody_else_stays(run, tmp_path, capsys):
+    for file in ("config.json", "metrics.jsonl"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    (tmp_path / "report.html").write_text("<p>mine")
+    assert report.main([f"--workdir={tmp_path}"]) == 2
+    assert f"{tmp_path / 'report.html'} is not of sfl_jax and would be replaced" in capsys.readouterr().err
+    with small_world.world():
+        built = experiment.build(recording.described(str(tmp_path))[0])
+    assert "is not of sfl_jax" in train._report(built, ())
+    assert (tmp_path / "report.html").read_text() == "<p>mine"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nfonts"), KeyError("x"), MemoryError()])
+def test_no_error_of_the_page_ends_a_run_that_is_done(error, run):
+    with small_world.world():
+        built = experiment.build(recording.described(str(run))[0])
+    with mock.patch.object(comparison, "clocks", side_effect=error):
+        said = train._report(built, ())
+    assert said.startswith(f"{run / 'report.html'}: cannot be written (")
+    assert "\n" not in said
 
 
 LINE = b'{"round": 1}\n'

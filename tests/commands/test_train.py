@@ -1,5 +1,6 @@
 """launch.train on a small run: its files, its table, and what it refuses before anything is written."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -143,9 +144,35 @@ def test_a_trained_run_is_exported_for_keras(run, tmp_path, monkeypatch):
     assert accuracy == pytest.approx(lines(workdir)[-1]["test_accuracy"], abs=0.1)
 
 
-def test_where_there_is_no_run_none_is_exported(tmp_path):
+def test_an_export_needs_the_checkpoint_alone(run, monkeypatch):
+    workdir, _ = run
+    monkeypatch.chdir(workdir.parent)
+    for name in ("datasets.load", "keras_weights.load", "fleet.read_fleet", "experiment.build"):
+        monkeypatch.setattr(
+            f"sfl_jax.{name}".replace("jax.keras", "jax.models.keras"), lambda *_: pytest.fail("read")
+        )
+    found = recording.trained(workdir.name)
+    _, checkpoints, progress = recording._newest(workdir.name)
+    config = dataclasses.replace(Config.from_dict(progress.settings), init_from="gone.h5", fleet="gone.csv")
+    network = progress.network | {"input_scaling": {"divisor": [58.4], "offset": [-2.1]}}
+    other = experiment.trained(config, checkpoints, progress._replace(network=network))
+    monkeypatch.undo()
+    monkeypatch.chdir(workdir.parent)
+    _, state = recording.saved(workdir.name)
+    assert (found.round, found.scaling) == (3, keras_weights.SIGNED)
+    assert other.scaling == ((58.4,), (-2.1,))
+    for one in (found, other):
+        assert jax.tree.structure(one.variables) == jax.tree.structure(state.model.variables)
+        jax.tree.map(np.testing.assert_array_equal, one.variables, state.model.variables)
+
+
+@pytest.mark.parametrize("read", [recording.saved, recording.trained])
+def test_where_there_is_no_run_none_is_exported(read, tmp_path):
     with pytest.raises(BadInput, match=r"^--workdir=.*: no run is here"):
-        recording.saved(str(tmp_path))
+        read(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"^--workdir=.*: no checkpoint is here"):
+        read(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "[" * 99999, '"a"', '{"seed": "x"}', '{"other": 1}'])

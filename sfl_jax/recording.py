@@ -83,7 +83,7 @@ def _newest(workdir):
     progress = checkpoints.newest(_log_bytes(workdir))
     if progress is None:
         raise BadInput(f"--workdir={workdir}: no checkpoint is here")
-    config = Config.from_dict(progress.settings | {"workdir": str(workdir), "devices": 0})
+    config = Config.from_dict(progress.settings | {"workdir": workdir, "devices": 0}, "report")
     return config, checkpoints, progress
 
 
@@ -122,7 +122,7 @@ def described(workdir: str) -> tuple[Config, dict[str, Any]]:
     if not isinstance(found, dict):
         raise BadInput(f"{workdir}/config.json: is damaged (no settings)")
     environment = found.pop("environment", None)
-    config = Config.from_dict(found | {"workdir": str(workdir)})
+    config = Config.from_dict(found | {"workdir": str(workdir)}, "report")  # its files may be gone by now
     return config, environment if isinstance(environment, dict) else {}
 
 

@@ -153,6 +153,10 @@ def test_an_export_needs_the_checkpoint_alone(run, monkeypatch):
         )
     found = recording.trained(workdir.name)
     _, checkpoints, progress = recording._newest(workdir.name)
+    with pytest.MonkeyPatch.context() as patch:  # of a fleet that is gone
+        lost = progress._replace(settings=progress.settings | {"fleet": "gone.csv"})
+        patch.setattr(type(checkpoints), "newest", lambda *_: lost)
+        assert recording.trained(workdir.name).round == 3
     config = dataclasses.replace(Config.from_dict(progress.settings), init_from="gone.h5", fleet="gone.csv")
     network = progress.network | {"input_scaling": {"divisor": [58.4], "offset": [-2.1]}}
     other = experiment.trained(config, checkpoints, progress._replace(network=network))

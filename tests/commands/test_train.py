@@ -231,7 +231,7 @@ def test_the_table_compares_the_clocks():
     text = train.summary(Config(clients=100), clocks, last, wall_s=9.0, compile_s=3.0, came=[10, 10])
     assert "2 rounds of 10 of 100 clients\n" in text
     assert "91.23 %" in text
-    assert re.search(r"no_split +5 s +this plan is 2.50 times as fast$", text, re.M)
+    assert re.search(r"no_split +5.00 s +this plan is 2.50 times as fast$", text, re.M)
     assert "not possible" in text
     assert "compiling 3.0 s" in text
     assert "whole network" not in text

@@ -20,6 +20,7 @@ RELIED_ON = {
     "jax_transfer_guard_host_to_device": None,
     "jax_transfer_guard_device_to_device": None,
     "jax_transfer_guard_device_to_host": None,
+    "jax_disable_jit": False,  # programs are compiled before they run
     "jax_no_tracing": False,
     "jax_no_execution": False,
 }

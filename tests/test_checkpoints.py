@@ -17,6 +17,7 @@ from disks import fill
 from federated import rounds
 
 from sfl_jax import checkpoints as checkpoints_module
+from sfl_jax import files
 from sfl_jax.checkpoints import Checkpoints, Progress, from_stored, to_stored
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import packing
@@ -106,6 +107,21 @@ def test_buffers_may_be_reused_while_it_is_written(tmp_path):
     back = checkpoints.restore(progress(2), jax.eval_shape(lambda: model(0)))
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(model(2)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_process_that_ends_while_it_saves_leaves_nothing(tmp_path, monkeypatch):
+    def end(source, target):
+        assert source.exists()
+        assert target.parent.exists()
+        files.remove_unfinished()
+        assert not source.parent.exists(), "in the temporary directory"
+        assert not target.parent.exists(), "beside the checkpoints"
+
+    monkeypatch.setattr(checkpoints_module, "_copy", end)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(model(2), progress(2))
+    with pytest.raises(OSError, match="No such file or directory"):  # for this process has not ended
+        checkpoints.wait()
 
 
 @pytest.mark.parametrize("keep", [1, 2])

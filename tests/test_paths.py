@@ -6,7 +6,7 @@ import os
 import pytest
 
 from sfl_jax import config as config_lib
-from sfl_jax import paths
+from sfl_jax import paths, recording
 from sfl_jax.commands import flags
 from sfl_jax.config import Config, fields_of
 from sfl_jax.errors import BadInput
@@ -74,6 +74,12 @@ def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):
     for typed in ("~", "~/runs"):
         with pytest.raises(BadInput, match=f"^--workdir={typed}: the home directory of ~ is not known here"):
             paths.expand("workdir", typed)
+
+
+def test_a_run_is_found_in_a_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(BadInput, match=f"^--workdir={tmp_path}/run: no run is here"):
+        recording.saved("~/run")
 
 
 def test_a_config_made_in_python_is_refused_too():

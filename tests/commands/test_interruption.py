@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -12,6 +13,9 @@ import pytest
 from sfl_jax import experiment, recording
 from sfl_jax.commands import interruption, train
 from sfl_jax.commands.interruption import Stop
+from sfl_jax.commands.screen import Screen
+from sfl_jax.config import Config
+from sfl_jax.federated import processes
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
@@ -89,28 +93,36 @@ def ends(monkeypatch):
     return codes
 
 
-def interrupted_in(monkeypatch, name, ends):
+def interrupted_in(monkeypatch, name):
     """Ctrl-C comes within a function of `experiment`, from which the run does not come back."""
+    come, hear = threading.Event(), Stop.hear
+
+    def hear_and_note(self, number):
+        try:
+            return hear(self, number)
+        finally:
+            come.set()
 
     def interrupt(*_):
         os.kill(os.getpid(), INT)
-        while not ends:
-            time.sleep(0.001)
+        assert come.wait(60)
         raise InterruptedError
 
+    monkeypatch.setattr(Stop, "hear", hear_and_note)
     monkeypatch.setattr(experiment, name, interrupt)
 
 
 @pytest.mark.parametrize(
-    ("function", "round", "code", "line"),
+    ("function", "round", "others", "code", "line"),
     [
-        ("build", None, 130, "stopped while reading the data and planning; nothing was trained yet"),
-        ("compile", None, 130, "stopped while measuring and compiling; nothing was trained yet"),
-        ("compile", 3, 75, "stopped while measuring and compiling; round 3 of 100 is saved; run the same"),
+        ("build", None, False, 130, "stopped while reading the data and planning; nothing was trained yet"),
+        ("compile", None, False, 130, "stopped while measuring and compiling; nothing was trained yet"),
+        ("compile", 3, False, 75, "stopped while measuring and compiling; round 3 of 100 is saved; run the"),
+        ("compile", 3, True, None, "stopping after measuring and compiling; press Ctrl-C again to stop now"),
     ],
 )
 def test_before_the_first_round_a_run_ends_at_once(
-    function, round, code, line, monkeypatch, tmp_path, capfd, ends
+    function, round, others, code, line, monkeypatch, tmp_path, capfd, ends
 ):
     built = mock.Mock(notes=[])
     for name in ("build", "inputs", "start", "resume"):
@@ -118,10 +130,25 @@ def test_before_the_first_round_a_run_ends_at_once(
     monkeypatch.setattr(recording, "check_inputs", mock.Mock())
     progress = round and mock.Mock(round=round, wall_s=0.0, compile_s=0.0)
     monkeypatch.setattr(recording, "reached", mock.Mock(return_value=progress))
-    interrupted_in(monkeypatch, function, ends)
+    monkeypatch.setattr(processes, "is_alone", lambda: not others)
+    monkeypatch.setattr(processes, "agree", mock.Mock())
+    interrupted_in(monkeypatch, function)
     assert train.main([f"--workdir={tmp_path}"]) == 2  # as it would not
-    assert ends == [code]
+    while len(ends) < (code is not None):
+        time.sleep(0.001)
+    assert ends == [code] * (code is not None)
     assert f"\n{line}" in capfd.readouterr().err
+
+
+def test_a_run_stops_where_any_process_was_asked_to(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "any_of", lambda here: True)
+    state, recorder = mock.Mock(round=3), mock.Mock(saved_round=3)
+    built = mock.Mock(config=Config(rounds=9))
+    another_round = map(pytest.fail, ["a round was begun"])
+    runs = mock.Mock(Diverged=experiment.Diverged, run=mock.Mock(return_value=another_round))
+    assert train._rounds(runs, built, mock.Mock(), state, recorder, Stop(), Screen()) == 75
+    recorder.save.assert_called_once_with(state, wait=True)
+    assert "interrupted, round 3 of 9 is saved" in capsys.readouterr().err
 
 
 def test_handlers_are_as_before_afterwards(ends):

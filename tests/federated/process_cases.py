@@ -53,6 +53,16 @@ SYSTEMS = {
         {},
         ("node7:61443", 1, 0),
     ),
+    "slurm, a single task that is told of others": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "node7", "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+            "JAX_COORDINATOR_ADDRESS": "first:1",
+        },
+        {},
+        ("first:1", 4, 0),
+    ),
     "open mpi that slurm started": (
         JOB
         | {
@@ -116,6 +126,8 @@ def found(variables, metadata):
         processes.join(Config())
         if not library.get_distributed_runtime_client.called:
             return None
+        patience_s = library.get_distributed_runtime_client.call_args.kwargs["init_timeout"]
+        assert patience_s > Config().join_timeout_s, "JAX would end the process first"
         return state.coordinator_address, state.num_processes, state.process_id
 
 

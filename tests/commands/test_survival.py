@@ -185,6 +185,33 @@ def test_asked_to_stop_it_saves_and_ends_with_75(number, begin, quiet, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_it_compiles_it_ends_at_once(number, begin, tmp_path):
+    """Here with a network that is not in the cache of the others; handlers of Python would have to wait."""
+    process = begin(tmp_path, "--batch_size=5")
+    said = iter(process.stderr.readline, "")
+    assert any("compiling" in line for line in said)
+    time.sleep(1.0)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.endswith("\nstopped while measuring and compiling; nothing was trained yet\n")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_jax_variables_that_would_change_the_numbers_do_not(begin, environment, quiet, tmp_path, monkeypatch):
+    for name, value in {
+        "ENABLE_X64": "1", "DEFAULT_PRNG_IMPL": "rbg", "NUMPY_DTYPE_PROMOTION": "strict",
+        "NUMPY_RANK_PROMOTION": "raise", "THREEFRY_PARTITIONABLE": "0", "TRANSFER_GUARD": "disallow",
+    }.items():  # fmt: skip
+        monkeypatch.setitem(environment, f"JAX_{name}", value)
+    _, err = finish(begin(tmp_path))
+    assert "without JAX_ENABLE_X64, JAX_NUMPY_DTYPE_PROMOTION, " in err
+    same(tmp_path, quiet)
+
+
+@pytest.mark.slow
 def test_a_second_run_in_the_workdir_is_refused_and_a_dead_one_is_not_in_the_way(begin, tmp_path):
     process = begin(tmp_path)
     wait_for(tmp_path / "metrics.jsonl", process)

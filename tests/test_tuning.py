@@ -103,7 +103,7 @@ def test_what_was_measured_once_is_not_measured_again(profile, tmp_path):
     first = settle(profile, OPEN, notes=notes)
     assert settle(profile, OPEN, lambda _: pytest.fail("measured"), notes=notes) == first
     # Other shapes, and other cohorts in the same chunks, are other questions.
-    for other in ({"batch_size": 8}, {"cohort_size": 15}):
+    for other in ({"batch_size": 8}, {"cohort_size": 31}):
         measured = []
         config = dataclasses.replace(OPEN, **other)
         settle(profile, config, lambda one, seen=measured: seen.append(one) or 1.0, notes=notes)
@@ -192,18 +192,27 @@ def test_what_is_placed_counts_against_a_budget():
 
 
 def test_processes_of_one_host_share_its_memory(monkeypatch):
-    """Two of three processes are on this host, each with two of its devices."""
+    """Two of three processes are on this host, each with two of its devices; one has half as much left."""
     asked = []
 
     def of_all(value):
         asked.append(value)
-        return np.array([value, 7, value]) if isinstance(value, int) else np.array([value])
+        return np.array([value, 7, value]) if isinstance(value, int) else np.array([value, value / 2, value])
 
     monkeypatch.setattr(tuning.processes, "of_all", of_all)
     monkeypatch.setattr(memory, "host_bytes", lambda: 8000 * tuning.GIB)
     config = dataclasses.replace(OPEN, memory_budget_gib=0)
-    assert tuning.budget_bytes(config, jax.devices()[:1] * 2) == 8000 * tuning.GIB // 4 * 9 // 10
+    assert tuning.budget_bytes(config, jax.devices()[:1] * 2) == 8000 * tuning.GIB // 8 * 9 // 10
     assert 0 <= asked[0] < 2**31, "processes tell each other 32 bits"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momentum", "moments"),
+    [("sgd", 0.0, 0), ("sgd", 0.9, 1), ("adam", 0.0, 2), ("adam", 0.9, 2)],
+)
+def test_what_the_optimiser_keeps_counts(profile, optimizer, momentum, moments):
+    config = dataclasses.replace(OPEN, optimizer=optimizer, momentum=momentum, batch_size=8)
+    assert tuning.expected_bytes(config, profile, 3) == memory.expected_bytes(profile, 8, 3, moments)
 
 
 def test_more_samples_and_clients_need_more(profile):

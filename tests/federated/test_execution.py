@@ -1,6 +1,8 @@
 """The alternatives of computing clients are timed in real shapes, and the fastest is taken."""
 
 import functools
+import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -90,12 +92,19 @@ def test_the_heaviest_units_stand_for_all_that_are_like_them(monkeypatch):
     assert [x.shape for _, x, _, _ in asked] == [(8, 1, 1, 192), (8, 2, 2, 112)]
 
 
-def test_a_unit_is_measured_for_one_client_and_for_several():
+def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch):
     chain = models.create("efficientnetv2-tiny", layer_form="conv")
     profile = models.profile(chain, (8, 8, 1))
     images = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
-    for clients in (1, 2):
-        assert 0 < execution.seconds_per_client(chain, profile, images, clients, jax.devices()[0]) < 1
+    assert 0 < execution.seconds_per_client(chain, profile, images, 1, jax.devices()[0]) < 1
+    # A call of the clock is a second later than the one before.
+    monkeypatch.setattr(execution, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    monkeypatch.setattr(execution, "UNITS", 1)
+    own, of_two = (
+        execution.seconds_per_client(chain, profile, images, clients, jax.devices()[0]) for clients in (1, 2)
+    )
+    assert own * execution.STEPS in (1, 2)  # so many units are like the heaviest
+    assert of_two == own / 2
 
 
 def test_what_was_measured_is_found_again(tmp_path):

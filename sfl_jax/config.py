@@ -305,7 +305,7 @@ class Config:
         0,
         MACHINE,
         TRAINING,
-        "clients that a device computes at once; 0: the fastest number that fits the memory",
+        "most clients that a device computes at once; 0: the fastest number that fits the memory",
         at_least=0,
         open=0,
     )

@@ -191,12 +191,7 @@ def _report(built, rivals) -> str:
 
 def _how(built) -> str:
     """How the devices compute this run, in a line."""
-    from sfl_jax.federated.balance import chunk_size
-
-    config, devices = built.config, len(built.devices)
-    size = chunk_size(
-        config.cohort_size, 1 if config.execution == "map" else config.clients_per_chunk, devices
-    )
+    config, devices, size = built.config, len(built.devices), built.config.clients_per_chunk
     number = "one client after the other" if size == 1 else f"{size} clients at once"
     where = f" on each of {devices} devices" if devices > 1 else ""
     return f"layers in {config.layer_form} form, {number}{where}"

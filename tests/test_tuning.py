@@ -134,6 +134,10 @@ def test_what_the_compiled_round_needs_has_the_last_word(profile):
 
     assert fit(config, 2**30) is config
     assert choice(fit(config, 2**30 + 1))[1:] == ("vmap", 3)
+    # Twice what was expected: so will the others need.
+    needs = functools.partial(tuning.expected_bytes, config, profile)
+    poor = dataclasses.replace(config, memory_budget_gib=(2 * needs(2) + 1) / tuning.GIB)
+    assert choice(fit(poor, 2 * needs(4)))[1:] == ("vmap", 2)
     two = dataclasses.replace(config, clients_per_chunk=2)
     assert choice(fit(two, 2**31))[1:] == ("map", 1)
     assert choice(fit(two, 2**31, {"clients_per_chunk"}))[1:] == ("vmap", 1), "a flag that was given stays"
@@ -220,4 +224,6 @@ def test_more_samples_and_clients_need_more(profile):
     model = 4 * int(np.sum(profile.parameters) + np.sum(profile.state))
     assert memory.expected_bytes(profile, 64, 4, 1) > 1.9 * base - 16 * model
     assert memory.expected_bytes(profile, 32, 8, 1) == 2 * base - model
+    # Without activations: the mean, and of each client parameters, gradients and a moment.
+    assert memory.expected_bytes(profile, 0, 4, 1) == (1 + 4 * 3) * model
     assert memory.expected_bytes(profile, 32, 4, 2) == base + 4 * model

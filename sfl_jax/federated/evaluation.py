@@ -52,7 +52,7 @@ def evaluate(
         logits, _ = chain.apply(variables, preprocess(images))
         counts = labels >= 0
         loss = jnp.where(counts, cross_entropy(logits, jnp.maximum(labels, 0)), 0).sum()
-        right = counts & (logits.argmax(-1) == labels)
+        right = logits.argmax(-1) == labels  # -1 is no class
         unsound = counts & ~jnp.isfinite(logits).all(-1)
         return jax.tree.map(jnp.add, sums, (loss, right.sum(), unsound.sum())), None
 

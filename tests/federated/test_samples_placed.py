@@ -1,6 +1,7 @@
 """Samples stay on a device where they fit; otherwise a round sends the rows that it needs."""
 
 import math
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,19 @@ def test_samples_stay_where_half_of_the_memory_holds_them():
     total = 100 * (4 * 4 * 1 + 4)
     assert isinstance(devices.place_samples(samples, HERE, 2 * total).images, jax.Array)
     assert devices.place_samples(samples, HERE, 2 * total - 2) is samples
+
+
+def test_a_process_places_on_its_own_devices():
+    of_processes = [SimpleNamespace(process_index=index) for index in (1, 0, 0, 2)]
+    assert devices._indices_here(of_processes) == [1, 2]
+
+
+def test_what_is_placed_is_donated_without_its_source():
+    source = jax.numpy.ones(8)
+    placed = devices.replicate(source, HERE)
+    jax.jit(lambda x: 2 * x, donate_argnums=0)(placed)
+    assert placed.is_deleted()
+    assert source.sum() == 8
 
 
 def test_images_in_a_file_are_checked_before_they_stay(tmp_path):

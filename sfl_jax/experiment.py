@@ -246,7 +246,8 @@ def compile(
     config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes, placed)
     training = own._replace(chain=_chain_for(config, data, config.layer_form))
     say("compiling the evaluation")
-    held_out, evaluate = _compile_evaluation(config, data, training, devices, state, placed)
+    evaluate = federated_devices.Evaluation(training.chain, training.preprocess, devices)
+    held_out = _place_held_out(config, data, devices, evaluate, state, placed)
     placed += federated_devices.bytes_placed(held_out)
     first, needed = prepare(experiment, state.round), {}
     programs = Programs(notes, devices)
@@ -264,20 +265,15 @@ def compile(
         config = smaller
 
 
-def _compile_evaluation(config, data, training, devices, state, placed):
-    """(the held-out samples on the devices, the program that takes them), in batches that fit into the
-    memory.
-    """
+def _place_held_out(config, data, devices, evaluate, state, placed):
+    """The held-out samples on the devices, in batches with which `evaluate` fits into the memory."""
     batch, images, labels = batch_at(config.image_size), data.test_images, data.test_labels
     while True:
         held_out = federated_devices.place_held_out(images, labels, devices, batch)
-        program = federated_devices.compile_evaluation(
-            training.chain, training.preprocess, devices, state.model.packed, held_out
-        )
-        needed = tuning.most_bytes(federated_devices.program_bytes(program))
+        needed = tuning.most_bytes(evaluate.bytes_needed(state.model.packed, held_out))
         free = tuning.budget_bytes(config, devices, placed + federated_devices.bytes_placed(held_out))
         if needed <= free or batch == 1:
-            return held_out, program
+            return held_out
         batch = max(1, min(batch // 2, batch * free // needed))
 
 

@@ -30,7 +30,6 @@ def compiled():
 
 def test_everything_is_compiled_before_the_first_round(compiled):
     built, engine = compiled
-    assert isinstance(engine.evaluate, jax.stages.Compiled)
     rounds = experiment.run(built, experiment.start(built), engine)
     with metrics.CompileClock() as clock:
         tested = [next(rounds)[1].test_accuracy for _ in range(CONFIG.eval_every)]
@@ -47,7 +46,7 @@ def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay)
     assert samples > 60_000 * 28 * 28
     free = 2 * samples - (not stay)
     monkeypatch.setattr(tuning, "budget_bytes", lambda *given: asked.append(given[-1]) or free)
-    monkeypatch.setattr(devices, "compile_evaluation", lambda *given: engine.evaluate)
+    monkeypatch.setattr(devices.Evaluation, "bytes_needed", lambda *given: 0)
     monkeypatch.setattr(devices.Rounds, "bytes_needed", lambda *given: 0)
     _, again = experiment.compile(built, state)
     assert isinstance(again.samples.images, jax.Array) == stay
@@ -61,20 +60,18 @@ def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay)
 )
 def test_an_evaluation_takes_the_batches_that_the_memory_holds(compiled, monkeypatch, budget, batches):
     """Of a program that needs two bytes a sample."""
-    built, engine = compiled
+    built, _ = compiled
     asked = []
 
-    def compile_evaluation(chain, preprocess, devices, packed, held_out):
-        asked.append(held_out.labels.shape[1])
-        return engine.evaluate
+    class Evaluation:
+        def bytes_needed(self, packed, held_out):
+            asked.append(held_out.labels.shape[1])
+            return 2 * asked[-1]
 
-    monkeypatch.setattr(devices, "compile_evaluation", compile_evaluation)
-    monkeypatch.setattr(devices, "program_bytes", lambda _: 2 * asked[-1])
     monkeypatch.setattr(tuning, "budget_bytes", lambda config, devices, placed: budget)
-    held_out, program = experiment._compile_evaluation(
-        built.config, built.dataset, built.training, built.devices, experiment.start(built), 0
+    held_out = experiment._place_held_out(
+        built.config, built.dataset, built.devices, Evaluation(), experiment.start(built), 0
     )
-    assert program is engine.evaluate
     assert asked == batches
     assert held_out.labels.shape[1] == batches[-1]
 

@@ -165,29 +165,29 @@ def room(arranged: Assignment, samples: int, devices: int) -> int:
 def place_held_out(
     images: np.ndarray, labels: np.ndarray, devices: Sequence[Any], batch: int = evaluation.BATCH
 ) -> Samples:
-    """What the evaluations of `compile_evaluation` take: each device has a part."""
+    """What an `Evaluation` takes: each device has a part."""
     parts = evaluation.in_batches(images, labels, len(devices), batch)
     return _by_device([jax.tree.map(lambda x, i=i: x[i], parts) for i in _indices_here(devices)], devices)
 
 
-def compile_evaluation(
-    chain: Chain,
-    preprocess: Callable[[jax.Array], jax.Array],
-    devices: Sequence[Any],
-    packed: PackedVariables,
-    held_out: Samples,
-) -> Any:
-    """The compiled program evaluate(packed variables, samples) -> (mean loss, accuracy), replicated, for
-    variables like `packed` and samples from `place_held_out`.
-    """
-    body = functools.partial(evaluation.evaluate, chain, preprocess)
-    if len(devices) == 1:
-        program = jax.jit(functools.partial(body, None))
-    else:
-        program = jax.pmap(
-            functools.partial(body, AXIS), AXIS, in_axes=(None, 0), out_axes=None, devices=devices
-        )
-    return program.lower(packed, held_out).compile()
+class Evaluation:
+    """evaluate(packed variables, samples from `place_held_out`) -> (mean loss, accuracy), replicated."""
+
+    def __init__(self, chain: Chain, preprocess: Callable[[jax.Array], jax.Array], devices: Sequence[Any]):
+        body = functools.partial(evaluation.evaluate, chain, preprocess)
+        if len(devices) == 1:
+            self._program: Any = jax.jit(functools.partial(body, None))
+        else:
+            self._program = jax.pmap(
+                functools.partial(body, AXIS), AXIS, in_axes=(None, 0), out_axes=None, devices=devices
+            )
+
+    def __call__(self, packed: PackedVariables, held_out: Samples) -> tuple[jax.Array, jax.Array]:
+        return self._program(packed, held_out)
+
+    def bytes_needed(self, packed: PackedVariables, held_out: Samples) -> int:
+        """What it needs of each device beside its arguments. Compiles it for the calls to come."""
+        return program_bytes(self._program.lower(packed, held_out).compile())
 
 
 def _are_placed(samples: Samples) -> bool:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
-from sfl_jax import models
+from sfl_jax import metrics, models
 from sfl_jax.commands import train
 from sfl_jax.federated import devices, evaluation, round
 from sfl_jax.federated.balance import fill_chunks
@@ -192,7 +192,11 @@ def evaluations_of(chain):
             devices.replicate(PackedVariables.of(variables), chosen),
             devices.place_held_out(images, labels, chosen, batch=6),
         )
-        loss, accuracy = devices.compile_evaluation(chain, rounds.preprocess, chosen, *given)(*given)
+        evaluate = devices.Evaluation(chain, rounds.preprocess, chosen)
+        assert evaluate.bytes_needed(*given) > 0
+        with metrics.CompileClock() as clock:
+            loss, accuracy = evaluate(*given)
+        assert clock.compilations == 0, "compiled before"
         results[count] = float(devices.on_first(loss)), float(devices.on_first(accuracy))
         if count > 1:
             assert {s.data.shape[0] for s in given[1].images.addressable_shards} == {1}
@@ -202,7 +206,7 @@ def evaluations_of(chain):
     for count, got in results.items():
         np.testing.assert_allclose(got, (loss, right.mean()), rtol=1e-5, err_msg=str(count), equal_nan=False)
     with mock.patch.object(evaluation.lax, "psum", lambda tree, _: tree):
-        part, _ = devices.compile_evaluation(chain, rounds.preprocess, chosen, *given)(*given)
+        part, _ = devices.Evaluation(chain, rounds.preprocess, chosen)(*given)
     assert abs(float(devices.on_first(part)) / loss - 1) > 1e-4
 
 

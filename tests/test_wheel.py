@@ -15,9 +15,12 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """(directory of the scripts, their environment) of an installed wheel."""
+    """(directory of the scripts, their environment) of a wheel that was made from the sdist, and installed."""
     place = tmp_path_factory.mktemp("wheel")
-    build = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", place, ROOT]
+    pack = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", place]
+    subprocess.run(pack, check=True, cwd=ROOT, capture_output=True)
+    [sdist] = place.glob("*.tar.gz")
+    build = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", place, sdist]
     subprocess.run([*PIP, *build], check=True, cwd=place)
     [wheel] = place.glob("*.whl")
     site = place / "site"

@@ -38,7 +38,6 @@ def with_progress(
                 accuracy = tested if is_new else ""
                 screen.result(f"round {last.round}/{total}: {note(last)}{accuracy}, {last.wall_s:.0f} s")
             yield state, last
-        bar.close()
 
 
 def note(last: Any) -> str:

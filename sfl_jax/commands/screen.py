@@ -46,6 +46,9 @@ class Screen:
         with self._lock:
             self._clear()
             self._doing = ""
+            if self._bar is not None:
+                self._bar.close()  # which ends its line
+                self._bar = None
 
     def result(self, text: str) -> None:
         """Print on stdout, below what was said."""
@@ -54,7 +57,7 @@ class Screen:
             print(text, flush=True)
 
     def aside(self, line: str) -> None:
-        """A line between others, as a warning."""
+        """A line between others, as a warning or an error."""
         with self._lock:
             self._clear()
             if self._bar is None:
@@ -78,7 +81,7 @@ class Screen:
         try:
             yield
         finally:
-            self._bar = None
+            self.settle()
 
     def _go_on(self, now: float) -> None:
         took_s = now - self._begun

@@ -146,24 +146,25 @@ def _rounds(experiment, built, engine, start, recorder, stop, say) -> int:
         while not (is_asked_to_stop() and experiment.is_held(state)) and (done := next(rounds, None)):
             state, last = done
             recorder.add(state, last)
+        say.settle()
         recorder.save(state, wait=True)
     except experiment.Diverged as error:
         if experiment.is_held(error.state):
             recorder.save(error.state, wait=True)
         kept = "is" if recorder.saved_round == error.state.round else "is not"
-        processes.say(f"error: {error}; round {error.state.round} {kept} saved; {REMEDY}")
+        say.aside(f"error: {error}; round {error.state.round} {kept} saved; {REMEDY}")
         return DIVERGED
     except NotWritten:
         raise
     except Exception:
         if recorder.rescue(state):
-            processes.say(f"round {state.round} of {config.rounds} is saved; {AGAIN} once that is mended")
+            say.aside(f"round {state.round} of {config.rounds} is saved; {AGAIN} once that is mended")
         raise
     if recorder.saved_round != state.round:
-        processes.say(f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}")
+        say.aside(f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}")
         return INTERRUPTED
     if state.round < config.rounds:
-        processes.say(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}")
+        say.aside(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}")
         return INTERRUPTED
     stop.keep(f"all {config.rounds} rounds are saved")
     stop.may_end("writing the report")

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 import sfl_jax
 from sfl_jax.commands import flags, helping
+from sfl_jax.commands import preset as presets
 from sfl_jax.commands.program import program
 from sfl_jax.config import Config, fields_of, validate
 from sfl_jax.errors import BadInput
 
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 BAD = [
     (["--batch_size=0"], "--batch_size=0: must be an integer, at least 1"),
     (["--batch_size=many"], "--batch_size=many: must be an integer, at least 1"),
@@ -199,7 +202,8 @@ def test_flags_beside_a_preset_change_its_settings(capsys):
     assert preset.workdir == "runs/mnist"
     for argv in (["--rounds=7", "--preset=mnist"], ["--preset", "mnist", "--rounds=7"]):
         assert flags.parse(argv, "train") == dataclasses.replace(preset, rounds=7)
-    assert flags.parse(["--flagfile=launch/flags/mnist.flags"], "train") == preset
+    assert flags.parse([f"--flagfile={LAUNCH}/flags/mnist.flags"], "train") == preset
+    assert sorted(path.stem for path in LAUNCH.glob("flags/*")) == presets.names()
     for command in ("train", "compare"):
         assert flags.parse(["--preset=quick"], command).server_flops == 1e10
     assert run(["--preset=mnist"], "plan") == 2  # whose flags are others

@@ -1,5 +1,6 @@
 """What a command says while a person waits."""
 
+import contextlib
 import io
 import logging
 import os
@@ -176,6 +177,26 @@ def test_on_a_terminal_the_bar_has_every_rounds_loss_and_no_warning_crosses_it(c
     assert "loss 0.667, simulated 10.5 s, mean cut 7.2, test accuracy 51.00 %" in bar
     assert capsys.readouterr().out == ""
     assert "loss 2.000" in screen.stream.getvalue()
+
+
+def test_a_line_of_the_bar_is_ended_before_anything_else_is_said(clock):
+    """By an interruption, and by an error of a round."""
+
+    def failing():
+        yield from rounds(clock, [1])
+        raise ValueError
+
+    for source in (rounds(clock, [1, 1]), failing()):
+        screen = make(True, clock)
+        shown_rounds = progress.with_progress(source, 0, 3, screen)
+        next(shown_rounds)
+        with contextlib.suppress(ValueError):
+            next(shown_rounds)
+        screen.settle()
+        screen.aside("error: enough")
+        *_, bar, last, _ = shown(screen.stream.getvalue())
+        assert "/3" in bar
+        assert last == "error: enough"
 
 
 FIRST_LINES = """

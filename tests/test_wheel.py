@@ -15,7 +15,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """(directory of the scripts, their environment) of a wheel that was made from the sdist, and installed."""
+    """(directory of the scripts, their environment) of an installed wheel that was made from the sdist."""
     place = tmp_path_factory.mktemp("wheel")
     pack = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", place]
     subprocess.run(pack, check=True, cwd=ROOT, capture_output=True)

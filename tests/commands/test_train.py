@@ -17,6 +17,7 @@ from sfl_jax import experiment, metrics, models, recording
 from sfl_jax.commands import train
 from sfl_jax.config import Config, fields_of
 from sfl_jax.errors import BadInput
+from sfl_jax.federated import processes
 from sfl_jax.models import keras_weights
 
 IMAGES = jnp.zeros((1, 32, 32, 1))
@@ -223,6 +224,18 @@ def test_only_what_the_disk_refuses_is_laid_to_the_workdir(tmp_path, monkeypatch
     monkeypatch.setattr(train, "_train", lose_the_reader)
     with pytest.raises(BrokenPipeError):
         train.train(Config(workdir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_of_several_processes_that_have_met_the_first_speaks(is_first, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "_train", lambda *given: found.append((given[2], given[3].speaks)) or 0)
+    monkeypatch.setattr(processes, "is_first", lambda: is_first)
+    monkeypatch.setattr(
+        train, "is_perhaps_first", lambda config: not is_first
+    )  # until then it was thought so
+    assert train.train(Config(workdir=str(tmp_path))) == 0
+    assert found == [(is_first, is_first)]
 
 
 def test_the_table_compares_the_clocks():

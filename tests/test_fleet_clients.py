@@ -65,6 +65,10 @@ def test_take_and_with_samples():
         fleet.with_samples([1, 2])
 
 
+def test_the_seed_may_be_left_out():
+    check_equal(random_fleet(3), random_fleet(3, seed=0))
+
+
 def test_no_clients():
     with pytest.raises(BadInput, match=r"--clients=0: must be at least 1"):
         random_fleet(0, seed=0)

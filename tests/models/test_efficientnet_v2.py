@@ -10,7 +10,7 @@ from sfl_jax.models import efficientnet_v2, layers
 
 FUSED_ONCE = efficientnet_v2.FusedMBConv(8, 8, 1, 3, 1, 1.0, "conv")
 FUSED = efficientnet_v2.FusedMBConv(8, 8, 4, 3, 1, 1.0, "conv")
-FUSED_STRIDED = efficientnet_v2.FusedMBConv(8, 12, 4, 3, 2, 1.0, "conv")
+FUSED_STRIDED = efficientnet_v2.FusedMBConv(8, 8, 4, 3, 2, 1.0, "conv")  # the stride alone forbids a residual
 MBCONV = efficientnet_v2.MBConv(8, 8, 4, 3, 1, 0.25, 1.0, "conv")
 MBCONV_STRIDED = efficientnet_v2.MBConv(8, 12, 6, 3, 2, 0.25, 1.0, "conv")
 RESIDUAL = [FUSED_ONCE, FUSED, MBCONV]

@@ -251,6 +251,9 @@ def test_two_models_inside_a_model_are_refused():
     two = [keras_files.Stored({"conv2d": [np.zeros(1)]}, True, True)] * 2
     with pytest.raises(BadInput, match=r"^here: holds a model inside a model, and 2 of them; save"):
         keras_files.within(keras_files.Stored({}, True, True), two, "here")
+    for name in ("rescaling", "normalization_1"):
+        with pytest.raises(BadInput, match="scales the images outside of it"):
+            keras_files.within(keras_files.Stored({name: []}, True, True), two[:1], "here")
     augmentation = keras_files.Stored({"random_flip": []}, True, True)
     assert keras_files.within(two[0], [augmentation], "here") is two[0]
 
@@ -277,6 +280,8 @@ BROKEN = {  # what is done to a .weights.h5, and what is said
         lambda file: _replace(file, STEM, np.full((3, 3, 3, 8), np.nan, np.float32)),
     "predictions/bias has shape":
         lambda file: _replace(file, "layers/dense/vars/1", np.zeros(9, np.float32)),
+    "predictions/kernel has shape": # other classes, of something else
+        lambda file: _replace(file, "layers/dense/vars/0", np.zeros((640, 7), np.float32)),
     "stem_conv holds 2 variables; efficientnetv2-mini has 1":
         lambda file: file.create_dataset("layers/conv2d/vars/1", data=np.zeros(8)),
     "conv2d_99 holds 1 variables; efficientnetv2-mini has 0":

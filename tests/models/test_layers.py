@@ -15,6 +15,7 @@ SHAPES = [  # height, width, kernel size, stride
     (1, 1, 3, 1), (1, 2, 3, 2), (2, 2, 3, 2), (5, 6, 3, 1), (5, 6, 3, 2), (3, 2, 1, 1), (5, 4, 1, 2),
     pytest.param(3, 7, 5, 2, marks=pytest.mark.slow),
 ]  # fmt: skip
+FEATURES = {"dense": 5, "narrowing": 3}  # of 4 channels
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +29,9 @@ def normal(*shape, seed=0, mean=0.0, std=1.0):
 
 
 def layer(kind, kernel_size, stride, form):
-    if kind == "dense":
-        return layers.Conv(5, kernel_size, stride, form), (kernel_size, kernel_size, 4, 5), "kernel"
+    if kind in FEATURES:
+        shape = kernel_size, kernel_size, 4, FEATURES[kind]
+        return layers.Conv(FEATURES[kind], kernel_size, stride, form), shape, "kernel"
     return (
         layers.DepthwiseConv(kernel_size, stride, form),
         (kernel_size, kernel_size, 1, 4),
@@ -39,9 +41,20 @@ def layer(kind, kernel_size, stride, form):
 
 @pytest.mark.parametrize("kind", ["dense", "depthwise"])
 @pytest.mark.parametrize(("height", "width", "kernel_size", "stride"), SHAPES)
-def test_both_forms_are_the_convolution_and_their_gradients_agree(kind, height, width, kernel_size, stride):
+def test_both_forms_are_the_convolution(kind, height, width, kernel_size, stride):
+    check_forms(kind, height, width, kernel_size, stride)
+
+
+@pytest.mark.parametrize("size", [(5, 6), (1, 2)])
+def test_both_forms_are_the_convolution_to_fewer_channels(size):
+    """Which is shifted after the product, not before."""
+    check_forms("narrowing", *size, kernel_size=3, stride=1)
+
+
+def check_forms(kind, height, width, kernel_size, stride):
     images, kernel = normal(3, height, width, 4), normal(*layer(kind, kernel_size, stride, "conv")[1])
-    expected = {"dense": oracles.convolution, "depthwise": oracles.depthwise}[kind](images, kernel, stride)
+    oracle = oracles.convolution if kind in FEATURES else oracles.depthwise
+    expected = oracle(images, kernel, stride)
     weights = normal(*expected.shape)
 
     @jax.jit

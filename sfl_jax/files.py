@@ -42,10 +42,13 @@ def ensure_ours(path: str | os.PathLike[str], mark: bytes, flag: str, value: str
     ):
         head = file.read(2**16)
         if head and mark not in head:
-            raise BadInput(
-                f"--{flag}={value}: {path} is not of sfl_jax and would be replaced; move it, or choose"
-                " another place"
-            )
+            raise _not_ours(flag, value, path)
+
+
+def _not_ours(flag, value, path):
+    return BadInput(
+        f"--{flag}={value}: {path} is not of sfl_jax and would be replaced; move it, or choose another place"
+    )
 
 
 def ensure_room(directory: str | os.PathLike[str], flag: str, value: str, needed_bytes: int) -> None:

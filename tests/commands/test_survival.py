@@ -171,7 +171,7 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
     assert while_writing > 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_asked_to_stop_it_saves_and_ends_with_75(number, begin, quiet, tmp_path):
     process = begin(tmp_path, "--checkpoint_every_rounds=0")
     wait_for(tmp_path / "metrics.jsonl", process, lines=2)
@@ -209,6 +209,39 @@ def test_jax_variables_that_would_change_the_numbers_do_not(begin, environment, 
     _, err = finish(begin(tmp_path))
     assert "without JAX_ENABLE_X64, JAX_NUMPY_DTYPE_PROMOTION, " in err
     same(tmp_path, quiet)
+
+
+@pytest.mark.slow
+def test_with_the_settings_of_a_newcomer_it_is_stopped_goes_on_and_is_reported(environment, tmp_path):
+    """All that may be left open is, and every command is typed again in the directory of the first."""
+    train = [
+        sys.executable,
+        "-m",
+        "launch.train",
+        "--model=efficientnetv2-tiny",
+        "--image_size=8",
+        "--rounds=6",
+    ]
+    start = {
+        "cwd": tmp_path,
+        "env": environment,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
+    process = subprocess.Popen(train, **start)
+    wait_for(tmp_path / "runs" / "demo" / "metrics.jsonl", process, lines=1)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, 75)
+    assert "is saved; run the same command again to go on" in err
+    out, _ = finish(subprocess.Popen(train, **start))
+    assert "going on after round" in out
+    assert [line["round"] for line in numbers(tmp_path / "runs" / "demo")] == [1, 2, 3, 4, 5, 6]
+    out, _ = finish(subprocess.Popen([sys.executable, "-m", "launch.report"], **start))
+    assert "no_split" in out
+    export = "from sfl_jax import recording; print(recording.trained('runs/demo').round)"
+    out, _ = finish(subprocess.Popen([sys.executable, "-c", export], **start))
+    assert out == "6\n"
 
 
 @pytest.mark.slow

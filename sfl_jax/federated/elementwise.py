@@ -132,8 +132,7 @@ def _outputs(equation, given):
     made = {var.aval.shape for var in equation.outvars}
     owners = frozenset().union(*(value.owners for value in given))
     of_scalars = not owners and made == {()}
-    by_number = name in _BY_NUMBER and shapes <= made
-    if not (of_scalars or by_number) or any(value.formula is None for value in given):
+    if not (of_scalars or name in _BY_NUMBER) or any(value.formula is None for value in given):
         return [_Value(owners, None)] * len(equation.outvars)
     settings = str(sorted(equation.params.items(), key=str))
     formulas = (value.formula for value in given)

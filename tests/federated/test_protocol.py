@@ -150,6 +150,12 @@ def test_a_round_of_any_cuts_equals_that_of_the_protocol(x64, optimizer):
             assert rounds.difference(other[0], expected) > 10 * TOLERANCE[x64], wrong
 
 
+# NOISY, but a gradient whose key has a large number comes down as NaN.
+BREAKING = rounds.NOISY._replace(
+    down=lambda g, key: jnp.where(rounds.number(key) > 0.95, jnp.nan, rounds.NOISY.down(g, key))
+)
+
+
 class Small(NamedTuple):
     """Rounds of the small chain: two clients a cut, of 0 to 3 steps, with random numbers and a noisy link.
     The last sample is black and gives NaN; no client sees it.
@@ -176,7 +182,7 @@ def small():
     samples, _ = rounds.poisoned(samples, work, 0)
     work.batches[work.batches == len(samples.labels) - 1] = 0
     training = rounds.training("sgd", rounds.NOISY, rounds.SMALL_CHAIN)
-    training = training._replace(preprocess=rounds.preprocess_black_to_nan, skip_diverged=True)
+    training = training._replace(preprocess=rounds.preprocess_black_to_nan, skip_diverged=True, link=BREAKING)
     program = jax.jit(functools.partial(round.run_round, training, 4, None))
 
     def run(work):
@@ -200,6 +206,22 @@ def test_a_round_with_random_numbers_and_a_noisy_link_equals_the_protocol(small_
     found = small_round.run(small_round.work)
     assert_same_round(found, protocol.run_round(small_round.world, rounds.works(small_round.work)))
     assert rounds.difference(found[0], small_round.world.variables) > 0.01
+
+
+def test_a_client_whose_last_update_alone_is_not_finite_diverged(small_round):
+    """Its losses are finite."""
+    work, place = small_round.work, 2  # at cut 2, of three steps
+
+    def numbers(client):
+        keys = (jax.random.fold_in(jax.random.fold_in(KEY, client), step) for step in range(3))
+        return [rounds.number(protocol.link_key(key, protocol.DOWN)) for key in keys]
+
+    client = next(c for c in range(100, 1000) if [n > 0.95 for n in numbers(c)] == [False, False, True])
+    work = work._replace(client=np.where(np.arange(8) == place, client, work.client).astype(np.int32))
+    assert np.isfinite(protocol.run_session(small_round.world, rounds.works(work)[place])[1])
+    found = small_round.run(work)
+    assert found[2] == [client]
+    assert_same_round(found, protocol.run_round(small_round.world, rounds.works(work), skip_diverged=True))
 
 
 # What the equality would not survive: each is done to one client of the protocol.

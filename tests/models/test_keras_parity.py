@@ -38,7 +38,8 @@ def chain_of(model, name, form="conv"):
         chain = models.create(name, classes, channels, layer_form=form, drop_rate_scale=0)
     fresh = chain.init(jax.random.key(0), jnp.zeros((1, 32, 32, channels)))
     wide = jax.tree.map(lambda x: x.astype(jnp.result_type(float)), fresh)
-    return chain, *keras_weights.load(model, name, chain, wide)
+    imported = keras_weights.load(model, name, chain, wide)
+    return chain, imported.variables, imported.scaling
 
 
 def scaled(images, scaling):

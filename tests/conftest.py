@@ -1,6 +1,7 @@
 import functools
 import os
 import subprocess
+import tempfile
 
 import hypothesis
 import jax
@@ -17,9 +18,34 @@ if hypothesis.settings.get_current_profile_name() != "ci":
 np.testing.assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported
-# Neither use nor fill the user's cache of compiled programs: processes that tests start, and this one.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-jax.config.update("jax_enable_compilation_cache", False)
+_CACHE = {
+    "jax_enable_compilation_cache": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+def pytest_configure(config):
+    """Compiling is most of what tests cost: what one process has compiled, all of this session share, and no
+    code is made fast that runs for milliseconds. Slow tests are compiled as users have it.
+    """
+    if hasattr(config, "workerinput"):
+        return  # it has inherited the environment
+    config.own_caches = tempfile.TemporaryDirectory(prefix="sfl_jax_tests_")
+    os.environ["XDG_CACHE_HOME"] = config.own_caches.name  # not the user's
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{config.own_caches.name}/programs"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    for name, value in _CACHE.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+    if config.option.markexpr == "not slow":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "own_caches"):
+        config.own_caches.cleanup()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from commands import small_world
 
-from sfl_jax import datasets, division, experiment, planning, recording
+from sfl_jax import datasets, division, experiment, models, planning, recording
 from sfl_jax import fleet as fleets
 from sfl_jax.commands import train
 from sfl_jax.config import Config, validate
@@ -79,7 +79,7 @@ def test_flags_reach_the_data(monkeypatch):
 
 def test_the_plan_of_a_fleet_file_is_the_plan_that_is_trained(file):
     config = file()
-    with small_world.world():
+    with small_world.world(create=models.create):
         built = experiment.build(config)
         others = experiment.build(dataclasses.replace(config, seed=1))
     assert [len(part) for part in built.parts] == SAMPLES
@@ -213,7 +213,7 @@ def test_a_run_looks_at_its_own_images_and_clients():
     """Tiny at 8x8 ends in maps of 1x1; at 16x16 in 2x2. What goes up at cut 0 is the image of 8x8 in both."""
     uneven = dataclasses.replace(SMALL, clients=48, partition="quantity", dirichlet_alpha=0.1)
     larger = dataclasses.replace(uneven, image_size=16, batch_size=1)
-    with small_world.world():
+    with small_world.world(create=models.create):
         built, wide = experiment.build(uneven), experiment.build(larger)
         with pytest.raises(BadInput, match="--batch_size=1"):
             experiment.build(dataclasses.replace(larger, image_size=8))

@@ -10,8 +10,8 @@ import plain
 import pytest
 from commands import small_world
 
-from sfl_jax import comparison, datasets, experiment, fleet, models, optim, planning
-from sfl_jax.config import PARTITIONS, Config
+from sfl_jax import comparison, experiment, fleet, models, optim, planning
+from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Outcome
 from sfl_jax.models import keras_weights
@@ -30,25 +30,6 @@ SMALL = Config(
 @pytest.fixture(scope="module")
 def built():
     return experiment.build(SMALL)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"partition": scheme} for scheme in PARTITIONS if scheme not in ("auto", "fleet")]
-    + [{"partition": "shards", "shards_per_client": 1}],
-)
-def test_clients_own_what_the_flags_say(settings):
-    takes_alpha = settings["partition"] in ("dirichlet", "quantity")
-    more = {"dirichlet_alpha": 0.3} if takes_alpha else {}
-    config = dataclasses.replace(SMALL, seed=5, **settings, **more)
-    built = experiment.build(config)
-    expected = datasets.partition(
-        built.dataset.train_labels, SMALL.clients, scheme=config.partition, alpha=config.dirichlet_alpha,
-        seed=5, shards_per_client=config.shards_per_client,
-    )  # fmt: skip
-    for own, part in zip(built.parts, expected, strict=True):
-        np.testing.assert_array_equal(own, part)
-    assert [len(part) for part in expected] == built.fleet.samples.tolist()
 
 
 def test_a_cohort_is_planned_on_the_links_of_its_round(built):
@@ -226,6 +207,7 @@ def held_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_are_held_once(tmp_path, built):
     chain, path = built.training.chain, str(tmp_path / "given.weights.h5")
 
@@ -259,7 +241,7 @@ def test_a_run_says_where_its_classifier_comes_from(units, classes, line, tmp_pa
     path = str(tmp_path / "given.weights.h5")
     keras_weights.save(path, chain, chain.init(jax.random.key(7), jnp.zeros((1, 8, 8, 1))))
     config = dataclasses.replace(SMALL, image_size=8, clients=small_world.CLIENTS, init_from=path)
-    with small_world.world():
+    with small_world.world(create=models.create):
         built = experiment.build(config)
     assert line.format(path) in built.notes
     kept = experiment.initial_model(built).variables.params[-1]["dense"]["dense_kernel"]

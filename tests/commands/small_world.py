@@ -15,10 +15,11 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import plain
 
-from sfl_jax import checkpoints, datasets, experiment, fleet, metrics, recording
+from sfl_jax import checkpoints, datasets, experiment, fleet, metrics, models, recording
 from sfl_jax.commands import train
 
 CLIENTS = 48
@@ -44,8 +45,10 @@ def noise(poisoned=(), samples=8 * CLIENTS):
 
 
 @contextlib.contextmanager
-def world(poisoned=(), absent=(), samples=8 * CLIENTS):
-    """While it lasts, runs train on noise; `poisoned` clients compute NaN, and `absent` ones never come."""
+def world(poisoned=(), absent=(), samples=8 * CLIENTS, create=networks.create):
+    """While it lasts, runs train what `create` makes in the place of a model, on noise; `poisoned` clients
+    compute NaN, and `absent` ones never come.
+    """
     preprocessing, availability = experiment.preprocessing, fleet.availability
 
     def black_is_nan(*given):
@@ -58,6 +61,7 @@ def world(poisoned=(), absent=(), samples=8 * CLIENTS):
     data = noise(poisoned, samples)
     with (
         mock.patch.object(datasets, "load", return_value=data),
+        mock.patch.object(models, "create", create),
         mock.patch.object(experiment, "preprocessing", black_is_nan),
         mock.patch.object(fleet, "availability", without_the_absent),
     ):

@@ -134,6 +134,7 @@ def test_plot_and_target(here, capsys):
     assert sorted(os.listdir(here)) == ["fleet.csv", "plan.csv", "plan.json", "plan.png"]
 
 
+@pytest.mark.slow
 def test_a_plan_by_regression_says_and_draws_how_well_its_curves_fit(here):
     heights = []
     for method in ("exact", "regression"):

@@ -19,6 +19,7 @@ import plain
 import pytest
 from disks import fill
 
+from sfl_jax.commands import train
 from sfl_jax.config import Config
 
 ROUNDS = 8
@@ -41,6 +42,7 @@ def environment(tmp_path_factory):
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",  # as users have it
     }
 
 
@@ -128,6 +130,7 @@ def test_the_same_seed_gives_the_same_bits(begin, quiet, tmp_path):
     assert numbers(tmp_path / "other") != numbers(quiet)[:4]
 
 
+@pytest.mark.slow
 def test_killed_at_a_line_it_goes_on_bitwise(begin, quiet, tmp_path):
     process = begin(tmp_path)
     wait_for(tmp_path / "metrics.jsonl", process, lines=3)
@@ -171,7 +174,28 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
     assert while_writing > 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_run_that_is_asked_to_stop_goes_on_when_it_is_typed_again(begin, tmp_path, monkeypatch, capsys):
+    """In a directory that the command is not typed in."""
+    process = begin(tmp_path, "--rounds=40")
+    wait_for(tmp_path / "metrics.jsonl", process, lines=2)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, 75)
+    done = numbers(tmp_path)
+    saved = f"interrupted, round {len(done)} of 40 is saved; run the same command again to go on"
+    assert saved in err
+    monkeypatch.chdir(tmp_path.parent)
+    rounds = len(done) + 1
+    again = [*FLAGS, f"--rounds={rounds}", f"--workdir={tmp_path.name}"]
+    assert train.main(again) == 0
+    assert f"going on after round {len(done)} of {rounds}" in capsys.readouterr().out
+    lines = numbers(tmp_path)
+    assert lines[:-1] == done
+    assert [line["round"] for line in lines] == [*range(1, rounds + 1)]
+    assert lines[-1]["simulated_s"] > done[-1]["simulated_s"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_saves_and_ends_with_75(number, begin, quiet, tmp_path):
     process = begin(tmp_path, "--checkpoint_every_rounds=0")
     wait_for(tmp_path / "metrics.jsonl", process, lines=2)
@@ -280,6 +304,7 @@ def test_resumed_with_other_chunks_and_devices_it_goes_on_but_for_rounding(devic
     assert max(apart) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_which_goes_on_bitwise_once_there_is_room(begin, quiet, small_disk):
     process = begin(small_disk / "run", "--checkpoint_every_rounds=1")
     wait_for(small_disk / "run" / "metrics.jsonl", process, lines=2)

@@ -20,11 +20,12 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated import processes
 from sfl_jax.models import keras_weights
 
-IMAGES = jnp.zeros((1, 32, 32, 1))
+IMAGES = jnp.zeros((1, 8, 8, 1))
 
 SMALL = [
     "--model=efficientnetv2-tiny", "--clients=600", "--cohort_size=3", "--rounds=3", "--eval_every=2",
     "--clients_per_chunk=3", "--server_flops=1e10", "--layer_form=product", "--learning_rate=0.02",
+    "--image_size=8",
     *plain.FLAGS,
 ]  # fmt: skip
 

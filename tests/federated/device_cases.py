@@ -15,6 +15,7 @@ from unittest import mock
 
 import flax.linen as nn
 import jax
+import networks
 import numpy as np
 from federated import rounds
 from jax.sharding import Mesh
@@ -100,7 +101,7 @@ def whole_network():
 
 
 def small_network():
-    chain = SHORT["product"]
+    chain = rounds.SMALL_CHAIN
     assert distance(after_rounds(1, chain=chain), after_rounds(4, chain=chain)) < 1e-5
 
 
@@ -176,7 +177,11 @@ def shifted_unique(values, *, unique=np.unique, **options):
 
 
 def evaluations():
-    """130 samples on 8 devices in batches of at most 6, the last ones filled up; both forms."""
+    """130 samples on 8 devices in batches of at most 6, the last ones filled up."""
+    evaluations_of(rounds.SMALL_CHAIN)
+
+
+def evaluations_of_both_forms():
     for chain in SHORT.values():
         evaluations_of(chain)
 
@@ -312,7 +317,15 @@ def crossing_bytes():
     """The compiled program sums the model, the loss, the weight and who diverged over devices, and moves
     nothing else; so does `jit(shard_map(body))`, which is given no more than what belongs to its device.
     """
-    for chain in (rounds.CHAIN, SHORT["conv"]):
+    crossing_bytes_of(networks.dense())
+
+
+def crossing_bytes_of_both_forms():
+    crossing_bytes_of(rounds.CHAIN, SHORT["conv"])
+
+
+def crossing_bytes_of(*chains):
+    for chain in chains:
         arguments, size = placed(4, chain)
         expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)), arguments[2].client.size)
         floats = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
@@ -343,7 +356,7 @@ def sum_of_gathered(tree, axis_name):
 
 def work_of_devices():
     """Steps counted while they run, device by device, are those that the paper model says."""
-    chain, counts = SHORT["conv"], Counter()
+    chain, counts = networks.dense(), Counter()
 
     def counting(images):
         # Given something of the client's own, it runs once for each client of a chunk.
@@ -372,7 +385,7 @@ def benchmark():
     ]  # fmt: skip
     said = io.StringIO()
     with (
-        mock.patch.object(scaling.models, "create", return_value=SHORT["conv"]),
+        mock.patch.object(scaling.models, "create", return_value=networks.dense()),
         mock.patch.object(sys, "argv", ["scaling", *flags]),
         contextlib.redirect_stdout(said),
     ):
@@ -382,7 +395,7 @@ def benchmark():
         ("weak", 2, 6),
         ("strong", 2, 3),
     ]
-    profile = models.profile(SHORT["conv"], (16, 16, 1))
+    profile = models.profile(networks.dense(), (16, 16, 1))
     for row in rows:
         work = scaling.cohort(row["clients"], 2, 4, 4096)
         arranged, size = fill_chunks(work, 2, row["devices"])

@@ -12,15 +12,19 @@ from sfl_jax.federated import devices
 
 # Both sides of every comparison are compiled alike, and most of the time goes into compiling.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-SLOW = ("executions_and_cohorts", "mutations", "divergence", "checkpoints_move")
-CASES = (
-    "small_network", "evaluations", "placement", "crossing_bytes", "work_of_devices", "work_of_a_step",
-    "benchmark", "other_platforms",
+SLOW = (
+    "executions_and_cohorts", "mutations", "divergence", "checkpoints_move", "evaluations_of_both_forms",
+    "crossing_bytes_of_both_forms",
 )  # fmt: skip
+# Some share a process, since to start one costs seconds.
+CASES = (
+    ("small_network", "evaluations", "placement", "crossing_bytes"),
+    ("work_of_devices", "work_of_a_step", "benchmark", "other_platforms"),
+)
 
 
-def run_case(name, flags=FAST_COMPILATION):
-    """Runs a function of `device_cases` on eight virtual devices."""
+def run_cases(*names, flags=FAST_COMPILATION):
+    """Runs functions of `device_cases` on eight virtual devices; an error names the one that failed."""
     tests = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -28,22 +32,24 @@ def run_case(name, flags=FAST_COMPILATION):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
     }
-    program = f"from federated import device_cases; device_cases.{name}()"
+    program = "from federated import device_cases\n" + "".join(f"device_cases.{name}()\n" for name in names)
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
-def test_on_eight_devices(case):
-    run_case(case)
+@pytest.mark.parametrize(
+    "cases", [*CASES, *(pytest.param([case], marks=pytest.mark.slow) for case in SLOW)], ids=" ".join
+)
+def test_on_eight_devices(cases):
+    run_cases(*cases)
 
 
 @pytest.mark.slow
 def test_several_devices_give_the_numbers_of_one():
     """The whole network, compiled as it is in use."""
-    run_case("whole_network", flags="")
+    run_cases("whole_network", flags="")
 
 
 def test_more_devices_than_there_are():

@@ -85,6 +85,7 @@ def test_what_clients_keep_and_what_is_summed_is_float32():
     assert set(found) == {(NARROW, NARROW)}
 
 
+@pytest.mark.slow
 def test_a_mean_over_clients_keeps_what_bfloat16_would_round_away():
     """Clients that do not step give back the very float32 variables that they were given."""
     variables, samples = rounds.start()

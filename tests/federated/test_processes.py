@@ -157,6 +157,7 @@ def after_lines(workdir, count, processes, timeout=1800):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_processes_started_by_open_mpi_give_the_numbers_of_one(one, two):
     """Only the first writes and speaks."""
     workdir, results = two

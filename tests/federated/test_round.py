@@ -17,16 +17,27 @@ from sfl_jax.federated.session import Link, batch_loss
 from sfl_jax.models import Chain
 
 KEY = jax.random.key(7)
+CHAIN, CLIENTS = rounds.SMALL_CHAIN, 9
+
+
+@functools.cache
+def start():
+    return rounds.start(CHAIN, rounds.SMALL_SIZE)
+
+
+def assignments(cuts=None, **given):
+    """Of nine clients, with every cut."""
+    return rounds.assignments(np.arange(CLIENTS) % rounds.SMALL_CUTS if cuts is None else cuts, **given)
 
 
 @functools.cache
 def compiled(clients_per_chunk, link=None, **changes):
-    training = rounds.training(link=link)._replace(**changes)
+    training = rounds.training(link=link, chain=CHAIN)._replace(**changes)
     return jax.jit(functools.partial(run_round, training, clients_per_chunk, None))
 
 
 def run(work, clients_per_chunk=3, link=None):
-    variables, samples = rounds.start()
+    variables, samples = start()
     model, loss, _ = compiled(clients_per_chunk, link)(
         Model.of(variables), samples, work, KEY, jnp.asarray(rounds.RATE)
     )
@@ -50,10 +61,9 @@ def adam(epsilon):
     return update
 
 
-def fedavg(work, update=momentum, rate=rounds.RATE):
+def fedavg(chain, begin, work, update=momentum, rate=rounds.RATE):
     """Federated averaging from its definition, on the whole network, one client after the other."""
-    variables, samples = rounds.start()
-    chain = rounds.REFERENCE_CHAIN
+    variables, samples = begin
 
     @jax.jit
     def step(params, stats, state, batch, key, count):
@@ -83,16 +93,18 @@ def fedavg(work, update=momentum, rate=rounds.RATE):
             total,
             variables._replace(params=params, batch_stats=stats),
         )
-    return total
+    return jax.tree.map(
+        lambda v, t: np.rint(t) if jnp.issubdtype(v.dtype, jnp.integer) else t, variables, total
+    )
 
 
 def test_any_cuts_give_fedavg():
-    work = rounds.assignments()
-    expected = fedavg(work)
+    work = assignments()
+    expected = fedavg(CHAIN, start(), work)
     mean, _ = run(work)
     assert rounds.difference(mean, expected) < 1e-5
     # A wrong weight breaks the equality.
-    skewed = work._replace(weight=work.weight + np.eye(rounds.CUTS, dtype=np.float32)[0])
+    skewed = work._replace(weight=work.weight + np.eye(CLIENTS, dtype=np.float32)[0])
     assert rounds.difference(run(skewed)[0], expected) > 1e-4
 
 
@@ -118,7 +130,7 @@ def test_any_cuts_give_fedavg_with_every_optimizer(x64, optimizer):
                 rounds.difference(model.variables.batch_stats, expected.batch_stats),
             )
 
-        expected = fedavg(work, update, rate)
+        expected = fedavg(rounds.REFERENCE_CHAIN, (variables, samples), work, update, rate)
         of_params, of_statistics = apart(work)
         assert of_params < tolerance
         assert of_statistics < tolerance
@@ -127,15 +139,15 @@ def test_any_cuts_give_fedavg_with_every_optimizer(x64, optimizer):
 
 
 def test_cuts_change_nothing_with_the_identity_link():
-    work = rounds.assignments()
+    work = assignments()
     other = work._replace(cut=work.cut[::-1].copy())
     finite.assert_equal(run(work), run(other))
 
 
 def test_new_cuts_steps_weights_and_cohorts_compile_nothing():
-    work = rounds.assignments()
+    work = assignments()
     run(work)
-    other = rounds.assignments(cuts=[5] * rounds.CUTS, seed=1)
+    other = assignments(cuts=[2] * CLIENTS, seed=1)
     with metrics.CompileClock() as clock:
         run(
             other._replace(
@@ -148,13 +160,13 @@ def test_new_cuts_steps_weights_and_cohorts_compile_nothing():
 
 
 def test_chunks_give_the_same_mean():
-    work = rounds.assignments()
+    work = assignments()
     by_threes, by_ones = run(work, 3), run(work, 1)
     assert rounds.difference(by_threes, by_ones) < 1e-5
 
 
 def test_idle_steps_change_nothing_bitwise():
-    work = rounds.assignments(steps=np.array([2, 1, 1] * 3))
+    work = assignments(steps=np.array([2, 1, 1] * 3))
     changed = work.batches.copy()
     changed[work.steps == 1, 1] = 63
     finite.assert_equal(run(work), run(work._replace(batches=changed)))
@@ -163,7 +175,7 @@ def test_idle_steps_change_nothing_bitwise():
 
 
 def test_a_client_of_weight_0_has_no_influence():
-    work = rounds.assignments()
+    work = assignments()
     work.weight[4] = 0
     elsewhere = work.batches.copy()
     elsewhere[4] = 0
@@ -171,9 +183,9 @@ def test_a_client_of_weight_0_has_no_influence():
 
 
 def test_nobody_came_keeps_the_variables():
-    work = rounds.assignments()
+    work = assignments()
     mean, loss = run(work._replace(weight=work.weight * 0))
-    finite.assert_equal(mean, rounds.start()[0])
+    finite.assert_equal(mean, start()[0])
     assert np.isnan(loss)
 
 
@@ -186,20 +198,20 @@ BROKEN = {
 
 @pytest.mark.parametrize("number", ["loss", pytest.param("update", marks=pytest.mark.slow)])
 def test_a_diverged_client_has_no_influence_and_is_named(number):
-    variables, samples = rounds.start()
-    cuts = np.full(rounds.CUTS, len(rounds.CHAIN))  # without a message from the server, but for client 4
-    cuts[4] = 3
-    samples, work = rounds.poisoned(samples, rounds.assignments(cuts), 4)
+    variables, samples = start()
+    cuts = np.full(CLIENTS, len(CHAIN))  # without a message from the server, but for client 4
+    cuts[4] = 2
+    samples, work = rounds.poisoned(samples, assignments(cuts), 4)
 
     def run(skip, work):
         step = compiled(3, **BROKEN[number], skip_diverged=skip)
         return step(Model.of(variables), samples, work, KEY, jnp.asarray(rounds.RATE))
 
-    absent = work._replace(weight=np.where(np.arange(rounds.CUTS) == 4, 0, work.weight))
+    absent = work._replace(weight=np.where(np.arange(CLIENTS) == 4, 0, work.weight))
     model, loss, diverged = run(True, work)
     expected, expected_loss, nobody = run(True, absent)
     assert diverged.tolist() == [-1] * 4 + [work.client[4]] + [-1] * 4
-    assert nobody.tolist() == [-1] * rounds.CUTS
+    assert nobody.tolist() == [-1] * CLIENTS
     assert loss == expected_loss
     assert np.isfinite(loss)
     finite.assert_equal(model.variables, expected.variables)
@@ -219,23 +231,24 @@ def test_a_single_number_that_is_not_finite_is_seen_wherever_it_is(number):
 
 
 def test_a_step_of_the_server_that_overflows_is_not_taken():
-    variables, samples = rounds.start()
+    variables, samples = start()
     optimizer = optax.chain(optax.scale(1e30), optax.scale(1e30))
-    start = Model.of(variables, optimizer.init(variables.params))
+    begun = Model.of(variables, optimizer.init(variables.params))
     step = compiled(3, server_optimizer=optimizer)
-    model, loss, diverged = step(start, samples, rounds.assignments(), KEY, jnp.asarray(rounds.RATE))
+    model, loss, diverged = step(begun, samples, assignments(), KEY, jnp.asarray(rounds.RATE))
     assert np.isnan(loss)
     assert (diverged < 0).all()
     finite.assert_equal(model.variables, variables)
 
 
 def test_server_momentum_adds_up_the_mean_changes():
-    training = rounds.training()._replace(server_optimizer=optax.sgd(0.5, 0.9))
-    step = jax.jit(functools.partial(run_round, training, 3, None))
-    variables, samples = rounds.start()
+    optimizer = optax.sgd(0.5, 0.9)
+    training = rounds.training(chain=CHAIN)._replace(server_optimizer=optimizer)
+    step = compiled(3, server_optimizer=optimizer)
+    variables, samples = start()
     model, velocity = start_model(training, variables), 0.0
     for seed in range(2):
-        work = rounds.assignments(seed=seed)
+        work = assignments(seed=seed)
         before = model.variables
         mean, _, _ = compiled(3)(Model.of(before), samples, work, KEY, jnp.asarray(rounds.RATE))
         model, _, _ = step(model, samples, work, KEY, jnp.asarray(rounds.RATE))
@@ -251,14 +264,14 @@ def test_server_momentum_adds_up_the_mean_changes():
 
 def test_a_client_that_does_not_come_has_no_influence_though_all_its_data_are_nan():
     """The same compiled shape: its place is there, without weight and without steps."""
-    samples, _ = rounds.poisoned(rounds.start()[1], rounds.assignments(), 4)
+    samples, _ = rounds.poisoned(start()[1], assignments(), 4)
     step = compiled(3, preprocess=rounds.preprocess_black_to_nan)
 
     def run(work):
-        return step(Model.of(rounds.start()[0]), samples, work, KEY, jnp.asarray(rounds.RATE))
+        return step(Model.of(start()[0]), samples, work, KEY, jnp.asarray(rounds.RATE))
 
-    work = rounds.assignments()
-    there = np.arange(rounds.CUTS) != 4
+    work = assignments()
+    there = np.arange(CLIENTS) != 4
     absent = work._replace(weight=work.weight * there, steps=work.steps * there)
     _, broken = rounds.poisoned(samples, absent, 4)
     finite.assert_equal(run(absent), run(broken))

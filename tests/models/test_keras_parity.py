@@ -120,7 +120,10 @@ def check(name, size, form="conv"):
     assert max(found) <= DEEP
 
 
-@pytest.mark.parametrize(("size", "form"), [(32, "conv"), (45, "conv"), (33, "product")])
+@pytest.mark.parametrize(
+    ("size", "form"),
+    [(33, "product"), *(pytest.param(size, "conv", marks=pytest.mark.slow) for size in (32, 45))],
+)
 def test_every_kind_of_unit_is_keras(size, form):
     check(MINI, size, form)
 
@@ -172,9 +175,9 @@ MUTATIONS = {
 
 def test_variables_that_are_mixed_up_in_one_unit_are_another_network():
     with keras_models.precision("float64"):
-        model = keras_models.make(MINI)
+        model = keras_models.make(MINI, 33)
         chain, variables, scaling = chain_of(model, MINI)
-        images = scaled(keras_models.batch(32)[0], scaling)
+        images = scaled(keras_models.batch(33)[0], scaling)
         expected = keras_models.inference(model, images)
         stem, front, back = chain.unit_variables(variables, 0), *chain.split_variables(variables, 1)
         run = jax.jit(lambda v: chain.apply(v, images)[0])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sfl_jax import models
 from sfl_jax.models import Chain, efficientnet_v2, layers
 
+QUICK = ("efficientnetv2-b0", "efficientnetv2-s")  # one of each kind; the others take longer to trace
 PUBLISHED = [  # name, units, all variables, trainable, multiply-adds, image size
     ("efficientnetv2-b0", 24, 7_200_312, 7_139_704, 0.718e9, 224),
     ("efficientnetv2-b1", 30, 8_212_124, 8_141_052, 1.197e9, 240),
@@ -49,7 +50,10 @@ def single(*layers_of_unit, shape, first_unit=1):
     return {field: value[0] for field, value in profile._asdict().items()}
 
 
-@pytest.mark.parametrize(("name", "units", "variables", "trainable", "macs", "size"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "units", "variables", "trainable", "macs", "size"),
+    [pytest.param(*row, marks=[] if row[0] in QUICK else pytest.mark.slow) for row in PUBLISHED],
+)
 def test_counts_are_those_of_googles_release(name, units, variables, trainable, macs, size):
     profile = models.profile(models.create(name, 1000, 3), (size, size, 3))
     assert [len(column) for column in profile] == [units] * 6 + [units + 1]

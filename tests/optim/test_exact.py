@@ -108,6 +108,7 @@ def bytes_per_client(clients, units=43):
     return program.memory_analysis().temp_size_in_bytes / clients
 
 
+@pytest.mark.slow
 def test_nothing_of_size_clients_times_cuts_is_made(monkeypatch):
     assert bytes_per_client(300_000) < 10 * 8
     # Without its barriers the compiler makes the whole table ahead of the loop.

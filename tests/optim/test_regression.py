@@ -150,6 +150,7 @@ def test_rounding_takes_the_nearest_allowed_cut_or_the_neighbour_that_needs_less
         assert need[1:].tolist() == [last, 2]  # one neighbour alone is open to these two
 
 
+@pytest.mark.slow
 def test_rounding_by_need_is_nearer_to_the_optimum():
     profile = models.profile(models.create("efficientnetv2-b0"), (32, 32, 1))
     gaps = {rounding: [] for rounding in optim.ROUNDINGS}

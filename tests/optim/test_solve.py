@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,7 +147,7 @@ def test_absent_clients_cost_nothing(method):
     plan = solve(costs, server_flops, method, present=present)
     oracles.assert_sound(dense, server_flops, plan, present)
     assert plan.cuts[1] == costs.shape[1] - 1
-    if method != "random_cut":
+    if method in ("exact", "alternating", "equal_shares", "common_cut"):  # each shape is compiled
         alone = solve(costs.take(present), server_flops, method)
         np.testing.assert_allclose(plan.round_s, alone.round_s, rtol=1e-12)
     nobody = solve(costs, server_flops, method, present=np.zeros(3, bool))
@@ -154,8 +156,8 @@ def test_absent_clients_cost_nothing(method):
 
 @pytest.mark.parametrize("method", ON_COSTS)
 def test_terms_and_their_dense_form_have_one_plan(method):
-    terms = optim.terms(oracles.profile(5), oracles.fleet(6), optim.Work())
-    for server_flops in (1e7, 1e9, 1e11):
+    for seed, server_flops in itertools.product(range(3), (1e7, 1e9, 1e11)):
+        terms = optim.terms(oracles.profile(3, seed), oracles.fleet(3, seed), optim.Work())
         factored, dense = (solve(costs, server_flops, method) for costs in (terms, terms.costs()))
         oracles.assert_sound(terms.costs(), server_flops, factored)
         np.testing.assert_array_equal(factored.cuts, dense.cuts)
@@ -164,14 +166,14 @@ def test_terms_and_their_dense_form_have_one_plan(method):
         np.testing.assert_allclose(sum(seconds), factored.client_s, rtol=1e-12)
 
 
-SLOW_TWINS = ("alternating", "equal_shares", "common_cut", "no_split")
+SLOW_TWINS = ("alternating", "greedy", "random_cut", "equal_shares", "common_cut", "no_split")
 
 
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW_TWINS else ()) for m in optim.METHODS]
 )
 def test_the_pure_twin_gives_the_same_plans_under_vmap(method):
-    fleets = [oracles.fleet(4, seed) for seed in range(5)]
+    fleets = [oracles.fleet(3, seed) for seed in range(5)]
     many = [optim.terms(oracles.profile(3), fleet, optim.Work()) for fleet in fleets]
     keys = jax.random.split(KEY, 5)
     with jax.enable_x64(True):

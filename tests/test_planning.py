@@ -120,7 +120,7 @@ def test_equal_shares_are_held_up_by_the_one_that_uses_its_share(tiny):
     assert who.clients.tolist() == [int(np.argmax(fixed_s + work / equal))]
 
 
-@pytest.mark.parametrize("method", ["alternating", "regression"])
+@pytest.mark.parametrize("method", ["alternating", pytest.param("regression", marks=pytest.mark.slow)])
 def test_the_best_of_several_starts_is_kept(tiny, method):
     scarce = dataclasses.replace(tiny, method=method, server_flops=3e8)
     one = planning.make_plan(scarce)

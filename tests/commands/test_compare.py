@@ -43,6 +43,8 @@ def test_one_training_and_every_clock(tmp_path, capsys):
 def test_plans_without_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "DRAWS", 3)
     monkeypatch.setattr(comparison, "RANDOM_FLEETS", 2)
+    few = ("exact", "alternating", "no_split")  # each is compiled
+    monkeypatch.setattr(comparison, "schemes", lambda barrier: few)
     errors = comparison.errors
     monkeypatch.setattr(comparison, "errors", lambda config: errors(config, draws=3))
     assert compare.main([*TINY, "--plan_only", "--clients=6", f"--workdir={tmp_path}"]) == 0

@@ -2,34 +2,15 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from commands import small_world
 from commands.small_world import lines, model, run, same, saved_rounds
-from jax.experimental.compilation_cache import compilation_cache
 
 from sfl_jax import datasets, experiment, fleet
 from sfl_jax.errors import BadInput
 
 SEED, CLIENTS, COHORT = 0, small_world.CLIENTS, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """What one run compiled is there for the next."""
-    given = {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in given}
-    for values in (given, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is given:
-            yield
 
 
 def newcomer(round):

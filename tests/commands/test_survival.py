@@ -17,6 +17,7 @@ import finite
 import numpy as np
 import plain
 import pytest
+from commands import small_world
 from disks import fill
 
 from sfl_jax.commands import train
@@ -174,21 +175,28 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
     assert while_writing > 2
 
 
-def test_a_run_that_is_asked_to_stop_goes_on_when_it_is_typed_again(begin, tmp_path, monkeypatch, capsys):
-    """In a directory that the command is not typed in."""
-    process = begin(tmp_path, "--rounds=40")
-    wait_for(tmp_path / "metrics.jsonl", process, lines=2)
+def test_a_run_that_is_asked_to_stop_goes_on_when_it_is_typed_again(tmp_path, monkeypatch, capsys):
+    """In a directory that holds no code, with a relative workdir, on the network of `small_world`."""
+    root = Path(__file__).parents[2]
+    flags = ["--workdir=runs/mine", "--eval_every=4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "commands.small_world", "{}", "--rounds=2000", *flags],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    workdir = tmp_path / "runs" / "mine"
+    wait_for(workdir / "metrics.jsonl", process, lines=2)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, 75)
-    done = numbers(tmp_path)
-    saved = f"interrupted, round {len(done)} of 40 is saved; run the same command again to go on"
+    done = numbers(workdir)
+    saved = f"interrupted, round {len(done)} of 2000 is saved; run the same command again to go on"
     assert saved in err
-    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.chdir(tmp_path)
     rounds = len(done) + 1
-    again = [*FLAGS, f"--rounds={rounds}", f"--workdir={tmp_path.name}"]
-    assert train.main(again) == 0
+    with small_world.world():
+        assert train.main([*small_world.FLAGS, f"--rounds={rounds}", *flags]) == 0
     assert f"going on after round {len(done)} of {rounds}" in capsys.readouterr().out
-    lines = numbers(tmp_path)
+    lines = numbers(workdir)
     assert lines[:-1] == done
     assert [line["round"] for line in lines] == [*range(1, rounds + 1)]
     assert lines[-1]["simulated_s"] > done[-1]["simulated_s"]

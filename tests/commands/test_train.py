@@ -204,7 +204,9 @@ def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypa
 @pytest.mark.parametrize(
     ("flag", "line"),
     [("--clients_per_chunk=9", "chunk=9: does not fit into the memory; try 4"),
-     ("--clients_per_chunk=1", "batch_size=32: does not fit into the memory; try 16")],
+     pytest.param(
+         "--clients_per_chunk=1", "size=32: does not fit into the memory; try 16", marks=pytest.mark.slow
+     )],
 )  # fmt: skip
 def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkeypatch, capsys):
     def exhaust(*_):

@@ -14,12 +14,12 @@ from sfl_jax.federated import devices
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SLOW = (
     "executions_and_cohorts", "mutations", "divergence", "checkpoints_move", "evaluations_of_both_forms",
-    "crossing_bytes_of_both_forms",
+    "crossing_bytes_of_both_forms", "work_of_devices", "benchmark",
 )  # fmt: skip
 # Some share a process, since to start one costs seconds.
 CASES = (
     ("small_network", "evaluations", "placement", "crossing_bytes"),
-    ("work_of_devices", "work_of_a_step", "benchmark", "other_platforms"),
+    ("work_of_a_step", "other_platforms"),
 )
 
 

@@ -223,6 +223,7 @@ def test_a_client_half_draws_from_its_key_too():
     assert distance(halves.gradients[0], expected.gradients[0]) > 1e-2
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences():
     with jax.enable_x64(True):
         case = make_case("efficientnetv2-tiny", 16, 8, True)

@@ -173,6 +173,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 def test_variables_that_are_mixed_up_in_one_unit_are_another_network():
     with keras_models.precision("float64"):
         model = keras_models.make(MINI, 33)

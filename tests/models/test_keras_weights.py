@@ -51,6 +51,18 @@ def write(directory, name, keras_model):
     return path
 
 
+@pytest.fixture
+def apart():
+    """A file is tried in a process of its own first, as always in use."""
+
+
+@pytest.fixture(autouse=True)
+def not_apart(request, monkeypatch):
+    """It is not where its soundness is not in question, since a process costs time."""
+    if "apart" not in request.fixturenames:
+        monkeypatch.setattr(keras_files, "_try_to_read", lambda path: None)
+
+
 def assert_same(tree, other):
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
@@ -310,7 +322,7 @@ def refused(path, line):
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path):
+def test_files_that_are_no_weights_are_refused(tmp_path, apart):
     refused(str(tmp_path / "absent.h5"), "no such file")
     refused(str(tmp_path), "no such file")
     whole = write(tmp_path, "mini.weights.h5", model())
@@ -339,7 +351,7 @@ def test_another_variant_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
-def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkeypatch):
+def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkeypatch, apart):
     """HDF5 has no sums: numbers changed in place are what the file says. A .keras archive has sums."""
     monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("unpickled"))
     monkeypatch.setattr(keras_files, "PATIENCE_S", 5.0)
@@ -374,7 +386,7 @@ def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkey
     [("while True: pass", "damaged: reading it does not end"),
      ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "damaged: reading it crashes")],
 )  # fmt: skip
-def test_a_file_that_keeps_or_crashes_the_library_is_refused(program, line, tmp_path, monkeypatch):
+def test_a_file_that_keeps_or_crashes_the_library_is_refused(program, line, tmp_path, monkeypatch, apart):
     """What HDF5 does with some damaged attributes, and may do with others."""
     path = write(tmp_path, "weights.h5", model())
     monkeypatch.setattr(keras_files, "READ_ALL", program)

@@ -41,8 +41,9 @@ def distance(tree, other):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("size", [64, pytest.param(224, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["efficientnetv2-tiny", pytest.param(B0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("name", ["efficientnetv2-tiny", B0])
 def test_both_forms_agree_and_need_memory_of_one_order(name, size):
     results, needed_bytes = {}, {}
     for form in layers.FORMS:

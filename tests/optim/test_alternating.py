@@ -87,7 +87,9 @@ def test_of_those_that_end_last_together_all_come_back_that_can():
     assert plan.round_s == pytest.approx(7.0)  # 20 / 6 + 4 / 6 = 4
 
 
-@pytest.mark.parametrize("per_client", [1e6, 3e7, 1e9])
+@pytest.mark.parametrize(
+    "per_client", [1e6, *(pytest.param(flops, marks=pytest.mark.slow) for flops in (3e7, 1e9))]
+)
 def test_larger_fleets_are_called_back_in_few_steps_for_their_size(per_client):
     better = 0
     for seed in range(4):

@@ -354,12 +354,13 @@ def _line(config, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
     done = sent.prepared
     test_loss, test_accuracy = (None, None) if tested is None else map(float, tested)
     trained = int(done.assignments.steps.sum()) * config.batch_size
-    left_out = int((outcome.diverged >= 0).sum())
-    cuts = done.plan.cuts[done.turnout.came]
+    diverged = outcome.diverged[outcome.diverged >= 0]
+    counted = done.turnout.came & ~np.isin(done.assignments.client, diverged)
+    cuts = done.plan.cuts[counted]
     return metrics.Round(
         sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
         done.plan.bound_s, sent.state.simulated_s[config.method], wall_s, trained / took_s,
-        int(outcome.came) - left_out, float(cuts.mean()) if len(cuts) else math.nan,
+        int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan,
     )  # fmt: skip
 
 

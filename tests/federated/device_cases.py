@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
 from sfl_jax import metrics, models
-from sfl_jax.commands import train
+from sfl_jax.commands import interruption, train
 from sfl_jax.federated import devices, evaluation, round
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.packing import PackedVariables
@@ -215,16 +215,21 @@ def evaluations_of(chain):
     assert abs(float(devices.on_first(part)) / loss - 1) > 1e-4
 
 
-class StopAfter:
+class StopAfter(interruption.Stop):
     """A wish to stop that comes after so many rounds."""
 
     def __init__(self, rounds):
-        self.asked_before, self.rounds = 0, rounds
+        self.looks, self.rounds = 0, rounds
+        super().__init__()
 
     @property
     def asked(self):
-        self.asked_before += 1
-        return self.asked_before > self.rounds
+        self.looks += 1
+        return self.looks > self.rounds
+
+    @asked.setter
+    def asked(self, _):
+        """Looks alone count."""
 
 
 def checkpoints_move():

@@ -22,7 +22,7 @@ def newcomer(round):
 def test_a_client_that_diverges_stops_the_run_or_is_left_out(tmp_path, capsys, caplog):
     broken = newcomer(3)
     with small_world.world():
-        assert run(tmp_path / "quiet", "--rounds=2", "--checkpoint_every_rounds=1") == 0
+        assert run(tmp_path / "quiet", "--rounds=3", "--checkpoint_every_rounds=1") == 0
     capsys.readouterr()
     with small_world.world(poisoned=[broken]):
         assert run(tmp_path / "run", "--rounds=4") == 3
@@ -36,8 +36,12 @@ def test_a_client_that_diverges_stops_the_run_or_is_left_out(tmp_path, capsys, c
         assert run(tmp_path / "run", "--rounds=4") == 3
         assert len(lines(tmp_path / "run")) == 2
         assert run(tmp_path / "run", "--rounds=4", "--on_divergence=skip_client") == 0
-    assert lines(tmp_path / "run")[:2] == lines(tmp_path / "quiet")
+    *before, skipped, _ = lines(tmp_path / "run")
+    *quiet, healthy = lines(tmp_path / "quiet")
+    assert before == quiet
     assert [line["clients"] for line in lines(tmp_path / "run")] == [4, 4, 3, 4]
+    cut = int(said.removeprefix(f"error: {name}").split(",")[0])
+    assert 3 * skipped["mean_cut"] == pytest.approx(4 * healthy["mean_cut"] - cut)
     [warning] = [message for message in caplog.messages if "left out" in message]
     assert warning.startswith(name)
 

@@ -164,10 +164,7 @@ def whole_shares(scheme: str, plan: optim.Plan, server_flops: float) -> Float64[
 
 def kept_round_s(plan: optim.Plan, terms: optim.Terms, config: Config) -> float:
     """The round of a plan's cuts and shares under other terms than it was made on."""
-    if config.barrier == "session":
-        return float(np.sum(terms.seconds(plan.cuts, plan.shares), axis=0).max())
-    seconds = terms.seconds(plan.cuts, np.full(len(plan.cuts), config.server_flops))
-    return float(seconds.before_server.max() + seconds.server.sum() + seconds.after_server.max())
+    return float(optim.session_ends_s(terms, plan, config.server_flops, config.barrier).max())
 
 
 def own_scheme(config: Config) -> str:
@@ -206,8 +203,7 @@ def clocks(
             plans.append(plan_of(scheme, terms, config.server_flops, config.barrier, key, present))
         for index, plan in enumerate(plans):
             if plan is not None:
-                lasted = turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor, present)
-                rounds_s[index, round] = lasted.round_s
+                rounds_s[index, round] = turnout(config, terms, plan, delayed, present).round_s
     return dict(zip(names, np.cumsum(rounds_s, axis=1), strict=True))
 
 

@@ -1,7 +1,7 @@
 """Digests of arrays."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -13,3 +13,9 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
         total.update(f"{array.dtype}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
+
+
+def digest_of_columns(columns: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of a table: the columns and their names."""
+    named = ((np.frombuffer(name.encode(), np.uint8), np.asarray(rows)) for name, rows in columns.items())
+    return digest(array for pair in named for array in pair)

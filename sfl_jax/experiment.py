@@ -18,7 +18,7 @@ from sfl_jax import datasets, division, fleet, metrics, models, optim, planning,
 from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import AUTO, Config, left_open, validate
 from sfl_jax.datasets.images import preprocessing, squeezed
-from sfl_jax.digests import digest
+from sfl_jax.digests import digest, digest_of_columns
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import execution, optimizers
@@ -156,7 +156,7 @@ def inputs(experiment: Experiment) -> dict[str, str]:
     """Digests of what the run reads, by the flag that names it."""
     return {
         "dataset": experiment.dataset.digest,
-        "fleet": digest(map(np.asarray, experiment.fleet.columns().values())),
+        "fleet": digest_of_columns(experiment.fleet.columns()),
         "init_from": experiment.init_digest,
     }
 
@@ -377,7 +377,7 @@ def prepare(experiment: Experiment, round: int) -> Prepared | None:
     )  # fmt: skip
     assert clients.samples is not None
     delayed = delays(config, round, ids)
-    comers = turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor, present)
+    comers = turnout(config, terms, plan, delayed, present)
     # A client that does not come keeps its place, so that nothing compiles, and does nothing in it.
     weights = np.where(comers.came, clients.samples, 0).astype(np.float32)
     steps = np.where(comers.came, steps, 0).astype(np.int32)
@@ -500,7 +500,7 @@ def _round_s(config, terms, method, delayed, present) -> float:
     """A rival's round of the same clients and delays, infinite where it cannot serve each of them."""
     try:
         plan = optim.solve(terms, config.server_flops, method, config.barrier, present=present)
-        return turnout(plan.client_s, plan.round_s, delayed, config.deadline_factor, present).round_s
+        return turnout(config, terms, plan, delayed, present).round_s
     except optim.Infeasible:
         return math.inf
 

@@ -350,11 +350,8 @@ def seconds(planned: Planned) -> optim.Seconds:
 
     With a server that works for whoever waits, the server's seconds hold the waiting too.
     """
-    plan, terms = planned.plan, planned.terms
-    if isinstance(plan, optim.BandPlan):
-        terms = terms._replace(
-            uplink_bps=terms.uplink_bps * plan.uplink_hz, downlink_bps=terms.downlink_bps * plan.downlink_hz
-        )
+    plan = planned.plan
+    terms = optim.at_bands(planned.terms, plan)
     shares = np.where(np.isnan(plan.shares), planned.config.server_flops, plan.shares)
     parts = terms.seconds(plan.cuts, shares)
     if planned.config.method == "work_conserving":

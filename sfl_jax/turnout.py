@@ -1,11 +1,12 @@
 """Who of a cohort comes back in time, and how long the round lasts that waits for them."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from sfl_jax import fleet
+from sfl_jax import fleet, optim
 from sfl_jax.config import Config
 
 
@@ -30,25 +31,44 @@ def delays(config: Config, round: int, ids: np.ndarray) -> Delays:
 
 
 def turnout(
-    client_s: Float64[np.ndarray, " K"],
-    round_s: float,
+    config: Config,
+    terms: optim.Terms,
+    plan: optim.Plan | optim.BandPlan,
     delays: Delays,
-    deadline_factor: float,
     present: Bool[np.ndarray, " K"] | None = None,
 ) -> Turnout:
-    """Who came, of a plan of these seconds. Clients that are not `present` are not in the plan: nobody waits
-    for them.
+    """Who came, under a plan for these terms. Clients that are not `present` are not in the plan, and nobody
+    waits for them. Delays slow what a client does itself; the server is as fast as planned.
 
-    With a deadline, deadline_factor times the plan's round_s, the later ones are left out, and the server
-    waits until then for whoever is missing. Without one (0) it learns of a drop-out at once and waits for the
-    slowest of the others, or, if all dropped out, for as long as was planned.
+    With a deadline, --deadline_factor times the plan's round, the later ones are left out, and the server
+    waits until then for whoever is missing. Under the staged barrier it begins, if need be without some, when
+    just so much time is left as it and the way back were planned to take. Without a deadline (0) it learns of
+    a drop-out at once and waits for the slowest of the others, or, if all dropped out, as long as planned.
     """
-    finish_s = client_s * delays.slowdown + (round_s - client_s.max(initial=0))  # what the barrier adds stays
-    present = np.ones(len(client_s), bool) if present is None else present
-    came = delays.stays & present
-    if deadline_factor:
-        deadline_s = deadline_factor * round_s
-        came = came & (finish_s <= deadline_s)
-        if not came[present].all():
-            return Turnout(came, deadline_s)
-    return Turnout(came, float(finish_s[came].max(initial=0)) if came.any() else round_s)
+    present = np.ones(len(plan.cuts), bool) if present is None else present
+    deadline_s = config.deadline_factor * plan.round_s if config.deadline_factor else math.inf
+    finish_s = _finish_s(config, terms, plan, delays, present, deadline_s)
+    came = delays.stays & present & (finish_s <= deadline_s)
+    if math.isfinite(deadline_s) and not came[present].all():
+        return Turnout(came, deadline_s)
+    return Turnout(came, float(finish_s[came].max(initial=0)) if came.any() else plan.round_s)
+
+
+def _finish_s(config, terms, plan, delays, present, deadline_s):
+    """When each of those that are present is done; (K,)."""
+    late_s = plan.round_s - plan.client_s.max(initial=0)  # what a barrier, and rounding up, add
+    if (delays.stays & (delays.slowdown == 1))[present].all():
+        return plan.client_s + late_s
+    staged, gate_s = config.barrier == "staged", math.inf
+    if staged:
+        planned = terms.seconds(plan.cuts, np.full(len(plan.cuts), config.server_flops))
+        gate_s = planned.before_server[present].max(initial=0) + (deadline_s - plan.round_s)
+    terms, cuts = optim.slower(terms, delays.slowdown).take(present), plan.cuts[present]
+    own = plan._replace(cuts=cuts, shares=plan.shares[present])
+    if isinstance(own, optim.BandPlan):
+        own = own._replace(uplink_hz=own.uplink_hz[present], downlink_hz=own.downlink_hz[present])
+    stays = delays.stays[present]
+    ends_s = optim.session_ends_s(terms, own, config.server_flops, config.barrier, stays, gate_s)
+    finish_s = np.full(len(plan.cuts), math.inf)
+    finish_s[present] = ends_s + (0 if staged else late_s)
+    return finish_s

@@ -57,10 +57,10 @@ def run(config, data, clients, scaling=BLACK_TO_WHITE, initial=None) -> list[Lin
     lines = []
     for round in range(config.rounds):
         ids = fleet.cohort(config.seed, round, config.clients, config.cohort_size)
-        plan, rivals = plans(config, clients, ids, round)
-        round_s, came = waited(config, plan, ids, round)
+        terms, plan, rivals = plans(config, clients, ids, round)
+        round_s, came = waited(config, terms, plan, ids, round)
         for name, rival in {**rivals, config.method: plan}.items():
-            clocks[name] += waited(config, rival, ids, round)[0] if rival else math.inf
+            clocks[name] += waited(config, terms, rival, ids, round)[0] if rival else math.inf
         here = ids[came]
         trained = [_session(config, data, scaling, start, parts, id, round) for id in here]
         weights = np.array([len(parts[id]) for id in here], float)
@@ -82,7 +82,7 @@ def run(config, data, clients, scaling=BLACK_TO_WHITE, initial=None) -> list[Lin
 
 
 def plans(config, clients, ids, round):
-    """(the plan of a round, {rival: its plan, None where it cannot serve everybody})."""
+    """(the terms of a round, its plan, {rival: its plan, None where it cannot serve everybody})."""
     terms = optim.terms(profile(config), clients, work(config))
     if config.links != "fixed":
         links = fleet.Links(rayleigh=config.links == "fading", coherence_s=config.coherence_s)
@@ -99,7 +99,7 @@ def plans(config, clients, ids, round):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1), round)
     starts = config.starts.split(",")
     plan = optim.solve(terms, flops, config.method, config.barrier, key, starts=starts, recall=config.recall)
-    return plan, rivals
+    return terms, plan, rivals
 
 
 def profile(config):
@@ -119,16 +119,27 @@ def work(config):
     )  # fmt: skip
 
 
-def waited(config, plan, ids, round):
+def waited(config, terms, plan, ids, round):
     """(how long the round lasts, whose work counts)."""
     stays = fleet.availability(config.seed, round, ids, config.drop_probability)
     slower = fleet.slowdowns(config.seed, round, ids, config.jitter)
-    ends_s = plan.client_s * slower + plan.round_s - plan.client_s.max()
+    staged = config.barrier == "staged"
+    parts = terms.seconds(plan.cuts, np.full(len(ids), config.server_flops) if staged else plan.shares)
+    before_s, server_s, after_s = slower * parts.before_server, parts.server, slower * parts.after_server
+    deadline_s = config.deadline_factor * plan.round_s if config.deadline_factor else math.inf
+    if staged:
+        planned_s = parts.before_server.max()
+        served = stays & (before_s <= planned_s + deadline_s - plan.round_s)
+        begins_s = before_s[served].max(initial=0)
+        if config.deadline_factor and not served.all():
+            begins_s = planned_s + deadline_s - plan.round_s
+        came, ends_s = served, begins_s + server_s[served].sum() + after_s
+    else:
+        came, ends_s = stays, before_s + server_s + after_s
     if config.deadline_factor:
-        deadline_s = config.deadline_factor * plan.round_s
-        came = stays & (ends_s <= deadline_s)
+        came = came & (ends_s <= deadline_s * (1 + 1e-12))
         return (ends_s.max() if came.all() else deadline_s), came
-    return (ends_s[stays].max() if stays.any() else plan.round_s), stays
+    return (ends_s[came].max() if came.any() else plan.round_s), came
 
 
 def rate(config, round):

@@ -6,7 +6,7 @@ import numpy as np
 
 from sfl_jax import __version__, optim
 from sfl_jax.config import ALTERNATING, Config
-from sfl_jax.digests import digest
+from sfl_jax.digests import digest_of_columns
 from sfl_jax.planning import TOGETHER, Gains, Planned, any_schedule_bound_s, binding, doubts, floor, seconds
 
 ASSUMPTIONS = (
@@ -54,7 +54,7 @@ def head(planned: Planned) -> dict[str, Any]:
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
         "fleet": config.fleet,
-        "fleet_sha256": digest(planned.fleet.columns().values()),
+        "fleet_sha256": digest_of_columns(planned.fleet.columns()),
         "seed": config.seed,
         "sfl_jax": __version__,
         "convention": CONVENTION,

@@ -7,6 +7,7 @@ from sfl_jax.optim.infeasible import servable
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
 from sfl_jax.optim.regression import ROUNDINGS, Curve, Fit, fit_curves, relaxed
+from sfl_jax.optim.replay import at_bands, session_ends_s, slower
 from sfl_jax.optim.serving import any_schedule_bound_s, solve_serving
 from sfl_jax.optim.solve import BARRIERS, METHODS, solve, solve_arrays
 from sfl_jax.optim.staged import STAGED_METHODS
@@ -30,11 +31,14 @@ __all__ = [
     "Terms",
     "Work",
     "any_schedule_bound_s",
+    "at_bands",
     "fit_curves",
     "relaxed",
     "samples_processed",
     "sensitivity",
     "servable",
+    "session_ends_s",
+    "slower",
     "smallest_server",
     "solve",
     "solve_arrays",

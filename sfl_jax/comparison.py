@@ -187,7 +187,8 @@ def clocks(
     """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first, and
     then `rivals`, or all.
 
-    Training is the same under every scheme, so its plans are all that a clock needs.
+    Without deadlines training is the same under every scheme, so its plans are all that a clock needs. With
+    them it is not, since who comes in time depends on the plan: these are the clocks alone then.
     """
     config = built.config
     name = own_scheme(config)

@@ -97,7 +97,9 @@ def compare_clocks(config: Config) -> int:
         written = [workdir / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
         compare_plot.write_clocks(written[1], accuracies, clocks, config)
-        say.result(f"\n{report.table(clocks)}\nwritten: {', '.join(map(str, written))}")
+        say.result(
+            f"\n{report.table(clocks, config.deadline_factor)}\nwritten: {', '.join(map(str, written))}"
+        )
         return 0
 
 

@@ -43,7 +43,8 @@ def report(config: Config) -> int:
             return clocks(built, lines)
 
         found, note = _write(config.workdir, all_clocks)
-        say.result("\n".join(filter(None, [table(found), note])))
+        shown = table(found, run.deadline_factor)
+        say.result("\n".join(filter(None, [shown, note])))
         print(f"written: {Path(config.workdir) / NAME}")
         return 0
 
@@ -109,7 +110,7 @@ def _own_clock(config, lines):
     return {comparison.own_scheme(config): np.array([line.simulated_s for line in lines], float)}
 
 
-def table(clocks: Mapping[str, Any]) -> str:
+def table(clocks: Mapping[str, Any], deadline_factor: float) -> str:
     """The simulated time of every scheme, (R,) seconds after each round, the run's own first."""
     own_s, *_ = (seconds[-1] for seconds in clocks.values())
     own, *_ = clocks
@@ -117,7 +118,8 @@ def table(clocks: Mapping[str, Any]) -> str:
         (name, words.clock(seconds[-1]), "this plan" if name == own else words.beside(seconds[-1], own_s))
         for name, seconds in clocks.items()
     ]
-    return f"simulated time of every scheme, the accuracy being the same\n{words.columns(rows)}"
+    note = words.whose_accuracy(deadline_factor)
+    return f"simulated time of every scheme\n{words.columns(rows)}\n  {note}"
 
 
 if __name__ == "__main__":

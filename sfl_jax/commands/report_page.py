@@ -51,8 +51,8 @@ def page(
         f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(done)}</p>",
         _table(_results(lines)),
         "<h2>Simulated time</h2>",
-        "<p>What training would have lasted on this fleet, by how cuts and shares are chosen; accuracy is the"
-        " same for all, since the numbers of a round do not depend on them.</p>",
+        "<p>What training would have lasted on this fleet, by how cuts and shares are chosen;",
+        f"{words.whose_accuracy(config.deadline_factor)}.</p>",
         _table(_times(clocks)), *([f"<p>{html.escape(note)}</p>"] if note else []),
         _wide(_pictures(config, lines, clocks)),
         "<h2>Settings</h2>", _columns(settings(config, "train")),

@@ -241,6 +241,8 @@ def summary(
     if mean_cuts and min(mean_cuts) == units:
         lines.append("  all clients keep the whole network: nothing to gain by a split")
     lines.append("  simulated times: FLOP = 2 x multiply-accumulates, backward work counted from the trace")
+    if config.deadline_factor:
+        lines.append(f"  {words.whose_accuracy(config.deadline_factor)}")
     return "\n".join(lines)
 
 

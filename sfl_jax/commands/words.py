@@ -32,6 +32,15 @@ def clock(seconds: float) -> str:
     )
 
 
+def whose_accuracy(deadline_factor: float) -> str:
+    """Whether a run's accuracy is that of every scheme whose clock is told beside it."""
+    if not deadline_factor:
+        return "the accuracy is the same for all: a round's numbers do not depend on cuts and shares"
+    return (
+        "the accuracy is that of this run's plans alone: who comes before the deadline depends on the scheme"
+    )
+
+
 def columns(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
     """Rows in columns as wide as their widest cell; the second is flush right."""
     widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(2)]

@@ -181,6 +181,25 @@ def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
     assert not (run / "schemes.csv").exists()
 
 
+@pytest.mark.parametrize("factor", [0.0, 1.5])
+def test_whose_accuracy_it_is_depends_on_who_may_be_late(factor, run, tmp_path, capsys):
+    """With a deadline other clients come in time under other schemes."""
+    written = json.loads((run / "config.json").read_text())
+    written["deadline_factor"] = factor
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    (tmp_path / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    with small_world.world():
+        assert report.main([f"--workdir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    config = recording.described(str(tmp_path))[0]
+    last = recording.logged(str(tmp_path))[-1]
+    closing = train.summary(config, {"exact": 1.0}, last, 1.0, 1.0, [4])
+    for text in (said, (tmp_path / "report.html").read_text()):
+        assert ("the accuracy is the same for all" in text) == (not factor)
+    for text in (said, (tmp_path / "report.html").read_text(), closing):
+        assert ("the accuracy is that of this run's plans alone" in text) == bool(factor)
+
+
 def test_a_page_of_somebody_else_stays(run, tmp_path, capsys):
     for file in ("config.json", "metrics.jsonl"):
         (tmp_path / file).write_bytes((run / file).read_bytes())

@@ -125,10 +125,16 @@ def linked(
     round: int = 0,
     ids: Int64[np.ndarray, " K"] | None = None,
 ) -> optim.Terms:
-    """The terms with the links of a round; ids: each client's index where `fleet` is a part of the whole."""
+    """The terms with the links of a round; ids: each client's index where `fleet` is a part of the whole.
+
+    Of a pooled band all parts are of one width, that of the wider link, whichever way they are used.
+    """
     if config.links == "fixed":
         return terms
     links = fleets.Links(rayleigh=config.links == "fading", coherence_s=config.coherence_s)
+    if config.band == "pooled":
+        wider = max(links.uplink_hz, links.downlink_hz)
+        links = dataclasses.replace(links, uplink_hz=wider, downlink_hz=wider)
     rates = fleets.fading_rates(fleet, links, config.seed, round, ids, float(terms.model_bits[-1]))
     return terms._replace(uplink_bps=rates.uplink_bps, downlink_bps=rates.downlink_bps)
 

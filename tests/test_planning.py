@@ -267,6 +267,20 @@ def test_random_fleets_are_planned_on_fading_links():
     assert fading.plan.round_s != planning.make_plan(dataclasses.replace(config, links="fixed")).plan.round_s
 
 
+def test_parts_of_a_pooled_band_are_of_one_width():
+    """An uplink is 5 MHz wide and a downlink 10: a part of the one band is as wide either way."""
+    config = dataclasses.replace(TINY, clients=4, links="shannon")
+    separate, pooled = (
+        planning.read_terms(dataclasses.replace(config, band=b))[::2] for b in ("separate", "pooled")
+    )
+    (fleet, narrow), (_, wide) = separate, pooled
+    gain = 4.65e-5 * fleet.distance_m**-3.5
+    for terms, hz in ((narrow, 5e6), (wide, 10e6)):
+        rates = hz * np.log2(1 + fleet.transmit_w * gain / (3.98e-21 * hz))
+        np.testing.assert_allclose(terms.uplink_bps, rates, rtol=1e-12)
+    np.testing.assert_array_equal(narrow.downlink_bps, wide.downlink_bps)
+
+
 @pytest.mark.parametrize("band", ["pooled", "separate"])
 def test_a_shared_band_shortens_the_round_and_adds_up(tiny, band):
     links_bind = dataclasses.replace(tiny, server_flops=1e13)

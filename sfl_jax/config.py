@@ -151,7 +151,10 @@ class Config:
     clients: int = _flag(
         0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
     )
-    cohort_size: int = _flag(10, FLEET, TRAINING, "clients that take part in a round", at_least=1)
+    cohort_size: int = _flag(
+        10, FLEET, PLANNING, "clients that take part in a round; launch.plan says how long such rounds last, "
+        "beside the one of all clients", at_least=1,
+    )  # fmt: skip
     fleet: str = _flag(
         RANDOM,
         FLEET,
@@ -450,7 +453,9 @@ def validate(config: Config, command: str = "train") -> None:
 
     taken = {field.name for field in fields_of(command)}
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
-    if "cohort_size" in taken and not config.plan_only and 0 < known < config.cohort_size:
+    in_cohorts = "cohort_size" in taken and not config.plan_only
+    in_cohorts = in_cohorts and (command != "plan" or config.cohort_size != Config.cohort_size)
+    if in_cohorts and 0 < known < config.cohort_size:
         raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={known}")
     for name, partitions in _OF_PARTITIONS.items():
         value = getattr(config, name)

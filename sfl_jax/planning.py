@@ -15,6 +15,7 @@ from sfl_jax.errors import BadInput
 
 MORE_SERVER_FLOPS, MORE = 1e12, 1.1
 MOST_CLIENTS = 20_000  # for the bound of any schedule
+COHORTS = 100  # rounds whose cohorts are planned beside the whole fleet
 # Slower than any client that anybody plans for: a file in Mbit/s or GFLOP/s looks like this.
 SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mbit/s"),
            "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
@@ -45,6 +46,10 @@ def make_plan(config: Config, file: fleets.Fleet | None = None) -> Planned:
     cannot do what is asked, and where some client cannot be served at all.
     """
     fleet, profile, terms = read_terms(config, file)
+    if len(fleet) < config.cohort_size != Config.cohort_size:
+        raise BadInput(
+            f"--cohort_size={config.cohort_size}: must be at most {len(fleet)}, the clients there are"
+        )
     if config.target_round_s:
         config = dataclasses.replace(config, server_flops=smallest_server(config, fleet, terms))
     return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
@@ -75,7 +80,8 @@ def _compile_plan(config: Config, fleet: fleets.Fleet, units: int) -> None:
     if config.barrier == "session" and config.band == "fixed":
         per_unit, per_cut = np.zeros(units, np.int64), np.zeros(units + 1, np.int64)
         free = models.Profile((), per_unit, per_unit, per_unit, per_unit, per_unit, per_cut)
-        optim.solve(optim.terms(free, fleet, work(config)), config.server_flops)  # pyright: ignore[reportArgumentType]
+        terms = optim.terms(free, fleet, work(config))  # pyright: ignore[reportArgumentType]
+        optim.solve(terms, config.server_flops)
 
 
 def read_fleet(config: Config, file: fleets.Fleet | None = None) -> fleets.Fleet:
@@ -265,6 +271,23 @@ def gains(planned: Planned) -> Gains:
     )
     plans = [solve(richer, fleet, terms), *(solve(config, fleet, each) for each in faster)]
     return Gains(*(plan.round_s - after.round_s for after in plans))
+
+
+def cohort_rounds_s(planned: Planned, rounds: int = COHORTS) -> Float64[np.ndarray, " R"]:
+    """How long the first rounds of a training last, each of a cohort as it draws them and planned alone.
+
+    Empty where a cohort is the whole fleet: that round is the plan's.
+    """
+    config, fleet = planned.config, planned.fleet
+    if config.cohort_size >= len(fleet):
+        return np.empty(0)
+    rounds_s = []
+    for round in range(rounds):
+        ids = fleets.cohort(config.seed, round, len(fleet), config.cohort_size)
+        own = fleet.take(ids)
+        terms = linked(config, own, planned.terms.take(ids), round, ids)
+        rounds_s.append(serve(config, own, terms, round).plan.round_s)
+    return np.array(rounds_s)
 
 
 class Floor(NamedTuple):

@@ -267,6 +267,27 @@ def test_random_fleets_are_planned_on_fading_links():
     assert fading.plan.round_s != planning.make_plan(dataclasses.replace(config, links="fixed")).plan.round_s
 
 
+@pytest.mark.parametrize("links", ["fixed", "fading"])
+def test_rounds_of_cohorts_are_those_of_a_training(links):
+    config = dataclasses.replace(
+        TINY, clients=12, cohort_size=4, links=links, coherence_s=0.1 * (links == "fading"), seed=3
+    )
+    planned = planning.make_plan(config)
+    rounds_s = planning.cohort_rounds_s(planned, 6)
+    for round, round_s in enumerate(rounds_s):
+        ids = fleets.cohort(3, round, config.clients, 4)
+        terms = planned.terms
+        if links == "fading":
+            bits = float(terms.model_bits[-1])
+            now = fleets.Links(coherence_s=0.1)
+            rates = fleets.fading_rates(planned.fleet, now, 3, round, transfer_bits=bits)
+            terms = terms._replace(uplink_bps=rates.uplink_bps, downlink_bps=rates.downlink_bps)
+        assert round_s == optim.solve(terms.take(ids), config.server_flops).round_s
+    assert len({*rounds_s}) > 1
+    whole = planned._replace(config=dataclasses.replace(config, cohort_size=config.clients))
+    assert not len(planning.cohort_rounds_s(whole))
+
+
 def test_parts_of_a_pooled_band_are_of_one_width():
     """An uplink is 5 MHz wide and a downlink 10: a part of the one band is as wide either way."""
     config = dataclasses.replace(TINY, clients=4, links="shannon")

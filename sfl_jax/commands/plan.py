@@ -42,9 +42,10 @@ def plan(config: Config) -> None:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
         planned = planning.make_plan(config, reading and reading.result())
-        writing = pool.submit(write_plan, output, head(planned), planning.table(planned))
-        say("planning with more server, and with faster links and clients")
-        say.result(summary(planned, planning.gains(planned)))
+        say("planning with more server, with faster links and clients, and in cohorts")
+        cohorts_s = planning.cohort_rounds_s(planned)
+        writing = pool.submit(write_plan, output, head(planned, cohorts_s), planning.table(planned))
+        say.result(summary(planned, planning.gains(planned), cohorts_s))
         if config.plot:
             say("drawing the plan")
             from sfl_jax.commands.plan_plot import write_plot

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from sfl_jax import __version__, optim
 from sfl_jax.config import ALTERNATING, Config
@@ -40,8 +41,8 @@ WORDS = {  # terms as people say them
 }  # fmt: skip
 
 
-def head(planned: Planned) -> dict[str, Any]:
-    """What plan.json says before the clients."""
+def head(planned: Planned, cohorts_s: Float64[np.ndarray, " R"]) -> dict[str, Any]:
+    """What plan.json says before the clients. cohorts_s: of `planning.cohort_rounds_s`."""
     config, plan = planned.config, planned.plan
     return {
         **{name: getattr(config, name) for name in _ASKED},
@@ -49,6 +50,7 @@ def head(planned: Planned) -> dict[str, Any]:
         "bound_s": plan.bound_s,
         "any_schedule_bound_s": any_schedule_bound_s(planned),
         "iterations": plan.iterations,
+        **({"cohorts": _of_cohorts(config, cohorts_s)} if len(cohorts_s) else {}),
         **({"starts": config.starts, "recall": config.recall} if config.method in ALTERNATING else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
@@ -60,6 +62,15 @@ def head(planned: Planned) -> dict[str, Any]:
         "convention": CONVENTION,
         "assumptions": ASSUMPTIONS,
     }
+
+
+def _of_cohorts(config, cohorts_s):
+    low, median, high = np.quantile(cohorts_s, (0.1, 0.5, 0.9)).tolist()
+    return {
+        "cohort_size": config.cohort_size, "rounds": len(cohorts_s), "mean_round_s": float(cohorts_s.mean()),
+        "p10_round_s": low, "median_round_s": median, "p90_round_s": high,
+        "longest_round_s": float(cohorts_s.max()),
+    }  # fmt: skip
 
 
 def fits(planned: Planned) -> list[dict[str, Any]]:
@@ -76,7 +87,7 @@ def fits(planned: Planned) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def summary(planned: Planned, gains: Gains) -> str:
+def summary(planned: Planned, gains: Gains, cohorts_s: Float64[np.ndarray, " R"]) -> str:
     """The plan in lines of a name and a text."""
     config, plan = planned.config, planned.plan
     clients = _count(len(planned.fleet), "client")
@@ -94,6 +105,7 @@ def summary(planned: Planned, gains: Gains) -> str:
         *(("units", doubt) for doubt in doubts(planned.fleet)),
         ("round", f"{plan.round_s:.5g} s"),
         *_bounds(planned),
+        *([("in cohorts", _in_cohorts(config, cohorts_s))] if len(cohorts_s) else []),
         ("server", _server(planned)),
         *([("band", _band(planned.plan))] if isinstance(planned.plan, optim.BandPlan) else []),
         ("cuts", _cuts(planned)),
@@ -120,6 +132,14 @@ def _clients(planned: Planned) -> str:
             f"{plan.client_s[k]:>11.4g}  {WORDS[longest]}, {parts[longest][k]:.3g} s"
         )
     return "\n".join(rows)
+
+
+def _in_cohorts(config, cohorts_s):
+    of = _of_cohorts(config, cohorts_s)
+    return (
+        f"of {config.cohort_size} (--cohort_size), as in training: {of['median_round_s']:.4g} s in the median"
+        f" of {len(cohorts_s)} rounds, {of['p10_round_s']:.4g} to {of['p90_round_s']:.4g} s in four of five"
+    )
 
 
 def _gap(gap: float) -> str:

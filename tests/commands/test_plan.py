@@ -38,6 +38,22 @@ def run(*argv):
     return plan.main(["--model=efficientnetv2-tiny", "--fleet=fleet.csv", *argv])
 
 
+def test_a_plan_says_how_long_the_rounds_of_cohorts_last(here, capsys):
+    flags = ["--fleet=random", "--clients=5", "--server_flops=1e10", "--output=p.json"]
+    assert run(*flags, "--cohort_size=2") == 0
+    written = json.loads((here / "p.json").read_text())
+    cohorts = written["cohorts"]
+    assert (cohorts.pop("cohort_size"), cohorts.pop("rounds")) == (2, 100)
+    low, median, high = (cohorts[f"{name}_round_s"] for name in ("p10", "median", "p90"))
+    assert 0 < low <= median <= high <= cohorts["longest_round_s"] <= written["round_s"] * (1 + 1e-9)
+    line = f"in cohorts  of 2 (--cohort_size), as in training: {median:.4g} s in the median of 100 rounds"
+    assert line in capsys.readouterr().out
+    for more, code in (["--cohort_size=5"], 0), (["--cohort_size=6"], 2), ([], 0):
+        assert run(*flags, *more) == code
+        assert "in cohorts" not in capsys.readouterr().out
+    assert "cohorts" not in json.loads((here / "p.json").read_text())
+
+
 @pytest.mark.parametrize("method", ["exact", "no_split", "random_cut", "work_conserving"])
 def test_plan_json_is_as_promised(here, capsys, method):
     assert run("--server_flops=1e10", "--output=out/p.json", f"--method={method}") == 0
@@ -179,7 +195,7 @@ def test_rates_in_another_unit_are_asked_about(here, capsys, factor, asked):
 def test_a_method_that_finds_a_worse_plan_is_said_to(here):
     planned = planning.make_plan(Config(model="efficientnetv2-tiny", fleet=str(here / "fleet.csv")))
     worse = planning.Gains(server_s=-0.5 * planned.plan.round_s, uplink_s=0.0, downlink_s=1e-9, compute_s=0.1)
-    text = summary(planned, worse)
+    text = summary(planned, worse, np.empty(0))
     assert "longer (50.0%): exact finds a worse plan there" in text
     assert "of uplink for all: no change" in text
     assert "-" not in "".join(line for line in text.splitlines() if "shorter" in line)
@@ -237,7 +253,8 @@ BAD_FLAGS = [
     ("--samples_per_client=7", "--samples_per_client=7: is of the random fleet; --fleet=fleet.csv says"),
     ("--min_cut=99", "--min_cut=99: must be at most"),
     ("--starts=random", "--starts=random: needs --method=alternating"),
-    ("--cohort_size=3", "cohort_size"),
+    ("--cohort_size=4", "cohort_size"),
+    ("--eval_every=3", "eval_every"),
     ("plan.json", "'plan.json' is no flag"),
 ]
 BAD_ROWS = [

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from sfl_jax import optim
 from sfl_jax.commands.plan_summary import WORDS
 from sfl_jax.files import PNG_METADATA
-from sfl_jax.planning import MORE_SERVER_FLOPS, Planned, seconds, solve
+from sfl_jax.planning import Planned, seconds, solve
 
 # The two directions of one thing share a hue.
 _COLOURS = {
@@ -30,6 +30,7 @@ _COLOURS = {
 _MOST_BARS = 400  # more clients than pixels tell nothing: evenly spaced ones stand for all
 _NAMED_BARS = 40  # clients whose names fit under their bars
 _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
+_A_SERVER = 1e12  # FLOP/s, to draw around where a plan needs none
 
 
 def write_plot(file: BinaryIO, planned: Planned) -> None:
@@ -104,7 +105,7 @@ def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
 
 def _draw_servers(axes: Axes, planned: Planned) -> None:
     config, _, fleet, terms, plan = planned
-    servers = (config.server_flops or MORE_SERVER_FLOPS) * _SERVERS
+    servers = (config.server_flops or _A_SERVER) * _SERVERS
     plans = [solve(dataclasses.replace(config, server_flops=flops), fleet, terms) for flops in servers]
     axes.plot(servers, [each.round_s for each in plans], color=_COLOURS["model_up"], label=config.method)
     axes.plot(servers, [each.bound_s for each in plans], color="black", linestyle=":", label="proven bound")

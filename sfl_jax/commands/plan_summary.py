@@ -95,7 +95,7 @@ def summary(planned: Planned, gains: Gains, cohorts_s: Float64[np.ndarray, " R"]
     method += " with recall" if config.recall else ""
     network = f"{config.model} at {config.image_size}x{config.image_size}"
     more = [
-        ("+1 TFLOP/s", "of server", gains.server_s), ("+10 %", "of uplink for all", gains.uplink_s),
+        ("+10 %", "of server", gains.server_s), ("+10 %", "of uplink for all", gains.uplink_s),
         ("+10 %", "of downlink for all", gains.downlink_s),
         ("+10 %", "of compute for all clients", gains.compute_s),
     ]  # fmt: skip

@@ -78,8 +78,10 @@ def randomise(model, seed=0):
             weight.assign(rng.normal(size=weight.shape) / np.sqrt(fan_in))
 
 
-def passes(model, images, direction, eagerly=False):
-    """`eagerly`: without compiling, one operation after the other. XLA:CPU makes the gradient of a depthwise
+def passes(model, images, direction, eagerly=False, backward=True):
+    """backward: whether there are gradients, else none.
+
+    eagerly: without compiling, one operation after the other. XLA:CPU makes the gradient of a depthwise
     kernel dense, (C, C) of it; all at once, those of L took 38 GB.
     """
     trainable, others = ([v.value for v in vs] for vs in _variables(model))
@@ -90,12 +92,16 @@ def passes(model, images, direction, eagerly=False):
             return (logits * direction).sum(), (logits, updated)
 
         inference, _ = model.stateless_call(trainable, others, images, training=False)
-        gradients, (training, updated) = jax.grad(loss, has_aux=True)(trainable)
+        if backward:
+            gradients, (training, updated) = jax.grad(loss, has_aux=True)(trainable)
+        else:
+            gradients, (_, (training, updated)) = [], loss(trainable)
         return Passes(inference, training, updated, gradients)
 
-    result = run(trainable, others) if eagerly else compiled(run, trainable, others)
+    # Optimised: XLA:CPU has no fast convolution in float64, and what it compiles in a hurry is slower still.
+    result = run(trainable, others) if eagerly else jax.jit(run)(trainable, others)
     named = [
-        {variable.path: value for variable, value in zip(vs, values, strict=True)}
+        {variable.path: value for variable, value in zip(vs, values, strict=True)} if values else {}
         for vs, values in zip(_variables(model), (result.gradients, result.batch_stats), strict=True)
     ]
     return result._replace(gradients=named[0], batch_stats=named[1])

@@ -46,24 +46,27 @@ def scaled(images, scaling):
     return images / jnp.asarray(scaling.divisor) + jnp.asarray(scaling.offset)
 
 
-def passes(chain, variables, images, direction):
+def passes(chain, variables, images, direction, backward=True):
     def run(variables):
         def loss(params):
             logits, updated = chain.apply(variables._replace(params=params), images, True, jax.random.key(0))
             return (logits * direction).sum(), (logits, updated.batch_stats)
 
         inference, _ = chain.apply(variables, images)
-        gradients, (training, batch_stats) = jax.grad(loss, has_aux=True)(variables.params)
+        if backward:
+            gradients, (training, batch_stats) = jax.grad(loss, has_aux=True)(variables.params)
+        else:  # something of their form
+            gradients, (_, (training, batch_stats)) = variables.params, loss(variables.params)
         return Passes(inference, training, batch_stats, gradients)
 
-    result = keras_models.compiled(run, variables)
+    result = jax.jit(run)(variables)
     places, values = keras_weights.to_keras(chain, models.Variables(result.gradients, result.batch_stats))
     named = {
         f"{place.layer}/{place.name.removeprefix('depthwise_')}": value
         for place, value in zip(places, values, strict=True)
     }
     stats = {name: value for name, value in named.items() if "/moving_" in name}
-    gradients = {name: value for name, value in named.items() if name not in stats}
+    gradients = {name: value for name, value in named.items() if backward and name not in stats}
     return result._replace(gradients=gradients, batch_stats=stats)
 
 
@@ -85,7 +88,9 @@ def errors(actual, expected):
         max(
             distance(actual.gradients[name], value, floor=NEGLIGIBLE * total)
             for name, value in expected.gradients.items()
-        ),
+        )
+        if expected.gradients
+        else 0.0,
     )
 
 
@@ -107,14 +112,15 @@ def test_the_comparison_refuses_what_is_not_finite(part, name):
             errors(passes(a), passes(b))
 
 
-def check(name, size, form="conv"):
+def check(name, size, form="conv", backward=True):
     with keras_models.precision("float64"):
         model = keras_models.make(name, size)
         chain, variables, scaling = chain_of(model, name, form)
-        pixels, direction = keras_models.batch(size)
+        # Where the last images are 1x1, batch norm needs some more of them.
+        pixels, direction = keras_models.batch(size, count=4 if size == 32 else 2)
         images = scaled(pixels, scaling)
-        expected = keras_models.passes(model, images, direction, eagerly=name in LARGE)
-        found = errors(passes(chain, variables, images, direction), expected)
+        expected = keras_models.passes(model, images, direction, backward and name in LARGE, backward)
+        found = errors(passes(chain, variables, images, direction, backward), expected)
     print(f"\n{name} {size}x{size} {form} " + " ".join(f"{error:.1e}" for error in found))
     assert found.inference <= EXACT
     assert max(found) <= DEEP
@@ -132,7 +138,9 @@ def test_every_kind_of_unit_is_keras(size, form):
 @pytest.mark.parametrize("size", [32, 45])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_and_inference_are_keras(name, size):
-    check(name, size, "product" if name in LARGE else "conv")
+    """Gradients where strides meet odd sizes are held at b0 and for every kind of unit; they take minutes."""
+    backward = size == 32 or name == "efficientnetv2-b0"
+    check(name, size, "product" if name in LARGE else "conv", backward)
 
 
 @pytest.mark.slow

@@ -87,11 +87,9 @@ def check_equal(dataset, train, test):
 
 
 @pytest.fixture(scope="module")
-def mnist_twice(tmp_path_factory):
-    """Decoded, and from the cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield load("mnist"), load("mnist")
+def mnist_twice():
+    """Decoded, unless another test of the session has done so, and from the cache."""
+    return load("mnist"), load("mnist")
 
 
 def test_embedded_mnist_is_the_whole_of_mnist(mnist_twice):

@@ -147,7 +147,9 @@ def check_linked_cut(name, size, batch, cut, x64):
 
 
 @pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "x64"])
-@pytest.mark.parametrize("cut", EVERY_CUT)
+@pytest.mark.parametrize(
+    "cut", [pytest.param(c, marks=() if c in (0, 3, 8) else pytest.mark.slow) for c in EVERY_CUT]
+)
 def test_client_then_server_is_the_whole_chain_at_every_cut_of_tiny(cut, x64):
     check_cut("efficientnetv2-tiny", 16, 8, cut, x64)
 

@@ -72,6 +72,7 @@ def test_few_passes_are_enough(spread, per_client):
     assert plan.iterations <= 30
 
 
+@pytest.mark.slow
 def test_a_sampled_start_changes_the_passes_not_the_plan(monkeypatch):
     terms = optim.terms(oracles.profile(6), oracles.fleet(300, spread=0.2), optim.Work())
     plain = optim.solve(terms, 1e10)
@@ -85,6 +86,7 @@ def test_a_sampled_start_changes_the_passes_not_the_plan(monkeypatch):
     assert sampled.iterations != plain.iterations
 
 
+@pytest.mark.slow
 def test_more_cuts_than_are_unrolled():
     terms = optim.terms(oracles.profile(70), oracles.fleet(5), optim.Work())
     plan, dense = optim.solve(terms, 1e9), optim.solve(terms.costs(), 1e9)

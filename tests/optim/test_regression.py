@@ -78,7 +78,7 @@ def test_chains_of_any_length_can_be_fitted(units):
     assert all(np.isfinite(curve.chosen(np.linspace(0, units, 9))).all() for curve in curves)
 
 
-@pytest.mark.parametrize("units", [1, 12])
+@pytest.mark.parametrize("units", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_plans_on_fitted_curves_are_sound(units):
     for seed in range(4):
         terms = optim.terms(oracles.profile(units), oracles.fleet(4, seed), optim.Work())

@@ -35,7 +35,9 @@ def test_exact_is_the_optimum_of_enumeration_and_its_proof_holds_in_fractions(in
     assert plan.round_s == 0 or plan.gap < 1e-11
 
 
-@pytest.mark.parametrize("method", ON_COSTS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m == "greedy" else pytest.mark.slow) for m in ON_COSTS]
+)
 @settings(max_examples=30, deadline=None)
 @given(instance=oracles.instances(local=True, shapes=((3, 4),)))
 def test_every_method_is_sound_and_bounded_by_the_optimum(method, instance):
@@ -141,13 +143,13 @@ def test_random_cuts_are_allowed_cuts_all_of_them_likely():
 def test_absent_clients_cost_nothing(method):
     costs, dense, server_flops = SMALL, SMALL, 4.0
     if method == "regression":
-        costs, server_flops = optim.terms(oracles.profile(4), oracles.fleet(3), optim.Work()), 1e9
+        costs, server_flops = optim.terms(oracles.profile(3), oracles.fleet(3), optim.Work()), 1e9
         dense = costs.costs()
     present = np.array([True, False, True])
     plan = solve(costs, server_flops, method, present=present)
     oracles.assert_sound(dense, server_flops, plan, present)
     assert plan.cuts[1] == costs.shape[1] - 1
-    if method in ("exact", "alternating", "equal_shares", "common_cut"):  # each shape is compiled
+    if method in ("exact", "alternating"):  # each shape is compiled
         alone = solve(costs.take(present), server_flops, method)
         np.testing.assert_allclose(plan.round_s, alone.round_s, rtol=1e-12)
     nobody = solve(costs, server_flops, method, present=np.zeros(3, bool))
@@ -166,7 +168,7 @@ def test_terms_and_their_dense_form_have_one_plan(method):
         np.testing.assert_allclose(sum(seconds), factored.client_s, rtol=1e-12)
 
 
-SLOW_TWINS = ("alternating", "greedy", "random_cut", "equal_shares", "common_cut", "no_split")
+SLOW_TWINS = ("regression", "alternating", "greedy", "random_cut", "equal_shares", "common_cut", "no_split")
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,14 @@ def notes(
         least, most = min(counts), max(counts)
         each = f"each {least}" if least == most else f"{least} to {most}"
         lines.append(f"samples of {config.fleet} not used: --partition={config.partition} gives {each}")
+    return lines + idle_columns(config, file)
+
+
+def idle_columns(config: Config, file: fleets.Fleet) -> list[str]:
+    """A line about the columns of a fleet file that no plan of `config` uses, if there are some."""
     idle = [name for name in file.columns() if name in _idle(config, file)]
-    if idle:
-        energy = " and no column energy_j" if file.energy_j is None else ""
-        lines.append(f"{', '.join(idle)} of {config.fleet} not used: --links={config.links}{energy}")
-    return lines
+    energy = " and no column energy_j" if file.energy_j is None else ""
+    return [f"{', '.join(idle)} of {config.fleet} not used: --links={config.links}{energy}"] if idle else []
 
 
 def single_values(config: Config, parts: list[Int[np.ndarray, " _"]], least: int | None) -> list[str]:

@@ -52,7 +52,10 @@ def make_plan(config: Config, file: fleets.Fleet | None = None) -> Planned:
         )
     if config.target_round_s:
         config = dataclasses.replace(config, server_flops=smallest_server(config, fleet, terms))
-    return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
+    try:
+        return Planned(config, profile, fleet, terms, solve(config, fleet, terms))
+    except BadInput as error:
+        raise BadInput(f"--fleet={config.fleet}: {error}") from error
 
 
 def read_terms(

@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from sfl_jax import __version__, optim
-from sfl_jax.config import ALTERNATING, Config
+from sfl_jax.config import ALTERNATING, RANDOM, Config
 from sfl_jax.digests import digest_of_columns
+from sfl_jax.division import idle_columns
 from sfl_jax.planning import TOGETHER, Gains, Planned, any_schedule_bound_s, binding, doubts, floor, seconds
 
 ASSUMPTIONS = (
@@ -103,6 +104,7 @@ def summary(planned: Planned, gains: Gains, cohorts_s: Float64[np.ndarray, " R"]
     lines = [
         ("plan", f"{method}, {config.barrier} barrier, {_LINKS[config.links]}, {network}, {clients}"),
         *(("units", doubt) for doubt in doubts(planned.fleet)),
+        *(("columns", line) for line in idle_columns(config, planned.fleet) if config.fleet != RANDOM),
         ("round", f"{plan.round_s:.5g} s"),
         *_bounds(planned),
         *([("in cohorts", _in_cohorts(config, cohorts_s))] if len(cohorts_s) else []),

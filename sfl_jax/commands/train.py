@@ -67,9 +67,12 @@ def train(config: Config) -> int:
 
 
 def _too_large(config) -> str:
+    if not config.clients_per_chunk:
+        return "--clients_per_chunk=0: as many as were chosen do not fit into the memory; try 1"
     flag = "clients_per_chunk" if config.clients_per_chunk > 1 else "batch_size"
     value = getattr(config, flag)
-    return f"--{flag}={value}: does not fit into the memory; try {max(value // 2, 1)}"
+    way_out = f"try {value // 2}" if value > 1 else "choose a smaller --image_size or --model"
+    return f"--{flag}={value}: does not fit into the memory; {way_out}"
 
 
 def _train(config, stop, writes, say) -> int:

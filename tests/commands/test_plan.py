@@ -54,6 +54,21 @@ def test_a_plan_says_how_long_the_rounds_of_cohorts_last(here, capsys):
     assert "cohorts" not in json.loads((here / "p.json").read_text())
 
 
+def test_columns_that_no_plan_uses_are_said(here, capsys):
+    head, *rows = FLEET.strip().splitlines()
+    (here / "far.csv").write_text("\n".join([f"{head},distance_m", *(f"{row},100" for row in rows), ""]))
+    assert run("--server_flops=1e10", "--output=p.json", "--fleet=far.csv") == 0
+    assert "columns     distance_m of far.csv not used: --links=fixed and no" in capsys.readouterr().out
+    assert run("--server_flops=1e10", "--output=p.json") == 0
+    assert "columns " not in capsys.readouterr().out
+
+
+def test_whom_no_plan_serves_is_named_with_the_fleet(here, capsys):
+    (here / "small.csv").write_text(FLEET.replace("4e9", "1").replace("1e9", "1"))
+    assert run("--server_flops=1e10", "--output=p.json", "--method=no_split", "--fleet=small.csv") == 2
+    assert "error: --fleet=small.csv: no plan serves every client: client " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["exact", "no_split", "random_cut", "work_conserving"])
 def test_plan_json_is_as_promised(here, capsys, method):
     assert run("--server_flops=1e10", "--output=out/p.json", f"--method={method}") == 0

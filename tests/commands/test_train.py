@@ -220,6 +220,19 @@ def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkey
     assert line in said
 
 
+@pytest.mark.parametrize(
+    ("chunk", "batch", "line"),
+    [
+        (0, 32, "--clients_per_chunk=0: as many as were chosen do not fit into the memory; try 1"),
+        (9, 32, "--clients_per_chunk=9: does not fit into the memory; try 4"),
+        (1, 32, "--batch_size=32: does not fit into the memory; try 16"),
+        (1, 1, "--batch_size=1: does not fit into the memory; choose a smaller --image_size or --model"),
+    ],
+)
+def test_the_way_out_of_too_little_memory_is_one(chunk, batch, line):
+    assert train._too_large(Config(clients_per_chunk=chunk, batch_size=batch)) == line
+
+
 def test_only_what_the_disk_refuses_is_laid_to_the_workdir(tmp_path, monkeypatch):
     def lose_the_reader(*_):
         raise BrokenPipeError

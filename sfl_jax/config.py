@@ -44,7 +44,8 @@ HARMLESS = (MACHINE, PROCESSES, FILES)
 # Flags of plans alone, and what holds in training.
 _SAID = "the dataset says it"
 _IN_TRAINING = {
-    "image_channels": _SAID, "num_classes": _SAID, "samples_per_client": _SAID, "bits_per_float": "it is 32",
+    "image_channels": _SAID, "num_classes": _SAID, "samples_per_client": _SAID, "stored_size": _SAID,
+    "bits_per_float": "it is 32",
 }  # fmt: skip
 
 _OF_PARTITIONS = {"dirichlet_alpha": ("dirichlet", "quantity"), "shards_per_client": ("shards",)}
@@ -233,6 +234,10 @@ class Config:
         "wait for everybody",
         at_least=0,
     )
+    stored_size: int = _flag(
+        0, FLEET, DATALESS, "side of the images as clients hold them, which go up at cut 0, in pixels; 0: as "
+        "--image_size", at_least=0, at_most=65536,
+    )  # fmt: skip
     min_cut: int = _flag(
         1, FLEET, PLANNING, "units that every client keeps to itself; 0 lets its images leave it", at_least=0
     )
@@ -454,7 +459,8 @@ def validate(config: Config, command: str = "train") -> None:
     taken = {field.name for field in fields_of(command)}
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
     in_cohorts = "cohort_size" in taken and not config.plan_only
-    in_cohorts = in_cohorts and (command != "plan" or config.cohort_size != Config.cohort_size)
+    # The default makes way for smaller fleets, see `division.settle`.
+    in_cohorts = in_cohorts and config.cohort_size != Config.cohort_size
     if in_cohorts and 0 < known < config.cohort_size:
         raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={known}")
     for name, partitions in _OF_PARTITIONS.items():

@@ -33,7 +33,10 @@ def settle(config: Config, file: fleets.Fleet | None = None) -> tuple[Config, fl
         raise BadInput(
             f"--partition=fleet: needs a fleet file with the column samples; --fleet={config.fleet} has none"
         )
-    return dataclasses.replace(config, clients=number, partition=partition), file
+    cohort = config.cohort_size
+    if cohort == Config.cohort_size:  # the default makes way for a smaller fleet
+        cohort = min(cohort, number)
+    return dataclasses.replace(config, clients=number, cohort_size=cohort, partition=partition), file
 
 
 def clients(config: Config, file: fleets.Fleet | None) -> fleets.Fleet:

@@ -124,6 +124,7 @@ def build(config: Config, say: Say = silent) -> Experiment:
         *dataset.notes,
         *squeezed(config.image_size, *dataset.train_images.shape[1:3]),
         *division.notes(config, file, parts, len(dataset.train_labels)),
+        *(() if file is None else planning.doubts(file)),
     ]
     channels = _channels(dataset)
     chain = _chain_for(config, dataset, "product" if config.layer_form == AUTO else config.layer_form)

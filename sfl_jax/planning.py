@@ -72,7 +72,9 @@ def read_terms(
         )
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(_compile_plan, config, fleet, len(chain))
-        profile = models.profile(chain, (config.image_size, config.image_size, config.image_channels))
+        stored = config.stored_size or config.image_size
+        sizes = [(side, side, config.image_channels) for side in (config.image_size, stored)]
+        profile = models.profile(chain, *sizes)
         compiled.result()
     terms = optim.terms(profile, fleet, work(config))  # pyright: ignore[reportArgumentType] has samples
     return fleet, profile, linked(config, fleet, terms)

@@ -18,7 +18,7 @@ from sfl_jax.files import NotWritten, ensure_ours, whole_file
 
 LOG, CONFIG, PAGE = "metrics.jsonl", "config.json", "report.html"
 # What is in every file of this name that this package writes: others are somebody's own.
-MARKS = {CONFIG: b'"cohort_size"', PAGE: b'<meta name="generator" content="sfl_jax">'}
+MARKS = {CONFIG: b'"allow_config_change"', PAGE: b'<meta name="generator" content="sfl_jax">'}
 
 
 def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:

@@ -53,6 +53,15 @@ def test_what_flags_leave_open_is_decided_by_the_fleet(file, samples, settings, 
     validate(settled)
 
 
+def test_a_cohort_that_nobody_asked_for_makes_way_for_a_smaller_fleet():
+    for given, clients, expected in ((10, 3, 3), (10, 12, 10), (2, 3, 2)):
+        config = dataclasses.replace(SMALL, clients=clients, cohort_size=given)
+        validate(config)
+        assert division.settle(config)[0].cohort_size == expected
+    with pytest.raises(BadInput, match="--cohort_size=4: must be at most --clients=3"):
+        validate(dataclasses.replace(SMALL, clients=3, cohort_size=4))
+
+
 def test_flags_reach_the_data(monkeypatch):
     labels, asked = np.arange(384) % 10, []
     for scheme, flags, named in (

@@ -288,6 +288,13 @@ def test_rounds_of_cohorts_are_those_of_a_training(links):
     assert not len(planning.cohort_rounds_s(whole))
 
 
+def test_at_cut_0_images_go_up_as_they_are_stored():
+    """28 x 28 bytes and a label of 4; without a word as large as the network takes them."""
+    for stored, side in ((28, 28), (0, 32)):
+        _, _, terms = planning.read_terms(dataclasses.replace(TINY, clients=2, stored_size=stored))
+        assert terms.up_bits[0] == 8 * side * side + 32
+
+
 def test_parts_of_a_pooled_band_are_of_one_width():
     """An uplink is 5 MHz wide and a downlink 10: a part of the one band is as wide either way."""
     config = dataclasses.replace(TINY, clients=4, links="shannon")

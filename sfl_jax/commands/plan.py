@@ -12,7 +12,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # What is in every file that this command writes, by its ending.
-MARKS = {".json": b'"server_flops":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK}
+MARKS = {".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

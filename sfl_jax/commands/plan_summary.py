@@ -22,6 +22,7 @@ ASSUMPTIONS = (
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
 _ASKED = ("model", "image_size", "barrier", "method", "links", "band", "server_flops")
 _SETTINGS = (
+    "stored_size",
     "image_channels",
     "num_classes",
     "min_cut",
@@ -224,7 +225,7 @@ def _held_up(planned: Planned) -> str:
         named.append(f"{names[client]} (pull {pull:.0%}, {where})")
     shared = "a full band" if isinstance(planned.plan, optim.BandPlan) else "a full server"
     together = f"{shared}: {_count(len(who.clients), 'client')} end together, first "
-    pull = "; pull: part of a second that the round gains where the client saves one" if who.together else ""
+    pull = "; pull: part of a second that the round gains where the client saves one"
     return (together if who.together else "") + ", ".join(named) + pull
 
 

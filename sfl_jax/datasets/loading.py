@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from sfl_jax import paths
 from sfl_jax.datasets.cache import contents, read_cache, write_cache
 from sfl_jax.datasets.decoding import decode
 from sfl_jax.datasets.rows import checked, checksums
@@ -136,8 +137,10 @@ def _find(name: str, root: Path, remedy: str) -> Path:
 
 def _root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
     """Where TFDS keeps what it prepared."""
+    place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    paths.check_path("data_dir", str(place))
     try:
-        return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+        return Path(place).expanduser()
     except RuntimeError as error:
         raise BadInput(
             f"--dataset={name}: no home directory here to look in; say with --data_dir where TFDS keeps it"

@@ -91,7 +91,7 @@ def run_round(
     totals, like = (sums.variables, sums.loss), (model.packed, sums.loss)
     mean, loss = jax.tree.map(lambda x, old: _narrow(x / sums.weight.astype(x.dtype), old), totals, like)
     new = _server_step(training.server_optimizer, model, mean)
-    sound = _finite(new.packed)
+    sound = _finite(new)
     taken = sound if training.skip_diverged else sound & (diverged < 0).all()
     if previous is not None:
         taken &= ~previous.is_last(training)

@@ -245,7 +245,12 @@ def test_a_server_nobody_needs(here, capsys):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("p.csv", "my,results\n"), ("p.png", "\x89PNG of mine"), ("p.json", '{"name": "package"}')],
+    [
+        ("p.csv", "my,results\n"),
+        ("p.png", "\x89PNG of mine"),
+        ("p.json", '{"name": "package"}'),
+        ("p.json", json.dumps(dataclasses.asdict(Config()))),  # the settings of a run
+    ],
 )
 def test_a_file_of_the_users_own_beside_the_output_stays(name, content, here, capsys):
     (here / name).write_text(content)

@@ -9,6 +9,7 @@ The convention is optax's too: updates are added to the parameters, and the lear
 them. The rate of a round is a factor on the updates, 1 leaves them as they are.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from sfl_jax.federated.elementwise import may_join
 from sfl_jax.federated.packing import Layout
 
 PROBE_STEPS = 20  # at most: some optimisers begin with steps of size 0
+# What other units may be without any influence: still, loud (an epsilon then counts for nothing), not finite.
+OTHERS = (lambda x: 0 * x, lambda x: 1e12 * x, lambda x: x * np.nan)
 # Parameters of two units, where those of the network are not given.
 PROBE = ({"kernel": np.zeros((2, 2), np.float32), "bias": np.zeros(2, np.float32)},) * 2
 
@@ -109,14 +112,23 @@ def _check(transformation, like):
 
     # The parameters are small, so that a decay of weights is less than a step.
     params, gradients = (jax.tree.map(functools.partial(numbers, size=s), tuple(like)) for s in (1e-3, 1.0))
-    own = next((unit for unit, leaves in enumerate(gradients) if jax.tree.leaves(leaves)), 0)
-    changed = tuple(
-        leaves if unit == own else jax.tree.map(lambda g: 1e12 * g, leaves)
-        for unit, leaves in enumerate(gradients)
-    )
+    # The last: random numbers are dealt out from the first on.
+    own = max((unit for unit, leaves in enumerate(gradients) if jax.tree.leaves(leaves)), default=0)
+    later = [jax.tree.map(functools.partial(numbers, size=1.0), tuple(like)) for _ in range(PROBE_STEPS - 1)]
+    steps = [gradients, *later]
+
+    def of_own(change):
+        """The updates of one unit while the gradients and parameters of the others are changed."""
+        parts = [
+            tuple(leaves if unit == own else change(leaves) for unit, leaves in enumerate(tree))
+            for tree in (params, *steps)
+        ]
+        return _own_updates(transformation, parts[0], parts[1:], own)
+
     try:
         updates = _first_updates(transformation, params, gradients)
-        others = _first_updates(transformation, params, changed)
+        expected = of_own(lambda leaves: leaves)
+        found = [of_own(functools.partial(jax.tree.map, change)) for change in OTHERS]
     except Exception as error:
         raise BadInput(
             f"optimizer: cannot be run on gradients and parameters alone ({type(error).__name__}: "
@@ -128,7 +140,9 @@ def _check(transformation, like):
             "optimizer: its updates point uphill, and optax adds them to the parameters; it needs a learning "
             "rate, as optax.adamw(1e-3) has one, or optax.scale(-rate) at the end of its chain"
         )
-    if any(not np.array_equal(a, b) for a, b in _pairs(updates[own], others[own])):
+    with contextlib.suppress(Exception):  # one with labels needs every unit
+        found.append(of_own(lambda _: {}))
+    if any(not np.array_equal(a, b) for other in found for a, b in _pairs(expected, other)):
         raise BadInput(
             "optimizer: what it does to one unit depends on the gradients of others, as a clip by the global "
             "norm does, but client and server know those of their own units alone; optax.clip and "
@@ -144,6 +158,15 @@ def _first_updates(transformation, params, gradients):
         updates, state = step(gradients, state, params)
         if any(np.any(leaf) for leaf in jax.tree.leaves(updates)):
             break
+    return updates
+
+
+def _own_updates(transformation, params, steps, own):
+    """The updates of the unit `own` over steps of these gradients."""
+    step, state, updates = jax.jit(transformation.update), transformation.init(params), []
+    for gradients in steps:
+        update, state = step(gradients, state, params)
+        updates.append(update[own])
     return updates
 
 

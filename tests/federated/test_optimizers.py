@@ -116,6 +116,13 @@ UPHILL = {
 COUPLED = {
     "global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
     "a large global norm": optax.chain(optax.clip_by_global_norm(1e6), optax.adam(0.1)),
+    "after Adam": optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(1.0), optax.scale(-1e-3)),
+    "after signs": optax.chain(optax.scale_by_lion(), optax.clip_by_global_norm(1.0), optax.scale(-1e-3)),
+    "norm of all updates": optax.chain(optax.adam(1e-2), optax.normalize_by_update_norm()),
+    "one rate that is found": optax.contrib.prodigy(1.0),
+    "one factor that is learnt": optax.contrib.mechanize(optax.adam(1e-2)),
+    "noise by the number of units": optax.noisy_sgd(0.1, key=0),
+    "all or nothing": optax.apply_if_finite(optax.adam(1e-2), 3),
 }
 REFUSED = (
     {name: (optimizer, "uphill") for name, optimizer in UPHILL.items()}

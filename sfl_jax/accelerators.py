@@ -42,7 +42,7 @@ def start() -> None:
 
 
 def find() -> None:
-    """Start the devices. BadInput where there are none of the platform that JAX_PLATFORMS asks for.
+    """Start the devices. BadInput where there are none of the platform that JAX's variables ask for.
 
     The host's own are always among them, since planning computes there.
     """
@@ -57,7 +57,9 @@ def find() -> None:
             raise RuntimeError
     except RuntimeError as error:
         jax.config.update("jax_platforms", asked)
-        platform = f"{asked} here (JAX_PLATFORMS={asked}); set JAX_PLATFORMS=cpu" if asked else "device here"
+        named = os.environ.get("JAX_PLATFORM_NAME")  # the older of the two
+        name, wish = ("JAX_PLATFORM_NAME", named) if named else ("JAX_PLATFORMS", asked)
+        platform = f"{wish} here ({name}={wish}); set {name}=cpu" if wish else "device here"
         raise BadInput(f"JAX finds no {platform}" + (f" ({error})" if str(error) else "")) from error
 
 

@@ -16,6 +16,18 @@ if hypothesis.settings.get_current_profile_name() != "ci":
 
 # NaN on both sides is no agreement.
 np.testing.assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
+_are_equal = np.testing.assert_array_equal
+
+
+@functools.wraps(_are_equal)
+def _assert_array_equal(actual, desired, *given, **named):
+    __tracebackhide__ = True
+    _are_equal(actual, desired, *given, **named)
+    arrays = map(np.asarray, (actual, desired))
+    assert not any(array.dtype.kind in "fc" and np.isnan(array).any() for array in arrays), "both are NaN"
+
+
+np.testing.assert_array_equal = _assert_array_equal
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported
 _CACHE = {

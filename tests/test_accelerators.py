@@ -107,6 +107,15 @@ def test_the_platform_that_is_asked_for(asked, found, reads, line, monkeypatch):
     assert config.jax_platforms == reads
 
 
+def test_the_older_variable_for_a_platform_is_named_too(monkeypatch):
+    monkeypatch.setattr(jax, "config", mock.Mock(jax_platforms="cpu"))
+    monkeypatch.setattr(jax, "default_backend", mock.Mock(side_effect=RuntimeError("no such backend")))
+    monkeypatch.setenv("JAX_PLATFORM_NAME", "cuda")
+    line = r"no cuda here \(JAX_PLATFORM_NAME=cuda\); set JAX_PLATFORM_NAME=cpu \(no such backend\)$"
+    with pytest.raises(BadInput, match=line):
+        accelerators.find()
+
+
 def lowered_for_gpu():
     layer = layers.Conv(4, 3, 1, "product")
     images = jnp.zeros((1, 8, 8, 2))

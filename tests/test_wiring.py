@@ -145,7 +145,9 @@ def assert_params(params, expected):
 def differ(a, b):
     """Whether some number of two lines differs by far more than rounding makes of it."""
     values = zip((*numbers(a)[[0, 1, 3, 4]], *a.params), (*numbers(b)[[0, 1, 3, 4]], *b.params), strict=True)
-    return any(np.shape(x) != np.shape(y) or not np.allclose(x, y, 2e-3, 2e-3) for x, y in values)
+    return any(
+        np.shape(x) != np.shape(y) or not np.allclose(x, y, 2e-3, 2e-3, equal_nan=True) for x, y in values
+    )
 
 
 @pytest.mark.parametrize("name", RUNS)

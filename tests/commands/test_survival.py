@@ -112,6 +112,7 @@ def wait_for(path, process, lines=1):
 def check_close(lines, others, rel):
     for a, b in zip(lines, others, strict=True):
         known = {name for name, value in b.items() if value is not None}
+        assert "train_loss" in known
         assert known == {name for name, value in a.items() if value is not None}
         assert {name: a[name] for name in known} == pytest.approx({name: b[name] for name in known}, rel=rel)
 

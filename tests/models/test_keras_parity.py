@@ -46,7 +46,9 @@ def scaled(images, scaling):
     return images / jnp.asarray(scaling.divisor) + jnp.asarray(scaling.offset)
 
 
-def passes(chain, variables, images, direction, backward=True):
+def passes(chain, variables, images, direction, backward=True, large=False):
+    """large: compiled in a hurry, which takes a quarter of the memory; L would need more than 20 GB else."""
+
     def run(variables):
         def loss(params):
             logits, updated = chain.apply(variables._replace(params=params), images, True, jax.random.key(0))
@@ -59,7 +61,7 @@ def passes(chain, variables, images, direction, backward=True):
             gradients, (_, (training, batch_stats)) = variables.params, loss(variables.params)
         return Passes(inference, training, batch_stats, gradients)
 
-    result = jax.jit(run)(variables)
+    result = keras_models.compiled(run, variables) if large else jax.jit(run)(variables)
     places, values = keras_weights.to_keras(chain, models.Variables(result.gradients, result.batch_stats))
     named = {
         f"{place.layer}/{place.name.removeprefix('depthwise_')}": value
@@ -119,8 +121,9 @@ def check(name, size, form="conv", backward=True):
         # Where the last images are 1x1, batch norm needs some more of them.
         pixels, direction = keras_models.batch(size, count=4 if size == 32 else 2)
         images = scaled(pixels, scaling)
-        expected = keras_models.passes(model, images, direction, backward and name in LARGE, backward)
-        found = errors(passes(chain, variables, images, direction, backward), expected)
+        large = name in LARGE
+        expected = keras_models.passes(model, images, direction, large, backward)
+        found = errors(passes(chain, variables, images, direction, backward, large), expected)
     print(f"\n{name} {size}x{size} {form} " + " ".join(f"{error:.1e}" for error in found))
     assert found.inference <= EXACT
     assert max(found) <= DEEP

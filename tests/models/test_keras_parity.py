@@ -47,7 +47,7 @@ def scaled(images, scaling):
 
 
 def passes(chain, variables, images, direction, backward=True, large=False):
-    """large: compiled in a hurry, which takes a quarter of the memory; L would need more than 20 GB else."""
+    """large: compiled in a hurry, since that takes less memory: 6 GB for L, with Keras run eagerly."""
 
     def run(variables):
         def loss(params):

@@ -58,7 +58,7 @@ def find() -> None:
     except RuntimeError as error:
         jax.config.update("jax_platforms", asked)
         named = os.environ.get("JAX_PLATFORM_NAME")  # the older of the two
-        name, wish = ("JAX_PLATFORM_NAME", named) if named else ("JAX_PLATFORMS", asked)
+        name, wish = ("JAX_PLATFORM_NAME", named) if named and has_host else ("JAX_PLATFORMS", asked)
         platform = f"{wish} here ({name}={wish}); set {name}=cpu" if wish else "device here"
         raise BadInput(f"JAX finds no {platform}" + (f" ({error})" if str(error) else "")) from error
 

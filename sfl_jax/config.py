@@ -153,8 +153,8 @@ class Config:
         0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
     )
     cohort_size: int = _flag(
-        10, FLEET, PLANNING, "clients that take part in a round; launch.plan says how long such rounds last, "
-        "beside the one of all clients", at_least=1,
+        10, FLEET, PLANNING, "clients that take part in a round; a plan says how long such rounds last, "
+        "beside one of all clients", at_least=1,
     )  # fmt: skip
     fleet: str = _flag(
         RANDOM,

@@ -346,8 +346,7 @@ def _clock_after(arrays, clock):
 
 def _arguments(config, engine, state, prepared):
     """Of `Rounds`."""
-    # The variables of unit 1 are drawn from the same key, but by NumPy or by names: no number twice.
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), prepared.round)
+    key = planning.round_key(config, prepared.round, planning.TRAINING)
     return state.model, engine.samples, prepared.assignments, key, prepared.learning_rate
 
 

@@ -21,7 +21,8 @@ SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mb
            "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
 # Ends, and sums of shares, that differ by less than this are equal to whoever reads them.
 TOGETHER = 1e-6
-PLAN = 2**32 - 1  # folded into the seed's key: no index of a unit, which the network folds into it
+# Folded into the seed's key, each for a purpose: no index of a unit, which the network folds into it.
+PLAN, TRAINING = 2**32 - 1, 2**32 - 2
 _NAMED = 3  # clients that an error names
 
 
@@ -222,9 +223,9 @@ def _links_vary(config):
     return config.links == "fading"
 
 
-def round_key(config: Config, round: int) -> jax.Array:
-    """What is random in a round's plan is drawn from this, and nothing else is."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), PLAN), round)
+def round_key(config: Config, round: int, purpose: int = PLAN) -> jax.Array:
+    """What is random in a round's plan, or in its training, is drawn from this, and nothing else is."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), purpose), round)
 
 
 def smallest_server(config: Config, fleet: fleets.Fleet, terms: optim.Terms) -> float:

@@ -205,7 +205,7 @@ def _kept(seed, round, id, step, samples, drop_rate):
     """What dropout multiplies by: drawn from (seed, round, client, step, unit)."""
     if not drop_rate:
         return np.ones((samples, networks.WIDTH))
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), round)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 2), round)
     for number in (id, step, 0):  # 0 is the unit
         key = jax.random.fold_in(key, number)
     key = networks.Front(drop_rate).apply({}, rngs={"drop": key}, method=lambda unit: unit.make_rng("drop"))

@@ -358,8 +358,8 @@ def test_a_full_server_holds_up_also_where_a_client_alone_ends_as_late(planned):
     assert alone not in who.clients
 
 
-def test_keys_of_plans_are_keys_of_nothing_else():
-    """Units are numbered from the seed's key on; what they draw is numbered from theirs, as rounds from 1."""
+def test_a_key_has_one_purpose():
+    """Units are numbered from the seed's key on, and what they draw is numbered from theirs."""
     config, seed = Config(seed=5), jax.random.key(5)
 
     def bits(key):
@@ -371,7 +371,8 @@ def test_keys_of_plans_are_keys_of_nothing_else():
         for unit in units[:30]
         for key in (unit, *jax.vmap(jax.random.fold_in, (None, 0))(unit, jnp.arange(30)))
     }
-    plans = {bits(planning.round_key(config, round)) for round in range(110)}
-    assert len(plans) == 110
-    assert not plans & (drawn | set(map(bits, units)))
-    assert bits(planning.round_key(Config(seed=6), 0)) not in plans
+    purposes = (planning.PLAN, planning.TRAINING)
+    rounds = {bits(planning.round_key(config, round, each)) for round in range(110) for each in purposes}
+    assert len(rounds) == 220
+    assert not rounds & (drawn | set(map(bits, units)))
+    assert bits(planning.round_key(Config(seed=6), 0)) not in rounds

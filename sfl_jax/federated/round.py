@@ -136,8 +136,9 @@ def sum_of_sessions(
 
     Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
     is that of one chunk, and of the (K, S, B) indices of samples. Sums are in float32 or wider; they overflow
-    where a weight times a variable does, so weights should be at most 1, see `normalised`. A client that
-    diverged, or of weight 0, has no influence whatever its numbers are.
+    where a weight times a variable does, so weights should be at most 1, see `normalised`. Of integers, which
+    may be too large for a float, the differences from `start` are added up. A client that diverged, or of
+    weight 0, has no influence whatever its numbers are.
     """
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
@@ -149,7 +150,7 @@ def sum_of_sessions(
             else session(chunk, round_key, learning_rate, jax.vmap)
         )
         weight = jax.vmap(_if_finite)(chunk.weight, (trained, loss))
-        new = Sums(trained, loss, weight=jnp.ones_like(weight))
+        new = Sums(jax.tree.map(_change, trained, start), loss, weight=jnp.ones_like(weight))
         diverged = jnp.where(weight == chunk.weight, -1, chunk.client)
         return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
 
@@ -188,10 +189,24 @@ def _wide(type):
     return jnp.promote_types(type, jnp.float32)
 
 
-def _narrow(mean, like):
-    """The mean in the type of what it is the mean of; that of integers is rounded."""
-    is_integer = jnp.issubdtype(like.dtype, jnp.integer)
-    return (jnp.round(mean) if is_integer else mean).astype(like.dtype)
+def _change(after, before):
+    """What is averaged of a variable: an integer's change, since a float would not hold every integer."""
+    signed = _signed(before.dtype)
+    return after if signed is None else after.astype(signed) - before.astype(signed)
+
+
+def _narrow(mean, before):
+    """The variable whose mean, or mean change, that is, in its type; integers and bools are rounded."""
+    signed = _signed(before.dtype)
+    if signed is None:
+        return (mean > 0.5 if before.dtype == bool else mean).astype(before.dtype)
+    return (before.astype(signed) + jnp.round(mean).astype(signed)).astype(before.dtype)
+
+
+def _signed(type):
+    """The integers that hold the changes of such a variable; None where it is none."""
+    is_integer = jnp.issubdtype(type, jnp.integer)
+    return jax.dtypes.canonicalize_dtype(jnp.promote_types(type, jnp.int32)) if is_integer else None
 
 
 def _if_finite(weight, tree):

@@ -87,13 +87,19 @@ def idle_columns(config: Config, file: fleets.Fleet) -> list[str]:
 
 
 def single_values(config: Config, parts: list[Int[np.ndarray, " _"]], least: int | None) -> list[str]:
-    """A line about clients that cannot learn, because batch norm averages over one value in their batches.
+    """A line about clients that cannot learn, because batch norm averages over one value in their batches, or
+    learn badly, because it averages over a single image.
 
     Normalised, a single value is 0 whatever the image is. `least`: see `models.least_normalised`.
 
     Raises:
       BadInput: no client can learn.
     """
+    if least is not None and least > 1 and config.batch_size == 1:
+        return [
+            f"--batch_size=1: batch norm averages over the {least} values of a single image, which seldom "
+            "trains well; choose at least 2"
+        ]
     if least != 1:
         return []
     reason = f"batch norm would average over a single value at --image_size={config.image_size}"

@@ -207,8 +207,11 @@ def test_clients_that_cannot_learn_are_counted():
     assert line.startswith("3 of 7 clients learn next to nothing: they have one sample, and batch norm")
     assert "--min_samples=2" in line
     assert not division.single_values(SMALL, PAIRS, 1)
-    for least in (2, 4, None):
-        assert not division.single_values(dataclasses.replace(SMALL, batch_size=1), ONES, least)
+    one = dataclasses.replace(SMALL, batch_size=1)
+    assert not division.single_values(SMALL, ONES, 4)
+    assert not division.single_values(one, ONES, None)
+    [line] = division.single_values(one, PAIRS, 4)
+    assert line.startswith("--batch_size=1: batch norm averages over the 4 values of a single image")
 
 
 def test_a_run_in_which_no_client_can_learn_is_refused():

@@ -37,7 +37,8 @@ class Chain:
     first_unit: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "units", tuple(self.units))
+        numbered = enumerate(self.units, start=self.first_unit)
+        object.__setattr__(self, "units", tuple(units.hashable(unit, index) for index, unit in numbered))
 
     def __len__(self) -> int:
         return len(self.units)

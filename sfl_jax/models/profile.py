@@ -137,13 +137,20 @@ def _macs(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, [_macs(body) for body in _bodies(equation.params)]
+        if name in _UNCOUNTED:
+            raise _Uncountable(f"the work of {name} is not known")
         if name == "while" and any(inner):
             raise _Uncountable(
                 "a while loop holds matrix products or convolutions, and how often it turns is not known; "
                 "use lax.scan, or lax.fori_loop with bounds that are Python numbers"
             )
         total += _MACS.get(name, lambda _: 0)(equation)
-        total += max(inner, default=0) if name == "cond" else equation.params.get("length", 1) * sum(inner)
+        if name == "cond":
+            total += max(inner, default=0)
+        elif name == "custom_linear_solve":  # its other functions serve derivatives
+            total += _macs(equation.params["jaxprs"].solve.jaxpr)
+        else:
+            total += equation.params.get("length", 1) * sum(inner)
     return total
 
 
@@ -175,4 +182,48 @@ def _conv_macs(equation):
     return math.prod([out_batch, out_features, in_features, *positions, *kernel])
 
 
-_MACS = {"dot_general": _dot_macs, "conv_general_dilated": _conv_macs}
+def _ragged_macs(equation):
+    """Each row of the left array meets one group's matrix, and in the gradient each group its own rows."""
+    left, output = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    inner = math.prod(left[axis] for axis in contracted)
+    # Without groups on the right, the axis that is added up is the one that is in groups.
+    return math.prod(output) * inner // (1 if groups else output[0])
+
+
+def _fft_macs(equation):
+    """2.5 n log2(n) of a transform of n numbers, half of the 5 n log2(n) FLOP that FFTW counts."""
+    size = math.prod(equation.params["fft_lengths"])
+    batch = math.prod(equation.invars[0].aval.shape[: -len(equation.params["fft_lengths"])])
+    return int(2.5 * batch * size * math.log2(max(size, 1)))
+
+
+def _solve_macs(equation):
+    """n^2/2 a right-hand side, of a triangle of n rows."""
+    rows = equation.invars[0].aval.shape[-1]
+    return rows * math.prod(equation.invars[1].aval.shape) // 2
+
+
+def _factor_macs(share):
+    """n^2 m times a share, of a matrix of m and n <= m rows and columns (Golub & Van Loan)."""
+
+    def macs(equation):
+        *batch, rows, columns = equation.invars[0].aval.shape
+        return int(share * math.prod(batch) * min(rows, columns) ** 2 * max(rows, columns))
+
+    return macs
+
+
+_MACS = {
+    "dot_general": _dot_macs,
+    "conv_general_dilated": _conv_macs,
+    "ragged_dot_general": _ragged_macs,
+    "fft": _fft_macs,
+    "triangular_solve": _solve_macs,
+    "cholesky": _factor_macs(1 / 6),
+    "lu": _factor_macs(1 / 3),
+}
+# Iterative, or written by hand for a machine.
+_UNCOUNTED = {"eig", "eigh", "ffi_call", "hessenberg", "pallas_call", "qr", "schur", "svd", "tridiagonal"}

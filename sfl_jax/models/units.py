@@ -5,6 +5,7 @@ initialisers make its variables. It may draw from any random stream and keep sta
 attributes mean what its author wants: this project's own units are known by their class, `OwnUnit`.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -13,10 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jaxtyping import Array, Key, PyTree
 
+from sfl_jax.errors import BadInput
 from sfl_jax.models import layers
 
+DROPOUT = 2**32 - 1  # folded into a unit's key: no other draws start from there
 FACTORS = "factors"  # the collection in which a chain gives its own units their factors of stochastic depth
 
 
@@ -37,6 +41,59 @@ class OwnUnit(nn.Module):
 def name(unit: nn.Module, index: int) -> str:
     """The unit's name, or else its class and its index in the whole network."""
     return unit.name or f"{type(unit).__name__}{index}"
+
+
+def hashable(unit: Any, index: int) -> nn.Module:
+    """The unit with lists and dicts among its attributes frozen, as Flax does when it binds a module.
+
+    Raises:
+      BadInput: it is no module, or has an attribute that cannot be hashed even so, as an array.
+    """
+    if not isinstance(unit, nn.Module):
+        is_class = isinstance(unit, type) and issubclass(unit, nn.Module)
+        raise BadInput(
+            f"unit {index}: must be a Flax module; got "
+            + (f"the class {unit.__name__}, which must be called first" if is_class else repr(unit))
+        )
+    unit = _frozen(unit)
+    try:
+        hash(unit)
+    except TypeError:
+        bad = ", ".join(
+            f"{key} ({type(value).__name__})" for key, value in _attributes(unit) if not _hashes(value)
+        )
+        raise BadInput(
+            f"unit {name(unit, index)}: its attributes must be hashable, since they decide what is compiled; "
+            f"not so: {bad}; an array may be a variable of the unit"
+        ) from None
+    return unit
+
+
+def _frozen(value):
+    if isinstance(value, nn.Module):
+        after = {key: _frozen(old) for key, old in _attributes(value)}
+        changes = {key: after[key] for key, old in _attributes(value) if after[key] is not old}
+        return value.clone(**changes) if changes else value
+    if isinstance(value, list) or type(value) is tuple:
+        parts = tuple(map(_frozen, value))
+        same = isinstance(value, tuple) and all(a is b for a, b in zip(parts, value, strict=True))
+        return value if same else parts
+    if isinstance(value, dict):
+        return FrozenDict({key: _frozen(part) for key, part in value.items()})
+    return value
+
+
+def _attributes(unit):
+    names = [field.name for field in dataclasses.fields(unit) if field.name not in ("parent", "name")]
+    return [(name, getattr(unit, name)) for name in names if hasattr(unit, name)]
+
+
+def _hashes(value):
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def reference_form(unit: nn.Module) -> nn.Module:
@@ -63,8 +120,12 @@ def survival(unit: nn.Module) -> float:
 
 
 def streams(unit: nn.Module, key: Any) -> dict[str, Any]:
-    """The random streams of a unit. Flax draws every stream that is not given from `params`."""
-    return {"drop" if isinstance(unit, OwnUnit) else "params": key}
+    """The random streams of a unit. Flax draws every stream that is not given from `params`; `dropout` is
+    given, since a unit may ask whether it is there.
+    """
+    if isinstance(unit, OwnUnit):
+        return {"drop": key}
+    return {"params": key, "dropout": jax.random.fold_in(key, DROPOUT)}
 
 
 def given_factors(unit: nn.Module, factors: Array, place: Array) -> dict[str, PyTree]:

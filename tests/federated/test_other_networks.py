@@ -38,8 +38,9 @@ def step_by_hand(params, state, images, labels, key):
     """One step of SGD by Flax alone."""
 
     def loss(params):
+        dropout = jax.random.fold_in(jax.random.fold_in(key, 0), 2**32 - 1)
         x, after = Body().apply(
-            {"params": params["body"], **state}, images, True, rngs={"params": jax.random.fold_in(key, 0)},
+            {"params": params["body"], **state}, images, True, rngs={"dropout": dropout},
             mutable=["batch_stats", "averages"],
         )  # fmt: skip
         logits = nn.Dense(10).apply({"params": params["head"]}, x)

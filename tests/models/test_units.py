@@ -1,8 +1,10 @@
 """Units that are not our own: any Flax module, taken as Flax takes it."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax import lax
 
 from sfl_jax import models
 from sfl_jax.errors import BadInput
-from sfl_jax.models import Chain, layers
+from sfl_jax.models import Chain, layers, units
 
 KEY = jax.random.key(3)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
@@ -186,6 +188,61 @@ def test_a_list_of_units_is_a_chain():
     assert chain.split(1)[1] == Chain([Scaled(2)], 1)
 
 
+class Listed(nn.Module):
+    """Attributes as people write them."""
+
+    features: list
+    options: dict = dataclasses.field(default_factory=lambda: {"bias": [True, False]})
+    inner: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        for features, bias in zip(self.features, self.options["bias"], strict=True):
+            x = nn.Dense(features, use_bias=bias)(x)
+        return x if self.inner is None else self.inner(x)
+
+
+def test_attributes_may_be_lists_and_dicts():
+    unit = Listed([5, 3], inner=Listed([2, 1], name="within"), name="mine")
+    chain = Chain([unit, nn.Dense(1)])
+    assert hash(chain) == hash(Chain(chain.units))
+    variables = chain.init(KEY, X)
+    inner = unit.init(jax.random.fold_in(KEY, 0), X)
+    assert_close(chain.unit_variables(variables, 0)["params"], inner["params"])
+    assert models.profile(chain, (6,)).names[0] == "mine"
+    assert unit.features == [5, 3]
+
+
+def test_what_cannot_be_a_unit_is_refused_by_name():
+    for unit, said in (
+        (nn.Dense, "unit 1: must be a Flax module; got the class Dense, which must be called first"),
+        (print, "unit 1: must be a Flax module; got <built-in function print>"),
+        (
+            Listed([np.ones(2)]),
+            r"unit Listed1: its attributes must be hashable, .*; not so: features \(tuple\)",
+        ),
+    ):
+        with pytest.raises(BadInput, match=f"^{said}"):
+            units.hashable(unit, 1)
+
+
+class Asking(nn.Module):
+    """Drops where there is a stream for it, as networks do that know no `train`."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x)
+
+
+def test_a_unit_that_asks_for_the_stream_of_dropout_finds_it_in_training():
+    chain = Chain([Asking()])
+    variables = chain.init(KEY, X)
+    np.testing.assert_array_equal(chain.apply(variables, X)[0], X)
+    dropped, _ = chain.apply(variables, X, train=True, key=KEY)
+    assert 0 < (dropped == 0).sum() < X.size
+    np.testing.assert_array_equal(dropped, jnp.where(dropped == 0, 0, 2 * X))
+
+
 def test_a_unit_without_a_name_goes_by_its_class_and_number():
     chain = Chain([nn.Dense(6), Scaled(6, name="mine"), nn.Dense(6)])
     assert models.profile(chain, (6,)).names == ("Dense0", "mine", "Dense2")
@@ -241,7 +298,25 @@ def test_products_in_loops_and_branches_are_counted(name):
     assert (profile.forward_macs[0], profile.backward_macs[0]) == (forward * ONE, backward * ONE)
 
 
+OTHER_PRODUCTS = {  # a function, and multiply-accumulates forward and in its gradient, by hand, of one sample
+    "rows by group": (lambda x, w: lax.ragged_dot(x, jnp.stack([w, w]), jnp.array([1, 0])), 36, 36 + 36),
+    "a triangle": (lambda x, w: lax.linalg.triangular_solve(jnp.tril(w) + jnp.eye(6), x), 18, 36 + 36),
+    "a solution": (lambda x, w: jnp.linalg.solve(jnp.eye(6) + w, x[0])[None], 72 + 36, 36 + 36),
+    "a Fourier transform": (lambda x, w: jnp.fft.fft(x).real, 38, 38),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PRODUCTS)
+def test_other_products_than_those_of_layers_are_counted(name):
+    function, forward, backward = OTHER_PRODUCTS[name]
+    profile = models.profile(Chain([Function(function)], first_unit=1), (6,))
+    assert (profile.forward_macs[0], profile.backward_macs[0]) == (forward, backward)
+
+
 def test_work_that_cannot_be_counted_is_refused_by_the_name_of_its_unit():
+    with pytest.raises(BadInput, match=r"^unit Function0: the work of svd is not known"):
+        models.profile(Chain([Function(lambda x, w: x @ jnp.linalg.svd(w)[0])]), (6,))
+
     def until_large(x, w):
         return lax.while_loop(lambda x: x.sum() < 9, lambda x: product(x, w), x)
 

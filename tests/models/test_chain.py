@@ -166,14 +166,14 @@ def test_a_link_at_every_cut_of_tiny_is_that_between_client_and_server(cut, x64)
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
 @pytest.mark.parametrize("cut", [0, 1, 5, 10, 17, 22, 23, 24])
 def test_client_then_server_is_the_whole_chain_at_cuts_of_b0(cut, x64):
-    check_cut("efficientnetv2-b0", 32, 4, cut, x64)
+    check_cut("efficientnetv2-b0", 16, 4, cut, x64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
 @pytest.mark.parametrize("cut", [1, 7, 17, 26, 42])
 def test_client_then_server_is_the_whole_chain_at_cuts_of_s(cut, x64):
-    check_cut("efficientnetv2-s", 32, 4, cut, x64)
+    check_cut("efficientnetv2-s", 16, 4, cut, x64)
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_client_then_server_is_the_whole_chain_at_cuts_of_s(cut, x64):
     ],
 )
 def test_a_link_at_cuts_of_b0_and_s_is_that_between_client_and_server(name, cut, x64):
-    check_linked_cut(name, 32, 4, cut, x64)
+    check_linked_cut(name, 16, 4, cut, x64)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 6])

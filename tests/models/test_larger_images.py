@@ -42,8 +42,9 @@ def distance(tree, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("name", ["efficientnetv2-tiny", B0])
+@pytest.mark.parametrize(
+    ("name", "size"), [("efficientnetv2-tiny", 64), ("efficientnetv2-tiny", 224), (B0, 224)]
+)
 def test_both_forms_agree_and_need_memory_of_one_order(name, size):
     results, needed_bytes = {}, {}
     for form in layers.FORMS:

@@ -375,6 +375,12 @@ class Config:
     )
     plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if _is_path(field) and isinstance(value, str):
+                object.__setattr__(self, field.name, paths.expand(field.name, value))
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for config.json."""
         return dataclasses.asdict(self)
@@ -391,8 +397,7 @@ class Config:
                 raise BadInput(f"config: no setting is called {name}")
             if not _has_type(value, type(known[name].default)):
                 raise BadInput(f"--{name}={value}: must be {allowed(known[name])}")
-        places = {name: paths.expand(name, value) for name, value in values.items() if _is_path(known[name])}
-        config = cls(**{**values, **places})
+        config = cls(**values)
         validate(config, command)
         return config
 
@@ -445,16 +450,16 @@ def validate(config: Config, command: str = "train") -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if type(value) is str:
+            paths.check_text(field.name, value)
         if not _within(value, field.metadata):
             hint = field.metadata.get("hints", {}).get(str(value).lower())
             more = f"; {hint}" if hint else ""
             raise BadInput(f"--{field.name}={value}: must be {allowed(field)}{more}")
         if type(value) is int and value > LARGEST_INT:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
-        if type(value) is str:
-            paths.check_text(field.name, value)
-            if _is_path(field):
-                paths.check_path(field.name, value)
+        if type(value) is str and _is_path(field):
+            paths.check_path(field.name, value)
 
     taken = {field.name for field in fields_of(command)}
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here

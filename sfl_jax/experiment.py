@@ -112,8 +112,11 @@ class Sent(NamedTuple):
     tested_s: Future[float]
 
 
-def build(config: Config, say: Say = silent) -> Experiment:
-    """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles."""
+def build(config: Config, say: Say = silent, progress: Progress | None = None) -> Experiment:
+    """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles.
+
+    progress: what the run has reached, if it has begun; then the weights that it began with may be gone.
+    """
     validate(config)
     say(f"reading {config.dataset}")
     config, file = division.settle(config)
@@ -141,10 +144,14 @@ def build(config: Config, say: Say = silent) -> Experiment:
     terms = optim.terms(profile, clients, planning.work(config))  # pyright: ignore[reportArgumentType] has samples
     planning.check_rounds(config, clients, terms)
     # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
-    imported = _imported(config, chain, channels)
-    scaling = imported.scaling if imported else keras_weights.SIGNED
-    init_digest = digest(map(np.asarray, jax.tree.leaves(imported[:2] if imported else (None, scaling))))
-    notes += _classifier(config, imported, dataset.num_classes)
+    if progress is not None and _weights_are_gone(config, progress):
+        scaling, init_digest = _scaling(progress), progress.inputs["init_from"]
+        notes.append(f"{config.init_from} is gone; the run goes on without it")
+    else:
+        imported = _imported(config, chain, channels)
+        scaling = imported.scaling if imported else keras_weights.SIGNED
+        init_digest = digest(map(np.asarray, jax.tree.leaves(imported[:2] if imported else (None, scaling))))
+        notes += _classifier(config, imported, dataset.num_classes)
     training = _training(config, chain, scaling)
     steps_max = datasets.max_steps(parts, config.local_epochs, config.batch_size)
     return Experiment(
@@ -182,11 +189,8 @@ class Trained(NamedTuple):
 
 def trained(config: Config, checkpoints: Checkpoints, progress: Progress) -> Trained:
     """The model of a checkpoint on the host, without the data and the weights that it began with."""
-    classes, channels, scaling = (
-        progress.network[name] for name in ("num_classes", "image_channels", "input_scaling")
-    )
-    chain = _chain(config, classes, channels, config.layer_form)
-    scaling = keras_weights.InputScaling(*map(tuple, (scaling["divisor"], scaling["offset"])))
+    classes, channels = (progress.network[name] for name in ("num_classes", "image_channels"))
+    chain, scaling = _chain(config, classes, channels, config.layer_form), _scaling(progress)
     training = _training(config, chain, scaling)
     fresh = functools.partial(_fresh_variables, config, chain, channels)
     model = checkpoints.restore(progress, jax.eval_shape(lambda: start_model(training, fresh())))
@@ -451,6 +455,18 @@ def _imported(config, chain, channels) -> keras_weights.Imported | None:
         return None
     fresh = _fresh_variables(config, chain, channels)
     return keras_weights.load(config.init_from, config.model, chain, fresh)
+
+
+def _weights_are_gone(config, progress) -> bool:
+    """Whether --init_from names what the run began with, and nothing is there any more."""
+    same = config.init_from == progress.settings.get("init_from")
+    return bool(config.init_from) and same and not Path(config.init_from).exists()
+
+
+def _scaling(progress) -> keras_weights.InputScaling:
+    """How a run scales its images, as its checkpoint says."""
+    scaling = progress.network["input_scaling"]
+    return keras_weights.InputScaling(*map(tuple, (scaling["divisor"], scaling["offset"])))
 
 
 def _classifier(config, imported, num_classes) -> list[str]:

@@ -74,15 +74,18 @@ def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator
             file = stack.enter_context(path.open("a+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            who = path.read_text(errors="replace").strip() or "unknown"
+            who = path.read_text(errors="replace").strip()
+            who = who if who.isdecimal() else "unknown"
             raise BadInput(
                 f"--{flag}={value}: run {who} is at work in it; wait, or choose another place"
             ) from None
         except OSError as error:
             raise BadInput(f"--{flag}={value}: cannot be locked ({error}); choose another place") from error
         with contextlib.suppress(OSError):  # only a note; a full disk is found by what needs room
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n".encode())
+            file.seek(0)
+            if file.read(32).strip().isdigit() or not path.stat().st_size:  # else somebody else's
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n".encode())
         yield
 
 

@@ -8,9 +8,10 @@ from sfl_jax.errors import BadInput
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What a shell would have replaced, and flag files do not.
 _OF_SHELLS = {
-    "quotes around a value": re.compile(r"(?s)(['\"]).*\1"),
+    "quotes around a value": re.compile(r"""(?s)['"].*|.*\""""),
     "comments behind a value": re.compile(r"(?s).*\s#.*"),
-    "variables": re.compile(r"(?s).*\$(\w|\{).*"),
+    "variables": re.compile(r"(?s).*(\$(\w|\{)|%\w+%).*"),
+    "commands inside a value": re.compile(r"(?s).*(\$\(|`.*`).*"),
 }
 
 
@@ -25,11 +26,18 @@ def expand(flag: str, value: str) -> str:
     return path
 
 
-def check_text(flag: str, value: str) -> None:
-    """BadInput for a text that was written for a shell."""
+def for_a_shell(value: str) -> str:
+    """What is wrong with a text that was written for a shell; empty where it was not."""
     for what, pattern in _OF_SHELLS.items():
         if pattern.fullmatch(value):
-            raise BadInput(f"--{flag}={value}: flags and flag files know no {what}; leave them out")
+            return f"flags and flag files know no {what}; leave them out"
+    return ""
+
+
+def check_text(flag: str, value: str) -> None:
+    """BadInput for a text that was written for a shell."""
+    if wrong := for_a_shell(value):
+        raise BadInput(f"--{flag}={value}: {wrong}")
 
 
 def check_path(flag: str, value: str) -> None:

@@ -1,11 +1,10 @@
-import functools
 import os
 import subprocess
 import tempfile
 
+import finite  # noqa: F401 from now on NaN is no agreement
 import hypothesis
 import jax
-import numpy as np
 import pytest
 
 # How long an example takes says more about the machine, and about compiling, than about the code. The profile
@@ -13,21 +12,6 @@ import pytest
 hypothesis.settings.register_profile("project", deadline=None)
 if hypothesis.settings.get_current_profile_name() != "ci":
     hypothesis.settings.load_profile("project")
-
-# NaN on both sides is no agreement.
-np.testing.assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
-_are_equal = np.testing.assert_array_equal
-
-
-@functools.wraps(_are_equal)
-def _assert_array_equal(actual, desired, *given, **named):
-    __tracebackhide__ = True
-    _are_equal(actual, desired, *given, **named)
-    arrays = map(np.asarray, (actual, desired))
-    assert not any(array.dtype.kind in "fc" and np.isnan(array).any() for array in arrays), "both are NaN"
-
-
-np.testing.assert_array_equal = _assert_array_equal
 
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported
 _CACHE = {

@@ -1,10 +1,29 @@
 """Numbers for comparisons, none of which may be NaN or infinite.
 
-Python's `max` passes over NaN and NumPy's equality takes NaN for NaN, so a broken result may look equal.
+Python's `max` passes over NaN and NumPy's equality takes NaN for NaN, so a broken result may look equal;
+`not np.allclose` is true of NaN, so one may look different. Whoever imports this gets NumPy's assertions
+without that fault.
 """
+
+import functools
 
 import jax
 import numpy as np
+
+# NaN on both sides is no agreement.
+np.testing.assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
+_are_equal = np.testing.assert_array_equal
+
+
+@functools.wraps(_are_equal)
+def _assert_array_equal(actual, desired, *given, **named):
+    __tracebackhide__ = True
+    _are_equal(actual, desired, *given, **named)
+    arrays = map(np.asarray, (actual, desired))
+    assert not any(array.dtype.kind in "fc" and np.isnan(array).any() for array in arrays), "both are NaN"
+
+
+np.testing.assert_array_equal = _assert_array_equal
 
 
 def leaves(tree):
@@ -32,3 +51,8 @@ def assert_equal(tree, other):
     """Both trees have the same numbers, bit for bit, and all are finite."""
     for path, (a, b) in zip(leaves(tree), pairs(tree, other), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def are_close(a, b, **tolerances):
+    """np.allclose of arrays that must be finite."""
+    return all(np.allclose(*pair, **tolerances) for pair in pairs(a, b))

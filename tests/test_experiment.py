@@ -11,6 +11,7 @@ import pytest
 from commands import small_world
 
 from sfl_jax import comparison, experiment, fleet, models, optim, planning
+from sfl_jax.checkpoints import Progress
 from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Outcome
@@ -229,6 +230,28 @@ def test_weights_to_start_from_are_held_once(tmp_path, built):
     one, other = digests_of(1), digests_of(2)
     assert one["init_from"] != other["init_from"]
     assert one["dataset"] == other["dataset"]
+
+
+def test_a_run_that_has_begun_needs_the_weights_it_began_with_no_more(tmp_path):
+    chain, path = models.create("efficientnetv2-tiny"), tmp_path / "given.weights.h5"
+    given = chain.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))
+    keras_weights.save(str(path), chain, given, keras_weights.CENTRED)
+    config = dataclasses.replace(SMALL, image_size=8, clients=small_world.CLIENTS, init_from=str(path))
+    with small_world.world(create=models.create):
+        begun = experiment.build(config)
+    reached = Progress(
+        2, {}, 0.0, 0.0, 0, "", begun.config.to_dict(), experiment.inputs(begun), experiment.network(begun)
+    )
+    path.unlink()
+    with small_world.world(create=models.create), pytest.raises(BadInput, match="no such file"):
+        experiment.build(config)
+    with small_world.world(create=models.create):
+        later = experiment.build(config, progress=reached)
+    assert later.scaling == keras_weights.CENTRED == begun.scaling
+    assert experiment.inputs(later) == experiment.inputs(begun)
+    assert f"{path} is gone; the run goes on without it" in later.notes
+    with small_world.world(create=models.create), pytest.raises(BadInput, match="no such file"):
+        experiment.build(dataclasses.replace(config, init_from=f"{path}.other"), progress=reached)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ with locked(sys.argv[1], "workdir", "w"):
 
 
 def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
-    (tmp_path / ".lock").write_bytes(b"\xff left by another program")
+    (tmp_path / ".lock").write_text("123\n")  # of a run that was killed
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"held\n"
@@ -91,6 +91,18 @@ def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
     assert (tmp_path / ".lock").read_text() == f"{process.pid}\n"
     with locked(tmp_path, "workdir", "w"):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(tmp_path):
+    theirs = b"\xff of another program"
+    (tmp_path / ".lock").write_bytes(theirs)
+    with (
+        locked(tmp_path, "workdir", "w"),
+        pytest.raises(BadInput, match=r"^--workdir=w: run unknown is at work in it"),
+        locked(tmp_path, "workdir", "w"),
+    ):
+        pytest.fail("taken")
+    assert (tmp_path / ".lock").read_bytes() == theirs
 
 
 def test_what_cannot_be_a_lock_is_refused(tmp_path):

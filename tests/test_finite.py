@@ -45,6 +45,13 @@ def test_what_is_not_finite_is_refused(name, number, leaf):
             compare(a, b)
 
 
+def test_what_is_not_finite_is_not_apart_either():
+    assert finite.are_close(np.ones(2), np.ones(2) + 1e-9)
+    assert not finite.are_close(np.ones(2), np.zeros(2))
+    with pytest.raises(AssertionError, match="1 of 2 numbers are not finite"):
+        finite.are_close(np.ones(2), np.array([1.0, np.nan]))
+
+
 def test_a_leaf_inside_of_packed_variables_is_named():
     whole = Variables(tuple({"w": np.ones(2)} for _ in range(3)), ({}, {}, {"mean": np.ones(2)}))
     wrong = whole._replace(batch_stats=({}, {}, {"mean": np.array([1.0, np.nan])}))

@@ -6,10 +6,11 @@ import os
 import pytest
 
 from sfl_jax import config as config_lib
-from sfl_jax import paths, recording
+from sfl_jax import fleet, paths, recording
 from sfl_jax.commands import flags
 from sfl_jax.config import Config, fields_of
 from sfl_jax.errors import BadInput
+from sfl_jax.models import Chain, Variables, keras_weights
 
 COMMANDS = {"workdir": "train", "init_from": "train", "data_dir": "train", "fleet": "plan", "output": "plan"}
 REFUSED = [
@@ -21,6 +22,11 @@ REFUSED = [
     ("x.json  # short", "flags and flag files know no comments behind a value"),
     ("$HOME/x.json", "flags and flag files know no variables"),
     ("${HOME}/x.json", "variables"),
+    ("%HOME%/x.json", "variables"),
+    ("$(pwd)/x.json", "flags and flag files know no commands inside a value"),
+    ("`pwd`/x.json", "commands"),
+    ('"x.json', "quotes"),
+    ('x.json"', "quotes"),
     ("~nobody-of-this-name/x.json", "the home directory of ~ is not known here; write the path out"),
 ]
 
@@ -59,9 +65,16 @@ def test_every_flag_that_holds_a_path_is_tried_here():
 
 
 def test_other_texts_are_not_written_for_a_shell_either():
-    for name in ("dataset", "coordinator_address", "label_key"):
+    for name in ("dataset", "coordinator_address", "label_key", "method", "rounds", "momentum"):
         with pytest.raises(BadInput, match=f'^--{name}="x": flags and flag files know no quotes'):
             flags.parse([f'--{name}="x"'], "train")
+
+
+def test_a_comment_behind_a_number_is_called_one(tmp_path):
+    for line in ("--rounds=3  # three", "--momentum=0.9 # as always", "--compilation_cache=true # fast"):
+        (tmp_path / "f.flags").write_text(f"{line}\n")
+        with pytest.raises(BadInput, match=r"^--\w+=.* #.*: flags and flag files know no comments behind"):
+            flags.parse([f"--flagfile={tmp_path}/f.flags"], "train")
 
 
 def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):
@@ -80,6 +93,16 @@ def test_a_run_is_found_in_a_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(BadInput, match=f"^--workdir={tmp_path}/run: no run is here"):
         recording.saved("~/run")
+
+
+def test_a_home_directory_is_found_from_python_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Config(workdir="~/run").workdir == f"{tmp_path}/run"
+    assert dataclasses.replace(Config(), fleet="~/a.csv").fleet == f"{tmp_path}/a.csv"
+    fleet.write_fleet("~/fleet.csv", fleet.random_fleet(3).with_samples([1, 2, 3]))
+    assert len(fleet.read_fleet("~/fleet.csv")) == 3
+    with pytest.raises(BadInput, match=f"^--init_from={tmp_path}/weights.h5: no such file"):
+        keras_weights.load("~/weights.h5", "efficientnetv2-b0", Chain(()), Variables((), ()))
 
 
 def test_a_config_made_in_python_is_refused_too():

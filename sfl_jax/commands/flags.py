@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from sfl_jax import __version__
+from sfl_jax import __version__, paths
 from sfl_jax.commands import helping, preset, surroundings
 from sfl_jax.commands.interruption import INTERRUPTED, interruption
 from sfl_jax.config import Config, allowed, fields_of
@@ -144,7 +144,8 @@ class _Parser(flags.ArgumentParser):
         try:
             return self.convert(argument)
         except ValueError:
-            raise ValueError(f"must be {allowed(self.field)}") from None
+            wrong = paths.for_a_shell(argument) if isinstance(argument, str) else ""
+            raise ValueError(wrong or f"must be {allowed(self.field)}") from None
 
 
 def _number(argument: Any) -> float:

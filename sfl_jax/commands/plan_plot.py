@@ -116,5 +116,6 @@ def _draw_servers(axes: Axes, planned: Planned) -> None:
         xlabel="server, FLOP/s",
         ylabel="round, seconds",
         xscale="log",
+        ylim=(0, None),  # where the server does not matter, a flat line
     )
     axes.legend(loc="upper right", frameon=False)

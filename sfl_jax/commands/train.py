@@ -103,7 +103,7 @@ def _train(config, stop, writes, say) -> int:
     with metrics.CompileClock(compiled_s) as compiling:
         if config.warmup_rounds > config.rounds:
             say(f"the learning rate rises to the last round: --warmup_rounds={config.warmup_rounds}")
-        built = experiment.build(config, say)
+        built = experiment.build(config, say, progress)
         for note in built.notes:
             say.result(note)
         inputs = experiment.inputs(built)

@@ -63,14 +63,12 @@ def join(config: Config) -> None:
 
 
 def _is_the_only_task(variables: Mapping[str, str]) -> bool:
-    """Whether SLURM started a single task in a job of several, as the shell of salloc: no other will come.
+    """Whether SLURM started a single task, as in a job of one or in the shell of salloc: no other will come.
 
     What Open MPI starts inherits the variables of such a task.
     """
-    several = variables.get("SLURM_NTASKS") != "1"
-    return (
-        variables.get("SLURM_STEP_NUM_TASKS") == "1" and several and "OMPI_COMM_WORLD_SIZE" not in variables
-    )
+    single = "1" in (variables.get("SLURM_STEP_NUM_TASKS"), variables.get("SLURM_NTASKS"))
+    return single and "OMPI_COMM_WORLD_SIZE" not in variables
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def read_fleet(path: str | os.PathLike[str]) -> Fleet:
     Raises:
       BadInput: no such file, or not of this form; `path:LINE: column NAME: 'cell': must be …`.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
@@ -46,7 +46,7 @@ def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
     """
     columns = fleet.columns()
     try:
-        with whole_file(path) as file:
+        with whole_file(os.path.expanduser(path)) as file:
             text = io.TextIOWrapper(file, "utf-8", newline="")
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(columns)

@@ -11,6 +11,7 @@ Given the same variables and scaled images, Keras and a chain compute the same. 
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,6 +104,7 @@ def load(source: Any, model: str, chain: Chain, variables: Variables) -> Importe
 
     Raises BadInput that names the first variable which is missing, of another shape, not finite or left over.
     """
+    source = os.path.expanduser(source) if isinstance(source, str | os.PathLike) else source
     where = f"--init_from={source}" if isinstance(source, str) else "the Keras model"
     places = _places(chain, variables)
     with _layers_of(source, where) as stored:
@@ -133,7 +135,7 @@ def save(path: str, chain: Chain, variables: Variables, scaling: InputScaling = 
     [-1, 1]; with the others it scales pixels itself. `path` must end in .weights.h5 for Keras to take it.
     """
     inside = {IMAGENET: ("rescaling", "normalization"), CENTRED: ("rescaling",), SIGNED: ()}[scaling]
-    with h5py.File(path, "w") as file:
+    with h5py.File(os.path.expanduser(path), "w") as file:
         for name in inside:
             file.create_group(f"layers/{name}/vars").attrs["name"] = name
         for place, value in zip(*to_keras(chain, variables), strict=True):

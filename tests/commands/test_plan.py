@@ -149,6 +149,7 @@ def test_the_picture_shows_the_plan(here, monkeypatch):
     assert heights == collections.Counter(client["unit"] for client in written["clients"])
     assert drawn[0].get_suptitle().startswith("efficientnetv2-tiny at 32x32, 3 clients (fleet.csv), exact")
     rounds, bounds, this = (line.get_xydata() for line in servers.get_lines())
+    assert servers.get_ylim()[0] == 0
     assert this.tolist() == [[1e10, written["round_s"]]]
     assert (np.diff(rounds[:, 1]) <= 0).all()
     assert rounds[0, 1] > written["round_s"] > rounds[-1, 1]

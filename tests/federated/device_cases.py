@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import finite  # noqa: F401 from now on NaN is no agreement
 import flax.linen as nn
 import jax
 import networks

@@ -29,7 +29,7 @@ NOT_COPIED = shutil.ignore_patterns(
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider")
 ALL = ("-n", "2", "--dist", "worksteal")
 HINTED_S, ALL_S = 600, 1800  # whoever takes longer hangs, which is noticed too
-PASSED, FAILED, STOPPED, NOTHING = 0, 1, 2, 5  # pytest's exit codes; stopped: it could not even be imported
+PASSED, UNKNOWN, NOTHING = 0, 4, 5  # of pytest's exit codes; unknown: it cannot find what it is to run
 
 
 class Mutation(NamedTuple):
@@ -71,10 +71,10 @@ def judge(mutation: Mutation, tree: Path, hinted_only: bool) -> str:
     try:
         if mutation.tests:
             code = _run(shlex.split(mutation.tests), tree, HINTED_S)
-            if code in (FAILED, STOPPED):
-                return "noticed"
+            if code == UNKNOWN:
+                return "no test"
             if code not in (PASSED, NOTHING):
-                return "no test"  # pytest does not know what is hinted at
+                return "noticed"
         if hinted_only:
             return "passed"
         return "noticed late" if _run(ALL, tree, ALL_S) != PASSED else "SURVIVED"
@@ -92,7 +92,7 @@ def _run(arguments: Sequence[str], tree: Path, limit_s: float) -> int:
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        return FAILED
+        return -9
     finally:
         with contextlib.suppress(ProcessLookupError):  # what it may have started
             os.killpg(process.pid, 9)

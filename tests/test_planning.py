@@ -210,6 +210,22 @@ def test_what_cannot_be_planned(tmp_path, fleet, changes, words):
     assert "\n" not in str(caught.value)
 
 
+def test_in_training_too_a_client_that_no_plan_serves_is_named(tiny, planned):
+    """Unless links vary: the next round may serve it."""
+    memory_bytes = np.where(np.arange(12) == 7, 1.0, planned.terms.memory_bytes)
+    terms = planned.terms._replace(memory_bytes=memory_bytes)
+    with pytest.raises(BadInput, match="client 7: every cut needs"):
+        planning.serve(tiny, planned.fleet, terms, 0)
+    served = planning.serve(dataclasses.replace(tiny, links="fading"), planned.fleet, terms, 0)
+    assert np.flatnonzero(~served.present).tolist() == [7]
+    assert "client 7" in served.left_out[0]
+
+
+def test_the_random_fleet_has_the_samples_that_are_asked_for():
+    fleet = planning.read_fleet(Config(clients=5, samples_per_client=7))
+    assert fleet.samples.tolist() == [7] * 5
+
+
 def test_a_fleet_file_must_say_how_many_samples(tmp_path):
     path = tmp_path / "fleet.csv"
     path.write_text("client,flops,uplink_bps,downlink_bps,memory_bytes\na,1e9,1e6,1e6,1e9\n")

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import time
+from concurrent.futures import Future
 from unittest import mock
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from commands import small_world
 
 from sfl_jax import experiment, metrics, models, tuning
+from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import Config
 from sfl_jax.federated import devices
 from sfl_jax.federated.round import Outcome
@@ -200,6 +202,42 @@ def test_the_clock_of_a_round_stops_when_it_is_done(compiled, sent_ahead):
     assert sum(took_s) < clock.seconds - len(slow_rounds) * slow_s
     assert all(b.wall_s > a.wall_s for a, b in itertools.pairwise(lines))
     assert lines[3].wall_s - lines[2].wall_s > slow_s / 2  # wall time counts all
+
+
+def test_a_round_begins_when_it_is_planned_and_what_is_before_it_is_done(compiled, monkeypatch):
+    """Rounds that began, ended, and were evaluated, at these seconds."""
+
+    def at(seconds):
+        done = Future()
+        done.set_result(seconds)
+        return done
+
+    times = [(0.0, 1.0, 1.5), (0.5, 2.0, 2.0), (3.0, 3.25, 3.5)]
+    rounds = [
+        experiment.Sent(None, None, mock.Mock(round=number), None, None, began_s, at(ended_s), at(tested_s))
+        for number, (began_s, ended_s, tested_s) in enumerate(times)
+    ]
+    following = iter(rounds)
+    monkeypatch.setattr(experiment, "_send", lambda *_: next(following, None))
+    monkeypatch.setattr(experiment, "_judge", lambda *_: None)
+    monkeypatch.setattr(experiment, "_line", lambda *given: given[-2:])
+    start, clock = experiment.State(0, (), {}), mock.Mock(spec=metrics.Stopwatch, seconds=0.0)
+    lines = [line for _, line in experiment.run(compiled[0], start, compiled[1], clock)]
+    assert lines == [(1.5, 1.0), (2.0, 0.5), (3.5, 0.25)]
+
+
+def test_the_clock_is_read_when_the_numbers_are_there(monkeypatch):
+    clock = mock.Mock(seconds=1.0)
+    monkeypatch.setattr(jax, "block_until_ready", lambda arrays: setattr(clock, "seconds", 2.0))
+    assert experiment._clock_after((), clock) == 2.0
+
+
+def test_a_run_whose_method_was_changed_goes_on_from_its_own_clock(compiled):
+    simulated_s = {"greedy": 5.0, "no_split": 7.0, "common_cut": 6.0}
+    reached = Progress(3, simulated_s, 0.0, 0.0, 0, "", {"method": "greedy"}, {}, {})
+    store = mock.Mock(spec=Checkpoints, restore=lambda *_: ())
+    state = experiment.resume(compiled[0], store, reached)
+    assert state == (3, (), {"exact": 5.0, "no_split": 7.0, "common_cut": 6.0})
 
 
 def test_the_clock_of_a_round_begins_with_its_plan(compiled, one_by_one, monkeypatch):

@@ -114,6 +114,11 @@ def test_a_server_that_works_for_whoever_waits_does_so_for_the_late_too():
         assert went((config, terms, own), stays, slowdown).round_s == pytest.approx(round_s)
 
 
+def test_what_a_plan_adds_to_the_last_end_is_added_to_a_later_one_too():
+    config, terms, plan = planned([4, 7, 1], [2, 2, 3], [2, 1, 2])
+    assert went((config, terms, plan._replace(round_s=10.5)), [1, 1, 1], [2, 1, 1]).round_s == 14.5
+
+
 def test_delays_belong_to_round_and_client():
     config = Config(drop_probability=0.3, jitter=0.5, seed=4)
     everybody, some = delays(config, 7, np.arange(4000)), delays(config, 7, np.array([3, 90]))
@@ -122,7 +127,9 @@ def test_delays_belong_to_round_and_client():
     assert everybody.stays.mean() == pytest.approx(0.7, abs=0.03)
     assert everybody.slowdown.min() >= 1
     assert everybody.slowdown.mean() == pytest.approx(1.5, abs=0.04)
-    assert (delays(config, 8, np.arange(4000)).slowdown != everybody.slowdown).mean() > 0.99
+    later = delays(config, 8, np.arange(4000))
+    assert (later.slowdown != everybody.slowdown).mean() > 0.99
+    assert (later.stays != everybody.stays).mean() == pytest.approx(2 * 0.7 * 0.3, abs=0.03)
 
 
 def test_without_delays_all_is_as_planned():

@@ -69,7 +69,10 @@ with interruption() as stop, whole_file(sys.argv[1]) as file:
 def test_native_code_is_ended_too_and_leaves_nothing(tmp_path):
     """It runs for many minutes, during which no handler of Python's comes to its turn."""
     command = [sys.executable, "-c", NATIVE, tmp_path / "file"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        command, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stderr.readline() == "ready\n"
         while not list(tmp_path.iterdir()):

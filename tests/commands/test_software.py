@@ -60,6 +60,19 @@ def test_without_a_git_that_answers_there_is_no_commit(script, tmp_path, monkeyp
     assert time.monotonic() - begun < 60, os.environ["PATH"]
 
 
+def test_what_a_git_that_does_not_answer_has_started_ends_with_it(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/child\nwait\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(software, "PATIENCE_S", 1.0)
+    assert software.git_commit() is None
+    state = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    until = time.monotonic() + 30
+    while state.exists() and state.read_text().split()[2] != "Z":  # ended, and nobody has asked how
+        assert time.monotonic() < until, "it is still there"
+        time.sleep(0.01)
+
+
 def test_a_package_without_metadata_is_none(monkeypatch):
     def missing(name):
         if name == "tensorflow-datasets":

@@ -118,6 +118,12 @@ def test_every_way_to_tell_numbers_apart_is_seen(name):
     assert may_join(transformation, pack(UNITS).layouts) == alike
 
 
+def test_a_place_counts_although_all_leaves_are_of_one_shape():
+    units = ({"a": np.ones(3, np.float32)}, {"a": np.ones(3, np.float32)})
+    assert may_join(optax.sgd(0.1), pack(units).layouts)
+    assert not may_join(times(lambda u: jnp.arange(3)), pack(units).layouts)
+
+
 def test_leaves_of_other_types_are_joined_apart():
     mixed = ({"a": np.ones(3, np.float32), "b": np.ones(3, jnp.bfloat16), "c": np.ones(2, np.float32)},)
     by_type = stateless(lambda u, p: -u * (1 if u.dtype == jnp.float32 else 2))

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -98,11 +99,14 @@ def test_what_cannot_be_read_is_not_called_another_network(copy, monkeypatch):
 
 
 def test_buffers_may_be_reused_while_it_is_written(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints, overwritten = Checkpoints(tmp_path, keep=1), threading.Event()
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
-    given = model(2)
+    given = jax.device_put(model(2))
+    checkpoints._writer.submit(overwritten.wait, 60)
     checkpoints.save(given, progress(2))
     overwrite(given)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    overwritten.set()
     checkpoints.wait()
     back = checkpoints.restore(progress(2), jax.eval_shape(lambda: model(0)))
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(model(2)), strict=True):
@@ -313,7 +317,8 @@ def renamed(tree, **names):
 @pytest.mark.parametrize(
     ("names", "said"),
     [({"bias": "base"}, r"\['bias'\].*instead of.*\['base'\]"),  # the order of the leaves stays
-     ({"bias": "zeta"}, r"\['bias'\].*instead of.*\['kernel'\]")],
+     ({"bias": "zeta"}, r"\['bias'\].*instead of.*\['kernel'\]"),
+     ({"dense": "dance"}, r"\['dense'\]\['bias'\].*instead of.*\['dance'\]\['bias'\]")],
 )  # fmt: skip
 def test_a_leaf_of_another_name_is_refused_although_its_form_is_the_same(names, said, tmp_path):
     units = tuple(

@@ -210,6 +210,21 @@ def test_what_cannot_be_planned(tmp_path, fleet, changes, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_client_that_no_round_serves_is_not_left_out_of_one(tiny, planned):
+    """Only where links vary may it come back in another round."""
+    poor = planned.terms._replace(memory_bytes=np.where(np.arange(12) == 7, 0.0, planned.terms.memory_bytes))
+    with pytest.raises(BadInput, match="no plan serves every client: client 7: every cut needs"):
+        planning.serve(tiny, planned.fleet, poor, 0)
+    served = planning.serve(dataclasses.replace(tiny, links="fading"), planned.fleet, poor, 0)
+    assert np.flatnonzero(~served.present).tolist() == [7]
+
+
+def test_clients_of_a_random_fleet_have_the_samples_that_are_asked_for():
+    fleet = planning.read_fleet(Config(clients=3, samples_per_client=70))
+    assert fleet.samples is not None
+    assert fleet.samples.tolist() == [70] * 3
+
+
 def test_a_fleet_file_must_say_how_many_samples(tmp_path):
     path = tmp_path / "fleet.csv"
     path.write_text("client,flops,uplink_bps,downlink_bps,memory_bytes\na,1e9,1e6,1e6,1e9\n")

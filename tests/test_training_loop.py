@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import time
+from concurrent.futures import Future
 from unittest import mock
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from commands import small_world
 
 from sfl_jax import experiment, metrics, models, tuning
+from sfl_jax.checkpoints import Checkpoints, Progress
 from sfl_jax.config import Config
 from sfl_jax.federated import devices
 from sfl_jax.federated.round import Outcome
@@ -156,10 +158,11 @@ def test_a_state_that_is_wanted_is_there(compiled, sent_ahead):
 def test_an_error_while_the_next_round_is_prepared_costs_no_round_that_is_done(
     broken, compiled, quiet, sent_ahead, monkeypatch
 ):
-    prepare = experiment.prepare
+    prepare, failed = experiment.prepare, []
 
     def prepare_or_fail(own, round):
-        if round == broken:
+        if round == broken and not failed:
+            failed.append(round)  # once: whoever tried again would go on after an error
             raise ValueError(f"round {round}")
         return prepare(own, round)
 
@@ -200,6 +203,50 @@ def test_the_clock_of_a_round_stops_when_it_is_done(compiled, sent_ahead):
     assert sum(took_s) < clock.seconds - len(slow_rounds) * slow_s
     assert all(b.wall_s > a.wall_s for a, b in itertools.pairwise(lines))
     assert lines[3].wall_s - lines[2].wall_s > slow_s / 2  # wall time counts all
+
+
+def at(seconds):
+    """A clock that is read already."""
+    future = Future()
+    future.set_result(seconds)
+    return future
+
+
+def test_the_devices_compute_a_round_from_when_they_are_idle_and_it_is_prepared(
+    compiled, sent_ahead, monkeypatch
+):
+    """The second is prepared while the first is computed, the third long after the second was done."""
+    built, engine = compiled
+    clocks = [(0.0, 2.0, 3.0), (1.0, 5.0, 5.0), (7.0, 8.0, 9.0)]  # of each round began, ended, tested
+    sent = [
+        experiment.Sent(None, None, mock.Mock(round=n + 1), None, None, began_s, at(ended_s), at(tested_s))  # pyright: ignore
+        for n, (began_s, ended_s, tested_s) in enumerate(clocks)
+    ]
+    coming = iter(sent)
+    monkeypatch.setattr(experiment, "_send", lambda *_: next(coming, None))
+    monkeypatch.setattr(experiment, "_judge", mock.Mock())
+    monkeypatch.setattr(experiment, "_line", lambda *given: given[-2:])
+    clock = mock.Mock(spec=metrics.Stopwatch, seconds=0.0)
+    rounds = experiment.run(built, experiment.start(built), engine, clock)
+    assert [line for _, line in rounds] == [(3.0, 2.0), (5.0, 2.0), (9.0, 1.0)]
+
+
+def test_a_clock_is_read_once_the_arrays_are_computed():
+    clock = mock.Mock(seconds=1.0)
+    arrays = mock.Mock(block_until_ready=lambda: setattr(clock, "seconds", 5.0))
+    assert experiment._clock_after((arrays, None), clock) == 5.0
+
+
+def test_a_run_goes_on_from_the_clock_of_the_method_it_had(compiled):
+    built, _ = compiled
+    assert built.config.method != "greedy"
+    changed = built._replace(config=dataclasses.replace(built.config, method="greedy"))
+    model = jax.tree.map(np.asarray, experiment.start(built).model)
+    clocks = {built.config.method: 3.0, "no_split": 9.0, "common_cut": 5.0}
+    progress = Progress(2, clocks, 0.0, 0.0, 0, "", {"method": built.config.method}, {}, {})
+    state = experiment.resume(changed, mock.Mock(spec=Checkpoints, restore=lambda *_: model), progress)
+    assert state.simulated_s == {"greedy": 3.0, "no_split": 9.0, "common_cut": 5.0}
+    assert state.round == 2
 
 
 def test_the_clock_of_a_round_begins_with_its_plan(compiled, one_by_one, monkeypatch):

@@ -62,6 +62,13 @@ def test_who_came_and_how_long_it_took(stays, slowdown, factor, came, round_s):
     assert result.round_s == pytest.approx(round_s, rel=1e-14)
 
 
+def test_what_a_plan_adds_to_its_slowest_client_is_added_to_the_late_too():
+    config, terms, plan = planned([4, 7, 1], [2, 2, 3], [2, 1, 2])
+    plan = plan._replace(round_s=plan.round_s + 0.5)
+    for slowdown, round_s in (([1, 1, 1], 10.5), ([2, 1, 1], 14.5)):
+        assert went((config, terms, plan), [1, 1, 1], slowdown).round_s == pytest.approx(round_s)
+
+
 @pytest.mark.parametrize(
     ("stays", "slowdown", "factor", "came", "round_s"),
     [
@@ -122,7 +129,9 @@ def test_delays_belong_to_round_and_client():
     assert everybody.stays.mean() == pytest.approx(0.7, abs=0.03)
     assert everybody.slowdown.min() >= 1
     assert everybody.slowdown.mean() == pytest.approx(1.5, abs=0.04)
-    assert (delays(config, 8, np.arange(4000)).slowdown != everybody.slowdown).mean() > 0.99
+    later = delays(config, 8, np.arange(4000))
+    assert (later.slowdown != everybody.slowdown).mean() > 0.99
+    assert (later.stays != everybody.stays).mean() == pytest.approx(2 * 0.3 * 0.7, abs=0.03)
 
 
 def test_without_delays_all_is_as_planned():

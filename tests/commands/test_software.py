@@ -1,6 +1,7 @@
 """What a run notes of the software that made it. A note that cannot be had is None, and costs no run."""
 
 import os
+import select
 import subprocess
 import time
 from importlib import metadata
@@ -58,6 +59,21 @@ def test_without_a_git_that_answers_there_is_no_commit(script, tmp_path, monkeyp
     begun = time.monotonic()
     assert software.git_commit() is None
     assert time.monotonic() - begun < 60, os.environ["PATH"]
+
+
+def test_a_git_that_does_not_end_is_killed_with_what_it_has_started(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "held")
+    (tmp_path / "git").write_text(f"#!/bin/sh\nexec 3>{tmp_path / 'held'}\nsleep 99\ntrue\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(software, "PATIENCE_S", 0.2)
+    reader = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert software.git_commit() is None
+        assert select.select([reader], [], [], 5)[0], "somebody holds it still"
+        assert os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
 
 
 def test_a_package_without_metadata_is_none(monkeypatch):

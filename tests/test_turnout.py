@@ -62,6 +62,13 @@ def test_who_came_and_how_long_it_took(stays, slowdown, factor, came, round_s):
     assert result.round_s == pytest.approx(round_s, rel=1e-14)
 
 
+def test_what_a_plan_adds_to_its_slowest_client_is_added_to_the_late_too():
+    config, terms, plan = planned([4, 7, 1], [2, 2, 3], [2, 1, 2])
+    plan = plan._replace(round_s=plan.round_s + 0.5)
+    for slowdown, round_s in (([1, 1, 1], 10.5), ([2, 1, 1], 14.5)):
+        assert went((config, terms, plan), [1, 1, 1], slowdown).round_s == pytest.approx(round_s)
+
+
 @pytest.mark.parametrize(
     ("stays", "slowdown", "factor", "came", "round_s"),
     [
@@ -112,11 +119,6 @@ def test_a_server_that_works_for_whoever_waits_does_so_for_the_late_too():
         ([1, 1], [5, 1], 5 + 4 + 5),  # it has longer to go home, and so the other waits
     ):
         assert went((config, terms, own), stays, slowdown).round_s == pytest.approx(round_s)
-
-
-def test_what_a_plan_adds_to_the_last_end_is_added_to_a_later_one_too():
-    config, terms, plan = planned([4, 7, 1], [2, 2, 3], [2, 1, 2])
-    assert went((config, terms, plan._replace(round_s=10.5)), [1, 1, 1], [2, 1, 1]).round_s == 14.5
 
 
 def test_delays_belong_to_round_and_client():

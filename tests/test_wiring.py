@@ -236,7 +236,8 @@ def test_given_weights_come_with_their_scaling(base, monkeypatch):
         return keras_weights.Imported(given, scaling, reference_run.CLASSES)
 
     monkeypatch.setattr(keras_weights, "load", load)
-    _, rounds = trained(config)
+    built, rounds = trained(config)
+    assert experiment.network(built)["input_scaling"] == scaling._asdict()
     assert set(read) == {(config.init_from, config.model)}
     initial = reference_run.as_params(given)
     lines = reference_run.run(config, DATA, the_fleet(), (scaling.divisor[0], scaling.offset[0]), initial)

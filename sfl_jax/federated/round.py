@@ -211,18 +211,19 @@ def _signed(type):
 
 def _if_finite(weight, tree):
     """The weight, at least 0; 0 unless all numbers are finite."""
-    return jnp.where(_nothing(tree) == 0, weight, 0).min()
+    return jnp.where(_finite_leaves(tree), weight, 0).min()
 
 
 def _finite(tree):
     """Whether all numbers are."""
-    return (_nothing(tree) == 0).all()
+    return _finite_leaves(tree).all()
 
 
-def _nothing(tree):
-    """0 for each leaf whose numbers are all finite, since 0 times any other is not 0: one kernel a leaf.
+def _finite_leaves(tree):
+    """Whether all numbers are, for each leaf: one kernel a leaf.
 
-    It takes a reduction to end this, which XLA keeps: a sum of all leaves' zeros, or what is chosen by them,
-    it would compute anew for every number that depends on it.
+    No product by 0, although it is NaN of what is not finite: of 0 * (10 * x) XLA makes 0 * x, which is 0
+    also where 10 * x overflows. It takes a reduction to end this, which XLA keeps: what is chosen
+    by the leaves one by one it would compute anew for every number that depends on it.
     """
-    return jnp.stack([(0 * leaf).sum() for leaf in jax.tree.leaves(tree)])
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])

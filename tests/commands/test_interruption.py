@@ -143,6 +143,20 @@ def test_before_the_first_round_a_run_ends_at_once(
     assert f"\n{line}" in capfd.readouterr().err
 
 
+def test_the_rounds_are_not_ended_by_the_first_signal(monkeypatch, tmp_path, capfd):
+    built, said = mock.Mock(notes=[], config=Config(workdir=str(tmp_path))), []
+    for name in ("build", "inputs", "start", "network"):
+        monkeypatch.setattr(experiment, name, mock.Mock(return_value=built))
+    monkeypatch.setattr(experiment, "compile", lambda *_: (built, None))
+    monkeypatch.setattr(recording, "Recorder", mock.Mock())
+    for name in ("environment", "_how"):
+        monkeypatch.setattr(train, name, lambda *_: "")
+    monkeypatch.setattr(train, "_rounds", lambda *given: said.extend(heard(capfd, given[5], INT)) or 0)
+    assert train.main([f"--workdir={tmp_path}"]) == 0
+    assert said[0][0] is None
+    assert said[0][1].endswith("stopping after this round, which is saved; press Ctrl-C again to stop now")
+
+
 def test_a_run_stops_where_any_process_was_asked_to(monkeypatch, capsys):
     monkeypatch.setattr(processes, "any_of", lambda here: True)
     state, recorder = mock.Mock(round=3), mock.Mock(saved_round=3)
@@ -171,13 +185,14 @@ def test_handlers_are_as_before_afterwards(ends):
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_an_interactive_session_outlives_its_command(monkeypatch):
+def test_an_interactive_session_outlives_its_command(monkeypatch, ends):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
 
     def command():
         with interruption.interruption():
             os.kill(os.getpid(), INT)
-            time.sleep(60)
+            while not ends:
+                time.sleep(0.001)
 
     with pytest.raises(KeyboardInterrupt):
         command()

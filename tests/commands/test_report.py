@@ -8,12 +8,14 @@ import json
 import re
 from unittest import mock
 
+import numpy as np
 import pytest
 from commands import small_world
 
 from sfl_jax import comparison, experiment, fleet, recording
 from sfl_jax.commands import compare, report, report_page, train
 from sfl_jax.commands.program import program
+from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 
 RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
@@ -79,6 +81,17 @@ def test_training_leaves_a_page_and_the_command_adds_every_scheme(run, capsys):
     assert set(comparison.schemes("session")) - {"exact"} <= page.rows().keys()
     assert f"written: {run / 'report.html'}" in out
     assert re.search(r"no_split +\d", out)
+
+
+def test_the_clock_of_the_run_is_as_it_logged_it(monkeypatch):
+    """What is made again may differ by rounding, which would be another number in the same run's table."""
+    logged_s = [1.0, 2.0]
+    made_again = {"exact": np.array(logged_s) * (1 + report.SAME / 2), "no_split": np.array([3.0, 6.0])}
+    monkeypatch.setattr(comparison, "clocks", lambda *_: made_again)
+    built, lines = mock.Mock(config=Config()), [mock.Mock(simulated_s=s) for s in logged_s]
+    found = report.clocks(built, lines, ())
+    assert list(found) == ["exact", "no_split"]
+    assert found["exact"].tolist() == logged_s
 
 
 def test_the_page_fits_phones_and_the_dark(run, capsys):

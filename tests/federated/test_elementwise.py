@@ -92,6 +92,7 @@ CRAFTED = {
     "zeros or ones by size": (starting_from(lambda p: jnp.full_like(p, p.size > 10)), False),
     "by size": (times(lambda u: jnp.full(u.size, float(u.size))), False),
     "by place": (times(lambda u: jnp.arange(u.size)), False),
+    "by row": (stateless(lambda u, p: -u * jnp.cumsum(jnp.ones_like(u), axis=0)), False),
     "by a table": (times(lambda u: jnp.asarray(np.linspace(0, 1, u.size))), False),
     "sorted": (stateless(lambda u, p: -jnp.sort(u, axis=None).reshape(u.shape)), False),
     "the neighbour's": (stateless(lambda u, p: -jnp.roll(u, 1)), False),

@@ -113,9 +113,22 @@ UPHILL = {
     "late": optax.scale_by_schedule(lambda count: jnp.where(count < 5, 0.0, 1.0)),
     "NaN": optax.scale(np.nan),
 }
+
+
+def if_large_by_global_norm(most):
+    """A clip that lets a NaN pass."""
+
+    def clip(updates, params):
+        norm = optax.tree.norm(updates)
+        return jax.tree.map(lambda u: jnp.where(norm > most, u * most / norm, u), updates)
+
+    return optax.stateless(clip)
+
+
 COUPLED = {
     "global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
     "a large global norm": optax.chain(optax.clip_by_global_norm(1e6), optax.adam(0.1)),
+    "a norm that is large, but no NaN": optax.chain(if_large_by_global_norm(1e6), optax.sgd(0.1)),
     "after Adam": optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(1.0), optax.scale(-1e-3)),
     "after signs": optax.chain(optax.scale_by_lion(), optax.clip_by_global_norm(1.0), optax.scale(-1e-3)),
     "norm of all updates": optax.chain(optax.adam(1e-2), optax.normalize_by_update_norm()),

@@ -324,6 +324,22 @@ def test_statistics_that_overflow_are_not_taken(idle):
     finite.assert_equal(mean, variables)
 
 
+def test_a_state_of_the_server_that_overflows_is_not_taken():
+    """Its steps may be small all the same, as where Adam divides by what is infinite."""
+    growing = optax.GradientTransformation(
+        lambda params: jnp.float32(1e38),
+        lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), 10 * state),
+    )
+    chain = Chain((rounds.Block(4), rounds.Head()))
+    training = rounds.training(chain=chain)._replace(server_optimizer=growing)
+    variables, samples = rounds.start(chain, rounds.SMALL_SIZE)
+    step = jax.jit(functools.partial(run_round, training, 3, None))
+    begun = start_model(training, variables)
+    model, loss, _ = step(begun, samples, IDLE, KEY, jnp.asarray(rounds.RATE))
+    assert np.isnan(loss)
+    assert model.server_state == jnp.float32(1e38)
+
+
 @pytest.mark.parametrize("weights", [[6000, 1, 3000], [1], [0.3, 0.1], [1e38, 1e38], [3e-38, 0], [8, 8]])
 def test_normalised_weights_are_the_same_but_for_a_power_of_two(weights):
     weights = np.array(weights, np.float32)

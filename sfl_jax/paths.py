@@ -6,12 +6,15 @@ import re
 from sfl_jax.errors import BadInput
 
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# What a shell would have replaced, and flag files do not.
+_LEAVE, _WRITE = "leave them out", "write out what they stand for"
+# What a shell would have replaced, and flag files do not; what to write instead. A single quote inside of a
+# name may be an apostrophe.
 _OF_SHELLS = {
-    "quotes around a value": re.compile(r"""(?s)['"].*|.*\""""),
-    "comments behind a value": re.compile(r"(?s).*\s#.*"),
-    "variables": re.compile(r"(?s).*(\$(\w|\{)|%\w+%).*"),
-    "commands inside a value": re.compile(r"(?s).*(\$\(|`.*`).*"),
+    "comments behind a value": (re.compile(r".*\s#.*", re.DOTALL), _LEAVE),
+    "commands inside a value": (re.compile(r".*(\$\(|`).*", re.DOTALL), _WRITE),
+    "variables": (re.compile(r".*(\$[\w{$]|%\w+%).*", re.DOTALL), _WRITE),
+    "quotes": (re.compile(r""".*".*|(.*[/$])?'.*|.*'""", re.DOTALL), _LEAVE),
+    "backslashes before blanks or at the end of a line": (re.compile(r".*\\(\s.*)?", re.DOTALL), _LEAVE),
 }
 
 
@@ -28,9 +31,9 @@ def expand(flag: str, value: str) -> str:
 
 def for_a_shell(value: str) -> str:
     """What is wrong with a text that was written for a shell; empty where it was not."""
-    for what, pattern in _OF_SHELLS.items():
+    for what, (pattern, remedy) in _OF_SHELLS.items():
         if pattern.fullmatch(value):
-            return f"flags and flag files know no {what}; leave them out"
+            return f"flags and flag files know no {what}; {remedy}"
     return ""
 
 

@@ -169,7 +169,7 @@ def test_fleet_must_be_a_file(tmp_path):
         server_flops=st.floats(1e-300, 1e300),
         learning_rate=st.floats(1e-9, 1e3),
         method=st.sampled_from(config_lib.METHODS),
-        data_dir=st.text(st.characters(exclude_characters="~$#%`'\"")).map(str.strip),
+        data_dir=st.text(st.characters(exclude_characters="~$#%`'\"\\")).map(str.strip),
         plot=st.booleans(),
     )
 )

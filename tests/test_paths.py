@@ -17,18 +17,28 @@ REFUSED = [
     ("gs://bucket/x.json", "must be a path of this machine; mount what is elsewhere, e.g. with gcsfuse"),
     ("s3://bucket/x.json", "must be a path of this machine"),
     ("file:///x.json", "must be a path of this machine"),
-    ('"x.json"', "flags and flag files know no quotes around a value; leave them out"),
+    ('"x.json"', "flags and flag files know no quotes; leave them out"),
     ("'~/x.json'", "quotes"),
-    ("x.json  # short", "flags and flag files know no comments behind a value"),
-    ("$HOME/x.json", "flags and flag files know no variables"),
+    ("x.json  # short", "flags and flag files know no comments behind a value; leave them out"),
+    ("'x.json'  # short", "comments"),
+    ("$HOME/x.json", "flags and flag files know no variables; write out what they stand for"),
     ("${HOME}/x.json", "variables"),
+    ("$$/x.json", "variables"),
     ("%HOME%/x.json", "variables"),
-    ("$(pwd)/x.json", "flags and flag files know no commands inside a value"),
+    ("$(pwd)/x.json", "flags and flag files know no commands inside a value; write out what they stand for"),
     ("`pwd`/x.json", "commands"),
+    ("`pwd/x.json", "commands"),
     ('"x.json', "quotes"),
     ('x.json"', "quotes"),
+    ('a"b/x.json', "quotes"),
+    ("x.json'", "quotes"),
+    ("a/'b c'/x.json", "quotes"),
+    ("$'x.json'", "quotes"),
+    ("x.json \\", "flags and flag files know no backslashes before blanks or at the end of a line"),
+    ("a\\ b.json", "backslashes"),
     ("~nobody-of-this-name/x.json", "the home directory of ~ is not known here; write the path out"),
 ]
+TAKEN = ["a b.json", "~.json", "a#b.json", "it's.json", "a:b.json", "a$.json", "a\\b.json", "5%.json"]
 
 
 def parsed(name, value, flagfile):
@@ -44,7 +54,7 @@ def parsed(name, value, flagfile):
 def test_every_path_is_taken_as_it_is_meant(name, from_file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     flagfile = tmp_path / "f.flags" if from_file else None
-    for plain in ("a b.json", "~.json", "a#b.json", "it's.json", "a:b.json", "a$.json"):
+    for plain in TAKEN:
         place = tmp_path / plain
         place.touch()
         for typed in (str(place), f"~/{plain}", f"  {place} "):
@@ -70,11 +80,34 @@ def test_other_texts_are_not_written_for_a_shell_either():
             flags.parse([f'--{name}="x"'], "train")
 
 
-def test_a_comment_behind_a_number_is_called_one(tmp_path):
-    for line in ("--rounds=3  # three", "--momentum=0.9 # as always", "--compilation_cache=true # fast"):
-        (tmp_path / "f.flags").write_text(f"{line}\n")
-        with pytest.raises(BadInput, match=r"^--\w+=.* #.*: flags and flag files know no comments behind"):
-            flags.parse([f"--flagfile={tmp_path}/f.flags"], "train")
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("--rounds=3  # three", "comments behind a value"),
+        ("--momentum=0.9 # as always", "comments behind a value"),
+        ("--compilation_cache=true # fast", "comments behind a value"),
+        ("--compilation_cache  # fast", "comments behind a value"),
+        ("--nocompilation_cache # slow", "comments behind a value"),
+        ("--rounds 3  # three", "comments behind a value"),
+        ("--rounds=$ROUNDS", "variables"),
+        ("--rounds=3 \\", "backslashes"),  # from a command of several lines
+        ("--flagfile='x.flags'", "quotes"),
+        ("--flagfile=$(pwd)/x.flags", "commands inside a value"),
+        ("--flagfile=$HOME/x.flags", "variables"),
+    ],
+)
+def test_a_line_that_was_written_for_a_shell_is_called_so(line, what, tmp_path):
+    (tmp_path / "f.flags").write_text(f"{line}\n")
+    for argument in (line, f"--flagfile={tmp_path}/f.flags"):
+        with pytest.raises(BadInput) as caught:
+            flags.parse([argument], "train")
+        assert str(caught.value).startswith(f"{line}: flags and flag files know no {what}")
+
+
+def test_a_flag_file_in_a_home_directory_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "f.flags").write_text("--rounds=3\n")
+    assert flags.parse(["--flagfile=~/f.flags"], "train").rounds == 3
 
 
 def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):

@@ -98,12 +98,16 @@ def parse(arguments: Sequence[str], command: str) -> Config:
         raise BadInput(f"--flagfile: must be a text file ({error})") from error
     except BadInput:
         raise
+    except flags.CantOpenFlagFileError as error:
+        raise BadInput(_unopened(error)) from error
     except flags.UnrecognizedFlagError as error:
         raise BadInput(_unknown(error, [field.name for field in taken])) from error
     except (flags.Error, ValueError) as error:
         raise BadInput(str(error).removeprefix("flag ").removeprefix("ERROR:: ")) from error
     if strays:
-        raise BadInput(f"{strays[0]!r} is no flag; write every setting as --name=value")
+        remedy = "a comment has a line of its own, without blanks before its #"
+        setting = "write every setting as --name=value"
+        raise BadInput(f"{strays[0]!r} is no flag; {remedy if strays[0].startswith('#') else setting}")
     given = {field.name: values[field.name].value for field in taken}
     return Config.from_dict(given | _shorter(given, _typed(arguments)), command)
 
@@ -123,8 +127,19 @@ def _shorter(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
     return {"warmup_rounds": rounds}
 
 
+def _unopened(error: flags.CantOpenFlagFileError) -> str:
+    """The refusal of a flag file that cannot be read."""
+    cause = error.__context__
+    if not isinstance(cause, OSError) or not isinstance(cause.filename, str):
+        return str(error).removeprefix("ERROR:: ")
+    wrong = paths.for_a_shell(cause.filename)
+    return f"--flagfile={cause.filename}: {wrong or f'cannot be read ({cause.strerror})'}"
+
+
 def _unknown(error: flags.UnrecognizedFlagError, names: Sequence[str]) -> str:
     """The refusal of a flag that no field is called, with the name that was perhaps meant."""
+    if wrong := paths.for_a_shell(error.flagname):
+        return f"--{error.flagname}: {wrong}"
     meant = SYNONYMS.get(error.flagname.lower().replace("-", "_"), "")
     if meant.partition(",")[0] in names:
         return f"--{error.flagname}: no flag is called that; the name here is --{meant}"

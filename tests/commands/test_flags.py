@@ -34,7 +34,7 @@ BAD = [
     (["--rounds=3", "--", "--rounds=4"], "'--rounds=4' is no flag"),
     (["-"], "'-' is no flag"),
     (["--flagfile"], "--flagfile"),
-    (["--flagfile=/no/such/file"], "/no/such/file"),
+    (["--flagfile=/no/such/file"], "--flagfile=/no/such/file: cannot be read (No such file or directory)"),
     ([f"--flagfile={sys.executable}"], "--flagfile: must be a text file"),
     (["--output=x"], "output"),  # belongs to another command
     (["--lr=1"], "--lr: no flag is called that; the name here is --learning_rate"),
@@ -83,6 +83,9 @@ def test_switches(argv, plot):
 
 def test_a_stray_line_in_a_flagfile_is_refused(tmp_path, capsys):
     flagfile = tmp_path / "x.flags"
+    flagfile.write_text("  # a comment\n")
+    assert run([f"--flagfile={flagfile}"]) == 2
+    assert "'# a comment' is no flag; a comment has a line of its own, without" in capsys.readouterr().err
     flagfile.write_text("rounds=7\n")
     assert run([f"--flagfile={flagfile}"]) == 2
     assert "rounds=7" in capsys.readouterr().err

@@ -249,7 +249,7 @@ def compile(
     samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices, free)
     placed += federated_devices.bytes_placed(samples)
     config, tried = tuning.settle(experiment.config, before, profile, devices, seconds, notes, placed)
-    training = own._replace(chain=_chain_for(config, data, config.layer_form))
+    training = dataclasses.replace(own, chain=_chain_for(config, data, config.layer_form))
     say("compiling the evaluation")
     evaluate = federated_devices.Evaluation(training.chain, training.preprocess, devices)
     held_out = _place_held_out(config, data, devices, evaluate, state, placed)

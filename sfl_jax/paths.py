@@ -10,11 +10,11 @@ _LEAVE, _WRITE = "leave them out", "write out what they stand for"
 # What a shell would have replaced, and flag files do not; what to write instead. A single quote inside of a
 # name may be an apostrophe.
 _OF_SHELLS = {
-    "comments behind a value": (re.compile(r".*\s#.*", re.DOTALL), _LEAVE),
-    "commands inside a value": (re.compile(r".*(\$\(|`).*", re.DOTALL), _WRITE),
-    "variables": (re.compile(r".*(\$[\w{$]|%\w+%).*", re.DOTALL), _WRITE),
-    "quotes": (re.compile(r""".*".*|(.*[/$])?'.*|.*'""", re.DOTALL), _LEAVE),
-    "backslashes before blanks or at the end of a line": (re.compile(r".*\\(\s.*)?", re.DOTALL), _LEAVE),
+    "comments behind a value": (re.compile(r"(?s).*\s#.*"), _LEAVE),
+    "commands inside a value": (re.compile(r"(?s).*(\$\(|`).*"), _WRITE),
+    "variables": (re.compile(r"(?s).*(\$[\w{$]|%\w+%).*"), _WRITE),
+    "quotes": (re.compile(r"""(?s).*".*|(.*[/$])?'.*|.*'"""), _LEAVE),
+    "backslashes before blanks or at the end of a line": (re.compile(r"(?s).*\\(\s.*)?"), _LEAVE),
 }
 
 

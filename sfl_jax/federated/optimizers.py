@@ -88,6 +88,24 @@ def of_optax(transformation: optax.GradientTransformation, params: Any = None) -
     return _keeping_updates(transformation)
 
 
+def check_local(optimizer: Any) -> None:
+    """BadInput where it is none for the local steps."""
+    if not isinstance(optimizer, LocalOptimizer):
+        raise BadInput(
+            f"optimizer: {type(optimizer).__name__}; must be sgd(...), adam(...) or of_optax(...) of "
+            "sfl_jax.federated.optimizers; the last takes any optimiser of optax"
+        )
+
+
+def check_server(optimizer: Any) -> None:
+    """BadInput where it is none for the server's step, which takes optax's as they are; None is one."""
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise BadInput(
+            f"server_optimizer: {type(optimizer).__name__}; must be None or an optimiser of optax, such as "
+            "optax.sgd(1.0, momentum=0.5)"
+        )
+
+
 def _keeping_updates(transformation):
     """With its updates kept beside its state until they are taken."""
 

@@ -5,6 +5,7 @@ client's replica on the server otherwise; a link acts where i == cut. Since the 
 compiles nothing.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from sfl_jax.federated.optimizers import LocalOptimizer
+from sfl_jax.federated.optimizers import LocalOptimizer, check_local, check_server
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.models import Chain, Variables
 
@@ -57,7 +58,8 @@ class Assignment(NamedTuple):
     batches: Int[Array | np.ndarray, "*K S B"]
 
 
-class Training(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Training:
     """What stays the same for a whole run; static under jit.
 
     optimizer: of the local steps; the rate of a round is a factor on its updates.
@@ -67,6 +69,8 @@ class Training(NamedTuple):
     once a round (Reddi et al., arXiv 2003.00295); None takes
       the mean itself, which is federated averaging. skip_diverged: whether a round goes on without the
       clients whose numbers are not finite; otherwise it changes nothing.
+
+    Raises BadInput where an optimiser is none.
     """
 
     chain: Chain
@@ -75,6 +79,10 @@ class Training(NamedTuple):
     link: Link | None = None
     server_optimizer: optax.GradientTransformation | None = None
     skip_diverged: bool = False
+
+    def __post_init__(self):
+        check_local(self.optimizer)
+        check_server(self.server_optimizer)
 
 
 def run_session(

@@ -1,6 +1,7 @@
 """What `test_devices.py` runs in processes of their own, where there are eight virtual devices."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -67,7 +68,7 @@ def after_rounds(
     nothing but black. Samples are sent with the rounds unless there are `free_bytes` for them.
     """
     chosen = devices.choose_devices(count)
-    training = rounds.training(link=rounds.SCALING, chain=chain)._replace(**changes)
+    training = dataclasses.replace(rounds.training(link=rounds.SCALING, chain=chain), **changes)
     run = devices.Rounds(training, chunk, chosen, execution)
     own = samples_of(chain)
     samples = devices.place_samples(own, chosen, free_bytes)
@@ -375,7 +376,7 @@ def work_of_devices():
     for count in (2, 8):
         chosen = devices.choose_devices(count)
         work = scaling.cohort(clients=13, steps=5, batch=4, samples=64)
-        training = rounds.training(chain=chain)._replace(preprocess=counting)
+        training = dataclasses.replace(rounds.training(chain=chain), preprocess=counting)
         run = devices.Rounds(training, 2, chosen)
         model = devices.replicate(Model.of(rounds.start(chain)[0]), chosen)
         counts.clear()

@@ -2,10 +2,12 @@
 optimiser of optax gives the numbers of the protocol, or is refused.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -16,6 +18,7 @@ from sfl_jax.federated import optimizers, protocol
 from sfl_jax.federated.optimizers import of_optax
 from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import _server_step, start_model
+from sfl_jax.federated.session import Training
 from sfl_jax.models import Chain
 
 PARAMS = {"a": jnp.array([1.0, -2.0, 3e4]), "b": jnp.full((2, 2), -0.5)}
@@ -88,12 +91,25 @@ AS_USED = {
 }
 
 
+def test_what_is_no_optimiser_is_refused_where_it_is_given(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it, who check no types
+    chain = Chain((rounds.Head(),))
+    for wrong in (optax.adamw(1e-2), "adam", None):
+        with pytest.raises(BadInput, match=r"^optimizer: \w+; must be sgd.* or of_optax.* of sfl_jax"):
+            Training(chain, wrong, rounds.preprocess)
+    for wrong in (optimizers.sgd(0.9), "sgd", 0.9):
+        with pytest.raises(BadInput, match=r"^server_optimizer: \w+; must be None or an optimiser of optax"):
+            dataclasses.replace(rounds.training(chain=chain), server_optimizer=wrong)
+    both = Training(chain, of_optax(optax.adamw(1e-2)), rounds.preprocess, server_optimizer=optax.adamw(1e-2))
+    assert hash(both) == hash(dataclasses.replace(both))  # static under jit
+
+
 @pytest.mark.parametrize("name", AS_USED)
 def test_an_optimiser_of_optax_as_it_is_used_gives_the_numbers_of_the_protocol(name):
     """The rate of a round is a factor on its updates."""
     optimizer, factor = AS_USED[name]
     training = rounds.training(chain=Chain((rounds.Head(), rounds.Head())))
-    training = training._replace(optimizer=of_optax(optimizer))
+    training = dataclasses.replace(training, optimizer=of_optax(optimizer))
     variables, samples = rounds.start(training.chain, rounds.SMALL_SIZE)
     work = rounds.assignments(cuts=[1], steps=3, batch=8)
     [(found, loss)] = rounds.sessions(training, variables, samples, work, jax.random.key(7), factor)
@@ -184,7 +200,9 @@ def test_labels_are_those_of_the_parameters_that_are_given():
 def test_the_optimiser_of_the_server_gets_leaves_as_they_are_too():
     chain = Chain((rounds.Head(), rounds.Head()))
     variables, _ = rounds.start(chain, rounds.SMALL_SIZE)
-    model = start_model(rounds.training(chain=chain)._replace(server_optimizer=BY_LEAF), variables)
+    model = start_model(
+        dataclasses.replace(rounds.training(chain=chain), server_optimizer=BY_LEAF), variables
+    )
     mean = variables._replace(params=jax.tree.map(lambda p: 0.9 * p - 0.01, variables.params))
 
     @jax.jit

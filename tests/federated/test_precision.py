@@ -1,5 +1,6 @@
 """--compute_dtype=bfloat16: products and activations are narrow; what is kept, updated or summed is not."""
 
+import dataclasses
 import functools
 from collections import Counter
 
@@ -22,7 +23,7 @@ KEY, RATE = jax.random.key(3), jnp.asarray(rounds.RATE)
 
 def training(dtype, form="product", **changes):
     chain = models.create("efficientnetv2-tiny", dtype=dtype, layer_form=form)
-    return rounds.training(chain=chain)._replace(**changes)
+    return dataclasses.replace(rounds.training(chain=chain), **changes)
 
 
 def equations(jaxpr):

@@ -182,7 +182,9 @@ def small():
     samples, _ = rounds.poisoned(samples, work, 0)
     work.batches[work.batches == len(samples.labels) - 1] = 0
     training = rounds.training("sgd", rounds.NOISY, rounds.SMALL_CHAIN)
-    training = training._replace(preprocess=rounds.preprocess_black_to_nan, skip_diverged=True, link=BREAKING)
+    training = dataclasses.replace(
+        training, preprocess=rounds.preprocess_black_to_nan, skip_diverged=True, link=BREAKING
+    )
     program = jax.jit(functools.partial(round.run_round, training, 4, None))
 
     def run(work):

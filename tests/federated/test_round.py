@@ -1,5 +1,6 @@
 """A round: against FedAvg that knows no cuts, chunk by chunk, with unequal, absent and broken clients."""
 
+import dataclasses
 import functools
 
 import finite
@@ -32,7 +33,7 @@ def assignments(cuts=None, **given):
 
 @functools.cache
 def compiled(clients_per_chunk, link=None, **changes):
-    training = rounds.training(link=link, chain=CHAIN)._replace(**changes)
+    training = dataclasses.replace(rounds.training(link=link, chain=CHAIN), **changes)
     return jax.jit(functools.partial(run_round, training, clients_per_chunk, None))
 
 
@@ -243,7 +244,7 @@ def test_a_step_of_the_server_that_overflows_is_not_taken():
 
 def test_server_momentum_adds_up_the_mean_changes():
     optimizer = optax.sgd(0.5, 0.9)
-    training = rounds.training(chain=CHAIN)._replace(server_optimizer=optimizer)
+    training = dataclasses.replace(rounds.training(chain=CHAIN), server_optimizer=optimizer)
     step = compiled(3, server_optimizer=optimizer)
     variables, samples = start()
     model, velocity = start_model(training, variables), 0.0

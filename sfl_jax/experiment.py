@@ -1,5 +1,6 @@
 """A training run: every round plan, train, evaluate now and then, and log."""
 
+import dataclasses
 import functools
 import logging
 import math

@@ -332,7 +332,7 @@ def test_a_state_of_the_server_that_overflows_is_not_taken():
         lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), 10 * state),
     )
     chain = Chain((rounds.Block(4), rounds.Head()))
-    training = rounds.training(chain=chain)._replace(server_optimizer=growing)
+    training = dataclasses.replace(rounds.training(chain=chain), server_optimizer=growing)
     variables, samples = rounds.start(chain, rounds.SMALL_SIZE)
     step = jax.jit(functools.partial(run_round, training, 3, None))
     begun = start_model(training, variables)

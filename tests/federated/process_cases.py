@@ -54,6 +54,15 @@ SYSTEMS = {
         {},
         None,
     ),
+    "slurm, a job of one whose step does not say how many": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "node7",
+            "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        },
+        {},
+        None,
+    ),
     "slurm, a single task that is told of others": (
         JOB
         | {

@@ -107,7 +107,8 @@ def _draw_servers(axes: Axes, planned: Planned) -> None:
     config, _, fleet, terms, plan = planned
     servers = (config.server_flops or _A_SERVER) * _SERVERS
     plans = [solve(dataclasses.replace(config, server_flops=flops), fleet, terms) for flops in servers]
-    axes.plot(servers, [each.round_s for each in plans], color=_COLOURS["model_up"], label=config.method)
+    rounds_s = np.array([each.round_s for each in plans])
+    axes.plot(servers, rounds_s, color=_COLOURS["model_up"], label=config.method)
     axes.plot(servers, [each.bound_s for each in plans], color="black", linestyle=":", label="proven bound")
     if config.server_flops:  # a logarithmic axis has no place for none
         axes.plot(config.server_flops, plan.round_s, "o", color="black", label="this plan")
@@ -116,6 +117,6 @@ def _draw_servers(axes: Axes, planned: Planned) -> None:
         xlabel="server, FLOP/s",
         ylabel="round, seconds",
         xscale="log",
-        ylim=(0, None),  # where the server does not matter, a flat line
+        ylim=(0, 1.1 * rounds_s.max()),  # where the server does not matter, a flat line, below the frame
     )
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="lower left" if rounds_s.min() > rounds_s.max() / 2 else "upper right", frameon=False)

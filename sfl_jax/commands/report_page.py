@@ -121,7 +121,9 @@ def _pictures(config: Config, lines: Sequence[Round], clocks: Mapping[str, np.nd
     _draw(losses, rounds, {"training": _numbers(lines, "train_loss"), "test": _numbers(lines, "test_loss")})
     losses.set(title="Cross-entropy", xlabel="round")
     _draw(times, rounds, {"round": _numbers(lines, "round_s"), "proven bound": _numbers(lines, "bound_s")})
-    times.set(title="Simulated time of a round, s", xlabel="round", ylim=(0, None))
+    times.set(title="Simulated time of a round, s", xlabel="round")
+    if times.dataLim.y1 > 0:
+        times.set_ylim(0, 1.1 * times.dataLim.y1)  # rounds of one length are a flat line, below the frame
     text = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sfl_jax"}):
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)

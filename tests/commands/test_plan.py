@@ -156,6 +156,18 @@ def test_the_picture_shows_the_plan(here, monkeypatch):
     np.testing.assert_allclose(bounds, rounds, rtol=1e-9)
 
 
+def test_where_the_server_does_not_matter_its_line_is_flat_and_inside_of_the_picture(here, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plan_plot, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[0])
+    assert run("--method=no_split", "--server_flops=1e10", "--plot") == 0
+    servers = drawn[0].axes[2]
+    low, high = servers.get_ylim()
+    heights = servers.get_lines()[0].get_ydata()
+    assert low == 0
+    assert np.ptp(heights) < 1e-6 * high
+    assert 0.8 * high < heights.mean() < 0.95 * high
+
+
 def test_plot_and_target(here, capsys):
     assert run("--target_round_s=2", "--plot") == 0
     written = json.loads((here / "plan.json").read_text())

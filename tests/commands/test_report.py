@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from commands import small_world
+from matplotlib.figure import Figure
 
 from sfl_jax import comparison, experiment, fleet, recording
 from sfl_jax.commands import compare, report, report_page, train
@@ -175,6 +176,15 @@ def test_of_other_inputs_no_clock_is_made_but_that_of_the_run_is_shown(name, rea
     note = rf"other schemes' clocks are left out: .*{reason}"
     assert re.search(note, said.out)
     assert any(re.match(note, text) for tag, text in page.texts)
+
+
+def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeypatch):
+    drawn, config = [], recording.described(str(run))[0]
+    monkeypatch.setattr(report_page, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
+    for round_s in (2.0, None):  # None: no round that is known
+        lines = [line._replace(round_s=round_s, bound_s=round_s) for line in recording.logged(str(run))]
+        report_page._pictures(config, lines, {"exact": np.array([2.0, 4.0, 6.0])})
+    assert drawn[0].axes[2].get_ylim() == pytest.approx((0, 2.2))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from sfl_jax.errors import BadInput
 
 PNG_METADATA = {"Software": "sfl_jax"}
 PNG_MARK = b"Software\0sfl_jax"
+
+_OWN_LOCK = re.compile(rb"(?:sfl_jax (\d+)\n)?")  # a number alone may be another program's
 
 _unfinished: set[Path] = set()  # what this process removes when it ends well
 
@@ -65,7 +68,8 @@ def ensure_room(directory: str | os.PathLike[str], flag: str, value: str, needed
 def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator[None]:
     """Hold the lock of `directory`; BadInput where another process does.
 
-    The lock ends with its process, however that ends: a .lock file left behind locks nothing.
+    The lock ends with its process, however that ends: a .lock file left behind locks nothing. One of another
+    program is locked and keeps what is in it.
     """
     path = Path(directory, ".lock")
     with contextlib.ExitStack() as stack:
@@ -74,18 +78,18 @@ def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator
             file = stack.enter_context(path.open("a+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            who = path.read_text(errors="replace").strip()
-            who = who if who.isdecimal() else "unknown"
+            note = _OWN_LOCK.fullmatch(path.read_bytes())
+            who = f"run {note[1].decode()}" if note and note[1] else "another process"
             raise BadInput(
-                f"--{flag}={value}: run {who} is at work in it; wait, or choose another place"
+                f"--{flag}={value}: {who} is at work in it; wait, or choose another place"
             ) from None
         except OSError as error:
             raise BadInput(f"--{flag}={value}: cannot be locked ({error}); choose another place") from error
         with contextlib.suppress(OSError):  # only a note; a full disk is found by what needs room
             file.seek(0)
-            if file.read(32).strip().isdigit() or not path.stat().st_size:  # else somebody else's
+            if _OWN_LOCK.fullmatch(file.read(64)):  # else somebody else's
                 file.truncate(0)
-                file.write(f"{os.getpid()}\n".encode())
+                file.write(f"sfl_jax {os.getpid()}\n".encode())
         yield
 
 

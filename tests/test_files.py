@@ -76,7 +76,7 @@ with locked(sys.argv[1], "workdir", "w"):
 
 
 def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
-    (tmp_path / ".lock").write_text("123\n")  # of a run that was killed
+    (tmp_path / ".lock").write_text("sfl_jax 123\n")  # of a run that was killed
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"held\n"
@@ -88,17 +88,17 @@ def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
     finally:
         process.kill()
         process.communicate()
-    assert (tmp_path / ".lock").read_text() == f"{process.pid}\n"
+    assert (tmp_path / ".lock").read_text() == f"sfl_jax {process.pid}\n"
     with locked(tmp_path, "workdir", "w"):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / ".lock").read_text() == f"sfl_jax {os.getpid()}\n"
 
 
-def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(tmp_path):
-    theirs = b"\xff of another program"
+@pytest.mark.parametrize("theirs", [b"\xff of another program", b"123\n", b"123", b"sfl_jax 1\n" * 9, b"\n"])
+def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(theirs, tmp_path):
     (tmp_path / ".lock").write_bytes(theirs)
     with (
         locked(tmp_path, "workdir", "w"),
-        pytest.raises(BadInput, match=r"^--workdir=w: run unknown is at work in it"),
+        pytest.raises(BadInput, match=r"^--workdir=w: another process is at work in it"),
         locked(tmp_path, "workdir", "w"),
     ):
         pytest.fail("taken")

@@ -285,7 +285,7 @@ def test_a_second_run_in_the_workdir_is_refused_and_a_dead_one_is_not_in_the_way
     assert f"run {process.pid} is at work in it" in err
     process.kill()
     process.communicate()
-    assert (tmp_path / ".lock").read_text() == f"{process.pid}\n"
+    assert (tmp_path / ".lock").read_text() == f"sfl_jax {process.pid}\n"
     finish(begin(tmp_path))
 
 

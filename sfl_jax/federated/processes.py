@@ -25,6 +25,7 @@ from sfl_jax.errors import BadInput
 LOST, UNREACHABLE = 1, 2  # exit codes: another process is gone, or never came
 SAID_S, OTHERS_SAID_S = 1, 10  # seconds until the first process says that it waits; until the others do
 SPARE_S = 60
+_TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # the innermost says it
 ALONE_FLAG = "--num_processes=1 trains alone"
 # What JAX says where there is nobody to meet: nothing was found, or it is at work already, as in a notebook's
 # second run.
@@ -63,12 +64,13 @@ def join(config: Config) -> None:
 
 
 def _is_the_only_task(variables: Mapping[str, str]) -> bool:
-    """Whether SLURM started a single task, as in a job of one or in the shell of salloc: no other will come.
+    """Whether SLURM or Open MPI started a single task: no other will come.
 
-    What Open MPI starts inherits the variables of such a task.
+    What Open MPI starts inherits the variables of SLURM's task. A step, as the shell of salloc, may have
+    fewer tasks than its job.
     """
-    single = "1" in (variables.get("SLURM_STEP_NUM_TASKS"), variables.get("SLURM_NTASKS"))
-    return single and "OMPI_COMM_WORLD_SIZE" not in variables
+    counts = (variables.get(name) for name in _TASKS)
+    return next(filter(None, counts), "") == "1"
 
 
 @contextlib.contextmanager

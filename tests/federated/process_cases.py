@@ -54,7 +54,7 @@ SYSTEMS = {
         {},
         None,
     ),
-    "slurm, a job of one whose step does not say how many": (
+    "slurm, a job of one without a step": (
         JOB
         | {
             "SLURM_STEP_NODELIST": "node7",
@@ -62,6 +62,15 @@ SYSTEMS = {
         },
         {},
         None,
+    ),
+    "slurm, a step of several in a job of one": (
+        JOB
+        | {
+            "SLURM_STEP_NODELIST": "node7", "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        },
+        {},
+        ("node7:61443", 1, 0),
     ),
     "slurm, a single task that is told of others": (
         JOB
@@ -92,6 +101,14 @@ SYSTEMS = {
         },
         {},
         ("10.96.0.1:61445", 2, 1),
+    ),
+    "open mpi, a single process": (
+        {
+            "OMPI_MCA_orte_hnp_uri": f"{5 * 4096}.0;tcp://10.96.0.1,10.148.0.1:34911",
+            "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        },
+        {},
+        None,
     ),
     "gke": (ON_TPU, {}, ("tpu-0.local:8482", 3, 2)),
     "gke, several slices": (

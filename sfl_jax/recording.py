@@ -45,11 +45,11 @@ def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:
 def saved(workdir: str) -> tuple[experiment.Experiment, experiment.State]:
     """The run in a workdir as its newest checkpoint has it, on whatever devices are here.
 
-    Raises BadInput where there is none, and where its dataset, fleet or weights are not to be had any more or
-    have other contents: `trained` needs none of them.
+    Raises BadInput where there is none, where its dataset or fleet are not to be had any more, and where
+    these or the weights that it began with have other contents: `trained` needs none of them.
     """
     config, checkpoints, progress = _newest(workdir)
-    built = experiment.build(config)
+    built = experiment.build(config, progress=progress)
     ensure_unchanged(built, progress)
     return built, experiment.resume(built, checkpoints, progress)
 
@@ -113,6 +113,7 @@ def _differences(config, progress):
 
 def described(workdir: str) -> tuple[Config, dict[str, Any]]:
     """(settings, environment) of the run in a workdir. BadInput where there is none or it is damaged."""
+    workdir = paths.expand("workdir", workdir)
     try:
         found = json.loads((Path(workdir) / CONFIG).read_bytes())
     except OSError as error:
@@ -130,7 +131,7 @@ def logged(workdir: str) -> list[metrics.Round]:
     """The rounds of a run so far, but for a line that is not whole yet. BadInput where there are none, or the
     file is damaged.
     """
-    path = Path(workdir) / LOG
+    path = Path(paths.expand("workdir", workdir)) / LOG
     try:
         *whole, _ = path.read_bytes().split(b"\n")
         lines = [metrics.Round(**json.loads(line)) for line in whole]

@@ -126,6 +126,12 @@ def test_a_run_is_found_in_a_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(BadInput, match=f"^--workdir={tmp_path}/run: no run is here"):
         recording.saved("~/run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert recording.described("~/run")[0].workdir == f"{tmp_path}/run"
+    with pytest.raises(BadInput, match=f"^{tmp_path}/run/metrics.jsonl: must hold rounds"):
+        recording.logged("~/run")
 
 
 def test_a_home_directory_is_found_from_python_too(tmp_path, monkeypatch):

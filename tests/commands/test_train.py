@@ -1,5 +1,6 @@
 """launch.train on a small run: its files, its table, and what it refuses before anything is written."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
+from commands import small_world
 from models import keras_models
 
 from sfl_jax import experiment, metrics, models, recording
+from sfl_jax.checkpoints import Checkpoints
 from sfl_jax.commands import train
+from sfl_jax.commands.flags import parse
 from sfl_jax.config import Config, fields_of
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import processes
@@ -105,6 +109,38 @@ def test_lines_without_a_checkpoint_are_refused(tmp_path, capsys):
     assert train.main([*SMALL, f"--workdir={tmp_path}"]) == 2
     assert "has a metrics.jsonl but no checkpoint to go on from" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_text() == "earlier\n"
+
+
+def test_a_run_goes_on_without_the_weights_it_began_with_but_not_with_others(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise BadInput("this is far enough")
+
+    path, flags = tmp_path / "given.weights.h5", [f"--init_from={tmp_path}/given.weights.h5"]
+    chain, workdir = models.create("efficientnetv2-tiny"), tmp_path / "run"
+    given, others = (chain.init(jax.random.key(seed), IMAGES) for seed in (1, 2))
+    keras_weights.save(str(path), chain, given, keras_weights.CENTRED)
+    monkeypatch.setattr(experiment, "compile", interrupted)
+    workdir.mkdir()
+    with small_world.world(create=models.create):
+        begun = experiment.build(
+            parse([*small_world.FLAGS, *flags, f"--workdir={workdir}", "--rounds=1"], "train")
+        )
+        saves = Checkpoints(workdir / "checkpoints", 1), None, metrics.Stopwatch(), metrics.CompileClock()
+        with contextlib.closing(recording.Recorder(begun.config, *saves)) as recorder:
+            recorder.begin(experiment.start(begun), experiment.inputs(begun), experiment.network(begun), {})
+        path.unlink()
+        assert small_world.run(workdir, *flags, "--rounds=2") == 2
+        out, err = capsys.readouterr()
+        assert f"{path} is gone; the run goes on without it" in out
+        assert "this is far enough" in err
+        built, state = recording.saved(str(workdir))
+        assert built.scaling == keras_weights.CENTRED
+        jax.tree.map(np.testing.assert_array_equal, state.model.variables, given)
+        keras_weights.save(str(path), chain, others, keras_weights.CENTRED)
+        assert small_world.run(workdir, *flags, "--rounds=2") == 2
+        assert f"--init_from={path} (has other contents now)" in capsys.readouterr().err
+        with pytest.raises(BadInput, match="has other contents now"):
+            recording.saved(str(workdir))
 
 
 @pytest.mark.slow

@@ -15,10 +15,14 @@ def enable() -> Path | None:
     """Turns JAX's persistent compilation cache on; its directory, None where there is no place for it.
 
     Programs are machine code of this host for these releases, hence a directory for each pair of them, under
-    $XDG_CACHE_HOME or ~/.cache. A directory that the user has given to JAX stays.
+    $XDG_CACHE_HOME or ~/.cache. A directory that the user has given to JAX stays, except that JAX takes no ~
+    for a home directory.
     """
-    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
-        return Path(jax.config.jax_compilation_cache_dir)  # pyright: ignore[reportAttributeAccessIssue]
+    given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
+    if given:
+        if (place := os.path.expanduser(given)) != given:
+            jax.config.update("jax_compilation_cache_dir", place)
+        return Path(place)
     directory = default_directory()
     if directory is None:
         return None

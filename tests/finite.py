@@ -1,8 +1,8 @@
 """Numbers for comparisons, none of which may be NaN or infinite.
 
 Python's `max` passes over NaN and NumPy's equality takes NaN for NaN, so a broken result may look equal;
-`not np.allclose` is true of NaN, so one may look different. Whoever imports this gets NumPy's assertions
-without that fault.
+`not np.allclose`, `not np.array_equal` and `!=` are true of NaN, so one may look different. Whoever imports
+this gets NumPy's assertions without that fault.
 """
 
 import functools
@@ -51,6 +51,16 @@ def assert_equal(tree, other):
     """Both trees have the same numbers, bit for bit, and all are finite."""
     for path, (a, b) in zip(leaves(tree), pairs(tree, other), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def are_equal(a, b):
+    """np.array_equal of arrays that must be finite."""
+    return all(np.array_equal(*pair) for pair in pairs(a, b))
+
+
+def differ_everywhere(a, b):
+    """Whether no number is the one in its place on the other side; all must be finite."""
+    return all((one != other).all() for one, other in pairs(a, b))
 
 
 def are_close(a, b, **tolerances):

@@ -90,4 +90,8 @@ def test_a_directory_that_the_user_chose_stays(monkeypatch, tmp_path, no_directo
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "chosen"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert compilation_cache.enable() == tmp_path / "chosen"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "~/chosen")
+    assert compilation_cache.enable() == tmp_path / "chosen"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "chosen")
     assert not (tmp_path / "other").exists()

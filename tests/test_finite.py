@@ -1,6 +1,8 @@
 """What tests compare with refuses a number that is not finite, wherever it stands and on either side."""
 
+import ast
 import math
+from pathlib import Path
 
 import finite
 import jax
@@ -48,8 +50,31 @@ def test_what_is_not_finite_is_refused(name, number, leaf):
 def test_what_is_not_finite_is_not_apart_either():
     assert finite.are_close(np.ones(2), np.ones(2) + 1e-9)
     assert not finite.are_close(np.ones(2), np.zeros(2))
-    with pytest.raises(AssertionError, match="1 of 2 numbers are not finite"):
-        finite.are_close(np.ones(2), np.array([1.0, np.nan]))
+    assert finite.are_equal(np.ones(2), np.ones(2))
+    assert not finite.are_equal(np.ones(2), np.ones(2) + 1e-9)
+    assert finite.differ_everywhere(np.ones(2), np.zeros(2))
+    assert not finite.differ_everywhere(np.ones(2), np.arange(2))
+    for compare in (finite.are_close, finite.are_equal, finite.differ_everywhere):
+        with pytest.raises(AssertionError, match="1 of 2 numbers are not finite"):
+            compare(np.ones(2), np.array([1.0, np.nan]))
+
+
+TESTS = Path(__file__).parent
+HELPERS = [path for path in TESTS.rglob("*.py") if not path.name.startswith(("test_", "conftest"))]
+
+
+@pytest.mark.parametrize(
+    "helper", [path for path in HELPERS if "np.testing." in path.read_text()], ids=lambda path: path.stem
+)
+def test_what_may_compare_in_a_process_of_its_own_sees_nan_there(helper):
+    """No conftest.py is read there, so that the module must ask for it itself."""
+    imported = {
+        name.name
+        for node in ast.walk(ast.parse(helper.read_text()))
+        if isinstance(node, ast.Import)
+        for name in node.names
+    }
+    assert helper.name == "finite.py" or "finite" in imported
 
 
 def test_a_leaf_inside_of_packed_variables_is_named():

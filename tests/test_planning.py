@@ -1,5 +1,6 @@
 import dataclasses
 
+import finite
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +174,7 @@ def test_a_target_that_no_server_meets(tiny, planned):
         planning.make_plan(dataclasses.replace(tiny, target_round_s=0.001))
     met = planning.make_plan(dataclasses.replace(tiny, target_round_s=2 * slowest_s))
     assert met.plan.round_s == pytest.approx(2 * slowest_s, rel=1e-9)
-    assert met.config.server_flops != tiny.server_flops
+    assert finite.differ_everywhere(met.config.server_flops, tiny.server_flops)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +252,12 @@ def test_links_by_distance_replace_the_rates_and_fade_with_the_round(tiny, plann
     assert (np.diff(plain) < 0).all()  # farther is slower
     np.testing.assert_array_equal(plain, rates("shannon", 3))
     for round in (0, 4):
-        assert (np.array(faded) != rates("fading", round)).all()
+        assert finite.differ_everywhere(faded, rates("fading", round))
     expected = fleets.fading_rates(far, fleets.Links(coherence_s=1e9), tiny.seed, 3)
     np.testing.assert_array_equal(faded, (expected.uplink_bps, expected.downlink_bps))
     # A cohort fades as its members do in the whole fleet, which needs to know who they are.
     np.testing.assert_array_equal(rates("fading", 3, ids, ids=ids), np.array(faded)[:, ids])
-    assert (np.array(rates("fading", 3, ids)) != np.array(faded)[:, ids]).all()
+    assert finite.differ_everywhere(np.array(rates("fading", 3, ids)), np.array(faded)[:, ids])
 
 
 def test_a_shorter_fade_is_averaged_over_what_the_whole_model_takes_to_send(tiny, planned):
@@ -280,7 +281,8 @@ def test_random_fleets_are_planned_on_fading_links():
     fading = planning.make_plan(config)
     rates = fleets.fading_rates(fading.fleet, fleets.Links(), config.seed, 0)
     np.testing.assert_array_equal(fading.terms.uplink_bps, rates.uplink_bps)
-    assert fading.plan.round_s != planning.make_plan(dataclasses.replace(config, links="fixed")).plan.round_s
+    fixed = planning.make_plan(dataclasses.replace(config, links="fixed"))
+    assert finite.differ_everywhere(fading.plan.round_s, fixed.plan.round_s)
 
 
 @pytest.mark.parametrize("links", ["fixed", "fading"])

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 
+import finite
 import jax
 import jax.numpy as jnp
 import networks
@@ -146,7 +147,7 @@ def differ(a, b):
     """Whether some number of two lines differs by far more than rounding makes of it."""
     values = zip((*numbers(a)[[0, 1, 3, 4]], *a.params), (*numbers(b)[[0, 1, 3, 4]], *b.params), strict=True)
     return any(
-        np.shape(x) != np.shape(y) or not np.allclose(x, y, 2e-3, 2e-3, equal_nan=True) for x, y in values
+        np.shape(x) != np.shape(y) or not finite.are_close(x, y, rtol=2e-3, atol=2e-3) for x, y in values
     )
 
 

@@ -11,6 +11,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
+# Without what is compiled once, every process would compile all that it imports: seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quick train test test-slow lint bench clean
 .DELETE_ON_ERROR:
@@ -32,7 +34,7 @@ test: .venv/test.stamp
 test-slow: .venv/test.stamp
 	$(PYTEST) --dist worksteal -m slow $(ARGS) || [ $$? -eq 5 ]
 
-lint: .venv/test.stamp
+lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
@@ -48,6 +50,11 @@ clean:
 	$(if $(filter True,$(NEW_ENOUGH)),,$(error sfl_jax needs Python 3.11 or newer; PYTHON=$(PYTHON) is not: try make PYTHON=python3.12))
 	@$(PYTHON) -m venv .venv
 	@$(PIP) editables hatchling setuptools wheel
+	@touch $@
+
+# The extra "lint" without the package itself, which tests may be importing meanwhile.
+.venv/lint.stamp: .venv/python.stamp pyproject.toml constraints.txt
+	@$(PIP) basedpyright ruff
 	@touch $@
 
 # Each stamp stands for an installed extra; the larger ones contain the runtime.

@@ -2,6 +2,7 @@ import os
 import subprocess
 import tempfile
 
+import compiling
 import finite  # noqa: F401 from now on NaN is no agreement
 import hypothesis
 import jax
@@ -35,8 +36,9 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
     if config.option.markexpr == "not slow":
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # or JAX sets two of the flags itself
         jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["XLA_FLAGS"] = f"{compiling.FAST_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 
 def pytest_unconfigure(config):

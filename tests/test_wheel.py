@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import pytest
 
 from sfl_jax.commands import preset
@@ -26,8 +27,11 @@ def installed(tmp_path_factory):
     site = place / "site"
     subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return site / "bin", plain | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast}
+    return site / "bin", plain | {
+        "PYTHONPATH": str(site),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": compiling.FAST_FLAGS,
+    }
 
 
 @pytest.fixture

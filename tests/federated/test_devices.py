@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import pytest
 
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices
 
-# Both sides of every comparison are compiled alike, and most of the time goes into compiling.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Both sides of every comparison are compiled alike.
 SLOW = (
     "executions_and_cohorts", "mutations", "divergence", "checkpoints_move", "evaluations_of_both_forms",
     "crossing_bytes_of_both_forms", "work_of_devices", "benchmark",
@@ -23,7 +23,7 @@ CASES = (
 )
 
 
-def run_cases(*names, flags=FAST_COMPILATION):
+def run_cases(*names, flags=compiling.FAST_FLAGS):
     """Runs functions of `device_cases` on eight virtual devices; an error names the one that failed."""
     tests = Path(__file__).parents[1]
     environment = {

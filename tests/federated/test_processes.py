@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiling
 import plain
 import pytest
 import stand_ins
@@ -39,7 +40,7 @@ def environment(tmp_path_factory):
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         # Compiled fast, and alike in all runs that are compared.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": compiling.FAST_FLAGS,
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

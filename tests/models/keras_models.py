@@ -4,6 +4,7 @@ import contextlib
 from typing import Any, NamedTuple
 from unittest import mock
 
+import compiling
 import jax
 import jax.numpy as jnp
 import keras
@@ -14,7 +15,6 @@ from keras.src.backend.common import dtypes
 from sfl_jax.models import efficientnet_v2
 
 MINI = "efficientnetv2-mini"  # the stages of tiny below Keras' head: every kind of unit, quick to compile
-FASTER_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Passes(NamedTuple):
@@ -114,7 +114,7 @@ def inference(model, images):
 
 def compiled(function, *arguments):
     """Compiled in less time than it would take by default, and run."""
-    return jax.jit(function).lower(*arguments).compile(compiler_options=FASTER_TO_COMPILE)(*arguments)
+    return jax.jit(function).lower(*arguments).compile(compiler_options=compiling.FAST)(*arguments)
 
 
 def batch(size, channels=3, count=4, classes=10):

@@ -12,9 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from sfl_jax import experiment, metrics, recording
-from sfl_jax.checkpoints import Checkpoints
-from sfl_jax.commands import flags
+from sfl_jax.commands import flags, parts
+from sfl_jax.commands.config import settings
+from sfl_jax.run import Run, metrics, recording
+from sfl_jax.run.checkpoints import Checkpoints
 
 
 class Timed(recording.Recorder):
@@ -44,16 +45,16 @@ def main():
     with tempfile.TemporaryDirectory() as workdir:
         given = [*sys.argv[split + 1 :], f"--rounds={options.rounds}", "--eval_every=1000000"]
         config = flags.parse([*given, f"--workdir={workdir}"], "train")
-        built = experiment.build(config)
-        state = experiment.start(built)
-        built, engine = experiment.compile(built, state)
+        run = Run.of(parts.build(config).parts)
+        run.compile()
         clock, compiling = metrics.Stopwatch(), metrics.CompileClock()
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", 2)
-        with contextlib.closing(Timed(built.config, checkpoints, None, clock, compiling)) as recorder:
-            recorder.begin(state, {}, {}, {})
+        given = workdir, recording.Saving(), settings(config, "train"), checkpoints, None, clock, compiling
+        with contextlib.closing(Timed(*given)) as recorder:
+            recorder.begin(run.state, {}, {}, {})
             recorder.start()
-            for after, line in experiment.run(built, state, engine, clock, recorder.is_due):
-                recorder.add(after, line)
+            for line in run.rounds(options.rounds, clock, recorder.is_due):
+                recorder.add(run.state, line)
     # The first round compiles what is left, and the last evaluates.
     rows = recorder.rows[1:-1]
     for number, took_s, cpu_s, saving_s in rows:

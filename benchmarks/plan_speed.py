@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfl_jax import comparison, models, optim
 from sfl_jax import fleet as fleets
+from sfl_jax import models, optim
+from sfl_jax.planning import comparison
 from tests.optim import highs
 
 # The server's FLOP/s over those of all clients together.

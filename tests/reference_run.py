@@ -2,7 +2,7 @@
 
 The network has two dense units with dropout between them, so that its gradient is a few lines. Other rooms
 answer for what is theirs (who is in a cohort, how data are divided, what a plan is); nothing here calls what
-puts them together: `experiment`, `planning`, `turnout`, or any of the engine.
+puts them together: `run`, `planning`, or any of the engine.
 """
 
 import functools

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfl_jax import accelerators
-from sfl_jax.config import Config
+from sfl_jax.commands import accelerators
 from sfl_jax.errors import BadInput
 from sfl_jax.models import layers
 
@@ -125,19 +124,19 @@ def lowered_for_gpu():
 
 def test_products_take_the_precision_asked_for(settings_restored):
     for precision, word in (("high", "HIGH"), ("highest", "HIGHEST")):
-        accelerators.switch(Config(matmul_precision=precision))
+        accelerators.switch(matmul_precision=precision)
         assert f"precision = [{word}, {word}]" in lowered_for_gpu()
 
 
 def test_nothing_is_set_unasked(settings_restored):
-    accelerators.switch(Config(matmul_precision="highest"))
-    accelerators.switch(Config())
+    accelerators.switch(matmul_precision="highest")
+    accelerators.switch()
     assert jax.config.jax_default_matmul_precision == "highest"
     assert os.environ["XLA_FLAGS"] == "--xla_own=1"
 
 
 def test_own_flags_of_xla_come_last_and_win(settings_restored):
-    accelerators.switch(Config(deterministic=True))
+    accelerators.switch(deterministic=True)
     assert os.environ["XLA_FLAGS"] == f"{accelerators.DETERMINISTIC} --xla_own=1"
 
 
@@ -145,9 +144,9 @@ def test_own_flags_of_xla_come_last_and_win(settings_restored):
 def test_xla_reads_the_flags_although_jax_is_imported(flags):
     """And knows them: it ends a process that gives it others."""
     program = (
-        "import jax; from sfl_jax import accelerators; from sfl_jax.config import Config;"
+        "import jax; from sfl_jax.commands import accelerators;"
         f"accelerators.DETERMINISTIC = {flags!r};"
-        "accelerators.switch(Config(deterministic=True)); print(jax.numpy.ones(3).sum())"
+        "accelerators.switch(deterministic=True); print(jax.numpy.ones(3).sum())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from sfl_jax import experiment
-from sfl_jax.config import Config
+from sfl_jax.commands import parts
+from sfl_jax.commands.config import Config
+from sfl_jax.run import Run
 
 ROUNDS = 20
 CONFIG = Config(  # the preset for MNIST, of a smaller network on smaller images
@@ -19,10 +20,8 @@ POINTS = 0.3
 
 def accuracies(**changes):
     """Test accuracies, in percent, half way and at the end."""
-    built = experiment.build(dataclasses.replace(CONFIG, **changes))
-    start = experiment.start(built)
-    built, engine = experiment.compile(built, start)
-    lines = [line for _, line in experiment.run(built, start, engine)]
+    run = Run.of(parts.build(dataclasses.replace(CONFIG, **changes)).parts)
+    lines = list(run.rounds(ROUNDS))
     return [100 * line.test_accuracy for line in lines if line.test_accuracy is not None]
 
 

@@ -17,12 +17,12 @@ import pytest
 from disks import fill
 from federated import rounds
 
-from sfl_jax import checkpoints as checkpoints_module
 from sfl_jax import files
-from sfl_jax.checkpoints import Checkpoints, Progress, from_stored, to_stored
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import packing
 from sfl_jax.federated.round import Model
+from sfl_jax.run import checkpoints as checkpoints_module
+from sfl_jax.run.checkpoints import Checkpoints, Progress, from_stored, to_stored
 
 LOG = b"".join(b"round %d\n" % number for number in range(1, 10))
 

@@ -7,11 +7,17 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from sfl_jax import comparison, experiment, fleet, metrics, optim, planning
-from sfl_jax.config import Config
+from sfl_jax import fleet, optim
+from sfl_jax.commands import compare, parts
+from sfl_jax.commands.config import Config
+from sfl_jax.planning import comparison
+from sfl_jax.run import clocks as run_clocks
+from sfl_jax.run.parts import RIVALS
+from sfl_jax.run.rounds import prepare
 
 # Few units, and six clients wherever there is a plan: what is compiled for one test serves the others.
 SMALL = Config(model="efficientnetv2-tiny", clients=6, server_flops=1e9)
+PLANNER = parts.planner(SMALL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +35,7 @@ def slow_clients():
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(comparison.sweeps(SMALL))
+    return list(comparison.sweeps(PLANNER, compare._fleets(SMALL)))
 
 
 def test_every_scheme_is_in_every_case_of_every_sweep(rows):
@@ -57,7 +63,7 @@ def test_a_sweep_changes_what_it_says(rows):
     assert (np.diff(rounds_s("clients")) >= 0).all()
     for sweep in ("server_flops", "uplink", "clients", "heterogeneity"):
         assert len(set(rounds_s(sweep))) > 1
-    clients, _, terms = planning.read_terms(SMALL)
+    clients, _, terms = parts.read_terms(SMALL)
     few = optim.solve(terms.take(np.arange(3)), SMALL.server_flops)
     (row,) = (row for row in exact if (row.sweep, row.value) == ("clients", 3))
     assert row.round_s == pytest.approx(few.round_s, rel=1e-9)
@@ -67,7 +73,7 @@ def test_a_sweep_changes_what_it_says(rows):
 
 
 def test_spread_keeps_geometric_means_and_scales_distances_from_them():
-    _, _, terms = planning.read_terms(SMALL)
+    _, _, terms = parts.read_terms(SMALL)
     for value in (0.0, 0.5, 1.0, 2.0):
         spread = comparison.spread(terms, value)
         for name in ("flops", "uplink_bps", "downlink_bps"):
@@ -79,19 +85,19 @@ def test_spread_keeps_geometric_means_and_scales_distances_from_them():
 
 @pytest.mark.parametrize("barrier", ["session", "staged"])
 def test_a_plan_kept_under_its_own_costs_lasts_as_planned(barrier):
-    config = dataclasses.replace(SMALL, barrier=barrier)
-    _, _, terms = planning.read_terms(config)
-    plan = optim.solve(terms, config.server_flops, barrier=barrier)
-    assert comparison.kept_round_s(plan, terms, config) == pytest.approx(plan.round_s, rel=1e-9)
+    planner = dataclasses.replace(PLANNER, barrier=barrier)
+    _, _, terms = parts.read_terms(SMALL)
+    plan = optim.solve(terms, planner.server_flops, barrier=barrier)
+    assert comparison.kept_round_s(plan, terms, planner) == pytest.approx(plan.round_s, rel=1e-9)
     slower = terms._replace(
         flops=terms.flops / 2, uplink_bps=terms.uplink_bps / 2, downlink_bps=terms.downlink_bps / 2
     )
-    kept_s = comparison.kept_round_s(plan, slower, config)
+    kept_s = comparison.kept_round_s(plan, slower, planner)
     assert plan.round_s * 1.1 < kept_s <= 2 * plan.round_s
 
 
 def test_a_kept_plan_gives_the_whole_server():
-    _, _, terms = planning.read_terms(SMALL)
+    _, _, terms = parts.read_terms(SMALL)
     for scheme in ("exact", "equal_shares", "no_split"):
         plan = optim.solve(terms, SMALL.server_flops, scheme)
         shares = comparison.whole_shares(scheme, plan, SMALL.server_flops)
@@ -101,11 +107,12 @@ def test_a_kept_plan_gives_the_whole_server():
         np.testing.assert_array_equal(shares > 0, plan.shares > 0)
         assert scheme != "exact" or shares.sum() == pytest.approx(SMALL.server_flops)
         kept = plan._replace(shares=shares)
-        assert comparison.kept_round_s(kept, terms, SMALL) <= plan.round_s * (1 + 1e-9)
+        assert comparison.kept_round_s(kept, terms, PLANNER) <= plan.round_s * (1 + 1e-9)
 
 
 def test_errors_are_as_large_as_they_say_and_cost_a_kept_plan_something():
-    rows = list(comparison.errors(SMALL, draws=20))
+    terms = parts.read_terms(SMALL)[2]
+    rows = list(comparison.errors(PLANNER, terms, draws=20))
     assert len(rows) == 2 * 20 * len(comparison.schemes("session"))
     exact = [row for row in rows if row.scheme == "exact"]
     small, large = (
@@ -116,33 +123,32 @@ def test_errors_are_as_large_as_they_say_and_cost_a_kept_plan_something():
     # Where all rates are off by at most e, times are by at most 1/(1 - e), and so is what is lost.
     assert np.max(small) <= 1.1 / 0.9
     assert np.max(large) <= 1.2 / 0.8
-    nominal_s = optim.solve(planning.read_terms(SMALL)[2], SMALL.server_flops).round_s
+    nominal_s = optim.solve(terms, SMALL.server_flops).round_s
     for error in comparison.ERRORS:
         optima = np.array([row.optimum_s for row in exact if row.value == error]) / nominal_s
         assert ((1 / (1 + error) <= optima) & (optima <= 1 / (1 - error))).all()
         assert len(set(optima)) == 20
-    assert [row.optimum_s for row in comparison.errors(SMALL, draws=2)][:9] == [
+    assert [row.optimum_s for row in comparison.errors(PLANNER, terms, draws=2)][:9] == [
         row.optimum_s for row in rows[:9]
     ]
 
 
 def test_the_clock_of_a_run_is_that_of_its_own_plans():
     config = dataclasses.replace(SMALL, clients=12, cohort_size=6, rounds=4)
-    built = experiment.build(dataclasses.replace(config, links="fading"))
-    clocks = comparison.clocks(built, 4)
+    built = parts.build(dataclasses.replace(config, links="fading")).parts
+    clocks = run_clocks.clocks(built, 4)
     assert list(clocks) == list(comparison.schemes("session"))
-    prepared = [experiment.prepare(built, round) for round in range(4)]
+    prepared = [prepare(built, round) for round in range(4)]
     np.testing.assert_allclose(clocks["exact"], np.cumsum([each.plan.round_s for each in prepared]))
-    for rival in experiment.RIVALS:
+    for rival in RIVALS:
         np.testing.assert_allclose(clocks[rival], np.cumsum([each.rival_s[rival] for each in prepared]))
     assert all((clocks["exact"] <= clock * (1 + 1e-9)).all() for clock in clocks.values())
     assert clocks["random_cut"][-1] > clocks["exact"][-1] * 1.01
-    assert metrics.Round._fields[0] == "round"
 
 
 def test_a_scheme_that_cannot_serve_everybody_never_ends():
-    built = experiment.build(dataclasses.replace(SMALL, clients=12, cohort_size=6, rounds=2))
+    built = parts.build(dataclasses.replace(SMALL, clients=12, cohort_size=6, rounds=2)).parts
     poor = built.terms._replace(memory_bytes=np.where(np.arange(12) % 2, 1e12, 1.2e6))
-    clocks = comparison.clocks(built._replace(terms=poor), 2)
+    clocks = run_clocks.clocks(dataclasses.replace(built, terms=poor), 2)
     assert np.isinf(clocks["no_split"]).all()
     assert np.isfinite(clocks["exact"]).all()

@@ -12,11 +12,11 @@ import jax
 import jaxlib
 import pytest
 
-from sfl_jax import compilation_cache
+from sfl_jax.commands import compilation_cache
 
 PROGRAM = """
 import json, jax, jax.numpy as jnp
-from sfl_jax import compilation_cache
+from sfl_jax.commands import compilation_cache
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 compilation_cache.enable()

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfl_jax import config as config_lib
-from sfl_jax.config import Config, validate
+from sfl_jax.commands import config as config_lib
+from sfl_jax.commands.config import Config, validate
 from sfl_jax.errors import BadInput
 
 REFUSED = [

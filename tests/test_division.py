@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from commands import small_world
 
-from sfl_jax import datasets, division, experiment, models, planning, recording
+from sfl_jax import datasets, models
 from sfl_jax import fleet as fleets
-from sfl_jax.commands import train
-from sfl_jax.config import Config, validate
+from sfl_jax.commands import division, parts, train, workdir
+from sfl_jax.commands.config import Config, validate
 from sfl_jax.errors import BadInput
+from sfl_jax.run import Run
+from sfl_jax.run.rounds import prepare
 
 SAMPLES = [40, 3, 200, 7, 90]
 SMALL = Config(model="efficientnetv2-tiny", image_size=8, cohort_size=3, server_flops=1e10, batch_size=4)
@@ -70,9 +72,9 @@ def test_flags_reach_the_data(monkeypatch):
         ("quantity", {"dirichlet_alpha": 3.0}, {"alpha": 3.0}),
     ):
         config = dataclasses.replace(SMALL, clients=20, partition=scheme, seed=4, **flags)
-        parts = division.divide(*division.settle(config), labels)
+        shares = division.divide(*division.settle(config), labels)
         expected = datasets.partition(labels, 20, scheme=scheme, seed=4, **named)
-        for part, other in zip(parts, expected, strict=True):
+        for part, other in zip(shares, expected, strict=True):
             np.testing.assert_array_equal(part, other)
 
     def load(*given):
@@ -82,27 +84,26 @@ def test_flags_reach_the_data(monkeypatch):
     monkeypatch.setattr(datasets, "load", load)
     config = dataclasses.replace(SMALL, dataset="cifar100", data_dir="sets", label_key="coarse_label")
     with pytest.raises(BadInput, match="enough"):
-        experiment.build(config)
+        parts.build(config)
     assert asked == [("cifar100", "sets", False, "coarse_label")]
 
 
 def test_the_plan_of_a_fleet_file_is_the_plan_that_is_trained(file):
     config = file()
     with small_world.world(create=models.create):
-        built = experiment.build(config)
-        others = experiment.build(dataclasses.replace(config, seed=1))
-    assert [len(part) for part in built.parts] == SAMPLES
+        settled, built, *_ = parts.build(config)
+        others = parts.build(dataclasses.replace(config, seed=1)).parts
+    assert [len(share) for share in built.division] == SAMPLES
     assert built.fleet.samples is not None
     assert built.fleet.samples.tolist() == SAMPLES
-    owned = np.concatenate(built.parts)
+    owned = np.concatenate(built.division)
     assert len(np.unique(owned)) == sum(SAMPLES)
-    assert not np.array_equal(owned, np.concatenate(others.parts))
-    assert (built.config.clients, built.config.partition) == (5, "fleet")
-    _, _, planned = planning.read_terms(config)
+    assert not np.array_equal(owned, np.concatenate(others.division))
+    assert (settled.clients, settled.partition) == (5, "fleet")
+    _, _, planned = parts.read_terms(config)
     for trained, shown in zip(built.terms, planned, strict=True):
         np.testing.assert_array_equal(trained, shown)
-    prepared = experiment.prepare(built, 0)
-    assert prepared is not None
+    prepared = prepare(built, 0)
     ids = prepared.assignments.client
     np.testing.assert_array_equal(prepared.assignments.weight, np.array(SAMPLES)[ids])
     np.testing.assert_array_equal(prepared.assignments.steps, np.maximum(np.array(SAMPLES)[ids] // 4, 1))
@@ -111,15 +112,14 @@ def test_the_plan_of_a_fleet_file_is_the_plan_that_is_trained(file):
 def test_an_edited_column_is_another_fleet_to_a_run_that_goes_on(file):
     with small_world.world():
         one, other = (
-            experiment.inputs(experiment.build(file(samples)))["fleet"]
-            for samples in (SAMPLES, [39, 3, 200, 7, 90])
+            parts.inputs(parts.build(file(samples)))["fleet"] for samples in (SAMPLES, [39, 3, 200, 7, 90])
         )
     assert one != other
 
 
 def test_a_start_says_what_it_does_not_use(file, tmp_path, capsys, monkeypatch):
     """Of the columns and of the training samples (384 in the small world)."""
-    monkeypatch.setattr(experiment, "compile", lambda *_: (_ for _ in ()).throw(BadInput("enough")))
+    monkeypatch.setattr(Run, "compile", lambda *_: (_ for _ in ()).throw(BadInput("enough")))
     plain = {"transmit_w": None, "distance_m": None}
 
     def said(config, *flags):
@@ -181,7 +181,7 @@ def test_what_cannot_be_is_refused_with_a_way_out(file):
     )
     assert "add up to 36893488147419103229, " in case(file([2**63 - 1] * 4 + [1]))
     with pytest.raises(BadInput, match="--clients=4: must be 5, the clients of"):
-        planning.read_fleet(dataclasses.replace(with_samples, clients=4))
+        parts.read_fleet(dataclasses.replace(with_samples, clients=4))
 
 
 def test_what_was_chosen_is_what_a_run_in_the_workdir_is_compared_with(file, tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_what_was_chosen_is_what_a_run_in_the_workdir_is_compared_with(file, tmp
         seen.append((config.clients, config.partition))
         raise BadInput("enough")
 
-    monkeypatch.setattr(recording, "reached", reached)
+    monkeypatch.setattr(workdir, "reached", reached)
     for flags in ([f"--fleet={file().fleet}"], [f"--fleet={file(None, name='none.csv').fleet}"], []):
         assert train.main([f"--workdir={tmp_path / 'run'}", "--cohort_size=3", *flags]) == 2
     assert seen == [(5, "fleet"), (5, "iid"), (100, "iid")]
@@ -226,11 +226,11 @@ def test_a_run_looks_at_its_own_images_and_clients():
     uneven = dataclasses.replace(SMALL, clients=48, partition="quantity", dirichlet_alpha=0.1)
     larger = dataclasses.replace(uneven, image_size=16, batch_size=1)
     with small_world.world(create=models.create):
-        built, wide = experiment.build(uneven), experiment.build(larger)
+        built, wide = parts.build(uneven), parts.build(larger)
         with pytest.raises(BadInput, match="--batch_size=1"):
-            experiment.build(dataclasses.replace(larger, image_size=8))
-    single = sum(len(part) == 1 for part in built.parts)
+            parts.build(dataclasses.replace(larger, image_size=8))
+    single = sum(len(part) == 1 for part in built.parts.division)
     assert [line for line in built.notes if line.startswith(f"{single} of 48 clients learn next to nothing")]
     assert not any("learn" in line for line in wide.notes)
     for each in (built, wide):
-        assert each.terms.up_bits[0] == 8 * 8 * 8 + 32
+        assert each.parts.terms.up_bits[0] == 8 * 8 * 8 + 32

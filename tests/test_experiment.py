@@ -11,12 +11,18 @@ import plain
 import pytest
 from commands import small_world
 
-from sfl_jax import comparison, experiment, fleet, models, optim, planning
-from sfl_jax.checkpoints import Progress
-from sfl_jax.config import Config
+from sfl_jax import fleet, models, optim, planning
+from sfl_jax.commands import parts
+from sfl_jax.commands.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Outcome
 from sfl_jax.models import keras_weights
+from sfl_jax.run import clocks as run_clocks
+from sfl_jax.run import loop
+from sfl_jax.run.checkpoints import Progress
+from sfl_jax.run.parts import RIVALS
+from sfl_jax.run.rounds import cohort, prepare
+from sfl_jax.run.state import State, initial_model, start
 
 SMALL = Config(
     model="efficientnetv2-tiny",
@@ -31,12 +37,12 @@ SMALL = Config(
 
 @pytest.fixture(scope="module")
 def built():
-    return experiment.build(SMALL)
+    return parts.build(SMALL).parts
 
 
 def test_a_cohort_is_planned_on_the_links_of_its_round(built):
     for round in (0, 5):
-        ids, clients, terms = experiment.cohort(built, round)
+        ids, clients, terms = cohort(built, round)
         faded = fleet.fading_rates(built.fleet, fleet.Links(coherence_s=1e9), SMALL.seed, round)
         np.testing.assert_array_equal(terms.uplink_bps, faded.uplink_bps[ids])
         np.testing.assert_array_equal(terms.downlink_bps, faded.downlink_bps[ids])
@@ -44,18 +50,18 @@ def test_a_cohort_is_planned_on_the_links_of_its_round(built):
         np.testing.assert_array_equal(clients.client, built.fleet.client[ids])
         other = fleet.fading_rates(built.fleet, fleet.Links(coherence_s=1e9), SMALL.seed, round + 1)
         assert finite.differ_everywhere(terms.uplink_bps, other.uplink_bps[ids])
-    fixed = built._replace(config=dataclasses.replace(SMALL, links="fixed"))
-    ids, _, terms = experiment.cohort(fixed, 0)
+    fixed = dataclasses.replace(built, planner=dataclasses.replace(built.planner, links="fixed"))
+    ids, _, terms = cohort(fixed, 0)
     np.testing.assert_array_equal(terms.uplink_bps, built.fleet.uplink_bps[ids])
 
 
 def test_a_fleet_without_distances_is_refused_before_anything_compiles(tmp_path):
     path = tmp_path / "fleet.csv"
     fleet.write_fleet(path, dataclasses.replace(fleet.random_fleet(30, seed=0), distance_m=None))
-    with pytest.raises(BadInput, match=r"--links=fading: .* has no column distance_m"):
-        experiment.build(dataclasses.replace(SMALL, fleet=str(path)))
+    with pytest.raises(BadInput, match=r"--links=fading: the fleet has no column distance_m"):
+        parts.build(dataclasses.replace(SMALL, fleet=str(path)))
     fixed = dataclasses.replace(SMALL, fleet=str(path), links="fixed", coherence_s=0.0)
-    assert len(experiment.build(fixed).fleet) == 30
+    assert len(parts.build(fixed).parts.fleet) == 30
 
 
 @pytest.mark.parametrize(
@@ -79,9 +85,9 @@ def test_a_client_that_cannot_be_served_in_a_later_round_is_refused_at_the_start
     fixed = {"links": "fixed", "coherence_s": 0.0}
     config = dataclasses.replace(SMALL, fleet=str(path), method=method, **fixed, rounds=first + 1)
     with pytest.raises(BadInput, match=rf"fleet.csv: round {first + 1}: .* client {poor}: {reason}"):
-        experiment.build(config)
+        parts.build(config)
     # Nobody need serve who does not come.
-    experiment.build(dataclasses.replace(config, rounds=first))
+    parts.build(dataclasses.replace(config, rounds=first))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_a_client_that_cannot_be_served_in_a_later_round_is_refused_at_the_start
 )
 def test_settings_from_python_are_held_to_the_rules_of_flags(settings, line):
     with pytest.raises(BadInput) as caught:
-        experiment.build(dataclasses.replace(SMALL, **settings))
+        parts.build(dataclasses.replace(SMALL, **settings))
     assert str(caught.value) == line
 
 
@@ -112,8 +118,8 @@ def thrifty(tmp_path, memory_bytes=1e12, budget=1.0):
     path = tmp_path / "fleet.csv"
     fleet.write_fleet(path, clients)
     config = dataclasses.replace(SMALL, fleet=str(path), links="shannon", coherence_s=0.0)
-    terms = experiment.build(config).terms
-    terms = planning.linked(config, clients, terms)
+    terms = parts.build(config).parts.terms
+    terms = planning.linked(parts.planner(config), clients, terms)
     cheapest = np.min([terms.joules(cut) for cut in range(1, terms.shape[1])], axis=0)
     fleet.write_fleet(path, dataclasses.replace(clients, energy_j=budget * cheapest))
     return dataclasses.replace(SMALL, fleet=str(path), rounds=3, cohort_size=12)
@@ -121,12 +127,12 @@ def thrifty(tmp_path, memory_bytes=1e12, budget=1.0):
 
 @pytest.mark.parametrize("method", ["exact", "common_cut"])
 def test_whom_the_links_of_a_round_do_not_serve_is_absent_in_it(method, tmp_path):
-    built = experiment.build(dataclasses.replace(thrifty(tmp_path), method=method, deadline_factor=1.0))
-    rounds = [experiment.prepare(built, round) for round in range(3)]
+    built = parts.build(dataclasses.replace(thrifty(tmp_path), method=method, deadline_factor=1.0)).parts
+    rounds = [prepare(built, round) for round in range(3)]
     left_out = [len(done.left_out) for done in rounds]
     assert 0 < min(left_out) <= max(left_out) < 12
     for done in rounds:
-        ids, _, terms = experiment.cohort(built, done.round)
+        ids, _, terms = cohort(built, done.round)
         costs = terms.costs()
         could = costs.allowed.any(axis=1) if method == "exact" else costs.allowed[:, done.plan.cuts.min()]
         np.testing.assert_array_equal(done.turnout.came, could)
@@ -151,20 +157,20 @@ def test_whom_the_links_of_a_round_do_not_serve_is_absent_in_it(method, tmp_path
         assert line.mean_cut == np.flatnonzero(could).mean()
         assert line.clients == could.sum()
         assert line.client_samples_per_s == done.assignments.steps[could].sum() * SMALL.batch_size / 2
-    clocks = comparison.clocks(built, 3, experiment.RIVALS)
+    clocks = run_clocks.clocks(built, 3, RIVALS)
     np.testing.assert_allclose(clocks[method], np.cumsum([done.turnout.round_s for done in rounds]))
-    for name in {*experiment.RIVALS} - {method}:
+    for name in {*RIVALS} - {method}:
         np.testing.assert_allclose(clocks[name], np.cumsum([done.rival_s[name] for done in rounds]))
 
 
 def line_of(built, done):
     """The metrics of a round that took two seconds, in which client i had cut i."""
     done = done._replace(plan=done.plan._replace(cuts=np.arange(len(done.plan.cuts))))
-    state = experiment.State(done.round + 1, None, {built.config.method: 1.0})  # pyright: ignore
+    state = State(done.round + 1, None, {built.planner.method: 1.0})  # pyright: ignore
     nobody = np.full(len(done.plan.cuts), -1)
     outcome = Outcome(np.float32(0.5), nobody, done.turnout.came.sum())  # pyright: ignore
-    sent = experiment.Sent(done, state, state, outcome, None, 0.0, None, None)  # pyright: ignore
-    return experiment._line(built.config, sent, outcome, None, 9.0, 2.0)
+    sent = loop.Sent(done, state, state, outcome, None, 0.0, None, None)  # pyright: ignore
+    return loop._line(built, sent, outcome, None, 9.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +178,8 @@ def line_of(built, done):
 )
 def test_a_round_that_serves_nobody_lasts_no_time(settings, tmp_path):
     config = dataclasses.replace(thrifty(tmp_path, budget=1e-2), **settings)
-    built = experiment.build(config)
-    done = experiment.prepare(built, 0)
+    built = parts.build(config).parts
+    done = prepare(built, 0)
     assert len(done.left_out) == 12
     assert not done.turnout.came.any()
     assert (done.turnout.round_s, done.plan.bound_s, {*done.rival_s.values()}) == (0, 0, {0})
@@ -186,10 +192,10 @@ def test_a_round_that_serves_nobody_lasts_no_time(settings, tmp_path):
 def test_whom_a_shared_band_cannot_serve_together_are_absent(tmp_path):
     """Each of them could be served alone, with the whole band."""
     budget = np.where(np.arange(30) % 2 == 0, 0.5, 99.0)
-    built = experiment.build(dataclasses.replace(thrifty(tmp_path, budget=budget), band="pooled"))
-    ids, _, terms = experiment.cohort(built, 0)
+    built = parts.build(dataclasses.replace(thrifty(tmp_path, budget=budget), band="pooled")).parts
+    ids, _, terms = cohort(built, 0)
     modest = terms.costs().allowed.any(axis=1)
-    done = experiment.prepare(built, 0)
+    done = prepare(built, 0)
     np.testing.assert_array_equal(done.turnout.came, modest)
     assert len(done.left_out) == 12 - modest.sum()
     reason = "its energy budget needs more than an equal part of the uplink band"
@@ -201,7 +207,7 @@ def test_whom_a_shared_band_cannot_serve_together_are_absent(tmp_path):
 
 def test_whom_no_links_serve_is_refused_before_anything_compiles(tmp_path):
     with pytest.raises(BadInput, match=r"fleet.csv: round 1: no plan .* needs .* bytes of memory"):
-        experiment.build(thrifty(tmp_path, memory_bytes=1000.0))
+        parts.build(thrifty(tmp_path, memory_bytes=1000.0))
 
 
 def held_bytes():
@@ -218,15 +224,15 @@ def test_weights_to_start_from_are_held_once(tmp_path, built):
         keras_weights.save(path, chain, given)
         model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(given))
         before = held_bytes()
-        own = experiment.build(dataclasses.replace(SMALL, init_from=path))
+        own = parts.build(dataclasses.replace(SMALL, init_from=path))
         assert held_bytes() - before < model_bytes / 2
-        state = experiment.start(own)
+        state = start(own.parts)
         assert model_bytes <= held_bytes() - before < 1.5 * model_bytes
-        second = experiment.initial_model(own)
+        second = initial_model(own.parts)
         assert held_bytes() - before >= 2 * model_bytes
         for model in (state.model, second):
             jax.tree.map(np.testing.assert_array_equal, model.variables, given)
-        return experiment.inputs(own)
+        return parts.inputs(own)
 
     one, other = digests_of(1), digests_of(2)
     assert one["init_from"] != other["init_from"]
@@ -239,20 +245,20 @@ def test_a_run_that_has_begun_needs_the_weights_it_began_with_no_more(tmp_path):
     keras_weights.save(str(path), chain, given, keras_weights.CENTRED)
     config = dataclasses.replace(SMALL, image_size=8, clients=small_world.CLIENTS, init_from=str(path))
     with small_world.world(create=models.create):
-        begun = experiment.build(config)
+        begun = parts.build(config)
     reached = Progress(
-        2, {}, 0.0, 0.0, 0, "", begun.config.to_dict(), experiment.inputs(begun), experiment.network(begun)
+        2, {}, 0.0, 0.0, 0, "", begun.config.to_dict(), parts.inputs(begun), parts.network(begun)
     )
     path.unlink()
     with small_world.world(create=models.create), pytest.raises(BadInput, match="no such file"):
-        experiment.build(config)
+        parts.build(config)
     with small_world.world(create=models.create):
-        later = experiment.build(config, progress=reached)
+        later = parts.build(config, progress=reached)
     assert later.scaling == keras_weights.CENTRED == begun.scaling
-    assert experiment.inputs(later) == experiment.inputs(begun)
+    assert parts.inputs(later) == parts.inputs(begun)
     assert f"{path} is gone; the run goes on without it" in later.notes
     with small_world.world(create=models.create), pytest.raises(BadInput, match="no such file"):
-        experiment.build(dataclasses.replace(config, init_from=f"{path}.other"), progress=reached)
+        parts.build(dataclasses.replace(config, init_from=f"{path}.other"), progress=reached)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +272,8 @@ def test_a_run_says_where_its_classifier_comes_from(units, classes, line, tmp_pa
     keras_weights.save(path, chain, chain.init(jax.random.key(7), jnp.zeros((1, 8, 8, 1))))
     config = dataclasses.replace(SMALL, image_size=8, clients=small_world.CLIENTS, init_from=path)
     with small_world.world(create=models.create):
-        built = experiment.build(config)
+        built = parts.build(config)
     assert line.format(path) in built.notes
-    kept = experiment.initial_model(built).variables.params[-1]["dense"]["dense_kernel"]
+    kept = initial_model(built.parts).variables.params[-1]["dense"]["dense_kernel"]
     given = models.create("efficientnetv2-tiny", 10).init(jax.random.key(7), jnp.zeros((1, 8, 8, 1)))
     assert finite.are_equal(kept, given.params[-1]["dense"]["dense_kernel"]) == ("from" in line)

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoints import LOG, model, progress
 
-from sfl_jax import checkpoints as checkpoints_module
 from sfl_jax import fleet
-from sfl_jax.checkpoints import SUMS, Checkpoints, Progress
 from sfl_jax.commands import flags
-from sfl_jax.config import Config, fields_of, validate
+from sfl_jax.commands.config import Config, fields_of, validate
+from sfl_jax.run import checkpoints as checkpoints_module
+from sfl_jax.run.checkpoints import SUMS, Checkpoints, Progress
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,12 +5,13 @@ import os
 
 import pytest
 
-from sfl_jax import config as config_lib
-from sfl_jax import fleet, paths, recording
-from sfl_jax.commands import flags
-from sfl_jax.config import Config, fields_of
+from sfl_jax import fleet, paths
+from sfl_jax.commands import config as config_lib
+from sfl_jax.commands import flags, workdir
+from sfl_jax.commands.config import Config, fields_of
 from sfl_jax.errors import BadInput
 from sfl_jax.models import Chain, Variables, keras_weights
+from sfl_jax.run import recording
 
 COMMANDS = {"workdir": "train", "init_from": "train", "data_dir": "train", "fleet": "plan", "output": "plan"}
 REFUSED = [
@@ -125,11 +126,11 @@ def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):
 def test_a_run_is_found_in_a_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(BadInput, match=f"^--workdir={tmp_path}/run: no run is here"):
-        recording.saved("~/run")
+        workdir.saved("~/run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert recording.described("~/run")[0].workdir == f"{tmp_path}/run"
+    assert workdir.described("~/run")[0].workdir == f"{tmp_path}/run"
     with pytest.raises(BadInput, match=f"^{tmp_path}/run/metrics.jsonl: must hold rounds"):
         recording.logged("~/run")
 

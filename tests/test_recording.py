@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfl_jax import experiment, metrics, recording
-from sfl_jax.checkpoints import Checkpoints
-from sfl_jax.config import Config
+from sfl_jax.commands import workdir
+from sfl_jax.commands.config import Config, settings
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Model
+from sfl_jax.run import metrics, recording
+from sfl_jax.run.checkpoints import Checkpoints
+from sfl_jax.run.state import State
 
 ROUNDS = 7
 
@@ -28,12 +30,16 @@ def clock(monkeypatch):
 
 def recorder(config, progress=None):
     checkpoints = Checkpoints(recording.Path(config.workdir) / "checkpoints", config.keep)
-    given = metrics.Stopwatch(), metrics.CompileClock()
-    return contextlib.closing(recording.Recorder(config, checkpoints, progress, *given))
+    saving = recording.Saving(
+        config.checkpoint_every_rounds, config.checkpoint_every_s, config.on_write_error == "stop"
+    )
+    given = checkpoints, progress, metrics.Stopwatch(), metrics.CompileClock()
+    own = recording.Recorder(config.workdir, saving, settings(config, "train"), *given)
+    return contextlib.closing(own)
 
 
 def state(round):
-    return experiment.State(round, Model({"x": jnp.full(3, float(round))}), {"exact": 0.5 * round})  # pyright: ignore
+    return State(round, Model({"x": jnp.full(3, float(round))}), {"exact": 0.5 * round})  # pyright: ignore
 
 
 def line(round):
@@ -70,7 +76,7 @@ def test_a_run_goes_on_with_what_it_had_reached(clock, tmp_path):
     go(config, clock, range(1, 6))  # a line after the last checkpoint, as of a run that was killed
     whole = (tmp_path / recording.LOG).read_bytes()
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
-    progress = recording.reached(config, checkpoints)
+    progress = workdir.reached(config, checkpoints)
     assert progress is not None
     assert (progress.round, progress.simulated_s, progress.inputs) == (4, {"exact": 2.0}, {"fleet": "ab"})
     assert progress.wall_s > 0
@@ -135,7 +141,7 @@ def test_clients_are_counted_over_the_whole_run(clock, tmp_path, monkeypatch):
     """Those of the lines before it went on, and of lines that could not be written yet."""
     config = Config(workdir=str(tmp_path), checkpoint_every_rounds=1, on_write_error="continue")
     go(config, clock, range(1, 3))
-    progress = recording.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
+    progress = workdir.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
     with recorder(config, progress) as own:
         own.begin(state(2), {"fleet": "ab"}, {}, {})
         broken = mock.Mock(wraps=own.log._file, write=mock.Mock(side_effect=OSError(28, "full")))
@@ -150,7 +156,7 @@ def differences(before, after, rounds, tmp_path, clock):
     config = Config(workdir=str(tmp_path), checkpoint_every_rounds=1, learning_rate=0.5, **before)
     go(config, clock, range(1, rounds + 1))
     try:
-        recording.reached(dataclasses.replace(config, **after), Checkpoints(tmp_path / "checkpoints", 2))
+        workdir.reached(dataclasses.replace(config, **after), Checkpoints(tmp_path / "checkpoints", 2))
     except BadInput as error:
         return str(error).split(": the run in")[0]
     return None
@@ -195,11 +201,11 @@ def test_what_a_run_goes_on_with_all_the_same_is_said(tmp_path, clock, caplog):
     caplog.clear()
     progress = Checkpoints(tmp_path / "checkpoints", 2).newest((tmp_path / recording.LOG).read_bytes())
     config = Config(workdir=str(tmp_path), fleet="f.csv", allow_config_change=True)
-    recording.check_inputs(config, progress, {"fleet": "cd"})
+    workdir.check_inputs(config, progress, {"fleet": "cd"})
     [said] = caplog.messages
     assert said.endswith("going on with --fleet=f.csv (has other contents now)")
     with pytest.raises(BadInput, match=r"^--fleet=f.csv \(has other contents now\): the run in "):
-        recording.check_inputs(
+        workdir.check_inputs(
             dataclasses.replace(config, allow_config_change=False), progress, {"fleet": "cd"}
         )
 
@@ -220,11 +226,11 @@ def test_files_of_somebody_else_refuse_the_workdir(name, content, is_ours, tmp_p
     (tmp_path / name).write_text(content)
     config = Config(workdir=str(tmp_path))
     if is_ours:
-        assert recording.reached(config, Checkpoints(tmp_path / "checkpoints", 2)) is None
+        assert workdir.reached(config, Checkpoints(tmp_path / "checkpoints", 2)) is None
     else:
         said = (
             rf"^--workdir={tmp_path}: {tmp_path / name} is not of sfl_jax and would be replaced; move it, or"
         )
         with pytest.raises(BadInput, match=said):
-            recording.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
+            workdir.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
     assert (tmp_path / name).read_text() == content

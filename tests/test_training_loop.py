@@ -14,11 +14,16 @@ import plain
 import pytest
 from commands import small_world
 
-from sfl_jax import experiment, metrics, models, tuning
-from sfl_jax.checkpoints import Checkpoints, Progress
-from sfl_jax.config import Config
-from sfl_jax.federated import devices
+from sfl_jax import models
+from sfl_jax.commands import parts
+from sfl_jax.commands.config import Config
+from sfl_jax.federated import devices, tuning
 from sfl_jax.federated.round import Outcome
+from sfl_jax.run import engine as engines
+from sfl_jax.run import loop, metrics
+from sfl_jax.run.checkpoints import Checkpoints, Progress
+from sfl_jax.run.rounds import prepare
+from sfl_jax.run.state import State, is_held, resume, start
 
 CONFIG = Config(
     model="efficientnetv2-tiny", layer_form="conv", image_size=8, clients=small_world.CLIENTS, cohort_size=3,
@@ -36,13 +41,13 @@ def world():
 
 @pytest.fixture(scope="module")
 def compiled(world):
-    built = experiment.build(CONFIG)
-    return experiment.compile(built, experiment.start(built))
+    built = parts.build(CONFIG).parts
+    return engines.compile_rounds(built, start(built))
 
 
 def test_everything_is_compiled_before_the_first_round(compiled):
     built, engine = compiled
-    rounds = experiment.run(built, experiment.start(built), engine)
+    rounds = loop.run(built, start(built), engine, CONFIG.rounds)
     with metrics.CompileClock() as clock:
         tested = [next(rounds)[1].test_accuracy for _ in range(CONFIG.eval_every)]
     assert tested[-1] is not None
@@ -53,18 +58,18 @@ def test_everything_is_compiled_before_the_first_round(compiled):
 def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay):
     """To the samples what the model leaves, to the chunk what both leave, to the round what all leave."""
     built, engine = compiled
-    state, asked = experiment.start(built), []
+    state, asked = start(built), []
     model, samples, held_out = map(devices.bytes_placed, (state.model, engine.samples, engine.held_out))
-    assert samples > built.dataset.train_images.nbytes > held_out
+    assert samples > built.data.train_images.nbytes > held_out
     free = 2 * samples - (not stay)
     monkeypatch.setattr(tuning, "budget_bytes", lambda *given: asked.append(given[-1]) or free)
     monkeypatch.setattr(devices.Evaluation, "bytes_needed", lambda *given: 0)
     monkeypatch.setattr(devices.Rounds, "bytes_needed", lambda *given: 0)
-    _, again = experiment.compile(built, state)
+    _, again = engines.compile_rounds(built, state)
     assert isinstance(again.samples.images, jax.Array) == stay
     after = model + stay * samples
     assert asked == [model, after, after + held_out, after + held_out]
-    assert again.held_out.labels.size == len(built.dataset.test_labels)
+    assert again.held_out.labels.size == len(built.data.test_labels)
 
 
 @pytest.mark.parametrize(("budget", "batches"), [(64, [32]), (63, [32, 16]), (16, [32, 8]), (0, [32, 1])])
@@ -78,20 +83,17 @@ def test_an_evaluation_takes_the_batches_that_the_memory_holds(compiled, monkeyp
             asked.append(held_out.labels.shape[1])
             return 2 * asked[-1]
 
-    monkeypatch.setattr(experiment, "batch_at", lambda image_size: len(built.dataset.test_labels))
-    monkeypatch.setattr(tuning, "budget_bytes", lambda config, devices, placed: budget)
-    held_out = experiment._place_held_out(
-        built.config, built.dataset, built.devices, Evaluation(), experiment.start(built), 0
-    )
+    monkeypatch.setattr(engines, "batch_at", lambda image_size: len(built.data.test_labels))
+    monkeypatch.setattr(tuning, "budget_bytes", lambda asked, devices, placed: budget)
+    held_out = engines._place_held_out(built, Evaluation(), start(built), 0)
     assert asked == batches
     assert held_out.labels.shape[1] == batches[-1]
 
 
-def go(compiled, pauses=lambda round: False, **changes):
+def go(compiled, pauses=lambda round: False, rounds=CONFIG.rounds):
     """[(state, line)] of a run from the start, lines without the machine's clocks."""
     built, engine = compiled
-    built = built._replace(config=dataclasses.replace(built.config, **changes))
-    rounds = experiment.run(built, experiment.start(built), engine, pauses=pauses)
+    rounds = loop.run(built, start(built), engine, rounds, pauses=pauses)
     return [(state, line._replace(wall_s=0, client_samples_per_s=0)) for state, line in rounds]
 
 
@@ -101,19 +103,19 @@ def variables(state):
 
 @pytest.fixture
 def sent_ahead(monkeypatch):
-    monkeypatch.setattr(experiment, "SHORT_S", np.inf)
+    monkeypatch.setattr(loop, "SHORT_S", np.inf)
 
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(experiment, "SHORT_S", 0.0)
+    monkeypatch.setattr(loop, "SHORT_S", 0.0)
 
 
 @pytest.fixture(scope="module")
 def quiet(compiled):
     """A run whose rounds are read one by one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "SHORT_S", 0.0)
+        patch.setattr(loop, "SHORT_S", 0.0)
         return go(compiled)
 
 
@@ -126,8 +128,8 @@ def test_sending_ahead_changes_no_number(compiled, quiet, sent_ahead):
 
 def test_a_round_is_read_after_the_next_was_sent(compiled, sent_ahead, monkeypatch):
     events = []
-    send, get = experiment._send, jax.device_get
-    monkeypatch.setattr(experiment, "_send", lambda *given: events.append("send") or send(*given))
+    send, get = loop._send, jax.device_get
+    monkeypatch.setattr(loop, "_send", lambda *given: events.append("send") or send(*given))
     monkeypatch.setattr(jax, "device_get", lambda tree: events.append("read") or get(tree))
     go(compiled)
     # The first round compiles: nobody knows yet that rounds are short.
@@ -137,18 +139,18 @@ def test_a_round_is_read_after_the_next_was_sent(compiled, sent_ahead, monkeypat
 
 
 def test_long_rounds_are_not_sent_ahead(compiled, one_by_one):
-    assert all(experiment.is_held(state) for state, _ in go(compiled)[-1:])
+    assert all(is_held(state) for state, _ in go(compiled)[-1:])
     built, engine = compiled
-    for state, _ in experiment.run(built, experiment.start(built), engine):
-        assert experiment.is_held(state)
+    for state, _ in loop.run(built, start(built), engine, CONFIG.rounds):
+        assert is_held(state)
 
 
 def test_a_state_that_is_wanted_is_there(compiled, sent_ahead):
     held = {}
     built, engine = compiled
     wanted = (2, 3)
-    for state, line in experiment.run(built, experiment.start(built), engine, pauses=wanted.__contains__):
-        held[line.round] = experiment.is_held(state)
+    for state, line in loop.run(built, start(built), engine, CONFIG.rounds, pauses=wanted.__contains__):
+        held[line.round] = is_held(state)
     assert all(held[round] for round in (*wanted, CONFIG.rounds))
     assert not held[4]
     assert not held[5]
@@ -158,7 +160,7 @@ def test_a_state_that_is_wanted_is_there(compiled, sent_ahead):
 def test_an_error_while_the_next_round_is_prepared_costs_no_round_that_is_done(
     broken, compiled, quiet, sent_ahead, monkeypatch
 ):
-    prepare, failed = experiment.prepare, []
+    failed = []
 
     def prepare_or_fail(own, round):
         if round == broken and not failed:
@@ -166,9 +168,9 @@ def test_an_error_while_the_next_round_is_prepared_costs_no_round_that_is_done(
             raise ValueError(f"round {round}")
         return prepare(own, round)
 
-    monkeypatch.setattr(experiment, "prepare", prepare_or_fail)
+    monkeypatch.setattr(loop, "prepare", prepare_or_fail)
     built, engine = compiled
-    rounds, done = experiment.run(built, experiment.start(built), engine), []
+    rounds, done = loop.run(built, start(built), engine, CONFIG.rounds), []
     with pytest.raises(ValueError, match=f"^round {broken}$"):
         done.extend(rounds)
     assert [line.round for _, line in done] == [*range(1, broken + 1)]
@@ -195,9 +197,9 @@ def test_the_clock_of_a_round_stops_when_it_is_done(compiled, sent_ahead):
         return jax.tree.map(slowly, engine.evaluate(*given))
 
     clock = metrics.Stopwatch()
-    rounds = experiment.run(built, experiment.start(built), engine._replace(evaluate=evaluate), clock)
+    rounds = loop.run(built, start(built), engine._replace(evaluate=evaluate), CONFIG.rounds, clock)
     lines = [line for _, line in rounds]
-    samples = sum(len(part) for part in built.parts) / CONFIG.clients * CONFIG.cohort_size
+    samples = sum(len(part) for part in built.division) / CONFIG.clients * CONFIG.cohort_size
     took_s = [samples / line.client_samples_per_s for line in lines]
     assert max(took_s) < slow_s / 2
     assert sum(took_s) < clock.seconds - len(slow_rounds) * slow_s
@@ -215,38 +217,36 @@ def test_a_round_begins_when_it_is_planned_and_what_is_before_it_is_done(compile
 
     times = [(0.0, 1.0, 1.5), (0.5, 2.0, 2.0), (3.0, 3.25, 3.5)]
     rounds = [
-        experiment.Sent(None, None, mock.Mock(round=number), None, None, began_s, at(ended_s), at(tested_s))
+        loop.Sent(None, None, mock.Mock(round=number), None, None, began_s, at(ended_s), at(tested_s))
         for number, (began_s, ended_s, tested_s) in enumerate(times)
     ]
     following = iter(rounds)
-    monkeypatch.setattr(experiment, "_send", lambda *_: next(following, None))
-    monkeypatch.setattr(experiment, "_judge", lambda *_: None)
-    monkeypatch.setattr(experiment, "_line", lambda *given: given[-2:])
-    start, clock = experiment.State(0, (), {}), mock.Mock(spec=metrics.Stopwatch, seconds=0.0)
-    lines = [line for _, line in experiment.run(compiled[0], start, compiled[1], clock)]
+    monkeypatch.setattr(loop, "_send", lambda *_: next(following, None))
+    monkeypatch.setattr(loop, "_judge", lambda *_: None)
+    monkeypatch.setattr(loop, "_line", lambda *given: given[-2:])
+    began, clock = State(0, (), {}), mock.Mock(spec=metrics.Stopwatch, seconds=0.0)
+    lines = [line for _, line in loop.run(compiled[0], began, compiled[1], len(times), clock)]
     assert lines == [(1.5, 1.0), (2.0, 0.5), (3.5, 0.25)]
 
 
 def test_the_clock_is_read_when_the_numbers_are_there(monkeypatch):
     clock = mock.Mock(seconds=1.0)
     monkeypatch.setattr(jax, "block_until_ready", lambda arrays: setattr(clock, "seconds", 2.0))
-    assert experiment._clock_after((), clock) == 2.0
+    assert loop._clock_after((), clock) == 2.0
 
 
 def test_a_run_whose_method_was_changed_goes_on_from_its_own_clock(compiled):
     simulated_s = {"greedy": 5.0, "no_split": 7.0, "common_cut": 6.0}
     reached = Progress(3, simulated_s, 0.0, 0.0, 0, "", {"method": "greedy"}, {}, {})
     store = mock.Mock(spec=Checkpoints, restore=lambda *_: ())
-    state = experiment.resume(compiled[0], store, reached)
+    state = resume(compiled[0], store, reached)
     assert state == (3, (), {"exact": 5.0, "no_split": 7.0, "common_cut": 6.0})
 
 
 def test_the_clock_of_a_round_begins_with_its_plan(compiled, one_by_one, monkeypatch):
-    prepare = experiment.prepare
-    monkeypatch.setattr(experiment, "prepare", lambda *given: time.sleep(0.3) or prepare(*given))
+    monkeypatch.setattr(loop, "prepare", lambda *given: time.sleep(0.3) or prepare(*given))
     built, engine = compiled
-    built = built._replace(config=dataclasses.replace(built.config, rounds=2))
-    for _, line in experiment.run(built, experiment.start(built), engine):
+    for _, line in loop.run(built, start(built), engine, 2):
         assert 24 / line.client_samples_per_s > 0.3
         time.sleep(0.6)  # what writes the line is not in the next
         assert line.client_samples_per_s > 24 / 0.6
@@ -265,13 +265,12 @@ def test_few_numbers_leave_the_devices(compiled, sent_ahead, monkeypatch):
 
 def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead):
     built, engine = compiled
-    longer = built._replace(config=dataclasses.replace(built.config, rounds=30))
     compilations, arrays = [], []
     gc.collect()
     gc.freeze()  # what is there stays there, and need not be looked at again
     try:
         with metrics.CompileClock() as clock:
-            for _ in experiment.run(longer, experiment.start(longer), engine):
+            for _ in loop.run(built, start(built), engine, 30):
                 gc.collect()
                 arrays.append(len(jax.live_arrays()))
                 compilations.append(clock.compilations)
@@ -291,12 +290,12 @@ def test_memory_does_not_grow_with_the_clients_of_a_round(compiled):
             CONFIG, clients=clients, cohort_size=clients, clients_per_chunk=4, local_epochs=4
         )
         with small_world.world(samples=8 * clients):
-            many = experiment.build(config)
-        state = experiment.start(many)
+            many = parts.build(config).parts
+        state = start(many)
         rounds = devices.Rounds(many.training, 4, many.devices)
-        first = experiment.prepare(many, 0)
+        first = prepare(many, 0)
         assert first.assignments.steps.max() >= 4
-        needed.append(rounds.bytes_needed(*experiment._arguments(config, engine, state, first)))
+        needed.append(rounds.bytes_needed(*engines.arguments(many, engine, state, first)))
         indices.append(sum(array.nbytes for array in first.assignments))
     # What the round is sent is counted twice, and split into chunks.
     allowed = 0.1 * needed[0] + 4 * (indices[1] - indices[0])
@@ -309,16 +308,17 @@ class TestDivergence:
 
     @pytest.fixture(autouse=True)
     def too_fast(self, monkeypatch):
-        rate = experiment.learning_rate
-        monkeypatch.setattr(
-            experiment, "learning_rate", lambda config, round: np.inf if round == 2 else rate(config, round)
-        )
+        def prepare_too_fast(own, round):
+            done = prepare(own, round)
+            return done._replace(learning_rate=np.inf) if round == 2 else done
+
+        monkeypatch.setattr(loop, "prepare", prepare_too_fast)
 
     def test_the_state_before_is_left_although_the_next_round_was_sent(self, compiled, quiet, sent_ahead):
         built, engine = compiled
-        rounds, lines = experiment.run(built, experiment.start(built), engine), []
+        rounds, lines = loop.run(built, start(built), engine, CONFIG.rounds), []
         with pytest.raises(
-            experiment.Diverged, match=r"round 3: the loss or the update of client \d+, cut"
+            loop.Diverged, match=r"round 3: the loss or the update of client \d+, cut"
         ) as caught:
             lines.extend(line for _, line in rounds)
         assert [line.round for line in lines] == [1, 2]
@@ -332,8 +332,8 @@ class TestDivergence:
     ):
         monkeypatch.setattr(Outcome, "is_last", lambda self, training: jax.numpy.zeros((), bool))
         built, _ = compiled
-        built, engine = experiment.compile(experiment.build(CONFIG), experiment.start(built))
-        states = list(experiment.run(built, experiment.start(built), engine))
+        built, engine = engines.compile_rounds(built, start(built))
+        states = list(loop.run(built, start(built), engine, CONFIG.rounds))
         expected = go(compiled, rounds=2)[-1][0]
         with pytest.raises(AssertionError):
             jax.tree.map(np.testing.assert_array_equal, variables(states[-1][0]), variables(expected))

@@ -9,52 +9,56 @@ import numpy as np
 import pytest
 from federated import rounds
 
-from sfl_jax import models, tuning
-from sfl_jax.commands import train
-from sfl_jax.config import Config, changes, left_open, settings
+from sfl_jax import models
+from sfl_jax.commands import parts, train
+from sfl_jax.commands.config import Config, changes, settings
 from sfl_jax.errors import BadInput
-from sfl_jax.federated import memory
+from sfl_jax.federated import memory, tuning
 from sfl_jax.federated.balance import chunk_size, fill_chunks
-from sfl_jax.federated.execution import Execution
+from sfl_jax.federated.execution import Alternative, Execution
 
-OPEN = Config(model="efficientnetv2-tiny", clients=100, cohort_size=16, memory_budget_gib=8.0)
+OPEN = Execution(memory_gib=8.0)
 FASTEST_IN_FOURS = {1: 3.0, 2: 2.0, 4: 1.0, 8: 1.5, 16: 4.0}
 
 
 @pytest.fixture(scope="module")
 def profile():
-    return models.profile(models.create(OPEN.model), (32, 32, 1))
+    return models.profile(models.create("efficientnetv2-tiny"), (32, 32, 1))
 
 
 def in_fours(one):
     return FASTEST_IN_FOURS[one.clients_per_chunk] * {"product": 1, "conv": 10}[one.layer_form]
 
 
-def settle(profile, config, seconds=in_fours, before=None, notes=None):
-    return tuning.settle(config, before, profile, jax.devices()[:1], seconds, notes)
+def facts(profile, cohort_size=16, batch_size=32, slots=2, devices=1):
+    return tuning.Facts(profile, batch_size, cohort_size, slots, jax.devices()[:1] * devices, "tiny")
 
 
-def choice(config):
-    return config.layer_form, config.execution, config.clients_per_chunk
+def settle(profile, asked, seconds=in_fours, before=None, notes=None, **changes):
+    return tuning.settle(asked, before, facts(profile, **changes), seconds, notes)
+
+
+def choice(settled):
+    return settled.layer_form, settled.mode, settled.clients_per_chunk
 
 
 def test_what_is_open_is_chosen_by_measurement(profile):
-    config, tried = settle(profile, OPEN)
-    assert choice(config) == ("product", "vmap", 4)
-    assert left_open(config) == []
-    assert tried[Execution("product", 4)] == 1.0
-    assert config == dataclasses.replace(OPEN, layer_form="product", execution="vmap", clients_per_chunk=4)
+    settled, tried = settle(profile, OPEN)
+    assert settled == Execution("product", 4, "vmap", 8.0)
+    assert OPEN.left_open == ("layer_form", "clients_per_chunk", "mode")
+    assert settled.left_open == ()
+    assert tried[Alternative("product", 4)] == 1.0
 
 
 @pytest.mark.parametrize(
     ("forced", "expected"),
     [({"layer_form": "conv"}, ("conv", "vmap", 4)), ({"clients_per_chunk": 8}, ("product", "vmap", 8)),
-     ({"execution": "map"}, ("product", "map", 1)), ({"execution": "vmap"}, ("product", "vmap", 4)),
-     ({"execution": "map", "clients_per_chunk": 5}, ("product", "map", 1))],
+     ({"mode": "map"}, ("product", "map", 1)), ({"mode": "vmap"}, ("product", "vmap", 4)),
+     ({"mode": "map", "clients_per_chunk": 5}, ("product", "map", 1))],
 )  # fmt: skip
 def test_what_a_flag_says_stays(profile, forced, expected):
-    config, _ = settle(profile, dataclasses.replace(OPEN, **forced))
-    assert choice(config) == expected
+    settled, _ = settle(profile, dataclasses.replace(OPEN, **forced))
+    assert choice(settled) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,38 +66,36 @@ def test_what_a_flag_says_stays(profile, forced, expected):
 )
 def test_the_settings_say_what_is_computed_at_once(profile, cohort, size):
     """--clients_per_chunk=16 of a cohort that 16 does not divide."""
-    asked = dataclasses.replace(
-        OPEN, cohort_size=cohort, layer_form="conv", execution="vmap", clients_per_chunk=16
-    )
-    assert choice(settle(profile, asked)[0]) == ("conv", "vmap", size)
+    settled, _ = settle(profile, Execution("conv", 16, "vmap", 8.0), cohort_size=cohort)
+    assert choice(settled) == ("conv", "vmap", size)
     work = rounds.assignments(cuts=[1] * cohort, steps=1, batch=1)
     assert fill_chunks(work, size)[1] == size
     number = f"{size} clients at once" if size > 1 else "one client after the other"
-    built = mock.Mock(config=settle(profile, asked)[0], devices=jax.devices()[:1])
+    built = mock.Mock(execution=settled, devices=jax.devices()[:1])
     assert train._how(built) == f"layers in conv form, {number}"
 
 
 def test_an_open_chunk_is_chosen_among_those_of_the_cohort(profile):
-    config, tried = settle(profile, dataclasses.replace(OPEN, cohort_size=17), lambda one: 1.0)
-    assert config.clients_per_chunk == 1
+    settled, tried = settle(profile, OPEN, lambda one: 1.0, cohort_size=17)
+    assert settled.clients_per_chunk == 1
     assert {one.clients_per_chunk for one in tried} == {1, 2, 4, 6, 9}
-    config, _ = settle(profile, dataclasses.replace(OPEN, cohort_size=17), lambda one: 1 / one[1])
-    assert config.clients_per_chunk == 9
+    settled, _ = settle(profile, OPEN, lambda one: 1 / one[1], cohort_size=17)
+    assert settled.clients_per_chunk == 9
 
 
 def test_forced_altogether_measures_nothing(profile):
-    forced = dataclasses.replace(OPEN, layer_form="product", execution="vmap", clients_per_chunk=4)
+    forced = Execution("product", 4, "vmap", 8.0)
     assert settle(profile, forced, lambda _: pytest.fail("measured")) == (forced, {})
 
 
 def test_a_run_that_goes_on_keeps_its_choice(profile):
-    begun, _ = settle(profile, OPEN)
-    before = settings(dataclasses.replace(begun, layer_form="conv", clients_per_chunk=2), "train")
-    again, tried = settle(profile, OPEN, lambda _: pytest.fail("measured"), before)
+    config = Config(memory_budget_gib=8.0)
+    before = settings(parts.with_execution(config, Execution("conv", 2, "vmap")), "train")
+    again, tried = settle(profile, OPEN, lambda _: pytest.fail("measured"), parts.settled(before))
     assert choice(again) == ("conv", "vmap", 2)
     assert not tried
-    assert changes(before, OPEN, "train") == {}
-    assert changes(before, dataclasses.replace(OPEN, layer_form="product"), "train") == {
+    assert changes(before, config, "train") == {}
+    assert changes(before, dataclasses.replace(config, layer_form="product"), "train") == {
         "layer_form": "--layer_form=product (was conv)"
     }
 
@@ -105,38 +107,37 @@ def test_what_was_measured_once_is_not_measured_again(profile, tmp_path):
     # Other shapes, and other cohorts in the same chunks, are other questions.
     for other in ({"batch_size": 8}, {"cohort_size": 31}):
         measured = []
-        config = dataclasses.replace(OPEN, **other)
-        settle(profile, config, lambda one, seen=measured: seen.append(one) or 1.0, notes=notes)
+        settle(profile, OPEN, lambda one, seen=measured: seen.append(one) or 1.0, notes=notes, **other)
         assert measured, other
 
 
 def test_the_chunk_fits_into_the_memory(profile):
-    need = functools.partial(tuning.expected_bytes, OPEN, profile)
-    between = dataclasses.replace(OPEN, memory_budget_gib=(need(2) + need(4)) / 2 / tuning.GIB)
+    need = functools.partial(tuning.expected_bytes, facts(profile))
+    between = dataclasses.replace(OPEN, memory_gib=(need(2) + need(4)) / 2 / tuning.GIB)
     assert choice(settle(profile, between)[0]) == ("product", "vmap", 2)
 
 
 def test_far_too_little_memory_is_a_line_before_anything_compiles(profile):
-    poor = dataclasses.replace(OPEN, memory_budget_gib=0.001)
+    poor = dataclasses.replace(OPEN, memory_gib=0.001)
     with pytest.raises(BadInput, match=r"^--batch_size=32: a round needs 0\.\d+ GiB, 0\.001 GiB .*; try 16$"):
         settle(profile, poor, lambda _: pytest.fail("measured"))
-    wide = dataclasses.replace(OPEN, clients_per_chunk=16, memory_budget_gib=0.05)
+    wide = dataclasses.replace(OPEN, clients_per_chunk=16, memory_gib=0.05)
     with pytest.raises(BadInput, match=r"^--clients_per_chunk=16: .* allowed by --memory_budget_gib; try 8$"):
         settle(profile, wide, lambda _: pytest.fail("measured"))
 
 
 def test_what_the_compiled_round_needs_has_the_last_word(profile):
-    config = dataclasses.replace(OPEN, clients_per_chunk=4, execution="vmap", memory_budget_gib=1.0)
-    opened = {"execution", "clients_per_chunk"}
+    config = Execution(clients_per_chunk=4, mode="vmap", memory_gib=1.0)
+    opened = {"mode", "clients_per_chunk"}
 
     def fit(config, needed, opened=opened):
-        return tuning.fit(config, opened, {config.clients_per_chunk: needed}, profile, jax.devices()[:1])
+        return tuning.fit(config, opened, {config.clients_per_chunk: needed}, facts(profile))
 
     assert fit(config, 2**30) is config
     assert choice(fit(config, 2**30 + 1))[1:] == ("vmap", 3)
     # Twice what was expected: so will the others need.
-    needs = functools.partial(tuning.expected_bytes, config, profile)
-    poor = dataclasses.replace(config, memory_budget_gib=(2 * needs(2) + 1) / tuning.GIB)
+    needs = functools.partial(tuning.expected_bytes, facts(profile))
+    poor = dataclasses.replace(config, memory_gib=(2 * needs(2) + 1) / tuning.GIB)
     assert choice(fit(poor, 2 * needs(4)))[1:] == ("vmap", 2)
     two = dataclasses.replace(config, clients_per_chunk=2)
     assert choice(fit(two, 2**31))[1:] == ("map", 1)
@@ -156,18 +157,15 @@ def test_few_rounds_are_compiled_to_find_the_chunk_that_fits(profile, cohort, de
     """
     sizes = sorted({chunk_size(cohort, most, devices) for most in range(1, 17)})
     expected = max(size for size in sizes if size <= fits)
-    config = dataclasses.replace(
-        OPEN, cohort_size=cohort, clients_per_chunk=sizes[-1], execution="vmap",
-        memory_budget_gib=0.1 * (fixed + expected + 0.5),
-    )  # fmt: skip
+    budget = 0.1 * (fixed + expected + 0.5)
+    config = Execution(clients_per_chunk=sizes[-1], mode="vmap", memory_gib=budget)
+    here = facts(profile, cohort_size=cohort, devices=devices)
     needed, compiled = {}, []
     while config.clients_per_chunk not in compiled:
         size = config.clients_per_chunk
         compiled.append(size)
         needed[size] = tuning.most_bytes(int(0.1 * (fixed + size) * tuning.GIB))
-        config = tuning.fit(
-            config, ["clients_per_chunk", "execution"], needed, profile, jax.devices()[:1] * devices
-        )
+        config = tuning.fit(config, ["clients_per_chunk", "mode"], needed, here)
     assert config.clients_per_chunk == expected
     assert len(compiled) <= 3, compiled
 
@@ -175,7 +173,7 @@ def test_few_rounds_are_compiled_to_find_the_chunk_that_fits(profile, cohort, de
 def test_the_budget_is_what_the_device_has_left():
     with open("/proc/meminfo") as file:
         total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
-    left = tuning.budget_bytes(dataclasses.replace(OPEN, memory_budget_gib=0), jax.devices()[:1])
+    left = tuning.budget_bytes(dataclasses.replace(OPEN, memory_gib=0), jax.devices()[:1])
     assert 0 < left < total
     assert left == pytest.approx(memory.available_bytes(jax.devices()[0]), rel=0.2)
 
@@ -187,7 +185,7 @@ def test_the_budget_is_what_the_device_has_left():
 
     # What is placed is in use; no part of it is taken off again.
     assert memory.available_bytes(Gpu()) == 720
-    assert tuning.budget_bytes(dataclasses.replace(OPEN, memory_budget_gib=0), [Gpu()], 100) == 720
+    assert tuning.budget_bytes(dataclasses.replace(OPEN, memory_gib=0), [Gpu()], 100) == 720
 
 
 def test_what_is_placed_counts_against_a_budget():
@@ -205,7 +203,7 @@ def test_processes_of_one_host_share_its_memory(monkeypatch):
 
     monkeypatch.setattr(tuning.processes, "of_all", of_all)
     monkeypatch.setattr(memory, "host_bytes", lambda: 8000 * tuning.GIB)
-    config = dataclasses.replace(OPEN, memory_budget_gib=0)
+    config = dataclasses.replace(OPEN, memory_gib=0)
     assert tuning.budget_bytes(config, jax.devices()[:1] * 2) == 8000 * tuning.GIB // 8 * 9 // 10
     assert 0 <= asked[0] < 2**31, "processes tell each other 32 bits"
 
@@ -215,8 +213,9 @@ def test_processes_of_one_host_share_its_memory(monkeypatch):
     [("sgd", 0.0, 0), ("sgd", 0.9, 1), ("adam", 0.0, 2), ("adam", 0.9, 2)],
 )
 def test_what_the_optimiser_keeps_counts(profile, optimizer, momentum, moments):
-    config = dataclasses.replace(OPEN, optimizer=optimizer, momentum=momentum, batch_size=8)
-    assert tuning.expected_bytes(config, profile, 3) == memory.expected_bytes(profile, 8, 3, moments)
+    slots = parts.optimizer(Config(optimizer=optimizer, momentum=momentum)).slots
+    here = facts(profile, batch_size=8, slots=slots)
+    assert tuning.expected_bytes(here, 3) == memory.expected_bytes(profile, 8, 3, moments)
 
 
 def test_more_samples_and_clients_need_more(profile):

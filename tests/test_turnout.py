@@ -1,19 +1,17 @@
 """Who comes, and how long a round lasts that waits for them."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from sfl_jax import fleet, optim
-from sfl_jax.config import Config
-from sfl_jax.turnout import Delays, delays, turnout
+from sfl_jax.fleet import Delays, Faults
+from sfl_jax.planning import Planner, turnout
 
 SERVER = 10.0
 
 
 def planned(before, server, after, barrier="session"):
-    """(config, terms, plan) of clients of one cut with these seconds: `server` are those of the whole server
+    """(planner, terms, plan) of clients of one cut with these seconds: `server` are those of the whole server
     under the staged barrier, and those of a share under the other.
     """
     before, server, after = (np.array(part, float) for part in (before, server, after))
@@ -32,14 +30,13 @@ def planned(before, server, after, barrier="session"):
     shares = np.full(clients, np.nan) if staged else 1 / server
     round_s = before.max() + server.sum() + after.max() if staged else (before + server + after).max()
     own = optim.Plan(np.zeros(clients, np.int32), shares, before + server + after, round_s, round_s, 0)
-    return Config(server_flops=SERVER, barrier=barrier), terms, own
+    return Planner(server_flops=SERVER, barrier=barrier), terms, own
 
 
 def went(planned, stays, slowdown, factor=0.0, present=None):
-    config, terms, plan = planned
+    planner, terms, plan = planned
     delayed = Delays(np.array(stays, bool), np.array(slowdown, float))
-    config = dataclasses.replace(config, deadline_factor=factor)
-    return turnout(config, terms, plan, delayed, present)
+    return turnout(planner, factor, terms, plan, delayed, present)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +107,7 @@ def test_nobody_waits_for_whoever_is_not_in_the_plan():
 def test_a_server_that_works_for_whoever_waits_does_so_for_the_late_too():
     """Both have 4 s of its work, and come after 1 and 2 s."""
     _, terms, plan = planned([1, 2], [4, 4], [1, 1], "staged")
-    config = Config(server_flops=SERVER, method="work_conserving")
+    planner = Planner(server_flops=SERVER, method="work_conserving")
     own = plan._replace(client_s=np.array([6.0, 10.0]), round_s=10.0)
     for stays, slowdown, round_s in (
         ([1, 1], [1, 1], 2 + 4 + 3 + 1),
@@ -118,28 +115,28 @@ def test_a_server_that_works_for_whoever_waits_does_so_for_the_late_too():
         ([1, 1], [1, 5], 10 + 4 + 5),
         ([1, 1], [5, 1], 5 + 4 + 5),  # it has longer to go home, and so the other waits
     ):
-        assert went((config, terms, own), stays, slowdown).round_s == pytest.approx(round_s)
+        assert went((planner, terms, own), stays, slowdown).round_s == pytest.approx(round_s)
 
 
 def test_delays_belong_to_round_and_client():
-    config = Config(drop_probability=0.3, jitter=0.5, seed=4)
-    everybody, some = delays(config, 7, np.arange(4000)), delays(config, 7, np.array([3, 90]))
+    faults = Faults(drop_probability=0.3, jitter=0.5)
+    everybody, some = faults.delays(4, 7, np.arange(4000)), faults.delays(4, 7, np.array([3, 90]))
     np.testing.assert_array_equal(some.stays, everybody.stays[[3, 90]])
     np.testing.assert_array_equal(some.slowdown, everybody.slowdown[[3, 90]])
     assert everybody.stays.mean() == pytest.approx(0.7, abs=0.03)
     assert everybody.slowdown.min() >= 1
     assert everybody.slowdown.mean() == pytest.approx(1.5, abs=0.04)
-    later = delays(config, 8, np.arange(4000))
+    later = faults.delays(4, 8, np.arange(4000))
     assert (later.slowdown != everybody.slowdown).mean() > 0.99
     assert (later.stays != everybody.stays).mean() == pytest.approx(2 * 0.7 * 0.3, abs=0.03)
 
 
 def test_without_delays_all_is_as_planned():
-    none = delays(Config(), 0, np.arange(3))
+    none = Faults().delays(0, 0, np.arange(3))
     for barrier in ("session", "staged"):
-        config, terms, plan = planned([4, 7, 1], [2, 2, 3], [2, 1, 2], barrier)
+        planner, terms, plan = planned([4, 7, 1], [2, 2, 3], [2, 1, 2], barrier)
         plan = plan._replace(round_s=np.nextafter(plan.round_s, np.inf))
-        result = turnout(config, terms, plan, none)
+        result = turnout(planner, 0.0, terms, plan, none)
         assert result.came.all()
         assert result.round_s == plan.round_s
     np.testing.assert_array_equal(fleet.slowdowns(0, 0, np.arange(5), 0.0), 1)

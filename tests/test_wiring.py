@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import reference_run
 
-from sfl_jax import datasets, experiment, fleet, models, recording
-from sfl_jax.commands import train
-from sfl_jax.config import Config, fields_of, settings
+from sfl_jax import datasets, fleet, models
+from sfl_jax.commands import parts, train, workdir
+from sfl_jax.commands.config import Config, fields_of, settings
 from sfl_jax.models import keras_weights
+from sfl_jax.run import Run, loop, recording
+from sfl_jax.run.rounds import prepare
 
 DATA = reference_run.dataset()
 BASE = Config(
@@ -93,7 +95,7 @@ def made_with():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", create)
         patch.setattr(datasets, "load", lambda *_, **__: DATA)
-        patch.setattr(experiment, "SHORT_S", 0.0)  # so that the model of every round is there
+        patch.setattr(loop, "SHORT_S", 0.0)  # so that the model of every round is there
         yield asked
 
 
@@ -116,12 +118,14 @@ def expected(config):
 
 
 def trained(config):
-    """(the experiment, [(parameters, state, line)] of its rounds)."""
-    built = experiment.build(config)
-    built, engine = experiment.compile(built, experiment.start(built))
-    rounds = experiment.run(built, experiment.start(built), engine)
+    """(its parts, [(parameters, state, line)] of its rounds)."""
+    built = parts.build(config)
+    run = Run.of(built.parts)
+    run.compile()
     # Read at once: the next round takes its place.
-    return built, [(reference_run.as_params(state.model.variables), state, line) for state, line in rounds]
+    return built, [
+        (reference_run.as_params(run.variables), run.state, line) for line in run.rounds(config.rounds)
+    ]
 
 
 def numbers(line):
@@ -158,7 +162,7 @@ def test_a_run_is_what_its_settings_say(base, name):
     for (params, state, line), own in zip(rounds, expected(config), strict=True):
         np.testing.assert_allclose(numbers_of(state, line), numbers(own), rtol=2e-5)
         assert line.simulated_s == state.simulated_s[config.method]
-        prepared = experiment.prepare(built, line.round - 1)
+        prepared = prepare(built.parts, line.round - 1)
         np.testing.assert_array_equal(prepared.assignments.cut[prepared.turnout.came], own.cuts)
         assert_params(params, own.params)
 
@@ -221,7 +225,7 @@ def test_a_run_that_was_lost_goes_on_with_everything_it_had(base, tmp_path, monk
     clock = [own.clocks[config.method] for own in whole]
     np.testing.assert_allclose([line["simulated_s"] for line in lines], clock, rtol=2e-5)
     assert all(a["wall_s"] < b["wall_s"] for a, b in itertools.pairwise(lines))
-    _, state = recording.saved(config.workdir)
+    _, state = workdir.saved(config.workdir)
     assert state.simulated_s == pytest.approx(whole[-1].clocks, rel=2e-5)
     assert_params(reference_run.as_params(state.model.variables), whole[-1].params)
 
@@ -238,7 +242,7 @@ def test_given_weights_come_with_their_scaling(base, monkeypatch):
 
     monkeypatch.setattr(keras_weights, "load", load)
     built, rounds = trained(config)
-    assert experiment.network(built)["input_scaling"] == scaling._asdict()
+    assert parts.network(built)["input_scaling"] == scaling._asdict()
     assert set(read) == {(config.init_from, config.model)}
     initial = reference_run.as_params(given)
     lines = reference_run.run(config, DATA, the_fleet(), (scaling.divisor[0], scaling.offset[0]), initial)
@@ -248,20 +252,19 @@ def test_given_weights_come_with_their_scaling(base, monkeypatch):
 
 
 def test_what_a_run_reads_has_a_digest_each(base):
-    built = experiment.build(base)
-    before = experiment.inputs(built)
+    built = parts.build(base)
+    before = parts.inputs(built)
 
     def changed(**changes):
-        return {
-            name
-            for name, value in experiment.inputs(built._replace(**changes)).items()
-            if value != before[name]
-        }
+        if "init_digest" not in changes:
+            changes = {"parts": dataclasses.replace(built.parts, **changes)}
+        after = parts.inputs(built._replace(**changes))
+        return {name for name, value in after.items() if value != before[name]}
 
-    for name, column in built.fleet.columns().items():
+    for name, column in built.parts.fleet.columns().items():
         other = column[::-1] if name == "client" else column + 1
-        assert changed(fleet=dataclasses.replace(built.fleet, **{name: other})) == {"fleet"}, name
+        assert changed(fleet=dataclasses.replace(built.parts.fleet, **{name: other})) == {"fleet"}, name
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         other = getattr(DATA, name)[::-1].copy()
-        assert changed(dataset=dataclasses.replace(DATA, **{name: other}, digest="")) == {"dataset"}, name
+        assert changed(data=dataclasses.replace(DATA, **{name: other}, digest="")) == {"dataset"}, name
     assert changed(init_digest="other") == {"init_from"}

@@ -8,13 +8,13 @@ import io
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sfl_jax.commands import flags
+from sfl_jax.commands.config import RANDOM, Config
 from sfl_jax.commands.screen import Screen, first_line_of_plan, screen
-from sfl_jax.config import Config
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # What the command writes, and what is in every such file.
@@ -45,16 +45,18 @@ def compare(config: Config) -> int:
 def compare_plans(config: Config) -> int:
     """Every method's plans, no training."""
     with screen(f"plans of every method, no training: {first_line_of_plan(config)}") as say:
-        from sfl_jax import accelerators
+        from sfl_jax.commands import accelerators
 
         accelerators.start()
         accelerators.find()
-        from sfl_jax import comparison, division
-        from sfl_jax.commands import compare_plot
+        from sfl_jax.commands import compare_plot, division, parts
+        from sfl_jax.planning import comparison
 
         config, _ = division.settle(config)
         say(f"counting the work of {config.model}, and compiling the methods")
-        rows = _said(itertools.chain(comparison.sweeps(config), comparison.errors(config)), say)
+        planner, fleets = parts.planner(config), list(_fleets(config))
+        rows = itertools.chain(comparison.sweeps(planner, fleets), comparison.errors(planner, fleets[0]))
+        rows = _said(rows, say)
         say("drawing")
         written = [Path(config.workdir) / name for name in PLAN_FILES]
         write_csv(written[0], comparison.Row._fields, rows)
@@ -62,6 +64,21 @@ def compare_plans(config: Config) -> int:
         compare_plot.write_errors(written[2], rows, config)
         say.result(f"{methods_table(rows)}\nwritten: {', '.join(map(str, written))}")
         return 0
+
+
+def _fleets(config: Config) -> Iterator[Any]:
+    """The terms of the fleet of a file, or of several random ones. BadInput names clients that no method can
+    serve.
+    """
+    from sfl_jax import planning
+    from sfl_jax.commands import parts
+    from sfl_jax.planning.comparison import RANDOM_FLEETS
+
+    for seed in range(config.seed, config.seed + (RANDOM_FLEETS if config.fleet == RANDOM else 1)):
+        own = dataclasses.replace(config, seed=seed)
+        fleet, _, terms = parts.read_terms(own)
+        planning.solve(parts.planner(dataclasses.replace(own, method="exact")), fleet, terms)
+        yield terms
 
 
 def _said(rows: Iterable[Any], say: Screen) -> list[Any]:
@@ -85,17 +102,16 @@ def compare_clocks(config: Config) -> int:
     if code or not processes.is_first():
         return code
     with screen(f"planning {config.rounds} rounds by every method") as say:
-        from sfl_jax import experiment, recording
-        from sfl_jax.commands import compare_plot
+        from sfl_jax.commands import compare_plot, parts, workdir
+        from sfl_jax.run import recording
 
-        workdir = Path(config.workdir)
         lines = recording.logged(config.workdir)
         accuracies = [line.test_accuracy for line in lines]
-        built = experiment.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on it
-        recording.ensure_unchanged(built, names=("dataset", "fleet"))
-        clocks = report.clocks(built, lines)
+        built = parts.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on it
+        workdir.ensure_unchanged(built, names=("dataset", "fleet"))
+        clocks = report.clocks(config.workdir, built.parts, lines)
         rows = zip([line.round for line in lines], accuracies, *clocks.values(), strict=True)
-        written = [workdir / name for name in CLOCK_FILES]
+        written = [Path(config.workdir) / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
         compare_plot.write_clocks(written[1], accuracies, clocks, config)
         say.result(

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from sfl_jax.comparison import DRAWS, ERRORS, FOUR_STARTS, NEAREST, RECALL, Row
-from sfl_jax.config import Config
+from sfl_jax.commands.config import Config
 from sfl_jax.files import PNG_METADATA, whole_file
+from sfl_jax.planning.comparison import DRAWS, ERRORS, FOUR_STARTS, NEAREST, RECALL, Row
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes where a hue comes twice.
 _STYLES = {

@@ -11,8 +11,8 @@ from absl import flags
 
 from sfl_jax import __version__, paths
 from sfl_jax.commands import helping, preset, surroundings
+from sfl_jax.commands.config import Config, allowed, fields_of
 from sfl_jax.commands.interruption import INTERRUPTED, interruption
-from sfl_jax.config import Config, allowed, fields_of
 from sfl_jax.errors import BadInput
 
 BAD_INPUT, NO_READER = 2, 141

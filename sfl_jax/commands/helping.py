@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sfl_jax.commands import preset
+from sfl_jax.commands.config import bounds, fields_of
 from sfl_jax.commands.program import program
-from sfl_jax.config import bounds, fields_of
 
 SHORT, FULL = {"--help", "-help", "-h", "--helpshort"}, {"--helpfull", "-helpfull"}
 MOST_WIDTH, LEAST_WIDTH, COLUMN = 100, 60, 30

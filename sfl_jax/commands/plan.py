@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sfl_jax.commands import flags
+from sfl_jax.commands.config import Config
 from sfl_jax.commands.screen import first_line_of_plan, screen
-from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
@@ -30,28 +30,29 @@ def plan(config: Config) -> None:
 
         reading = pool.submit(read_fleet, config.fleet) if config.fleet != "random" else None
         # Meanwhile, for JAX takes as long to import as a million lines to read.
-        from sfl_jax import accelerators
+        from sfl_jax.commands import accelerators
 
         accelerators.start()
         accelerators.find()
-        from sfl_jax import compilation_cache, planning
+        from sfl_jax import planning
+        from sfl_jax.commands import compilation_cache, parts
         from sfl_jax.commands.plan_files import write_plan
         from sfl_jax.commands.plan_summary import head, summary
 
         if config.compilation_cache:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
-        planned = planning.make_plan(config, reading and reading.result())
+        config, planned = parts.planned(config, reading and reading.result())
         say("planning with more server, with faster links and clients, and in cohorts")
-        cohorts_s = planning.cohort_rounds_s(planned)
-        writing = pool.submit(write_plan, output, head(planned, cohorts_s), planning.table(planned))
-        say.result(summary(planned, planning.gains(planned), cohorts_s))
+        cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)
+        writing = pool.submit(write_plan, output, head(config, planned, cohorts_s), planning.table(planned))
+        say.result(summary(config, planned, planning.gains(planned), cohorts_s))
         if config.plot:
             say("drawing the plan")
             from sfl_jax.commands.plan_plot import write_plot
 
             with whole_file(written[-1]) as file:
-                write_plot(file, planned)
+                write_plot(file, config, planned)
         writing.result()
     print(f"{'written':<11} {', '.join(map(str, written))}")
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sfl_jax import optim
+from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_summary import WORDS
 from sfl_jax.files import PNG_METADATA
 from sfl_jax.planning import Planned, seconds, solve
@@ -33,13 +34,13 @@ _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
 _A_SERVER = 1e12  # FLOP/s, to draw around where a plan needs none
 
 
-def write_plot(file: BinaryIO, planned: Planned) -> None:
+def write_plot(file: BinaryIO, config: Config, planned: Planned) -> None:
     """Draw the plan into an open PNG file."""
-    curves = optim.fit_curves(planned.terms) if planned.config.method == "regression" else ()
+    curves = optim.fit_curves(planned.terms) if planned.planner.method == "regression" else ()
     rows: list[Any] = [["clients"] * 4, ["cuts", "cuts", "servers", "servers"]]
     rows += [[curve.quantity for curve in curves]] if curves else []
     figure = Figure(figsize=(11, 5 * len(rows)), layout="constrained")
-    config, fleet = planned.config, planned.config.fleet
+    fleet = config.fleet
     figure.suptitle(
         f"{config.model} at {config.image_size}x{config.image_size}, {len(planned.fleet)} clients"
         f" ({'random fleet' if fleet == 'random' else Path(fleet).name}), {config.method},"
@@ -104,14 +105,14 @@ def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
 
 
 def _draw_servers(axes: Axes, planned: Planned) -> None:
-    config, _, fleet, terms, plan = planned
-    servers = (config.server_flops or _A_SERVER) * _SERVERS
-    plans = [solve(dataclasses.replace(config, server_flops=flops), fleet, terms) for flops in servers]
+    planner, _, fleet, terms, plan = planned
+    servers = (planner.server_flops or _A_SERVER) * _SERVERS
+    plans = [solve(dataclasses.replace(planner, server_flops=flops), fleet, terms) for flops in servers]
     rounds_s = np.array([each.round_s for each in plans])
-    axes.plot(servers, rounds_s, color=_COLOURS["model_up"], label=config.method)
+    axes.plot(servers, rounds_s, color=_COLOURS["model_up"], label=planner.method)
     axes.plot(servers, [each.bound_s for each in plans], color="black", linestyle=":", label="proven bound")
-    if config.server_flops:  # a logarithmic axis has no place for none
-        axes.plot(config.server_flops, plan.round_s, "o", color="black", label="this plan")
+    if planner.server_flops:  # a logarithmic axis has no place for none
+        axes.plot(planner.server_flops, plan.round_s, "o", color="black", label="this plan")
     axes.set(
         title="A smaller or larger server",
         xlabel="server, FLOP/s",

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from sfl_jax import __version__, optim
-from sfl_jax.config import ALTERNATING, RANDOM, Config
+from sfl_jax.commands.config import ALTERNATING, RANDOM, Config
+from sfl_jax.commands.division import idle_columns
 from sfl_jax.digests import digest_of_columns
-from sfl_jax.division import idle_columns
 from sfl_jax.planning import TOGETHER, Gains, Planned, any_schedule_bound_s, binding, doubts, floor, seconds
 
 ASSUMPTIONS = (
@@ -43,9 +43,9 @@ WORDS = {  # terms as people say them
 }  # fmt: skip
 
 
-def head(planned: Planned, cohorts_s: Float64[np.ndarray, " R"]) -> dict[str, Any]:
+def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"]) -> dict[str, Any]:
     """What plan.json says before the clients. cohorts_s: of `planning.cohort_rounds_s`."""
-    config, plan = planned.config, planned.plan
+    plan = planned.plan
     return {
         **{name: getattr(config, name) for name in _ASKED},
         "round_s": plan.round_s,
@@ -89,9 +89,9 @@ def fits(planned: Planned) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def summary(planned: Planned, gains: Gains, cohorts_s: Float64[np.ndarray, " R"]) -> str:
+def summary(config: Config, planned: Planned, gains: Gains, cohorts_s: Float64[np.ndarray, " R"]) -> str:
     """The plan in lines of a name and a text."""
-    config, plan = planned.config, planned.plan
+    plan = planned.plan
     clients = _count(len(planned.fleet), "client")
     method = config.method + (f" from {config.starts}" if config.starts != Config.starts else "")
     method += " with recall" if config.recall else ""
@@ -109,7 +109,7 @@ def summary(planned: Planned, gains: Gains, cohorts_s: Float64[np.ndarray, " R"]
         ("round", f"{plan.round_s:.5g} s"),
         *_bounds(planned),
         *([("in cohorts", _in_cohorts(config, cohorts_s))] if len(cohorts_s) else []),
-        ("server", _server(planned)),
+        ("server", _server(planned, config.target_round_s)),
         *([("band", _band(planned.plan))] if isinstance(planned.plan, optim.BandPlan) else []),
         ("cuts", _cuts(planned)),
         ("time", _time(planned)),
@@ -123,7 +123,7 @@ def summary(planned: Planned, gains: Gains, cohorts_s: Float64[np.ndarray, " R"]
 
 def _clients(planned: Planned) -> str:
     """A row for each client: its cut, its share of the server, its seconds and the longest part of them."""
-    plan, flops, parts = planned.plan, planned.config.server_flops, seconds(planned)._asdict()
+    plan, flops, parts = planned.plan, planned.planner.server_flops, seconds(planned)._asdict()
     width = max(6, *map(len, planned.fleet.client))
     units = ["images", *planned.profile.names]
     rows = [f"{'client':<{width}}  {'cut':>3}  {'after unit':<12}{'share':>8}{'seconds':>11}  longest term"]
@@ -152,7 +152,7 @@ def _gap(gap: float) -> str:
 def _bounds(planned: Planned) -> list[tuple[str, str]]:
     """What is proven, and for which servers."""
     plan, whatever_s = planned.plan, any_schedule_bound_s(planned)
-    if planned.config.method == "work_conserving":
+    if planned.planner.method == "work_conserving":
         return [("bound", f"{plan.bound_s:.5g} s, proven for all cuts and every schedule; {_gap(plan.gap)}")]
     lines = [("bound", f"{plan.bound_s:.5g} s, proven for all cuts and constant shares; {_gap(plan.gap)}")]
     if whatever_s is not None:
@@ -160,15 +160,15 @@ def _bounds(planned: Planned) -> list[tuple[str, str]]:
     return lines
 
 
-def _server(planned: Planned) -> str:
-    shares, flops = planned.plan.shares, planned.config.server_flops
-    if planned.config.method == "work_conserving":
+def _server(planned: Planned, target_round_s: float) -> str:
+    shares, flops = planned.plan.shares, planned.planner.server_flops
+    if planned.planner.method == "work_conserving":
         return f"{flops:.4g} FLOP/s, all of it for whoever waits and has the longest way to go"
     if np.isnan(shares).any():
         return f"{flops:.4g} FLOP/s, all of it for one client after the other"
     if not flops:
         return "none: all clients can train alone"
-    target_s, served = planned.config.target_round_s, int(np.count_nonzero(shares))
+    target_s, served = target_round_s, int(np.count_nonzero(shares))
     smallest = f", the smallest for {target_s:g} s" if target_s else ""
     given = f"{shares.sum() / flops:.1%} of it given to {_count(served, 'client')}"
     alone = f"; {_count(len(shares) - served, 'client')} without" if served < len(shares) else ""
@@ -200,12 +200,12 @@ def _time(planned: Planned) -> str:
 
 def _whole_server(planned: Planned, name: str) -> str:
     """How long the server's work of a client would last on the whole server, since a share stretches it."""
-    if name == "server" and planned.config.method == "work_conserving":
+    if name == "server" and planned.planner.method == "work_conserving":
         return " (with waiting for it)"
     if name != "server" or np.isnan(planned.plan.shares).any():
         return ""
     _, work, _ = planned.terms.at(planned.plan.cuts)
-    return f" (with its share; {work.mean() / planned.config.server_flops:.2g} s with the whole server)"
+    return f" (with its share; {work.mean() / planned.planner.server_flops:.2g} s with the whole server)"
 
 
 def _held_up(planned: Planned) -> str:

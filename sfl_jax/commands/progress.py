@@ -11,9 +11,7 @@ from sfl_jax.commands.words import percent
 LINE_S = 10.0  # a line at least so often, as far as rounds end
 
 
-def with_progress(
-    rounds: Iterable[tuple[Any, Any]], done: int, total: int, screen: Screen
-) -> Iterator[tuple[Any, Any]]:
+def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) -> Iterator[Any]:
     """The rounds, each shown: in a bar on a terminal; elsewhere as a line on stdout for each evaluation, the
     last round, and at least every `LINE_S` seconds.
     """
@@ -27,7 +25,7 @@ def with_progress(
     if not shown:
         screen(f"computing round {done + 1} of {total}")
     with screen.bar(bar) if shown else contextlib.nullcontext():
-        for state, last in rounds:
+        for last in rounds:
             is_new = last.test_accuracy is not None
             if is_new:
                 tested = f", test accuracy {percent(last.test_accuracy)}"
@@ -37,7 +35,7 @@ def with_progress(
                 said_at = time.monotonic()
                 accuracy = tested if is_new else ""
                 screen.result(f"round {last.round}/{total}: {note(last)}{accuracy}, {last.wall_s:.0f} s")
-            yield state, last
+            yield last
 
 
 def note(last: Any) -> str:

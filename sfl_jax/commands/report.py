@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sfl_jax.commands import flags, words
+from sfl_jax.commands.config import Config
 from sfl_jax.commands.screen import screen
-from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_ours, ensure_writable, whole_file
 
@@ -24,23 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(config: Config) -> int:
     """Write the page of the run in the workdir, with the clock of every scheme."""
     with screen(f"reading the run in {config.workdir}") as say:
-        from sfl_jax import accelerators
+        from sfl_jax.commands import accelerators
 
         accelerators.start()
         accelerators.find()
-        from sfl_jax import experiment, recording
+        from sfl_jax.commands import parts, workdir
+        from sfl_jax.run import recording
 
-        run, _ = recording.described(config.workdir)
+        run, _ = workdir.described(config.workdir)
         recording.logged(config.workdir)  # before anything long
         ensure_writable(config.workdir, "workdir", config.workdir)
         ensure_page_is_ours(config.workdir)
 
         def all_clocks(lines):
             # They follow from settings, data and fleet, on whatever devices are here.
-            built = experiment.build(dataclasses.replace(run, devices=0, init_from=""), say)
-            recording.ensure_unchanged(built, names=("dataset", "fleet"))
+            built = parts.build(dataclasses.replace(run, devices=0, init_from=""), say)
+            workdir.ensure_unchanged(built, names=("dataset", "fleet"))
             say(f"planning {len(lines)} rounds by every method")
-            return clocks(built, lines)
+            return clocks(run.workdir, built.parts, lines)
 
         found, note = _write(config.workdir, all_clocks)
         shown = table(found, run.deadline_factor)
@@ -49,14 +50,16 @@ def report(config: Config) -> int:
         return 0
 
 
-def write(built: Any, rivals: Sequence[str]) -> str:
-    """Write the page of an experiment's workdir, with the clocks of `rivals`; a line where it has none of
+def write(workdir: str, parts: Any) -> str:
+    """Write the page of the run in a workdir, with the clocks of its rivals; a line where it has none of
     them, else nothing. OSError where the disk does not let it, BadInput where somebody else's page is there.
     """
-    return _write(built.config.workdir, lambda lines: clocks(built, lines, rivals))[1]
+    return _write(workdir, lambda lines: clocks(workdir, parts, lines, parts.rivals))[1]
 
 
-def clocks(built: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None) -> dict[str, Any]:
+def clocks(
+    workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The simulated seconds after each round by scheme: the run's own first, as `lines` have them, and then
     those of `rivals`, or all.
 
@@ -64,37 +67,37 @@ def clocks(built: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
     """
     import numpy as np
 
-    from sfl_jax import comparison
+    from sfl_jax.run import clocks
 
-    made = comparison.clocks(built, len(lines), rivals)
-    own = _own_clock(built.config, lines)
+    made = clocks.clocks(parts, len(lines), rivals)
+    own = _own_clock(parts.planner, lines)
     (name, logged_s), *_ = own.items()
     if not np.allclose(made[name], logged_s, rtol=SAME, atol=0):
         raise BadInput(
-            f"--workdir={built.config.workdir}: its rounds were planned with other settings, inputs or"
-            " another release"
+            f"--workdir={workdir}: its rounds were planned with other settings, inputs or another release"
         )
     return made | own
 
 
 def ensure_page_is_ours(workdir: str) -> None:
     """BadInput where the workdir has a page of this name that is somebody else's."""
-    from sfl_jax import recording
+    from sfl_jax.run import recording
 
     ensure_ours(Path(workdir) / NAME, recording.MARKS[NAME], "workdir", workdir)
 
 
 def _write(workdir, clocks_of):
     """(the clocks on the page, a line where those of other schemes are left out)"""
-    from sfl_jax import recording
-    from sfl_jax.commands import report_page
+    from sfl_jax.commands import parts, report_page
+    from sfl_jax.commands.workdir import described
+    from sfl_jax.run import recording
 
-    run, environment = recording.described(workdir)
+    run, environment = described(workdir)
     lines, note = recording.logged(workdir), ""
     try:
         found = clocks_of(lines)
     except BadInput as error:
-        found = _own_clock(run, lines)
+        found = _own_clock(parts.planner(run), lines)
         note = f"other schemes' clocks are left out: {error}"
     ensure_page_is_ours(workdir)
     with whole_file(Path(workdir) / NAME) as file:
@@ -102,12 +105,12 @@ def _write(workdir, clocks_of):
     return found, note
 
 
-def _own_clock(config, lines):
+def _own_clock(planner, lines):
     import numpy as np
 
-    from sfl_jax import comparison
+    from sfl_jax.run.clocks import own_scheme
 
-    return {comparison.own_scheme(config): np.array([line.simulated_s for line in lines], float)}
+    return {own_scheme(planner): np.array([line.simulated_s for line in lines], float)}
 
 
 def table(clocks: Mapping[str, Any], deadline_factor: float) -> str:

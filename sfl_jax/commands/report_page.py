@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from sfl_jax.commands import words
 from sfl_jax.commands.compare_plot import draw_clocks
-from sfl_jax.config import Config, settings
-from sfl_jax.metrics import Round, attendance
-from sfl_jax.recording import MARKS, PAGE
+from sfl_jax.commands.config import Config, settings
+from sfl_jax.run.metrics import Round, attendance
+from sfl_jax.run.recording import MARKS, PAGE
 
 _STYLE = """
 :root { color-scheme: light dark }

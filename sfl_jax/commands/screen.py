@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sfl_jax.config import CLIENTS, RANDOM, Config
+from sfl_jax.commands.config import CLIENTS, RANDOM, Config
 
 TICK_S = 1.0  # between two looks at the clock
 SILENT_S = 4.0  # what is going on is said again after it, where there is no terminal

@@ -12,11 +12,11 @@ from typing import Any
 from absl import logging
 
 from sfl_jax.commands import flags, software, words
+from sfl_jax.commands.config import Config, settings
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.commands.program import program
 from sfl_jax.commands.progress import with_progress
 from sfl_jax.commands.screen import first_line, is_perhaps_first, screen
-from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 from sfl_jax.files import NotWritten, ensure_writable, locked
 
@@ -39,15 +39,21 @@ def train(config: Config) -> int:
         say = stack.enter_context(screen(first_line(config), is_perhaps_first(config)))
         stop = stack.enter_context(interruption())
         stop.may_end("starting JAX")
-        from sfl_jax import accelerators
+        from sfl_jax.commands import accelerators
 
         accelerators.start()
         from jax.errors import JaxRuntimeError
 
         from sfl_jax.federated import processes
 
-        accelerators.switch(config)
-        processes.join(config)
+        accelerators.switch(config.deterministic, config.matmul_precision)
+        processes.join(
+            config.coordinator_address or None,
+            config.num_processes or None,
+            None if config.process_id < 0 else config.process_id,
+            config.join_timeout_s,
+            config.heartbeat_timeout_seconds,
+        )
         accelerators.find()
         if not processes.is_alone():
             stop.wait_for_others()
@@ -76,15 +82,15 @@ def _too_large(config) -> str:
 
 
 def _train(config, stop, writes, say) -> int:
-    from sfl_jax import compilation_cache, division, experiment, metrics, recording
-    from sfl_jax.checkpoints import Checkpoints
+    from sfl_jax.commands import compilation_cache, division, parts, workdir
     from sfl_jax.federated import processes
+    from sfl_jax.run import Run, metrics, recording
+    from sfl_jax.run.checkpoints import Checkpoints
 
     logging.set_verbosity(logging.FATAL)  # absl's: orbax logs tracebacks of errors that it raises as well
-    workdir = Path(config.workdir)
     config, _ = division.settle(config)  # whether it is the run in the workdir depends on it
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
-    progress = recording.reached(config, checkpoints)
+    checkpoints = Checkpoints(Path(config.workdir) / "checkpoints", config.keep)
+    progress = workdir.reached(config, checkpoints)
     # Also keeps the first from writing while another still looks for what there is.
     processes.agree(
         progress.round if progress else -1,
@@ -103,39 +109,46 @@ def _train(config, stop, writes, say) -> int:
     with metrics.CompileClock(compiled_s) as compiling:
         if config.warmup_rounds > config.rounds:
             say(f"the learning rate rises to the last round: --warmup_rounds={config.warmup_rounds}")
-        built = experiment.build(config, say, progress)
+        built = parts.build(config, say, progress)
         for note in built.notes:
             say.result(note)
-        inputs = experiment.inputs(built)
+        inputs, run = parts.inputs(built), Run.of(built.parts)
         if progress is None:
             say("drawing the first weights" if not config.init_from else f"reading {config.init_from}")
-            state = experiment.start(built)
+            run.start()
         else:
-            recording.check_inputs(config, progress, inputs)
-            state = experiment.resume(built, checkpoints, progress)
-            say.result(f"--workdir={config.workdir}: going on after round {state.round} of {config.rounds}")
-        before = progress.settings if progress else None
+            workdir.check_inputs(config, progress, inputs)
+            run.resume(checkpoints, progress)
+            say.result(f"--workdir={config.workdir}: going on after round {run.round} of {config.rounds}")
+        before = parts.settled(progress.settings) if progress else None
         notes = compilation_cache.notes() if config.compilation_cache else None
         stop.may_end("measuring and compiling")
-        built, engine = experiment.compile(built, state, before, notes, say)
-        say.result(_how(built))
+        run.compile(config.rounds, before, notes, say)
+        config = parts.with_execution(config, run.parts.execution)
+        say.result(_how(run.parts))
+        saving = recording.Saving(
+            config.checkpoint_every_rounds, config.checkpoint_every_s, config.on_write_error == "stop"
+        )
         recorder = (
-            recording.Recorder(built.config, checkpoints, progress, clock, compiling)
+            recording.Recorder(
+                config.workdir, saving, settings(config, "train"), checkpoints, progress, clock, compiling
+            )
             if writes
             else recording.Silent(clock, compiling)
         )
         with contextlib.closing(recorder):
             stop.must_end_well("this round, which is saved")
-            recorder.begin(state, inputs, experiment.network(built), environment(built, engine))
-            return _rounds(experiment, built, engine, state, recorder, stop, say)
+            recorder.begin(run.state, inputs, parts.network(built), environment(built, run.tried))
+            return _rounds(config, run, recorder, stop, say)
 
 
-def _rounds(experiment, built, engine, start, recorder, stop, say) -> int:
+def _rounds(config, run, recorder, stop, say) -> int:
     """Run the rounds that are left, under the eyes of `recorder`; the exit code."""
     from sfl_jax.commands import report
     from sfl_jax.federated import processes
+    from sfl_jax.run.loop import Diverged
 
-    config, state, last = built.config, start, None
+    last = None
 
     def is_asked_to_stop():
         return processes.any_of(stop.asked)
@@ -144,71 +157,71 @@ def _rounds(experiment, built, engine, start, recorder, stop, say) -> int:
         return not processes.is_alone() or is_asked_to_stop() or recorder.is_due(round)
 
     try:
-        rounds = experiment.run(built, start, engine, recorder.clock, pauses)
-        rounds = with_progress(rounds, start.round, config.rounds, say)
-        while not (is_asked_to_stop() and experiment.is_held(state)) and (done := next(rounds, None)):
-            state, last = done
-            recorder.add(state, last)
+        rounds = run.rounds(config.rounds - run.round, recorder.clock, pauses)
+        rounds = with_progress(rounds, run.round, config.rounds, say)
+        while not (is_asked_to_stop() and run.is_held) and (done := next(rounds, None)):
+            last = done
+            recorder.add(run.state, last)
         say.settle()
-        recorder.save(state, wait=True)
-    except experiment.Diverged as error:
-        if experiment.is_held(error.state):
-            recorder.save(error.state, wait=True)
-        kept = "is" if recorder.saved_round == error.state.round else "is not"
-        say.aside(f"error: {error}; round {error.state.round} {kept} saved; {REMEDY}")
+        recorder.save(run.state, wait=True)
+    except Diverged as error:
+        if run.is_held:
+            recorder.save(run.state, wait=True)
+        kept = "is" if recorder.saved_round == run.round else "is not"
+        say.aside(f"error: {error}; round {run.round} {kept} saved; {REMEDY}")
         return DIVERGED
     except NotWritten:
         raise
     except Exception:
-        if recorder.rescue(state):
-            say.aside(f"round {state.round} of {config.rounds} is saved; {AGAIN} once that is mended")
+        if recorder.rescue(run.state):
+            say.aside(f"round {run.round} of {config.rounds} is saved; {AGAIN} once that is mended")
         raise
-    if recorder.saved_round != state.round:
-        say.aside(f"error: --workdir={config.workdir}: round {state.round} is not saved; {AGAIN}")
+    if recorder.saved_round != run.round:
+        say.aside(f"error: --workdir={config.workdir}: round {run.round} is not saved; {AGAIN}")
         return INTERRUPTED
-    if state.round < config.rounds:
-        say.aside(f"interrupted, round {state.round} of {config.rounds} is saved; {AGAIN}")
+    if run.round < config.rounds:
+        say.aside(f"interrupted, round {run.round} of {config.rounds} is saved; {AGAIN}")
         return INTERRUPTED
     stop.keep(f"all {config.rounds} rounds are saved")
     stop.may_end("writing the report")
     clock_s, compile_s = recorder.clock.seconds, recorder.compiling.seconds
-    run = recorder.came(), recorder.mean_cuts(), len(built.training.chain)
-    say.result(summary(config, state.simulated_s, last, clock_s, compile_s, *run))
+    lines = recorder.came(), recorder.mean_cuts(), len(run.parts.training.chain)
+    say.result(summary(config, run.state.simulated_s, last, clock_s, compile_s, *lines))
     if processes.is_first():
         say(f"drawing {report.NAME}")
-        say.result(_report(built, experiment.RIVALS))
+        say.result(_report(config, run.parts))
     return 0
 
 
-def _report(built, rivals) -> str:
+def _report(config, parts) -> str:
     """Where the page of a run that is done is, or why it is not there; all else has been saved."""
     from sfl_jax.commands import report
 
-    path = Path(built.config.workdir) / report.NAME
+    path = Path(config.workdir) / report.NAME
     try:
-        note = report.write(built, rivals)
+        note = report.write(config.workdir, parts)
         return f"  report: {path}" + (f"; {note}" if note else "")
     except Exception as error:  # the run is done and saved, whatever a picture or a font does
         reason = " ".join(f"{error}".split()) or type(error).__name__
         return f"{path}: cannot be written ({reason}); {program('report')} writes it later"
 
 
-def _how(built) -> str:
+def _how(parts) -> str:
     """How the devices compute this run, in a line."""
-    config, devices, size = built.config, len(built.devices), built.config.clients_per_chunk
+    devices, size = len(parts.devices), parts.execution.clients_per_chunk
     number = "one client after the other" if size == 1 else f"{size} clients at once"
     where = f" on each of {devices} devices" if devices > 1 else ""
-    return f"layers in {config.layer_form} form, {number}{where}"
+    return f"layers in {parts.execution.layer_form} form, {number}{where}"
 
 
-def environment(built: Any, engine: Any) -> dict[str, Any]:
+def environment(built: Any, tried: Any) -> dict[str, Any]:
     """What the numbers of a run may depend on besides its settings."""
     return {
         "python": platform.python_version(),
         "packages": software.packages(),
-        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in built.devices],
+        "devices": [f"{device.platform}:{device.id} {device.device_kind}" for device in built.parts.devices],
         "input_scaling": built.scaling._asdict(),
-        "seconds_per_client_step": {str(one): seconds for one, seconds in engine.tried.items()},
+        "seconds_per_client_step": {str(one): seconds for one, seconds in tried.items()},
         "git_commit": software.git_commit(),
     }
 
@@ -228,7 +241,7 @@ def summary(
     came, mean_cuts: of each round, how many clients' work went into it, and their mean cut. units: of the
     network, so that plans that cut nothing are told.
     """
-    from sfl_jax.metrics import attendance
+    from sfl_jax.run.metrics import attendance
 
     cohort = attendance(config.cohort_size, config.clients, came)
     failed = sum(number == 0 for number in came)

@@ -27,6 +27,13 @@ def squeezed(image_size: int, height: int, width: int) -> list[str]:
     return [f"--image_size={image_size}: images of {height}x{width} are squeezed to {square}"]
 
 
+def scaled(images: Array) -> Array:
+    """Images as a network takes them, of their own size: uint8 becomes -1 to 1, floats stay as they are."""
+    if images.dtype != jnp.uint8:
+        return images
+    return images.astype(jnp.result_type(float)) / 127.5 - 1.0
+
+
 def preprocessing(
     image_size: int, divisor: tuple[float, ...] = (127.5,), offset: tuple[float, ...] = (-1.0,)
 ) -> Callable[[UInt8[Array, "B H W C"]], Float[Array, "B S S C"]]:

@@ -5,6 +5,7 @@ are timed in their real shapes under each alternative: forward, backward and an 
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -17,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sfl_jax.errors import BadInput
 from sfl_jax.federated.balance import chunk_size
 from sfl_jax.files import whole_file
 from sfl_jax.models import Chain, Profile, units
+from sfl_jax.models.layers import FORMS
 
+AUTO, MODES = "auto", ("vmap", "map")
 UNITS = 2  # kinds of units that are timed
 CHUNKS = 1, 2, 4, 8, 16
 WORSE, FAR_WORSE = 1.15, 2.0  # times as slow
@@ -28,7 +32,43 @@ STEPS = 2  # of a call that is timed
 ENOUGH_S = 0.3  # of calls that are timed, of one kind of unit
 
 
-class Execution(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How devices are asked to compute a round.
+
+    Attributes:
+      layer_form: "product" or "conv", see `models.layers`; "auto" measures which is faster.
+      clients_per_chunk: most clients that a device computes at once; 0: the fastest number that fits.
+      mode: "vmap" computes the clients of a chunk at once, "map" one after the other; "auto" measures.
+      memory_gib: memory of a device that rounds may take; 0: what is free.
+
+    Raises:
+      BadInput: a value outside of its range.
+    """
+
+    layer_form: str = AUTO
+    clients_per_chunk: int = 0
+    mode: str = AUTO
+    memory_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("layer_form", FORMS), ("mode", MODES)):
+            if getattr(self, name) not in (AUTO, *allowed):
+                raise BadInput(f"{name}={getattr(self, name)}: must be one of {', '.join((AUTO, *allowed))}")
+        for name in ("clients_per_chunk", "memory_gib"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"{name}={getattr(self, name)}: must be at least 0")
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        """The fields whose choice is left to the run, which then keeps it."""
+        return tuple(name for name, value in OPEN.items() if getattr(self, name) == value)
+
+
+OPEN = {"layer_form": AUTO, "clients_per_chunk": 0, "mode": AUTO}
+
+
+class Alternative(NamedTuple):
     """layer_form: see `models.create`. clients_per_chunk: clients that a device computes at once, vmapped;
     one alone is computed without a client axis.
     """
@@ -48,9 +88,9 @@ def chunk_sizes(clients: int, devices: int) -> list[int]:
 def choose(
     forms: Sequence[str],
     sizes: Sequence[int],
-    seconds: Callable[[Execution], float],
+    seconds: Callable[[Alternative], float],
     places: Callable[[int], float] = lambda size: 1.0,
-) -> tuple[Execution, dict[Execution, float]]:
+) -> tuple[Alternative, dict[Alternative, float]]:
     """(the fastest, the seconds of a client in each that was tried); nothing is tried without a choice.
 
     `seconds` measures one place of a chunk. A client takes the time of `places(size)` of them, see
@@ -58,12 +98,12 @@ def choose(
     larger chunks begin to be slower.
     """
     if len(forms) * len(sizes) == 1:
-        return Execution(forms[0], sizes[0]), {}
-    tried: dict[Execution, float] = {}
+        return Alternative(forms[0], sizes[0]), {}
+    tried: dict[Alternative, float] = {}
     for form in forms:
         best = math.inf
         for size in sizes:
-            one = Execution(form, size)
+            one = Alternative(form, size)
             now = seconds(one)
             tried[one] = places(size) * now
             if now > WORSE * best or tried[one] > FAR_WORSE * min(tried.values()):
@@ -142,16 +182,16 @@ def _seconds_of_unit(unit, x, clients, device):
     return min(times) / STEPS / clients
 
 
-def remembered(path: Path, key: Sequence[Any]) -> tuple[Execution, dict[Execution, float]] | None:
+def remembered(path: Path, key: Sequence[Any]) -> tuple[Alternative, dict[Alternative, float]] | None:
     """What an earlier run measured under the same key; None where nothing of it can be read."""
     try:
         choice, tried = json.loads(path.read_text())[json.dumps(key)]
-        return Execution(*choice), {Execution(form, size): seconds for form, size, seconds in tried}
+        return Alternative(*choice), {Alternative(form, size): seconds for form, size, seconds in tried}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def remember(path: Path, key: Sequence[Any], choice: Execution, tried: dict[Execution, float]) -> None:
+def remember(path: Path, key: Sequence[Any], choice: Alternative, tried: dict[Alternative, float]) -> None:
     """Keep what was measured for later runs, if the disk lets it."""
     try:
         entries = json.loads(path.read_text())

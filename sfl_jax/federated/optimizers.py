@@ -11,6 +11,7 @@ them. The rate of a round is a factor on the updates, 1 leaves them as they are.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,12 +36,14 @@ class LocalOptimizer(NamedTuple):
 
     init, update: optax's own. updates_of: (new state, parameters before the step) -> what `update` returns.
     may_join: whether it treats all numbers of units laid out like this alike, so that leaves may be joined.
+    slots: numbers that optax keeps for each parameter.
     """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
     updates_of: Callable[[Any, Any], Any]
     may_join: Callable[[tuple[Layout, ...]], bool]
+    slots: int = 0
 
 
 def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> LocalOptimizer:
@@ -53,7 +56,7 @@ def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> LocalOptimizer:
     def updates_of(state, params):
         return jax.tree.map(jnp.negative, state[1].trace)
 
-    return LocalOptimizer(whole.init, whole.update, updates_of, lambda layouts: True)
+    return LocalOptimizer(whole.init, whole.update, updates_of, lambda layouts: True, slots=1)
 
 
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> LocalOptimizer:
@@ -70,7 +73,7 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: fl
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
         return jax.tree.map(jnp.negative, decay.update(updates, state[1], params)[0])
 
-    return LocalOptimizer(whole.init, whole.update, updates_of, lambda layouts: True)
+    return LocalOptimizer(whole.init, whole.update, updates_of, lambda layouts: True, slots=2)
 
 
 def of_optax(transformation: optax.GradientTransformation, params: Any = None) -> LocalOptimizer:
@@ -84,8 +87,9 @@ def of_optax(transformation: optax.GradientTransformation, params: Any = None) -
         gradients of another, as a clip by the global norm does. Client and server know only their units'
         gradients, so that such an optimiser would give other numbers than in training without a cut.
     """
-    _check(transformation, PROBE if params is None else params)
-    return _keeping_updates(transformation)
+    like = PROBE if params is None else params
+    _check(transformation, like)
+    return _keeping_updates(transformation)._replace(slots=_slots(transformation, like))
 
 
 def check_local(optimizer: Any) -> None:
@@ -120,6 +124,15 @@ def _keeping_updates(transformation):
 
     is_alike = functools.partial(may_join, transformation)
     return LocalOptimizer(init, update, lambda state, params: state[1], is_alike)
+
+
+def _slots(transformation, like) -> int:
+    """Numbers that a transformation keeps for each parameter, rounded up."""
+    state, params = jax.eval_shape(transformation.init, tuple(like)), tuple(like)
+    kept, own = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree) if leaf.shape) for tree in (state, params)
+    )
+    return -(-kept // own) if own else 0
 
 
 def _check(transformation, like):

@@ -19,7 +19,6 @@ import numpy as np
 from jax._src import distributed  # which alone knows whom it waits for
 from jax.experimental import multihost_utils
 
-from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 
 LOST, UNREACHABLE = 1, 2  # exit codes: another process is gone, or never came
@@ -32,35 +31,41 @@ ALONE_FLAG = "--num_processes=1 trains alone"
 ALONE = ("coordinator_address should be defined", "before any JAX calls")
 
 
-def join(config: Config) -> None:
-    """Meet the other processes of this run, by the flags or as JAX finds them by itself: under SLURM's srun,
-    Open MPI's mpirun, on Cloud TPU pods and in GKE. Alone where there are none.
+def join(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    join_timeout_s: int = 300,
+    heartbeat_s: int = 100,
+) -> None:
+    """Meets the other processes of this run: those that are given, or those that JAX finds by itself under
+    SLURM's srun, Open MPI's mpirun, on Cloud TPU pods and in GKE. Alone where there are none.
 
-    Must come before JAX computes anything. BadInput where the flags make no sense together, or the others
-    cannot be reached.
+    Must come before JAX computes anything. BadInput where what is given makes no sense together, or the
+    others cannot be reached.
     """
     given = {
-        "coordinator_address": config.coordinator_address or None,
-        "num_processes": config.num_processes or None,
-        "process_id": None if config.process_id < 0 else config.process_id,
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
     }
-    if config.num_processes == 1 or jax.distributed.is_initialized():
+    if num_processes == 1 or jax.distributed.is_initialized():
         return
     asked = any(value is not None for value in given.values()) or "JAX_COORDINATOR_ADDRESS" in os.environ
     if not asked and _is_the_only_task(os.environ):
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the command
     try:
-        with _patience(config.join_timeout_s):
+        with _patience(join_timeout_s):
             jax.distributed.initialize(
                 **given,
-                initialization_timeout=config.join_timeout_s + SPARE_S,
-                heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
-                shutdown_timeout_seconds=config.heartbeat_timeout_seconds,
+                initialization_timeout=join_timeout_s + SPARE_S,
+                heartbeat_timeout_seconds=heartbeat_s,
+                shutdown_timeout_seconds=heartbeat_s,
             )
     except (ValueError, RuntimeError, LookupError) as error:
         if asked or not any(words in str(error) for words in ALONE):
-            raise BadInput(_unreachable(config.coordinator_address, error)) from error
+            raise BadInput(_unreachable(coordinator_address, error)) from error
 
 
 def _is_the_only_task(variables: Mapping[str, str]) -> bool:

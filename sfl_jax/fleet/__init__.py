@@ -1,10 +1,13 @@
 """The clients: what each can do, and who comes and how well it is connected in a round."""
 
 from sfl_jax.fleet.clients import Fleet, random_fleet
+from sfl_jax.fleet.faults import Delays, Faults
 from sfl_jax.fleet.files import read_fleet, write_fleet
 from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, slowdowns
 
 __all__ = [
+    "Delays",
+    "Faults",
     "Fleet",
     "Links",
     "availability",

@@ -107,6 +107,10 @@ class Chain:
         """{"params": ..., "batch_stats": ...} of unit `index` of this chain, as Flax takes it."""
         return {"params": variables.params[index]} | _collections(variables.batch_stats[index])
 
+    def in_form(self, layer_form: str) -> "Chain":
+        """The same network with its layers computed in this form, see `layers.FORMS`."""
+        return dataclasses.replace(self, units=[units.in_form(unit, layer_form) for unit in self.units])
+
     def _randomness(self, key, samples):
         """[(rngs, factors of stochastic depth)] of units. Drawn together, since each draw of its own would
         be a loop, which takes time to compile; and read at places that are hidden from XLA, so that equal

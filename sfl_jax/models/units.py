@@ -96,12 +96,15 @@ def _hashes(value):
     return True
 
 
-def reference_form(unit: nn.Module) -> nn.Module:
-    """An own unit with its convolutions in the `conv` form: same variables, a shorter trace. Others
-    unchanged.
-    """
+def in_form(unit: nn.Module, layer_form: str) -> nn.Module:
+    """An own unit with its convolutions in this form: same variables. Others unchanged."""
     has_form = isinstance(unit, OwnUnit) and hasattr(unit, "form")
-    return unit.clone(form="conv") if has_form else unit
+    return unit.clone(form=layer_form) if has_form else unit
+
+
+def reference_form(unit: nn.Module) -> nn.Module:
+    """A unit in the `conv` form, whose trace is shorter and is counted."""
+    return in_form(unit, "conv")
 
 
 def kind(unit: nn.Module) -> nn.Module:

@@ -19,8 +19,10 @@ import networks
 import numpy as np
 import plain
 
-from sfl_jax import checkpoints, datasets, experiment, fleet, metrics, models, recording
-from sfl_jax.commands import train
+from sfl_jax import datasets, models
+from sfl_jax.commands import parts, train
+from sfl_jax.fleet import faults as fleet_faults
+from sfl_jax.run import checkpoints, metrics, recording
 
 CLIENTS = 48
 FLAGS = [
@@ -36,9 +38,9 @@ def noise(poisoned=(), samples=8 * CLIENTS):
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (samples + 32, 8, 8, 1), np.uint8)
     labels = rng.integers(0, 10, samples + 32).astype(np.int32)
-    parts = datasets.partition(labels[:samples], CLIENTS)
+    shares = datasets.partition(labels[:samples], CLIENTS)
     for client in poisoned:
-        images[parts[client]] = 0
+        images[shares[client]] = 0
     return datasets.Dataset(
         images[:samples], labels[:samples], images[samples:], labels[samples:], 10, "mnist"
     )
@@ -49,7 +51,7 @@ def world(poisoned=(), absent=(), samples=8 * CLIENTS, create=networks.create):
     """While it lasts, runs train what `create` makes in the place of a model, on noise; `poisoned` clients
     compute NaN, and `absent` ones never come.
     """
-    preprocessing, availability = experiment.preprocessing, fleet.availability
+    preprocessing, availability = parts.preprocessing, fleet_faults.availability
 
     def black_is_nan(*given):
         scaled = preprocessing(*given)
@@ -62,8 +64,8 @@ def world(poisoned=(), absent=(), samples=8 * CLIENTS, create=networks.create):
     with (
         mock.patch.object(datasets, "load", return_value=data),
         mock.patch.object(models, "create", create),
-        mock.patch.object(experiment, "preprocessing", black_is_nan),
-        mock.patch.object(fleet, "availability", without_the_absent),
+        mock.patch.object(parts, "preprocessing", black_is_nan),
+        mock.patch.object(fleet_faults, "availability", without_the_absent),
     ):
         yield
 

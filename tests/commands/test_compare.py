@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from disks import fill
 
-from sfl_jax import comparison, files
+from sfl_jax import files
 from sfl_jax.commands import compare
-from sfl_jax.config import Config
+from sfl_jax.commands.config import Config
+from sfl_jax.planning import comparison
 
 TINY = ["--model=efficientnetv2-tiny", "--server_flops=3e9", "--layer_form=conv"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -46,7 +47,7 @@ def test_plans_without_training(tmp_path, capsys, monkeypatch):
     few = ("exact", "alternating", "no_split")  # each is compiled
     monkeypatch.setattr(comparison, "schemes", lambda barrier: few)
     errors = comparison.errors
-    monkeypatch.setattr(comparison, "errors", lambda config: errors(config, draws=3))
+    monkeypatch.setattr(comparison, "errors", lambda *given: errors(*given, draws=3))
     assert compare.main([*TINY, "--plan_only", "--clients=6", f"--workdir={tmp_path}"]) == 0
     rows = table(tmp_path / "methods.csv")
     assert list(rows[0]) == list(comparison.Row._fields)

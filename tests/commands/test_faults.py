@@ -8,8 +8,10 @@ import pytest
 from commands import small_world
 from commands.small_world import lines, model, run, same, saved_rounds
 
-from sfl_jax import datasets, experiment, fleet
+from sfl_jax import datasets, fleet
 from sfl_jax.errors import BadInput
+from sfl_jax.run import loop
+from sfl_jax.run.rounds import prepare
 
 SEED, CLIENTS, COHORT = 0, small_world.CLIENTS, 4
 
@@ -57,8 +59,6 @@ def test_a_diverged_state_that_cannot_be_saved_is_not_said_to_be(tmp_path, capsy
 
 @pytest.mark.parametrize("error", [BadInput("no more"), pytest.param(KeyError("x"), marks=pytest.mark.slow)])
 def test_an_error_in_the_middle_of_a_run_costs_no_round_that_is_done(error, tmp_path, capsys, monkeypatch):
-    prepare = experiment.prepare
-
     def fail_once(own, round):
         if round == 2:
             monkeypatch.undo()
@@ -66,7 +66,7 @@ def test_an_error_in_the_middle_of_a_run_costs_no_round_that_is_done(error, tmp_
         return prepare(own, round)
 
     with small_world.world():
-        monkeypatch.setattr(experiment, "prepare", fail_once)
+        monkeypatch.setattr(loop, "prepare", fail_once)
         if isinstance(error, BadInput):
             assert run(tmp_path, "--rounds=3") == 2
         else:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import sfl_jax
 from sfl_jax.commands import flags, helping
 from sfl_jax.commands import preset as presets
+from sfl_jax.commands.config import Config, fields_of, validate
 from sfl_jax.commands.program import program
-from sfl_jax.config import Config, fields_of, validate
 from sfl_jax.errors import BadInput
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"

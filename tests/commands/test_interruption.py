@@ -10,11 +10,11 @@ from unittest import mock
 
 import pytest
 
-from sfl_jax import experiment, recording
-from sfl_jax.commands import interruption, train
+from sfl_jax import run
+from sfl_jax.commands import interruption, parts, train, workdir
+from sfl_jax.commands.config import Config
 from sfl_jax.commands.interruption import Stop
 from sfl_jax.commands.screen import Screen
-from sfl_jax.config import Config
 from sfl_jax.federated import processes
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
@@ -97,7 +97,7 @@ def ends(monkeypatch):
 
 
 def interrupted_in(monkeypatch, name):
-    """Ctrl-C comes within a function of `experiment`, from which the run does not come back."""
+    """Ctrl-C comes within `build` or `compile`, from which the run does not come back."""
     come, hear = threading.Event(), Stop.hear
 
     def hear_and_note(self, number):
@@ -112,7 +112,10 @@ def interrupted_in(monkeypatch, name):
         raise InterruptedError
 
     monkeypatch.setattr(Stop, "hear", hear_and_note)
-    monkeypatch.setattr(experiment, name, interrupt)
+    if name == "build":
+        monkeypatch.setattr(parts, name, interrupt)
+    else:
+        monkeypatch.setattr(run.Run.of(None), name, interrupt)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +130,12 @@ def interrupted_in(monkeypatch, name):
 def test_before_the_first_round_a_run_ends_at_once(
     function, round, others, code, line, monkeypatch, tmp_path, capfd, ends
 ):
-    built = mock.Mock(notes=[])
-    for name in ("build", "inputs", "start", "resume"):
-        monkeypatch.setattr(experiment, name, mock.Mock(return_value=built))
-    monkeypatch.setattr(recording, "check_inputs", mock.Mock())
+    for name in ("build", "inputs", "settled"):
+        monkeypatch.setattr(parts, name, mock.Mock(return_value=mock.Mock(notes=[])))
+    monkeypatch.setattr(run, "Run", mock.Mock())
+    monkeypatch.setattr(workdir, "check_inputs", mock.Mock())
     progress = round and mock.Mock(round=round, wall_s=0.0, compile_s=0.0)
-    monkeypatch.setattr(recording, "reached", mock.Mock(return_value=progress))
+    monkeypatch.setattr(workdir, "reached", mock.Mock(return_value=progress))
     monkeypatch.setattr(processes, "is_alone", lambda: not others)
     monkeypatch.setattr(processes, "agree", mock.Mock())
     interrupted_in(monkeypatch, function)
@@ -144,14 +147,15 @@ def test_before_the_first_round_a_run_ends_at_once(
 
 
 def test_the_rounds_are_not_ended_by_the_first_signal(monkeypatch, tmp_path, capfd):
-    built, said = mock.Mock(notes=[], config=Config(workdir=str(tmp_path))), []
-    for name in ("build", "inputs", "start", "network"):
-        monkeypatch.setattr(experiment, name, mock.Mock(return_value=built))
-    monkeypatch.setattr(experiment, "compile", lambda *_: (built, None))
-    monkeypatch.setattr(recording, "Recorder", mock.Mock())
+    said = []
+    for name in ("build", "inputs", "network"):
+        monkeypatch.setattr(parts, name, mock.Mock(return_value=mock.Mock(notes=[])))
+    monkeypatch.setattr(parts, "with_execution", lambda config, _: config)
+    monkeypatch.setattr(run, "Run", mock.Mock())
+    monkeypatch.setattr(run.recording, "Recorder", mock.Mock())
     for name in ("environment", "_how"):
         monkeypatch.setattr(train, name, lambda *_: "")
-    monkeypatch.setattr(train, "_rounds", lambda *given: said.extend(heard(capfd, given[5], INT)) or 0)
+    monkeypatch.setattr(train, "_rounds", lambda *given: said.extend(heard(capfd, given[3], INT)) or 0)
     assert train.main([f"--workdir={tmp_path}"]) == 0
     assert said[0][0] is None
     assert said[0][1].endswith("stopping after this round, which is saved; press Ctrl-C again to stop now")
@@ -159,12 +163,10 @@ def test_the_rounds_are_not_ended_by_the_first_signal(monkeypatch, tmp_path, cap
 
 def test_a_run_stops_where_any_process_was_asked_to(monkeypatch, capsys):
     monkeypatch.setattr(processes, "any_of", lambda here: True)
-    state, recorder = mock.Mock(round=3), mock.Mock(saved_round=3)
-    built = mock.Mock(config=Config(rounds=9))
     another_round = map(pytest.fail, ["a round was begun"])
-    runs = mock.Mock(Diverged=experiment.Diverged, run=mock.Mock(return_value=another_round))
-    assert train._rounds(runs, built, mock.Mock(), state, recorder, Stop(), Screen()) == 75
-    recorder.save.assert_called_once_with(state, wait=True)
+    own, recorder = mock.Mock(round=3, rounds=lambda *_: another_round), mock.Mock(saved_round=3)
+    assert train._rounds(Config(rounds=9), own, recorder, Stop(), Screen()) == 75
+    recorder.save.assert_called_once_with(own.state, wait=True)
     assert "interrupted, round 3 of 9 is saved" in capsys.readouterr().err
 
 

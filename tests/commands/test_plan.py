@@ -12,10 +12,10 @@ from disks import fill
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from sfl_jax import compilation_cache, models, optim, planning
-from sfl_jax.commands import plan, plan_plot
+from sfl_jax import models, optim, planning
+from sfl_jax.commands import compilation_cache, parts, plan, plan_plot
+from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_summary import WORDS, summary
-from sfl_jax.config import Config
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.fleet import read_fleet
 
@@ -108,13 +108,13 @@ def test_the_summary_says_who_holds_up_and_what_would_help(here, capsys, method)
     config = Config(
         model="efficientnetv2-tiny", fleet=str(here / "fleet.csv"), server_flops=1e10, method=method
     )
-    planned = planning.make_plan(config)
+    _, planned = parts.planned(config)
     who, gains, plan = planning.binding(planned), planning.gains(planned), planned.plan
     (held_up,) = (text for name, text in said if name == "held up by")
-    first, parts = who.clients[0], planning.seconds(planned)._asdict()
-    longest = max(parts, key=lambda name: parts[name][first])
+    first, terms = who.clients[0], planning.seconds(planned)._asdict()
+    longest = max(terms, key=lambda name: terms[name][first])
     named = f"{planned.fleet.client[first]} (pull {who.pull[0]:.0%}, longest: {WORDS[longest]} "
-    assert named + f"{parts[longest][first]:.3g} s)" in held_up
+    assert named + f"{terms[longest][first]:.3g} s)" in held_up
     assert held_up.startswith("a full server: 2 clients end together, first ") == (method == "exact")
     more = [text for name, text in said if name.startswith("+1")]
     named = sorted(zip(gains, ("server", "uplink", "downlink", "compute"), strict=True), key=lambda x: -x[0])
@@ -221,9 +221,10 @@ def test_rates_in_another_unit_are_asked_about(here, capsys, factor, asked):
 
 
 def test_a_method_that_finds_a_worse_plan_is_said_to(here):
-    planned = planning.make_plan(Config(model="efficientnetv2-tiny", fleet=str(here / "fleet.csv")))
+    config = Config(model="efficientnetv2-tiny", fleet=str(here / "fleet.csv"))
+    _, planned = parts.planned(config)
     worse = planning.Gains(server_s=-0.5 * planned.plan.round_s, uplink_s=0.0, downlink_s=1e-9, compute_s=0.1)
-    text = summary(planned, worse, np.empty(0))
+    text = summary(config, planned, worse, np.empty(0))
     assert "longer (50.0%): exact finds a worse plan there" in text
     assert "of uplink for all: no change" in text
     assert "-" not in "".join(line for line in text.splitlines() if "shorter" in line)

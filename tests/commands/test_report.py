@@ -13,11 +13,14 @@ import pytest
 from commands import small_world
 from matplotlib.figure import Figure
 
-from sfl_jax import comparison, experiment, fleet, recording
-from sfl_jax.commands import compare, report, report_page, train
+from sfl_jax import fleet
+from sfl_jax.commands import compare, parts, report, report_page, train
+from sfl_jax.commands import workdir as workdirs
 from sfl_jax.commands.program import program
-from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
+from sfl_jax.planning import Planner, comparison
+from sfl_jax.run import clocks as run_clocks
+from sfl_jax.run import recording
 
 RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
 
@@ -88,9 +91,9 @@ def test_the_clock_of_the_run_is_as_it_logged_it(monkeypatch):
     """What is made again may differ by rounding, which would be another number in the same run's table."""
     logged_s = [1.0, 2.0]
     made_again = {"exact": np.array(logged_s) * (1 + report.SAME / 2), "no_split": np.array([3.0, 6.0])}
-    monkeypatch.setattr(comparison, "clocks", lambda *_: made_again)
-    built, lines = mock.Mock(config=Config()), [mock.Mock(simulated_s=s) for s in logged_s]
-    found = report.clocks(built, lines, ())
+    monkeypatch.setattr(run_clocks, "clocks", lambda *_: made_again)
+    own, lines = mock.Mock(planner=Planner()), [mock.Mock(simulated_s=s) for s in logged_s]
+    found = report.clocks("run", own, lines, ())
     assert list(found) == ["exact", "no_split"]
     assert found["exact"].tolist() == logged_s
 
@@ -179,7 +182,7 @@ def test_of_other_inputs_no_clock_is_made_but_that_of_the_run_is_shown(name, rea
 
 
 def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeypatch):
-    drawn, config = [], recording.described(str(run))[0]
+    drawn, config = [], workdirs.described(str(run))[0]
     monkeypatch.setattr(report_page, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
     for round_s in (2.0, None):  # None: no round that is known
         lines = [line._replace(round_s=round_s, bound_s=round_s) for line in recording.logged(str(run))]
@@ -193,12 +196,12 @@ def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeyp
 )
 def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
     """The clocks of every scheme in a table, and the experiment as it was."""
-    config, _ = recording.described(str(run))
+    config, _ = workdirs.described(str(run))
     with changed(run, name):
         if name == "fleet":
             with pytest.raises(BadInput, match=reason):
-                recording.saved(str(run))
-        config = dataclasses.replace(recording.described(str(run))[0], allow_config_change=True)
+                workdirs.saved(str(run))
+        config = dataclasses.replace(workdirs.described(str(run))[0], allow_config_change=True)
         with pytest.raises(BadInput, match=reason):
             compare.compare_clocks(config)
     assert not (run / "schemes.csv").exists()
@@ -214,13 +217,18 @@ def test_whose_accuracy_it_is_depends_on_who_may_be_late(factor, run, tmp_path, 
     with small_world.world():
         assert report.main([f"--workdir={tmp_path}"]) == 0
     said = capsys.readouterr().out
-    config = recording.described(str(tmp_path))[0]
+    config = workdirs.described(str(tmp_path))[0]
     last = recording.logged(str(tmp_path))[-1]
     closing = train.summary(config, {"exact": 1.0}, last, 1.0, 1.0, [4])
     for text in (said, (tmp_path / "report.html").read_text()):
         assert ("the accuracy is the same for all" in text) == (not factor)
     for text in (said, (tmp_path / "report.html").read_text(), closing):
         assert ("the accuracy is that of this run's plans alone" in text) == bool(factor)
+
+
+def alone(config):
+    """The parts of a run without rivals."""
+    return dataclasses.replace(parts.build(config).parts, rivals=())
 
 
 def test_a_page_of_somebody_else_stays(run, tmp_path, capsys):
@@ -230,17 +238,19 @@ def test_a_page_of_somebody_else_stays(run, tmp_path, capsys):
     assert report.main([f"--workdir={tmp_path}"]) == 2
     assert f"{tmp_path / 'report.html'} is not of sfl_jax and would be replaced" in capsys.readouterr().err
     with small_world.world():
-        built = experiment.build(recording.described(str(tmp_path))[0])
-    assert "is not of sfl_jax" in train._report(built, ())
+        config = workdirs.described(str(tmp_path))[0]
+        own = alone(config)
+    assert "is not of sfl_jax" in train._report(config, own)
     assert (tmp_path / "report.html").read_text() == "<p>mine"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no\nfonts"), KeyError("x"), MemoryError()])
 def test_no_error_of_the_page_ends_a_run_that_is_done(error, run):
     with small_world.world():
-        built = experiment.build(recording.described(str(run))[0])
-    with mock.patch.object(comparison, "clocks", side_effect=error):
-        said = train._report(built, ())
+        config = workdirs.described(str(run))[0]
+        own = alone(config)
+    with mock.patch.object(run_clocks, "clocks", side_effect=error):
+        said = train._report(config, own)
     assert said.startswith(f"{run / 'report.html'}: cannot be written (")
     assert "\n" not in said
 
@@ -285,19 +295,19 @@ def test_a_full_disk_leaves_the_run_done_and_no_page(run, tmp_path):
     """What is done is done: the end of the run says where the page is not, and what writes it."""
     for file in ("config.json", "metrics.jsonl"):
         (tmp_path / file).write_bytes((run / file).read_bytes())
-    config, _ = recording.described(str(tmp_path))
+    config, _ = workdirs.described(str(tmp_path))
     with small_world.world():
-        built = experiment.build(config)
+        own = alone(config)
     page = tmp_path / "report.html"
     with mock.patch.object(report, "whole_file", side_effect=small_world.FULL):
-        said = train._report(built, ())
+        said = train._report(config, own)
     assert said == f"{page}: cannot be written ({small_world.FULL}); {program('report')} writes it later"
     with mock.patch.object(report_page, "page", side_effect=ValueError("a library's own")):
-        assert "cannot be written (a library's own); " in train._report(built, ())
+        assert "cannot be written (a library's own); " in train._report(config, own)
     assert not page.exists()
     with mock.patch.object(report_page, "page", return_value="\udcff"):  # of a workdir that is not UTF-8
-        train._report(built, ())
+        train._report(config, own)
     assert page.read_bytes() == b"&#56575;"
     page.unlink()  # it lacks the mark of a page
-    assert train._report(built, ()).endswith(str(page))
+    assert train._report(config, own).endswith(str(page))
     assert b"</html>" in page.read_bytes()

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from sfl_jax import metrics
 from sfl_jax.commands import progress
 from sfl_jax.commands import screen as screens
-from sfl_jax.config import Config
+from sfl_jax.commands.config import Config
+from sfl_jax.run import metrics
 
 
 class Stream(io.StringIO):
@@ -144,11 +144,8 @@ def rounds(clock, seconds, tested=()):
     for number, lasts in enumerate(seconds, 1):
         clock.now += lasts
         accuracy = 0.5 + number / 100 if number in tested else None
-        yield (
-            number,
-            metrics.Round(
-                number, 2.0 / number, accuracy, accuracy, 1.0, 1.0, 3.5 * number, clock.now, 1.0, 4, 7.25
-            ),
+        yield metrics.Round(
+            number, 2.0 / number, accuracy, accuracy, 1.0, 1.0, 3.5 * number, clock.now, 1.0, 4, 7.25
         )
 
 
@@ -156,7 +153,7 @@ def test_rounds_without_a_terminal_are_lines_of_evaluations_and_of_every_ten_sec
     screen = make(False, clock)
     seconds = [6, 6, 6, 1, 1, 12, 1, 1]
     done = progress.with_progress(rounds(clock, seconds, tested={4}), 0, 8, screen)
-    assert [state for state, _ in done] == list(range(1, 9))
+    assert [line.round for line in done] == list(range(1, 9))
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [2, 4, 6, 8]
     assert lines[0] == "round 2/8: loss 1.000, simulated 7 s, mean cut 7.2, 112 s"
@@ -167,8 +164,8 @@ def test_rounds_without_a_terminal_are_lines_of_evaluations_and_of_every_ten_sec
 
 def test_on_a_terminal_the_bar_has_every_rounds_loss_and_no_warning_crosses_it(clock, capsys):
     screen = make(True, clock)
-    for state, _ in progress.with_progress(rounds(clock, [1, 1, 1], tested={1}), 0, 3, screen):
-        if state == 2:
+    for line in progress.with_progress(rounds(clock, [1, 1, 1], tested={1}), 0, 3, screen):
+        if line.round == 2:
             screen.aside("warning: look")
         screen.tick()  # the bar's own clock moves
     text = shown(screen.stream.getvalue())

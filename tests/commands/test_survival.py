@@ -21,7 +21,7 @@ from commands import small_world
 from disks import fill
 
 from sfl_jax.commands import train
-from sfl_jax.config import Config
+from sfl_jax.commands.config import Config
 
 ROUNDS = 8
 FLAGS = [
@@ -88,18 +88,19 @@ def numbers(workdir):
 
 def final_model(workdir):
     """The arrays of the last checkpoint."""
-    from sfl_jax import experiment
-    from sfl_jax.checkpoints import Checkpoints
+    from sfl_jax.commands import parts
+    from sfl_jax.run.checkpoints import Checkpoints
+    from sfl_jax.run.state import model_like
 
     settings = json.loads((workdir / "config.json").read_text())
     del settings["environment"]
-    built = experiment.build(Config.from_dict(settings | {"devices": 1}))
+    own = parts.build(Config.from_dict(settings | {"devices": 1})).parts
     checkpoints = Checkpoints(workdir / "checkpoints", 2)
     progress = checkpoints.newest((workdir / "metrics.jsonl").read_bytes())
     assert progress.round == settings["rounds"]
     import jax
 
-    model = checkpoints.restore(progress, jax.eval_shape(lambda: experiment.initial_model(built)))
+    model = checkpoints.restore(progress, model_like(own.training, own.image_shape))
     return jax.tree.leaves(model)
 
 
@@ -273,7 +274,7 @@ def test_with_the_settings_of_a_newcomer_it_is_stopped_goes_on_and_is_reported(e
     assert [line["round"] for line in numbers(tmp_path / "runs" / "demo")] == [1, 2, 3, 4, 5, 6]
     out, _ = finish(subprocess.Popen([sys.executable, "-m", "launch.report"], **start))
     assert "no_split" in out
-    export = "from sfl_jax import recording; print(recording.trained('runs/demo').round)"
+    export = "from sfl_jax.commands import workdir; print(workdir.trained('runs/demo').round)"
     out, _ = finish(subprocess.Popen([sys.executable, "-c", export], **start))
     assert out == "6\n"
 

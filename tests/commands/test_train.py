@@ -16,14 +16,17 @@ import pytest
 from commands import small_world
 from models import keras_models
 
-from sfl_jax import experiment, metrics, models, recording
-from sfl_jax.checkpoints import Checkpoints
-from sfl_jax.commands import train
+from sfl_jax import models
+from sfl_jax.commands import parts, train
+from sfl_jax.commands import workdir as workdirs
+from sfl_jax.commands.config import Config, fields_of, settings
 from sfl_jax.commands.flags import parse
-from sfl_jax.config import Config, fields_of
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import processes
 from sfl_jax.models import keras_weights
+from sfl_jax.run import Run, loop, metrics, recording
+from sfl_jax.run.checkpoints import Checkpoints
+from sfl_jax.run.state import start
 
 IMAGES = jnp.zeros((1, 8, 8, 1))
 
@@ -86,7 +89,7 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
 
 def test_a_finished_run_is_not_trained_again(run, capsys, monkeypatch):
     workdir, _ = run
-    monkeypatch.setattr(experiment, "build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(parts, "build", lambda *_: pytest.fail("built"))
     before = (workdir / "metrics.jsonl").read_bytes()
     assert train.main([*SMALL, f"--workdir={workdir}"]) == 0
     assert "done, all 3 rounds" in capsys.readouterr().out
@@ -120,28 +123,29 @@ def test_a_run_goes_on_without_the_weights_it_began_with_but_not_with_others(tmp
     chain, workdir = models.create("efficientnetv2-tiny"), tmp_path / "run"
     given, others = (chain.init(jax.random.key(seed), IMAGES) for seed in (1, 2))
     keras_weights.save(str(path), chain, given, keras_weights.CENTRED)
-    monkeypatch.setattr(experiment, "compile", interrupted)
+    monkeypatch.setattr(Run, "compile", interrupted)
     workdir.mkdir()
     with small_world.world(create=models.create):
-        begun = experiment.build(
+        begun = parts.build(
             parse([*small_world.FLAGS, *flags, f"--workdir={workdir}", "--rounds=1"], "train")
         )
         saves = Checkpoints(workdir / "checkpoints", 1), None, metrics.Stopwatch(), metrics.CompileClock()
-        with contextlib.closing(recording.Recorder(begun.config, *saves)) as recorder:
-            recorder.begin(experiment.start(begun), experiment.inputs(begun), experiment.network(begun), {})
+        own = recording.Recorder(str(workdir), recording.Saving(), settings(begun.config, "train"), *saves)
+        with contextlib.closing(own) as recorder:
+            recorder.begin(start(begun.parts), parts.inputs(begun), parts.network(begun), {})
         path.unlink()
         assert small_world.run(workdir, *flags, "--rounds=2") == 2
         out, err = capsys.readouterr()
         assert f"{path} is gone; the run goes on without it" in out
         assert "this is far enough" in err
-        built, state = recording.saved(str(workdir))
+        built, state = workdirs.saved(str(workdir))
         assert built.scaling == keras_weights.CENTRED
         jax.tree.map(np.testing.assert_array_equal, state.model.variables, given)
         keras_weights.save(str(path), chain, others, keras_weights.CENTRED)
         assert small_world.run(workdir, *flags, "--rounds=2") == 2
         assert f"--init_from={path} (has other contents now)" in capsys.readouterr().err
         with pytest.raises(BadInput, match="has other contents now"):
-            recording.saved(str(workdir))
+            workdirs.saved(str(workdir))
 
 
 @pytest.mark.slow
@@ -149,7 +153,7 @@ def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatc
     chain, started = models.create("efficientnetv2-tiny"), []
     given = chain.init(jax.random.key(7), IMAGES)
     keras_weights.save(str(tmp_path / "given.weights.h5"), chain, given, keras_weights.CENTRED)
-    monkeypatch.setattr(experiment, "run", lambda *given: iter(started.append(given[:2]) or ()))
+    monkeypatch.setattr(loop, "run", lambda *given: iter(started.append(given[:2]) or ()))
     for name, more in {"given": [f"--init_from={tmp_path / 'given.weights.h5'}"], "fresh": []}.items():
         flags = [*SMALL, f"--workdir={tmp_path / name}", "--head_init_scale=0"]
         assert train.main([*flags, *more]) == 75, "no round was run"
@@ -170,38 +174,38 @@ def test_training_starts_from_given_weights_and_records_their_scaling(monkeypatc
 def test_a_trained_run_is_exported_for_keras(run, tmp_path, monkeypatch):
     workdir, _ = run
     monkeypatch.chdir(workdir.parent)
-    built, state = recording.saved(workdir.name)
+    built, state = workdirs.saved(workdir.name)
     assert state.round == 3
-    chain, path = built.training.chain, str(tmp_path / "trained.weights.h5")
+    chain, path = built.parts.training.chain, str(tmp_path / "trained.weights.h5")
     keras_weights.save(path, chain, state.model.variables, built.scaling)
     fresh = chain.init(jax.random.key(0), IMAGES)
     reread = keras_weights.load(path, "efficientnetv2-tiny", chain, fresh)
     jax.tree.map(np.testing.assert_array_equal, reread.variables, state.model.variables)
-    images = built.training.preprocess(built.dataset.test_images[:500])
+    images = built.parts.training.preprocess(built.parts.data.test_images[:500])
     logits, _ = jax.jit(chain.apply)(reread.variables, images)
-    accuracy = (np.argmax(logits, -1) == built.dataset.test_labels[:500]).mean()
+    accuracy = (np.argmax(logits, -1) == built.parts.data.test_labels[:500]).mean()
     assert accuracy == pytest.approx(lines(workdir)[-1]["test_accuracy"], abs=0.1)
 
 
 def test_an_export_needs_the_checkpoint_alone(run, monkeypatch):
     workdir, _ = run
     monkeypatch.chdir(workdir.parent)
-    for name in ("datasets.load", "keras_weights.load", "fleet.read_fleet", "experiment.build"):
+    for name in ("datasets.load", "keras_weights.load", "fleet.read_fleet", "commands.parts.build"):
         monkeypatch.setattr(
             f"sfl_jax.{name}".replace("jax.keras", "jax.models.keras"), lambda *_: pytest.fail("read")
         )
-    found = recording.trained(workdir.name)
-    _, checkpoints, progress = recording._newest(workdir.name)
+    found = workdirs.trained(workdir.name)
+    _, checkpoints, progress = workdirs._newest(workdir.name)
     with pytest.MonkeyPatch.context() as patch:  # of a fleet that is gone
         lost = progress._replace(settings=progress.settings | {"fleet": "gone.csv"})
         patch.setattr(type(checkpoints), "newest", lambda *_: lost)
-        assert recording.trained(workdir.name).round == 3
+        assert workdirs.trained(workdir.name).round == 3
     config = dataclasses.replace(Config.from_dict(progress.settings), init_from="gone.h5", fleet="gone.csv")
     network = progress.network | {"input_scaling": {"divisor": [58.4], "offset": [-2.1]}}
-    other = experiment.trained(config, checkpoints, progress._replace(network=network))
+    other = parts.trained(config, checkpoints, progress._replace(network=network))
     monkeypatch.undo()
     monkeypatch.chdir(workdir.parent)
-    _, state = recording.saved(workdir.name)
+    _, state = workdirs.saved(workdir.name)
     assert (found.round, found.scaling) == (3, keras_weights.SIGNED)
     assert other.scaling == ((58.4,), (-2.1,))
     for one in (found, other):
@@ -209,7 +213,7 @@ def test_an_export_needs_the_checkpoint_alone(run, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, one.variables, state.model.variables)
 
 
-@pytest.mark.parametrize("read", [recording.saved, recording.trained])
+@pytest.mark.parametrize("read", [workdirs.saved, workdirs.trained])
 def test_where_there_is_no_run_none_is_exported(read, tmp_path):
     with pytest.raises(BadInput, match=r"^--workdir=.*: no run is here"):
         read(str(tmp_path))
@@ -222,7 +226,7 @@ def test_where_there_is_no_run_none_is_exported(read, tmp_path):
 def test_a_damaged_description_of_a_run_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(BadInput, match=r"^[^\n]*$"):
-        recording.saved(str(tmp_path))
+        workdirs.saved(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -231,10 +235,10 @@ def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypa
     model = keras_models.make("efficientnetv2-b0", include_preprocessing=True, classes=1000)
     model.save(tmp_path / "b0.keras")
     config = Config(model="efficientnetv2-b0", init_from=str(tmp_path / "b0.keras"))
-    built = experiment.build(config)
+    built = parts.build(config)
     assert built.scaling == keras_weights.CENTRED  # the images of MNIST are grey
     top = next(layer for layer in model.layers if layer.name == "top_conv")
-    kernel = experiment.start(built).model.variables.params[-2]["conv"]["kernel"]
+    kernel = start(built.parts).model.variables.params[-2]["conv"]["kernel"]
     np.testing.assert_array_equal(kernel, np.asarray(top.kernel.value))
 
 
@@ -251,7 +255,7 @@ def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkey
         jax.block_until_ready(jnp.zeros((2**46,), jnp.int8))
         yield
 
-    monkeypatch.setattr(experiment, "run", exhaust)
+    monkeypatch.setattr(loop, "run", exhaust)
     assert train.main([*SMALL, f"--workdir={tmp_path}", flag]) == 2
     *_, said = capsys.readouterr().err.splitlines()
     assert line in said
@@ -382,7 +386,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, line, tmp_path, cap
 
 def test_learning_rate_rises_and_falls():
     config = Config(rounds=10, warmup_rounds=2, learning_rate=0.1, learning_rate_schedule="cosine")
-    rates = [experiment.learning_rate(config, r) for r in range(10)]
+    rates = [parts.rate(config)(r) for r in range(10)]
     assert rates[:3] == pytest.approx([0.05, 0.1, 0.1])
     assert rates[6] == pytest.approx(0.05)
     assert all(a > b for a, b in itertools.pairwise(rates[2:]))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfl_jax.config import AUTO, PARTITIONS
+from sfl_jax.commands.config import AUTO, PARTITIONS
 from sfl_jax.datasets import partition
 from sfl_jax.datasets.partition import SCHEMES as ALL
 from sfl_jax.errors import BadInput

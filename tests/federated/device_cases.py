@@ -24,13 +24,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import scaling
-from sfl_jax import metrics, models
+from sfl_jax import models
 from sfl_jax.commands import interruption, train
 from sfl_jax.federated import devices, evaluation, round
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Samples
+from sfl_jax.run import metrics
 
 
 class Linear(nn.Module):

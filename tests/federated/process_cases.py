@@ -7,8 +7,8 @@ import finite  # noqa: F401 from now on NaN is no agreement
 import jax
 import numpy as np
 
-from sfl_jax import experiment
-from sfl_jax.config import Config
+from sfl_jax.commands import parts
+from sfl_jax.commands.config import Config
 from sfl_jax.federated import devices, processes
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.session import Assignment, Samples
@@ -150,11 +150,11 @@ def found(variables, metadata):
     ):
         if on_tpu:
             os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which JAX sets elsewhere
-        processes.join(Config())
+        processes.join()
         if not library.get_distributed_runtime_client.called:
             return None
         patience_s = library.get_distributed_runtime_client.call_args.kwargs["init_timeout"]
-        assert patience_s > Config().join_timeout_s, "JAX would end the process first"
+        assert patience_s > Config.join_timeout_s, "JAX would end the process first"
         return state.coordinator_address, state.num_processes, state.process_id
 
 
@@ -179,8 +179,8 @@ def own_samples():
         coordinator_address=os.environ["ADDRESS"], num_processes=2, process_id=own,
         heartbeat_timeout_seconds=1000, model="efficientnetv2-tiny", image_size=8,
     )  # fmt: skip
-    processes.join(config)
-    assert isinstance(experiment.build(config).dataset.train_images, np.memmap), "read whole"
+    processes.join(config.coordinator_address, 2, own, heartbeat_s=config.heartbeat_timeout_seconds)
+    assert isinstance(parts.build(config).parts.data.train_images, np.memmap), "read whole"
     chosen = devices.choose_devices(0)
     assert [device.process_index for device in chosen] == [0, 1]
     clients, steps, rng = 7, 3, np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 from sfl_jax import models
 from sfl_jax.federated import execution
 from sfl_jax.federated.balance import places_per_client
-from sfl_jax.federated.execution import Execution, choose, chunk_sizes, remember, remembered
+from sfl_jax.federated.execution import Alternative, choose, chunk_sizes, remember, remembered
 
 FORMS = ("product", "conv")
 
@@ -58,8 +58,8 @@ def test_idle_places_cost_their_part():
         choice, tried = choose(("conv",), sizes, seconds, places)
         assert choice == ("conv", best)
         assert [size for _, size in asked] == sizes
-        assert tried[Execution("conv", 9)] == pytest.approx(nine * 18 / 17)
-        assert tried[Execution("conv", 1)] == 1.0
+        assert tried[Alternative("conv", 9)] == pytest.approx(nine * 18 / 17)
+        assert tried[Alternative("conv", 1)] == 1.0
 
 
 def test_idle_places_are_no_sign_that_larger_chunks_are_slower():
@@ -109,17 +109,17 @@ def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch):
 
 def test_what_was_measured_is_found_again(tmp_path):
     path = tmp_path / "new" / "executions.json"
-    key, tried = ("cpu", 4, "b0"), {Execution("product", 4): 0.25, Execution("conv", 1): 3.0}
+    key, tried = ("cpu", 4, "b0"), {Alternative("product", 4): 0.25, Alternative("conv", 1): 3.0}
     assert remembered(path, key) is None
-    remember(path, key, Execution("product", 4), tried)
-    remember(path, ("cpu", 2, "b0"), Execution("conv", 1), {})
-    assert remembered(path, key) == (Execution("product", 4), tried)
-    assert remembered(path, ("cpu", 2, "b0")) == (Execution("conv", 1), {})
+    remember(path, key, Alternative("product", 4), tried)
+    remember(path, ("cpu", 2, "b0"), Alternative("conv", 1), {})
+    assert remembered(path, key) == (Alternative("product", 4), tried)
+    assert remembered(path, ("cpu", 2, "b0")) == (Alternative("conv", 1), {})
     assert remembered(path, ("gpu", 4, "b0")) is None
     for broken in ("", "[]", "{", '{"[\\"cpu\\", 4, \\"b0\\"]": 3}'):
         path.write_text(broken)
         assert remembered(path, key) is None
     path.unlink()
     path.mkdir()
-    remember(path, key, Execution("product", 4), tried)  # no place, no trouble
+    remember(path, key, Alternative("product", 4), tried)  # no place, no trouble
     assert remembered(path, key) is None

@@ -11,11 +11,11 @@ import optax
 import pytest
 from federated import rounds
 
-from sfl_jax import metrics
 from sfl_jax.federated import devices
 from sfl_jax.federated.round import Model, _finite, normalised, run_round, start_model
 from sfl_jax.federated.session import Link, batch_loss
 from sfl_jax.models import Chain
+from sfl_jax.run import metrics
 
 KEY = jax.random.key(7)
 CHAIN, CLIENTS = rounds.SMALL_CHAIN, 9

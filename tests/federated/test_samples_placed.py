@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from federated import rounds
 
-from sfl_jax import datasets, fleet, metrics
+from sfl_jax import datasets, fleet
 from sfl_jax.datasets import rows
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices
@@ -17,6 +17,7 @@ from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.round import Model
 from sfl_jax.federated.session import Samples
 from sfl_jax.models import Chain
+from sfl_jax.run import metrics
 
 
 class Linear(nn.Module):

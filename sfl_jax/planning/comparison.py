@@ -1,18 +1,14 @@
-"""Every method side by side: over what a fleet may be like, under costs that were misjudged, and on a run's
-clocks.
-"""
+"""Every method side by side: over what a fleet may be like, and under costs that were misjudged."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from sfl_jax import experiment, optim, planning
-from sfl_jax.config import Config
-from sfl_jax.turnout import delays, turnout
+from sfl_jax import optim
+from sfl_jax.planning.planner import Planner, round_key
 
 # What is compared: every method; alternation also from several starts and with recall, regression also with
 # its cuts rounded to the nearest.
@@ -83,24 +79,21 @@ def plan_of(
         return None
 
 
-def sweeps(config: Config) -> Iterator[Row]:
+def sweeps(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Row]:
     """Every scheme in every case of `cases`."""
-    key = planning.round_key(config, 0)
-    for case in cases(config):
-        of_case = case.terms, case.server_flops, config.barrier, key, case.present
+    key = round_key(planner.seed, 0)
+    for case in cases(planner, fleets):
+        of_case = case.terms, case.server_flops, planner.barrier, key, case.present
         best = plan_of("exact", *of_case)
-        for scheme in schemes(config.barrier):
+        for scheme in schemes(planner.barrier):
             plan = plan_of(scheme, *of_case)
             yield Row(*case[:3], 0, scheme, *_numbers(plan, best))
 
 
-def cases(config: Config) -> Iterator[Case]:
-    """One thing changed at a time about the fleet and the server of `config`.
-
-    Of a random fleet, several are drawn; fewer clients are the first ones of the fleet.
-    """
-    for number, terms in enumerate(_fleets(config)):
-        clients, flops = terms.shape[0], config.server_flops
+def cases(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Case]:
+    """One thing changed at a time about each fleet and the server; fewer clients are the fleet's first."""
+    for number, terms in enumerate(fleets):
+        clients, flops = terms.shape[0], planner.server_flops
         everybody = np.ones(clients, bool)
         for factor in FACTORS:
             yield Case("server_flops", flops * factor, number, terms, flops * factor, everybody)
@@ -122,22 +115,22 @@ def spread(terms: optim.Terms, value: float) -> optim.Terms:
     )
 
 
-def errors(config: Config, draws: int = DRAWS) -> Iterator[Row]:
+def errors(planner: Planner, terms: optim.Terms, draws: int = DRAWS) -> Iterator[Row]:
     """Plans made on nominal costs, kept while compute and links turn out up to 10 % or 20 % off.
 
     Each rate of each client is off by a factor drawn evenly from [1 - error, 1 + error]. A plan gives no more
     of the server than its own round needs; here the whole server is given, see `whole_shares`.
     """
-    terms, key = next(_fleets(config)), planning.round_key(config, 0)
+    key = round_key(planner.seed, 0)
     plans = {
-        scheme: plan_of(scheme, terms, config.server_flops, config.barrier, key)
-        for scheme in schemes(config.barrier)
+        scheme: plan_of(scheme, terms, planner.server_flops, planner.barrier, key)
+        for scheme in schemes(planner.barrier)
     }
     plans = {
-        scheme: plan and plan._replace(shares=whole_shares(scheme, plan, config.server_flops))
+        scheme: plan and plan._replace(shares=whole_shares(scheme, plan, planner.server_flops))
         for scheme, plan in plans.items()
     }
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(planner.seed)
     for error in ERRORS:
         for draw in range(draws):
             true = terms._replace(
@@ -146,9 +139,9 @@ def errors(config: Config, draws: int = DRAWS) -> Iterator[Row]:
                     for name in ("flops", "uplink_bps", "downlink_bps")
                 }
             )
-            best = plan_of("exact", true, config.server_flops, config.barrier, key)
+            best = plan_of("exact", true, planner.server_flops, planner.barrier, key)
             for scheme, plan in plans.items():
-                kept = plan and plan._replace(round_s=kept_round_s(plan, true, config))
+                kept = plan and plan._replace(round_s=kept_round_s(plan, true, planner))
                 yield Row("error", error, 0, draw, scheme, *_numbers(kept, best))
 
 
@@ -162,60 +155,9 @@ def whole_shares(scheme: str, plan: optim.Plan, server_flops: float) -> Float64[
     return plan.shares * max(server_flops / given, 1.0)
 
 
-def kept_round_s(plan: optim.Plan, terms: optim.Terms, config: Config) -> float:
+def kept_round_s(plan: optim.Plan, terms: optim.Terms, planner: Planner) -> float:
     """The round of a plan's cuts and shares under other terms than it was made on."""
-    return float(optim.session_ends_s(terms, plan, config.server_flops, config.barrier).max())
-
-
-def own_scheme(config: Config) -> str:
-    """What the scheme of a run is called beside the others."""
-    name = config.method
-    if config.band != "fixed":
-        name += f", {config.band} band"
-    if config.starts != Config.starts:
-        name += f", starts {config.starts}"
-    if config.recall:
-        name += ", recall"
-    if config.rounding != Config.rounding:
-        name += f", {config.rounding}"
-    return name
-
-
-def clocks(
-    built: experiment.Experiment, rounds: int, rivals: Sequence[str] | None = None
-) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first, and
-    then `rivals`, or all.
-
-    Without deadlines training is the same under every scheme, so its plans are all that a clock needs. With
-    them it is not, since who comes in time depends on the plan: these are the clocks alone then.
-    """
-    config = built.config
-    name = own_scheme(config)
-    others = schemes(config.barrier) if rivals is None else rivals
-    names = [name, *(scheme for scheme in others if scheme != name)]
-    rounds_s = np.full((len(names), rounds), np.inf)
-    for round in range(rounds):
-        ids, clients, terms = experiment.cohort(built, round)
-        key, delayed = planning.round_key(config, round), delays(config, round, ids)
-        own, present, _ = planning.serve(config, clients, terms, round)
-        plans: list[Any] = [own]
-        for scheme in names[1:]:
-            plans.append(plan_of(scheme, terms, config.server_flops, config.barrier, key, present))
-        for index, plan in enumerate(plans):
-            if plan is not None:
-                rounds_s[index, round] = turnout(config, terms, plan, delayed, present).round_s
-    return dict(zip(names, np.cumsum(rounds_s, axis=1), strict=True))
-
-
-def _fleets(config: Config) -> Iterator[optim.Terms]:
-    """The fleet of a file, or several random ones. BadInput names clients that no method can serve."""
-    exact = dataclasses.replace(config, method="exact")
-    seeds = range(config.seed, config.seed + (RANDOM_FLEETS if config.fleet == "random" else 1))
-    for seed in seeds:
-        fleet, _, terms = planning.read_terms(dataclasses.replace(config, seed=seed))
-        planning.solve(exact, fleet, terms)
-        yield terms
+    return float(optim.session_ends_s(terms, plan, planner.server_flops, planner.barrier).max())
 
 
 def _numbers(plan: optim.Plan | None, best: optim.Plan | None) -> tuple[float, float, float, int]:

@@ -3,7 +3,6 @@
 import os
 import sys
 
-from sfl_jax.config import Config
 from sfl_jax.errors import BadInput
 
 # Kernels that add in a fixed order, and none chosen by measuring, which may choose differently next time.
@@ -63,7 +62,7 @@ def find() -> None:
         raise BadInput(f"JAX finds no {platform}" + (f" ({error})" if str(error) else "")) from error
 
 
-def switch(config: Config) -> None:
+def switch(deterministic: bool = False, matmul_precision: str = "default") -> None:
     """Set what --deterministic and --matmul_precision ask for.
 
     The former has an effect only before JAX computes anything.
@@ -71,10 +70,10 @@ def switch(config: Config) -> None:
     """
     import jax
 
-    if config.deterministic:
+    if deterministic:
         os.environ["XLA_FLAGS"] = f"{DETERMINISTIC} {os.environ.get('XLA_FLAGS', '')}"
-    if config.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    if matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", matmul_precision)
 
 
 def _plain(value):

@@ -8,13 +8,9 @@ from typing import Any
 
 import jax
 
-from sfl_jax.config import DATA, FLEET, HARMLESS, Config, fields_of
 from sfl_jax.files import whole_file
 
 NAME = "programs.json"
-# What a program is made of; the rest is data to it, or does not reach it.
-_SHAPES = ("dataset", "clients", "cohort_size", "partition", "clients_per_chunk", "execution")
-_DATA = ("seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds")
 
 
 class Programs:
@@ -29,28 +25,33 @@ class Programs:
         self._device = f"{len(devices)} x {devices[0].device_kind}"
         self._entries = self._read()
 
-    def expected(self, config: Config) -> str:
-        """What comes now, in words: compiling or loading, and about how long, as far as it was noted."""
-        same = self._entries.get(self._key(config), {})
+    def expected(self, network: str, program: str) -> str:
+        """What comes now, in words: compiling or loading, and about how long, as far as it was noted.
+
+        program: tells this program from others of the same network.
+        """
+        same = self._entries.get(self._of_device(f"{network}, {program}"), {})
         if same:
             return f"tracing the round, loading its compiled program{_about(same.get('loaded_s'))}"
         alike = [
-            one["compiled_s"] for one in self._entries.values() if one.get("model") == self._model(config)
+            one["compiled_s"]
+            for one in self._entries.values()
+            if one.get("model") == self._of_device(network)
         ]
         kept = f"kept in {_short(self._directory)}" if self._directory else "not kept"
         if not alike:
             return f"compiling the round ({kept}; a large network takes minutes)"
         return f"compiling the round (about {alike[-1]:.0f} s the first time; {kept})"
 
-    def took(self, config: Config, seconds: float) -> None:
+    def took(self, network: str, program: str, seconds: float) -> None:
         """Note how long it took, if the disk lets it."""
         if self._path is None:
             return
-        key, entries = self._key(config), self._read()
+        key, entries = self._of_device(f"{network}, {program}"), self._read()
         if key in entries:
             entries[key]["loaded_s"] = seconds
         else:
-            entries[key] = {"model": self._model(config), "compiled_s": seconds}
+            entries[key] = {"model": self._of_device(network), "compiled_s": seconds}
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self._path) as file:
@@ -63,16 +64,8 @@ class Programs:
             return {key: entry for key, entry in found.items() if _is_entry(entry)}
         return {}
 
-    def _key(self, config) -> str:
-        """All settings that shape a program."""
-        is_shape = {
-            field.name for field in fields_of("train")
-            if field.metadata["group"] not in (DATA, FLEET, *HARMLESS) and field.name not in _DATA
-        }.union(_SHAPES)  # fmt: skip
-        return json.dumps([self._device, *(f"{name}={getattr(config, name)}" for name in sorted(is_shape))])
-
-    def _model(self, config) -> str:
-        return f"{self._device}, {config.model} at {config.image_size}, {config.layer_form}"
+    def _of_device(self, name: str) -> str:
+        return f"{self._device}, {name}"
 
 
 def _is_entry(entry: Any) -> bool:

@@ -4,17 +4,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool
 
-from sfl_jax import fleet, optim
-from sfl_jax.config import Config
-
-
-class Delays(NamedTuple):
-    """What befalls the clients of a round, whatever its plan: drawn from (seed, round, client)."""
-
-    stays: Bool[np.ndarray, " K"]
-    slowdown: Float64[np.ndarray, " K"]
+from sfl_jax import optim
+from sfl_jax.fleet import Delays
+from sfl_jax.planning.planner import Planner
 
 
 class Turnout(NamedTuple):
@@ -24,14 +18,9 @@ class Turnout(NamedTuple):
     round_s: float
 
 
-def delays(config: Config, round: int, ids: np.ndarray) -> Delays:
-    """Clients drop out with --drop_probability, and are slower than planned by --jitter on average."""
-    stays = fleet.availability(config.seed, round, ids, config.drop_probability)
-    return Delays(stays, fleet.slowdowns(config.seed, round, ids, config.jitter))
-
-
 def turnout(
-    config: Config,
+    planner: Planner,
+    deadline_factor: float,
     terms: optim.Terms,
     plan: optim.Plan | optim.BandPlan,
     delays: Delays,
@@ -40,35 +29,35 @@ def turnout(
     """Who came, under a plan for these terms. Clients that are not `present` are not in the plan, and nobody
     waits for them. Delays slow what a client does itself; the server is as fast as planned.
 
-    With a deadline, --deadline_factor times the plan's round, the later ones are left out, and the server
+    With a deadline, `deadline_factor` times the plan's round, the later ones are left out, and the server
     waits until then for whoever is missing. Under the staged barrier it begins, if need be without some, when
     just so much time is left as it and the way back were planned to take. Without a deadline (0) it learns of
     a drop-out at once and waits for the slowest of the others, or, if all dropped out, as long as planned.
     """
     present = np.ones(len(plan.cuts), bool) if present is None else present
-    deadline_s = config.deadline_factor * plan.round_s if config.deadline_factor else math.inf
-    finish_s = _finish_s(config, terms, plan, delays, present, deadline_s)
+    deadline_s = deadline_factor * plan.round_s if deadline_factor else math.inf
+    finish_s = _finish_s(planner, terms, plan, delays, present, deadline_s)
     came = delays.stays & present & (finish_s <= deadline_s)
     if math.isfinite(deadline_s) and not came[present].all():
         return Turnout(came, deadline_s)
     return Turnout(came, float(finish_s[came].max(initial=0)) if came.any() else plan.round_s)
 
 
-def _finish_s(config, terms, plan, delays, present, deadline_s):
+def _finish_s(planner, terms, plan, delays, present, deadline_s):
     """When each of those that are present is done; (K,)."""
     late_s = plan.round_s - plan.client_s.max(initial=0)  # what a barrier, and rounding up, add
     if (delays.stays & (delays.slowdown == 1))[present].all():
         return plan.client_s + late_s
-    staged, gate_s = config.barrier == "staged", math.inf
+    staged, gate_s = planner.barrier == "staged", math.inf
     if staged:
-        planned = terms.seconds(plan.cuts, np.full(len(plan.cuts), config.server_flops))
+        planned = terms.seconds(plan.cuts, np.full(len(plan.cuts), planner.server_flops))
         gate_s = planned.before_server[present].max(initial=0) + (deadline_s - plan.round_s)
     terms, cuts = optim.slower(terms, delays.slowdown).take(present), plan.cuts[present]
     own = plan._replace(cuts=cuts, shares=plan.shares[present])
     if isinstance(own, optim.BandPlan):
         own = own._replace(uplink_hz=own.uplink_hz[present], downlink_hz=own.downlink_hz[present])
     stays = delays.stays[present]
-    ends_s = optim.session_ends_s(terms, own, config.server_flops, config.barrier, stays, gate_s)
+    ends_s = optim.session_ends_s(terms, own, planner.server_flops, planner.barrier, stays, gate_s)
     finish_s = np.full(len(plan.cuts), math.inf)
     finish_s[present] = ends_s + (0 if staged else late_s)
     return finish_s

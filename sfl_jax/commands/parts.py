@@ -1,0 +1,343 @@
+"""From the settings of a command to the parts of a run."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sfl_jax import datasets, fleet, models, optim, planning
+from sfl_jax.commands import division
+from sfl_jax.commands.config import AUTO, DATA, FLEET, HARMLESS, RANDOM, Config, fields_of, validate
+from sfl_jax.datasets.images import preprocessing, squeezed
+from sfl_jax.digests import digest, digest_of_columns
+from sfl_jax.errors import BadInput
+from sfl_jax.federated import devices as federated_devices
+from sfl_jax.federated import optimizers
+from sfl_jax.federated.execution import Execution
+from sfl_jax.federated.packing import plain
+from sfl_jax.federated.session import Training
+from sfl_jax.fleet import Faults
+from sfl_jax.models import keras_weights
+from sfl_jax.planning import Planned, Planner
+from sfl_jax.run.checkpoints import Checkpoints, Progress
+from sfl_jax.run.parts import Parts, Say, cosine, silent
+from sfl_jax.run.state import model_like
+
+# What a program is made of; the rest is data to it, or does not reach it.
+_SHAPES = ("dataset", "clients", "cohort_size", "partition")
+_NO_SHAPES = (
+    "seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds", "layer_form",
+)  # fmt: skip
+
+
+class Built(NamedTuple):
+    """The parts of a run with the settings that they follow from.
+
+    config: settled, see `division.settle`. scaling: of the images. init_digest: of the weights to start from.
+    notes: lines to say at the start, about inputs that are not used.
+    """
+
+    config: Config
+    parts: Parts
+    scaling: keras_weights.InputScaling
+    init_digest: str
+    notes: tuple[str, ...] = ()
+
+
+def build(config: Config, say: Say = silent, progress: Progress | None = None) -> Built:
+    """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles.
+
+    progress: what the run has reached, if it has begun; then the weights that it began with may be gone.
+    """
+    validate(config)
+    say(f"reading {config.dataset}")
+    config, file = division.settle(config)
+    devices = federated_devices.choose_devices(config.devices)
+    data = datasets.load(config.dataset, config.data_dir or None, len(devices) > 1, config.label_key)
+    shares = division.divide(config, file, data.train_labels)
+    notes = [
+        *data.notes,
+        *squeezed(config.image_size, *data.train_images.shape[1:3]),
+        *division.notes(config, file, shares, len(data.train_labels)),
+        *(() if file is None else planning.doubts(file)),
+    ]
+    image_shape = (config.image_size, config.image_size, data.train_images.shape[-1])
+    chain = _chain(config, data.num_classes, image_shape[-1])
+    _check_min_cut(config, chain)
+    own_planner, clients = planner(config), division.clients(config, file)
+    clients = clients.with_samples([len(share) for share in shares])
+    planning.check_links(own_planner, clients)
+    say(f"counting the work of the {len(chain)} units of {config.model}")
+    profile = models.profile(chain, image_shape, stored_shape=data.train_images.shape[1:])
+    notes += division.single_values(config, shares, models.least_normalised(chain, image_shape))
+    terms = optim.terms(profile, clients, work(config))  # pyright: ignore[reportArgumentType] has samples
+    _check_rounds(config, own_planner, clients, terms)
+    # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
+    if progress is not None and _weights_are_gone(config, progress):
+        scaling, init_digest = _scaling(progress), progress.inputs["init_from"]
+        notes.append(f"{config.init_from} is gone; the run goes on without it")
+    else:
+        imported = _imported(config, chain, image_shape)
+        scaling = imported.scaling if imported else keras_weights.SIGNED
+        init_digest = digest(map(np.asarray, jax.tree.leaves(imported[:2] if imported else (None, scaling))))
+        notes += _classifier(config, imported, data.num_classes)
+    parts = Parts(
+        data, shares, clients, profile, terms, _training(config, chain, scaling),
+        functools.partial(_initial, config, chain, image_shape), own_planner,
+        Faults(config.drop_probability, config.jitter, config.deadline_factor), image_shape,
+        config.cohort_size, config.local_epochs, config.batch_size, rate(config), config.eval_every,
+        config.seed, execution(config), devices,
+        network=f"{config.model} at {config.image_size}", program=_program(config),
+    )  # fmt: skip
+    return Built(config, parts, scaling, init_digest, tuple(notes))
+
+
+def inputs(built: Built) -> dict[str, str]:
+    """Digests of what the run reads, by the flag that names it."""
+    return {
+        "dataset": built.parts.data.digest,
+        "fleet": digest_of_columns(built.parts.fleet.columns()),
+        "init_from": built.init_digest,
+    }
+
+
+def network(built: Built) -> dict[str, Any]:
+    """What says, besides the settings, which network it is, and how its images are scaled: for `trained`."""
+    return {
+        "num_classes": built.parts.data.num_classes,
+        "image_channels": built.parts.image_shape[-1],
+        "input_scaling": built.scaling._asdict(),
+    }
+
+
+class Trained(NamedTuple):
+    """What a run has learned: all that an export needs."""
+
+    chain: models.Chain
+    variables: models.Variables
+    scaling: keras_weights.InputScaling
+    round: int
+
+
+def trained(config: Config, checkpoints: Checkpoints, progress: Progress) -> Trained:
+    """The model of a checkpoint on the host, without the data and the weights that it began with."""
+    classes, channels = (progress.network[name] for name in ("num_classes", "image_channels"))
+    chain, scaling = _chain(config, classes, channels), _scaling(progress)
+    image_shape = (config.image_size, config.image_size, channels)
+    model = checkpoints.restore(progress, model_like(_training(config, chain, scaling), image_shape))
+    return Trained(chain, models.Variables(*plain(model.packed)), scaling, progress.round)
+
+
+def planned(config: Config, file: fleet.Fleet | None = None) -> tuple[Config, Planned]:
+    """(`config` with its server, the plan for its fleet and network); `file`: its fleet file if read already.
+
+    With a target_round_s, the server is the smallest that meets it.
+
+    Raises BadInput for a fleet file that is wrong or lacks samples, a min_cut beyond the chain, a method that
+    cannot do what is asked, and where some client cannot be served at all.
+    """
+    clients, profile, terms = read_terms(config, file)
+    if len(clients) < config.cohort_size != Config.cohort_size:
+        raise BadInput(
+            f"--cohort_size={config.cohort_size}: must be at most {len(clients)}, the clients there are"
+        )
+    if config.target_round_s:
+        flops = planning.smallest_server(clients, terms, config.target_round_s)
+        config = dataclasses.replace(config, server_flops=flops)
+    try:
+        plan = planning.solve(planner(config), clients, terms)
+    except BadInput as error:
+        raise BadInput(f"--fleet={config.fleet}: {error}") from error
+    return config, Planned(planner(config), profile, clients, terms, plan)
+
+
+def read_terms(
+    config: Config, file: fleet.Fleet | None = None
+) -> tuple[fleet.Fleet, models.Profile, optim.Terms]:
+    """The fleet of `config`, the profile of its network, and their terms with the links of round 0."""
+    clients = read_fleet(config, file)
+    chain = models.create(
+        config.model, config.num_classes, config.image_channels, drop_rate_scale=config.drop_rate_scale
+    )
+    _check_min_cut(config, chain)
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(_compile_plan, config, clients, len(chain))
+        stored = config.stored_size or config.image_size
+        sizes = [(side, side, config.image_channels) for side in (config.image_size, stored)]
+        profile = models.profile(chain, *sizes)
+        compiled.result()
+    terms = optim.terms(profile, clients, work(config))  # pyright: ignore[reportArgumentType] has samples
+    return clients, profile, planning.linked(planner(config), clients, terms)
+
+
+def read_fleet(config: Config, file: fleet.Fleet | None = None) -> fleet.Fleet:
+    """The fleet file of `config`, read here unless it is given, or its random fleet."""
+    config, file = division.settle(config, file)
+    clients = division.clients(config, file)
+    if config.fleet == RANDOM:
+        return clients.with_samples(np.full(len(clients), config.samples_per_client))
+    if clients.samples is None:
+        raise BadInput(f"{config.fleet}: column samples: missing; a plan needs the samples of each client")
+    planning.check_links(planner(config), clients)
+    return clients
+
+
+def planner(config: Config) -> Planner:
+    """How rounds are planned."""
+    return Planner(
+        config.method, config.server_flops, config.min_cut, config.barrier, tuple(config.starts.split(",")),
+        config.recall, config.rounding, config.links, config.coherence_s, config.band, config.seed,
+    )  # fmt: skip
+
+
+def execution(config: Config) -> Execution:
+    """How the devices are asked to compute."""
+    return Execution(config.layer_form, config.clients_per_chunk, config.execution, config.memory_budget_gib)
+
+
+def with_execution(config: Config, execution: Execution) -> Config:
+    """The settings with nothing left open in how the devices compute."""
+    return dataclasses.replace(
+        config,
+        layer_form=execution.layer_form,
+        clients_per_chunk=execution.clients_per_chunk,
+        execution=execution.mode,
+    )
+
+
+def settled(before: Mapping[str, Any]) -> Execution:
+    """The execution of a run with these settings."""
+    return Execution(before["layer_form"], before["clients_per_chunk"], before["execution"])
+
+
+def work(config: Config) -> optim.Work:
+    """What each client does in a round, as its costs need it."""
+    return optim.Work(
+        config.local_epochs,
+        config.batch_size,
+        config.bits_per_float,
+        min_cut=config.min_cut,
+        optimizer_slots=optimizer(config).slots,
+    )
+
+
+def optimizer(config: Config) -> optimizers.LocalOptimizer:
+    """The local optimiser without its learning rate, which each round brings along."""
+    if config.optimizer == "adam":
+        return optimizers.adam(config.momentum, weight_decay=config.weight_decay)
+    return optimizers.sgd(config.momentum, config.weight_decay)
+
+
+def server_optimizer(config: Config) -> optax.GradientTransformation | None:
+    """SGD on the clients' mean change; None where that is plain federated averaging."""
+    if (config.server_learning_rate, config.server_momentum) == (1, 0):
+        return None
+    return optax.sgd(config.server_learning_rate, config.server_momentum or None)
+
+
+def rate(config: Config) -> Any:
+    """The learning rate by round."""
+    falls = config.learning_rate_schedule != "constant"
+    return cosine(config.learning_rate, config.rounds, config.warmup_rounds, falls)
+
+
+def _training(config, chain, scaling):
+    return Training(
+        chain, optimizer(config), preprocessing(config.image_size, *scaling),
+        server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
+    )  # fmt: skip
+
+
+def _chain(config, num_classes, channels):
+    dtype = None if config.compute_dtype == "float32" else jnp.dtype(config.compute_dtype)
+    return models.create(
+        config.model, num_classes, channels,
+        layer_form="product" if config.layer_form == AUTO else config.layer_form, dtype=dtype,
+        drop_rate_scale=config.drop_rate_scale,
+    )  # fmt: skip
+
+
+def _check_min_cut(config, chain):
+    if config.min_cut > len(chain):
+        raise BadInput(
+            f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"
+        )
+
+
+def _check_rounds(config, own_planner, clients, terms):
+    cohorts = (
+        (round, fleet.cohort(config.seed, round, config.clients, config.cohort_size))
+        for round in range(config.rounds)
+    )
+    try:
+        planning.check_rounds(own_planner, clients, terms, cohorts)
+    except BadInput as error:
+        raise BadInput(f"--fleet={config.fleet}: {error}") from error
+
+
+def _compile_plan(config: Config, clients: fleet.Fleet, units: int) -> None:
+    """Compile the search for the optimum, on a network that costs nothing, while the real one is traced."""
+    if config.barrier == "session" and config.band == "fixed":
+        per_unit, per_cut = np.zeros(units, np.int64), np.zeros(units + 1, np.int64)
+        free = models.Profile((), per_unit, per_unit, per_unit, per_unit, per_unit, per_cut)
+        terms = optim.terms(free, clients, work(config))  # pyright: ignore[reportArgumentType]
+        optim.solve(terms, config.server_flops)
+
+
+def _program(config) -> str:
+    """All settings that shape a compiled round, but how the devices compute it."""
+    shapes = {
+        field.name for field in fields_of("train")
+        if field.metadata["group"] not in (DATA, FLEET, *HARMLESS) and field.name not in _NO_SHAPES
+    }.union(_SHAPES)  # fmt: skip
+    return ", ".join(f"{name}={getattr(config, name)}" for name in sorted(shapes))
+
+
+def _initial(config, chain, image_shape) -> models.Variables:
+    """The variables before the first round."""
+    imported = _imported(config, chain, image_shape)
+    return imported.variables if imported else _fresh(config, chain, image_shape)
+
+
+def _imported(config, chain, image_shape) -> keras_weights.Imported | None:
+    """What --init_from names; None where it names nothing."""
+    if not config.init_from:
+        return None
+    fresh = _fresh(config, chain, image_shape)
+    return keras_weights.load(config.init_from, config.model, chain, fresh)
+
+
+def _weights_are_gone(config, progress) -> bool:
+    """Whether --init_from names what the run began with, and nothing is there any more."""
+    same = config.init_from == progress.settings.get("init_from")
+    return bool(config.init_from) and same and not Path(config.init_from).exists()
+
+
+def _scaling(progress) -> keras_weights.InputScaling:
+    """How a run scales its images, as its checkpoint says."""
+    scaling = progress.network["input_scaling"]
+    return keras_weights.InputScaling(*map(tuple, (scaling["divisor"], scaling["offset"])))
+
+
+def _classifier(config, imported, num_classes) -> list[str]:
+    """The line that says where the classifier comes from, if --init_from names a file."""
+    if imported is None:
+        return []
+    if imported.classes == num_classes:
+        return [f"classifier: from {config.init_from}"]
+    has = "none" if imported.classes is None else f"{imported.classes} classes"
+    return [f"classifier: fresh, {config.init_from} has {has}"]
+
+
+def _fresh(config, chain, image_shape):
+    variables = chain.init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)))
+    *units, classifier = variables.params
+    classifier = jax.tree.map(lambda x: config.head_init_scale * x, classifier)
+    return variables._replace(params=(*units, classifier))

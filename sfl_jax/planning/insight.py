@@ -1,0 +1,203 @@
+"""What a plan tells: who holds its round up, what would shorten it, and the seconds of each client."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64, Shaped
+
+from sfl_jax import fleet as fleets
+from sfl_jax import models, optim
+from sfl_jax.planning.planner import WORK_CONSERVING, Planner, linked, serve, solve
+
+MORE = 1.1
+MOST_CLIENTS = 20_000  # for the bound of any schedule
+COHORTS = 100  # rounds whose cohorts are planned beside the whole fleet
+# Slower than any client that anybody plans for: a file in Mbit/s or GFLOP/s looks like this.
+SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mbit/s"),
+           "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
+# Ends, and sums of shares, that differ by less than this are equal to whoever reads them.
+TOGETHER = 1e-6
+
+
+class Planned(NamedTuple):
+    """A plan with what it was made from. The links of `terms` are those of round 0, and of equal parts of the
+    band.
+    """
+
+    planner: Planner
+    profile: models.Profile
+    fleet: fleets.Fleet
+    terms: optim.Terms
+    plan: optim.Plan | optim.BandPlan
+
+
+def any_schedule_bound_s(planned: Planned) -> float | None:
+    """A lower bound on the round however the server works, None where it is not known or takes long."""
+    planner = planned.planner
+    if (planner.barrier, planner.band) != ("session", "fixed") or not planner.server_flops:
+        return None
+    if len(planned.fleet) > MOST_CLIENTS:
+        return None
+    return optim.any_schedule_bound_s(planned.terms, planner.server_flops)
+
+
+class Gains(NamedTuple):
+    """Seconds by which the round would be shorter, planned anew."""
+
+    server_s: float  # with a server that is 10 % faster
+    uplink_s: float  # with 10 % more uplink for every client
+    downlink_s: float
+    compute_s: float  # with 10 % more compute of every client's own
+
+
+def gains(planned: Planned) -> Gains:
+    """What more of each would bring: where all-local clients end last, it is no server that they lack."""
+    planner, _, fleet, terms, plan = planned
+    richer = dataclasses.replace(planner, server_flops=planner.server_flops * MORE)
+    faster = (
+        terms._replace(**{name: getattr(terms, name) * MORE})
+        for name in ("uplink_bps", "downlink_bps", "flops")
+    )
+    plans = [
+        solve(richer, fleet, terms) if planner.server_flops else plan,
+        *(solve(planner, fleet, each) for each in faster),
+    ]
+    return Gains(*(plan.round_s - after.round_s for after in plans))
+
+
+def cohort_rounds_s(
+    planned: Planned, cohort_size: int, seed: int = 0, rounds: int = COHORTS
+) -> Float64[np.ndarray, " R"]:
+    """The seconds of the first rounds of a training, each of a cohort as it draws them and planned alone.
+
+    Empty where a cohort is the whole fleet: that round is the plan's.
+    """
+    planner, fleet = planned.planner, planned.fleet
+    if cohort_size >= len(fleet):
+        return np.empty(0)
+    rounds_s = []
+    for round in range(rounds):
+        ids = fleets.cohort(seed, round, len(fleet), cohort_size)
+        own = fleet.take(ids)
+        terms = linked(planner, own, planned.terms.take(ids), round, ids)
+        rounds_s.append(serve(planner, own, terms, round).plan.round_s)
+    return np.array(rounds_s)
+
+
+class Floor(NamedTuple):
+    """What one client needs with any server: no server makes the round shorter than `least_s`."""
+
+    least_s: float
+    resource: str  # uplink, downlink or compute: what takes most of it
+    resource_s: float
+
+
+def floor(planned: Planned, client: int) -> Floor:
+    """The least seconds of one client (its index in the fleet), at its best cut on a server without limit."""
+    one = planned.terms.take([client])
+    costs = one.costs()
+    cut = np.argmin(np.where(costs.allowed[0], costs.fixed_s[0], np.inf))
+    own = one.seconds([cut], [np.inf])
+    by_resource = {
+        "uplink": own.smashed_up + own.model_up,
+        "downlink": own.model_down + own.gradient_down,
+        "compute": own.client_forward + own.client_backward,
+    }
+    most = max(by_resource, key=lambda name: by_resource[name][0])
+    return Floor(float(costs.fixed_s[0, cut]), most, float(by_resource[most][0]))
+
+
+def doubts(fleet: fleets.Fleet) -> list[str]:
+    """A sentence for each column whose values look like another unit's, for every client."""
+    found = []
+    for name, (least, unit, likely) in SLOWEST.items():
+        most = float(getattr(fleet, name).max(initial=0))
+        if most < least:
+            found.append(f"{name} is {most:.4g} {unit} at most; are the numbers in {likely}?")
+    return found
+
+
+class Binding(NamedTuple):
+    """The clients that hold the round up, those with the most pull first.
+
+    A second less off the server for client i makes the round `pull[i]` seconds shorter, cuts being kept.
+    """
+
+    together: bool  # they end together, for what they share is used up
+    clients: Int64[np.ndarray, " N"]
+    pull: Float64[np.ndarray, " N"]
+
+
+def binding(planned: Planned) -> Binding:
+    """Who holds the round up.
+
+    Staged: the slowest client up to the server, and the slowest after it. Under the session barrier: a client
+    that needs no server and ends last holds it up alone. Else everybody whom a full server serves ends
+    together, and the multipliers of `optim.sensitivity` are the pulls. Where the method leaves some of the
+    server idle, those with the largest share hold it up. With a server that works for whoever waits, those
+    that end last do. Where the band is shared, all end together, with pulls in proportion to a client's part
+    of it over its airtime.
+    """
+    plan = planned.plan
+    if isinstance(plan, optim.BandPlan):
+        parts = seconds(planned)
+        airtime_s = parts.smashed_up + parts.model_up
+        if planned.planner.band == "pooled":
+            airtime_s = airtime_s + parts.model_down + parts.gradient_down
+        weight = np.divide(plan.uplink_hz, airtime_s, out=np.zeros(len(airtime_s)), where=airtime_s > 0)
+        order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]
+        return Binding(True, order, weight[order] / weight.sum())
+    if planned.planner.barrier == "staged":
+        parts = seconds(planned)
+        slowest = np.unique([np.argmax(parts.before_server), np.argmax(parts.after_server)])
+        return Binding(False, slowest, np.ones(len(slowest)))
+    late = plan.client_s >= plan.round_s * (1 - TOGETHER)
+    if planned.planner.method == WORK_CONSERVING:
+        last = np.flatnonzero(late)
+        return Binding(False, last, np.full(len(last), 1 / len(last)))
+    alone = late & (plan.shares == 0)
+    given, flops = plan.shares.sum(), planned.planner.server_flops
+    full = bool(flops > 0 and given >= flops * (1 - TOGETHER))
+    if alone.any() and not full:
+        weight = alone.astype(float)
+    elif full:
+        weight = optim.sensitivity(planned.terms, plan).per_client_s
+    else:
+        weight = (late & (plan.shares >= plan.shares.max() * (1 - TOGETHER))).astype(float)
+    order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]
+    return Binding(full, order, weight[order] / weight.sum())
+
+
+def seconds(planned: Planned) -> optim.Seconds:
+    """Each client's seconds by term; (K,) each. Staged, the whole server serves one after the other.
+
+    With a server that works for whoever waits, the server's seconds hold the waiting too.
+    """
+    plan = planned.plan
+    terms = optim.at_bands(planned.terms, plan)
+    shares = np.where(np.isnan(plan.shares), planned.planner.server_flops, plan.shares)
+    parts = terms.seconds(plan.cuts, shares)
+    if planned.planner.method == WORK_CONSERVING:
+        others = parts.before_server + parts.after_server
+        parts = parts._replace(server=np.where(parts.server > 0, plan.client_s - others, 0.0))
+    return parts
+
+
+def table(planned: Planned) -> dict[str, Shaped[np.ndarray, " K"]]:
+    """What is known of each client: client, cut, unit, share_flops, <term>_s …, client_s.
+
+    `unit` is the last unit that the client holds, "" at cut 0; `share_flops` is NaN under the staged barrier.
+    Where the band is shared, uplink_part and downlink_part follow, 1 being an equal part.
+    """
+    plan, last_units = planned.plan, np.array(["", *planned.profile.names])
+    banded = isinstance(plan, optim.BandPlan)
+    return {
+        "client": planned.fleet.client,
+        "cut": plan.cuts,
+        "unit": last_units[plan.cuts],
+        "share_flops": plan.shares,
+        **({"uplink_part": plan.uplink_hz, "downlink_part": plan.downlink_hz} if banded else {}),
+        **{f"{name}_s": values for name, values in seconds(planned)._asdict().items()},
+        "client_s": plan.client_s,
+    }

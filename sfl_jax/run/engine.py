@@ -1,0 +1,109 @@
+"""What computes the rounds: the data on the devices, and compiled programs."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from sfl_jax import planning
+from sfl_jax.federated import devices as federated_devices
+from sfl_jax.federated import execution, tuning
+from sfl_jax.federated.evaluation import batch_at
+from sfl_jax.federated.execution import Alternative, Execution
+from sfl_jax.federated.programs import Programs
+from sfl_jax.federated.session import Samples
+from sfl_jax.run.parts import Parts, Say, silent
+from sfl_jax.run.rounds import Prepared, prepare
+from sfl_jax.run.state import State
+
+
+class Engine(NamedTuple):
+    """What computes the rounds: the data on the devices, and compiled programs.
+
+    tried: seconds that were measured of each alternative.
+    """
+
+    samples: Samples
+    held_out: Samples
+    run_round: federated_devices.Rounds
+    evaluate: Callable[..., Any]
+    tried: dict[Alternative, float]
+
+
+def compile_rounds(
+    parts: Parts,
+    state: State,
+    before: Execution | None = None,
+    notes: Path | None = None,
+    say: Say = silent,
+    more: bool = True,
+) -> tuple[Parts, Engine]:
+    """(the parts with nothing left open in their execution, what computes the rounds after `state`).
+
+    before, notes: see `tuning.settle`. A chunk that was left open shrinks until the compiled round fits into
+    the memory; BadInput where none does. more: whether there is a round to come.
+    """
+    data, devices, own = parts.data, parts.devices, parts.training
+    batch = (parts.batch_size, *data.train_images.shape[1:])
+    images = jax.eval_shape(own.preprocess, jax.ShapeDtypeStruct(batch, data.train_images.dtype))
+    facts = tuning.Facts(
+        parts.profile, parts.batch_size, parts.cohort_size, parts.optimizer_slots, devices, parts.network
+    )
+
+    def seconds(one):
+        say(f"measuring {one}")
+        chain = own.chain.in_form(one.layer_form)
+        return execution.seconds_per_client(chain, parts.profile, images, one.clients_per_chunk, devices[0])
+
+    placed = federated_devices.bytes_placed(state.model)
+    free = tuning.budget_bytes(parts.execution, devices, placed)
+    samples = federated_devices.place_samples(Samples(data.train_images, data.train_labels), devices, free)
+    placed += federated_devices.bytes_placed(samples)
+    settled, tried = tuning.settle(parts.execution, before, facts, seconds, notes, placed)
+    training = dataclasses.replace(own, chain=own.chain.in_form(settled.layer_form))
+    say("compiling the evaluation")
+    evaluate = federated_devices.Evaluation(training.chain, training.preprocess, devices)
+    held_out = _place_held_out(parts, evaluate, state, placed)
+    placed += federated_devices.bytes_placed(held_out)
+    first, needed = prepare(parts, state.round) if more else None, {}
+    programs = Programs(notes, devices)
+    while True:
+        one = f"{parts.network}, {settled.layer_form}"
+        say(programs.expected(one, program(parts, settled)))
+        begun = time.perf_counter()
+        rounds = federated_devices.Rounds(training, settled.clients_per_chunk, devices, settled.mode)
+        engine = Engine(samples, held_out, rounds, evaluate, tried)
+        of_round = rounds.bytes_needed(*arguments(parts, engine, state, first)) if first else 0
+        programs.took(one, program(parts, settled), time.perf_counter() - begun)
+        needed[settled.clients_per_chunk] = tuning.most_bytes(of_round)
+        smaller = tuning.fit(settled, parts.execution.left_open, needed, facts, placed)
+        if smaller == settled:
+            return dataclasses.replace(parts, execution=settled, training=training), engine
+        settled = smaller
+
+
+def program(parts: Parts, settled: Execution) -> str:
+    """What tells the compiled round from others of its network."""
+    return f"{parts.program}, {settled.mode} {settled.clients_per_chunk}"
+
+
+def arguments(parts: Parts, engine: Engine, state: State, prepared: Prepared) -> tuple[Any, ...]:
+    """The arguments of `Rounds` for a round after `state`."""
+    key = planning.round_key(parts.seed, prepared.round, planning.TRAINING)
+    return state.model, engine.samples, prepared.assignments, key, prepared.learning_rate
+
+
+def _place_held_out(parts, evaluate, state, placed):
+    """The held-out samples on the devices, in batches with which `evaluate` fits into the memory."""
+    batch, images, labels = batch_at(parts.image_shape[0]), parts.data.test_images, parts.data.test_labels
+    while True:
+        held_out = federated_devices.place_held_out(images, labels, parts.devices, batch)
+        needed = tuning.most_bytes(evaluate.bytes_needed(state.model.packed, held_out))
+        taken = placed + federated_devices.bytes_placed(held_out)
+        free = tuning.budget_bytes(parts.execution, parts.devices, taken)
+        if needed <= free or batch == 1:
+            return held_out
+        batch = max(1, min(batch // 2, batch * free // needed))

@@ -1,0 +1,146 @@
+"""The loop over rounds: plan, train, evaluate now and then, and log."""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sfl_jax.federated import devices as federated_devices
+from sfl_jax.federated.round import Outcome
+from sfl_jax.run import metrics
+from sfl_jax.run.engine import Engine, arguments
+from sfl_jax.run.parts import Parts
+from sfl_jax.run.rounds import Prepared, prepare
+from sfl_jax.run.state import State
+
+SHORT_S = 2.0  # a round that takes less is followed by the next before it is read
+
+
+class Diverged(ArithmeticError):
+    """A number of a round is not finite; `state` is that before the round."""
+
+    def __init__(self, message: str, state: State):
+        super().__init__(message)
+        self.state = state
+
+
+class Sent(NamedTuple):
+    """A round that the devices compute: the states before and after it, and what will be read of it.
+
+    began_s: the clock when its preparation began.  ended_s, tested_s: when the round was done, and when its
+    evaluation was.
+    """
+
+    prepared: Prepared
+    before: State
+    state: State
+    outcome: Outcome
+    tested: Any  # (loss, accuracy) on held-out samples; None where it is not evaluated
+    began_s: float
+    ended_s: Future[float]
+    tested_s: Future[float]
+
+
+def run(
+    parts: Parts,
+    state: State,
+    engine: Engine,
+    until: int,
+    clock: metrics.Stopwatch | None = None,
+    pauses: Callable[[int], bool] = lambda round: False,
+) -> Iterator[tuple[State, metrics.Round]]:
+    """Runs rounds until so many are done; yields the state after each and its metrics. Raises Diverged.
+
+    Where rounds are short the next is sent off before the metrics of one are read, so that the devices need
+    not wait; the model of the state that is yielded is donated then, see `is_held`. `pauses` says that the
+    state after so many rounds will be wanted. Long rounds gain nothing by this, and can be stopped sooner.
+    """
+    clock = clock or metrics.Stopwatch()
+    free_s, lasted_s = clock.seconds, math.inf  # since when the devices are idle; how long they were busy
+    with ThreadPoolExecutor(1, "rounds") as pool:
+        follow = functools.partial(_send, parts, engine, until, clock, pool)
+        sent = follow(state)
+        while sent:
+            following, failure = None, None
+            if lasted_s < SHORT_S and not pauses(sent.state.round):
+                try:
+                    following = follow(sent.state, sent.outcome)
+                except Exception as error:  # not before the round that is done has been yielded
+                    failure = error
+            ended_s, tested_s = sent.ended_s.result(), sent.tested_s.result()
+            outcome, tested = jax.device_get(federated_devices.on_first((sent.outcome, sent.tested)))
+            _judge(parts, sent._replace(state=(following or sent).state), outcome)
+            start_s, free_s = max(free_s, sent.began_s), tested_s
+            lasted_s = tested_s - start_s
+            yield sent.state, _line(parts, sent, outcome, tested, tested_s, ended_s - start_s)
+            if failure:
+                raise failure
+            sent = following or follow(sent.state, sent.outcome)
+
+
+def _send(parts, engine, until, clock, pool, state, previous=None) -> Sent | None:
+    """Plan the round after `state` and send it off to the devices; None after the last."""
+    if state.round >= until:
+        return None
+    began_s, prepared = clock.seconds, prepare(parts, state.round)
+    model, loss, diverged = engine.run_round(*arguments(parts, engine, state, prepared), previous)
+    clocks = _add_clocks(state.simulated_s, parts.planner.method, prepared)
+    after = State(state.round + 1, model, clocks)
+    came = federated_devices.replicate(np.int32(prepared.turnout.came.sum()), parts.devices)
+    outcome = Outcome(loss, diverged, came)
+    ended_s = pool.submit(_clock_after, outcome, clock)
+    due = after.round % parts.eval_every == 0 or after.round == until
+    tested = engine.evaluate(model.packed, engine.held_out) if due else None
+    tested_s = pool.submit(_clock_after, tested, clock)
+    return Sent(prepared, state, after, outcome, tested, began_s, ended_s, tested_s)
+
+
+def _clock_after(arrays, clock):
+    """The clock once these are computed. In a thread of its own, or whatever else is done would be in it."""
+    jax.block_until_ready(arrays)
+    return clock.seconds
+
+
+def _line(parts, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
+    done = sent.prepared
+    test_loss, test_accuracy = (None, None) if tested is None else map(float, tested)
+    trained = int(done.assignments.steps.sum()) * parts.batch_size
+    diverged = outcome.diverged[outcome.diverged >= 0]
+    counted = done.turnout.came & ~np.isin(done.assignments.client, diverged)
+    cuts = done.plan.cuts[counted]
+    return metrics.Round(
+        sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
+        done.plan.bound_s, sent.state.simulated_s[parts.planner.method], wall_s, trained / took_s,
+        int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan,
+    )  # fmt: skip
+
+
+def _judge(parts, sent: Sent, outcome: Outcome) -> None:
+    """Name the clients whose numbers are not finite. Raises Diverged where that ends the run, which has left
+    the model as it was.
+    """
+    done = sent.prepared
+    for line in done.left_out:
+        logging.warning("round %d: %s; left out", done.round + 1, line)
+    names = [
+        f"round {done.round + 1}: the loss or the update of client {parts.fleet.client[id]}, "
+        f"cut {done.plan.cuts[done.assignments.client == id][0]}, is not finite"
+        for id in outcome.diverged[outcome.diverged >= 0]
+    ]
+    if outcome.is_last(parts.training):
+        of_server = f"round {done.round + 1}: the step of the server is not finite"
+        raise Diverged("; ".join(names) or of_server, sent.before._replace(model=sent.state.model))
+    for name in names:
+        logging.warning("%s; left out", name)
+    if len(names) == outcome.came:
+        logging.warning("round %d: failed, no client's work is left; the model stays", done.round + 1)
+
+
+def _add_clocks(clocks, method, done: Prepared) -> dict[str, Any]:
+    seconds = {**done.rival_s, method: done.turnout.round_s}
+    return {name: total + seconds[name] for name, total in clocks.items()}

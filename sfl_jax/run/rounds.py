@@ -1,0 +1,68 @@
+"""A round before it runs: its cohort, its plan and its batches, all made on the host."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from sfl_jax import datasets, fleet, optim, planning
+from sfl_jax.federated.session import Assignment
+from sfl_jax.planning import Turnout
+from sfl_jax.run.parts import Parts
+
+
+class Prepared(NamedTuple):
+    """A round before it runs.
+
+    left_out: whom no plan serves with the links of this round, and why. rival_s: the round's seconds under
+    other planning methods.
+    """
+
+    round: int
+    plan: optim.Plan | optim.BandPlan
+    left_out: tuple[str, ...]
+    turnout: Turnout
+    rival_s: dict[str, float]
+    assignments: Assignment
+    learning_rate: float
+
+
+def prepare(parts: Parts, round: int) -> Prepared:
+    """Cohort, plan and batches of a round."""
+    ids, clients, terms = cohort(parts, round)
+    plan, present, left_out = planning.serve(parts.planner, clients, terms, round)
+    indices, steps = datasets.batches(
+        parts.division, ids, seed=parts.seed, round=round, local_epochs=parts.local_epochs,
+        batch_size=parts.batch_size, steps_max=parts.steps_max,
+    )  # fmt: skip
+    assert clients.samples is not None
+    delayed, factor = parts.faults.delays(parts.seed, round, ids), parts.faults.deadline_factor
+    comers = planning.turnout(parts.planner, factor, terms, plan, delayed, present)
+    # A client that does not come keeps its place, so that nothing compiles, and does nothing in it.
+    weights = np.where(comers.came, clients.samples, 0).astype(np.float32)
+    steps = np.where(comers.came, steps, 0).astype(np.int32)
+    assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices)
+    rival_s = {name: _round_s(parts, terms, name, delayed, present) for name in parts.rivals}
+    return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round))
+
+
+def cohort(parts: Parts, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms]:
+    """Who takes part in a round (indices), and their terms with the links of that round."""
+    ids = cohort_ids(parts, round)
+    clients = parts.fleet.take(ids)
+    return ids, clients, planning.linked(parts.planner, clients, parts.terms.take(ids), round, ids)
+
+
+def cohort_ids(parts: Parts, round: int) -> np.ndarray:
+    """The indices of the clients that take part in a round; (K,)."""
+    return fleet.cohort(parts.seed, round, len(parts.fleet), parts.cohort_size)
+
+
+def _round_s(parts, terms, method, delayed, present) -> float:
+    """A rival's round of the same clients and delays, infinite where it cannot serve each of them."""
+    planner, factor = parts.planner, parts.faults.deadline_factor
+    try:
+        plan = optim.solve(terms, planner.server_flops, method, planner.barrier, present=present)
+        return planning.turnout(planner, factor, terms, plan, delayed, present).round_s
+    except optim.Infeasible:
+        return math.inf

@@ -1,0 +1,363 @@
+"""`Run`: the parts of a training put together, and what can be done with it."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sfl_jax import datasets, models, optim, planning
+from sfl_jax.datasets.images import scaled
+from sfl_jax.errors import BadInput
+from sfl_jax.federated import devices as federated_devices
+from sfl_jax.federated import optimizers
+from sfl_jax.federated.evaluation import batch_at
+from sfl_jax.federated.execution import Execution
+from sfl_jax.federated.session import Training
+from sfl_jax.fleet import Faults, Fleet
+from sfl_jax.planning import Planned, Planner
+from sfl_jax.run import loop, metrics, saving
+from sfl_jax.run.engine import Engine, compile_rounds
+from sfl_jax.run.parts import Parts, Say, always, silent
+from sfl_jax.run.rounds import cohort, cohort_ids
+from sfl_jax.run.state import State, is_held, resume, start
+
+Line = metrics.Round
+
+
+class Evaluated(NamedTuple):
+    """How good the model is on some samples: the mean cross-entropy, and the part that it gets right."""
+
+    loss: float
+    accuracy: float
+
+
+class Run:
+    """A split federated training, composed of its parts.
+
+        run = sfl_jax.Run(chain=…, data=…, fleet=…, optimizer=optax.sgd(0.05, momentum=0.9))
+        for line in run.rounds(20):
+            print(line.round, line.test_accuracy, line.simulated_s)
+
+    Args:
+      chain: the network, `sfl_jax.Chain([...])` of Flax modules or `sfl_jax.models.create(name)`.
+      data: the samples, as of `sfl_jax.datasets.from_arrays` or `load`.
+      fleet: the clients, as of `sfl_jax.fleet.random_fleet` or `read_fleet`.
+      optimizer: of the local steps, an optax transformation with its learning rate.
+      scheme: "sfl"; or "fl", in which every client keeps the whole network.
+      planner: how each round is planned.
+      cohort_size: clients that take part in a round; all where it is left out.
+      local_epochs, batch_size: of a client in a round.
+      rate: a factor on the learning rate by round, counted from 0.
+      partition: how the training samples are divided: "iid", "dirichlet", "shards", "quantity", "fleet" (by
+        the fleet's column samples), "auto" (fleet where it has that column, else iid), or the indices of each
+        client's samples.
+      preprocess: stored images (B, H, W, C) to what the network takes; by default uint8 becomes -1 to 1.
+      variables: to start from; fresh ones where they are left out.
+      server_optimizer: of the server, an optax transformation of the clients' mean change.
+      faults: what goes wrong with clients.
+      execution: how the devices compute a round. devices: how many to use; 0 is all.
+      eval_every: rounds between evaluations on the test samples.
+      skip_diverged: whether a client whose numbers are not finite is left out instead of ending the run.
+      rivals: planning methods whose simulated clocks run beside the plan's, see `State.simulated_s`.
+      seed: of all that is random but plans and links, which `planner.seed` draws.
+
+    Raises:
+      BadInput: a part that is none, or values that do not fit together; the line names the part.
+    """
+
+    def __init__(
+        self,
+        *,
+        chain: models.Chain,
+        data: datasets.Dataset,
+        fleet: Fleet,
+        optimizer: optax.GradientTransformation | optimizers.LocalOptimizer,
+        scheme: str = "sfl",
+        planner: Planner = Planner(),  # noqa: B008 frozen
+        cohort_size: int | None = None,
+        local_epochs: int = 1,
+        batch_size: int = 32,
+        rate: Callable[[int], float] = always,
+        partition: str | Sequence[np.ndarray] = "auto",
+        preprocess: Callable[[Any], Any] = scaled,
+        variables: models.Variables | None = None,
+        server_optimizer: optax.GradientTransformation | None = None,
+        faults: Faults = Faults(),  # noqa: B008 frozen
+        execution: Execution = Execution(),  # noqa: B008 frozen
+        devices: int = 0,
+        eval_every: int = 1,
+        skip_diverged: bool = False,
+        rivals: Sequence[str] = (),
+        seed: int = 0,
+    ):
+        cohort_size = len(fleet) if cohort_size is None else cohort_size
+        numbers = {"cohort_size": cohort_size, "local_epochs": local_epochs, "batch_size": batch_size}
+        for name, value in (numbers | {"eval_every": eval_every}).items():
+            _check_positive(name, value)
+        if cohort_size > len(fleet):
+            raise BadInput(
+                f"cohort_size={cohort_size}: must be at most {len(fleet)}, the clients of the fleet"
+            )
+        if scheme not in SCHEMES:
+            raise BadInput(f"scheme={scheme}: must be one of {', '.join(SCHEMES)}")
+        if scheme == "fl":
+            planner = dataclasses.replace(planner, method="no_split")
+        if planner.min_cut > len(chain):
+            raise BadInput(f"min_cut={planner.min_cut}: must be at most {len(chain)}, the units of the chain")
+        if execution.layer_form != "auto":
+            chain = chain.in_form(execution.layer_form)
+        stored = data.train_images.shape[1:]
+        entering = jax.eval_shape(preprocess, jax.ShapeDtypeStruct((1, *stored), data.train_images.dtype))
+        image_shape = entering.shape[1:]
+        fresh = functools.partial(_fresh, chain, entering, seed)
+        params = jax.eval_shape(fresh).params
+        if not isinstance(optimizer, optimizers.LocalOptimizer):
+            optimizers.check_server(optimizer)
+            optimizer = optimizers.of_optax(optimizer, params)
+        division = _divide(data, fleet, partition, seed)
+        clients = fleet.with_samples([len(share) for share in division])
+        planning.check_links(planner, clients)
+        profile = models.profile(chain, image_shape, stored_shape=stored)
+        work = optim.Work(local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots)
+        terms = optim.terms(profile, clients, work)  # pyright: ignore[reportArgumentType] has samples
+        training = Training(
+            chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged
+        )
+        initial = fresh if variables is None else functools.partial(_given, variables, jax.eval_shape(fresh))
+        parts = Parts(
+            data, division, clients, profile, terms, training, initial, planner, faults, image_shape,
+            cohort_size, local_epochs, batch_size, rate, eval_every, seed, execution,
+            federated_devices.choose_devices(devices), tuple(rivals), network=_name(chain, image_shape),
+        )  # fmt: skip
+        self._use(parts)
+
+    @classmethod
+    def of(cls, parts: Parts) -> "Run":
+        """A run of parts that were checked already; `start` or `resume` gives it a state."""
+        run = cls.__new__(cls)
+        run._use(parts)
+        return run
+
+    def _use(self, parts: Parts) -> None:
+        self.parts = parts
+        self.engine: Engine | None = None
+        self._state: State | None = None
+        self._before: Execution | None = None  # how the run that goes on was computed
+        self.lines: list[Line] = []
+        self._stopwatch, self._compiling = metrics.Stopwatch(), metrics.CompileClock()
+
+    @property
+    def state(self) -> State:
+        """What changes from round to round; fresh before the first."""
+        if self._state is None:
+            self._state = start(self.parts)
+        return self._state
+
+    @property
+    def round(self) -> int:
+        """Rounds that are done."""
+        return self.state.round
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the model is there still, and not given to a round that is under way."""
+        return is_held(self.state)
+
+    @property
+    def tried(self) -> dict[Any, float]:
+        """Seconds that were measured of each alternative, once the run is compiled."""
+        return self.engine.tried if self.engine else {}
+
+    @property
+    def variables(self) -> models.Variables:
+        """The global model, in NumPy arrays; a tuple with one pytree per unit for each of its fields."""
+        return jax.device_get(federated_devices.on_first(self.state.model).variables)
+
+    def start(self) -> None:
+        """Draw the first weights now, or read them, instead of when they are first needed."""
+        self._state = start(self.parts)
+
+    def resume(self, checkpoints: Any, progress: Any) -> None:
+        """Go on from a checkpoint."""
+        self._state = resume(self.parts, checkpoints, progress)
+
+    def compile(
+        self,
+        until: int | None = None,
+        before: Execution | None = None,
+        notes: Path | None = None,
+        say: Say = silent,
+    ) -> None:
+        """Settle how the devices compute, place the data, and compile a round and an evaluation.
+
+        until: rounds of the whole run; no round is compiled where they are done. before, notes: see
+        `tuning.settle`.
+        """
+        more, before = until is None or self.round < until, before or self._before
+        self.parts, self.engine = compile_rounds(self.parts, self.state, before, notes, say, more)
+
+    def rounds(
+        self,
+        rounds: int,
+        clock: metrics.Stopwatch | None = None,
+        pauses: Callable[[int], bool] = lambda round: True,
+        progress: bool | None = None,
+    ) -> Iterator[Line]:
+        """Train so many rounds more; yields the line of each when it is done.
+
+        Args:
+          clock: of the lines' `wall_s`.
+          pauses: whether the state after so many rounds will be wanted. Where it is not, short rounds are
+            sent ahead, and the model after a line may be gone, see `is_held`.
+          progress: whether to show a bar; by default on a terminal.
+
+        Raises:
+          BadInput: no rounds, or one that cannot be planned. loop.Diverged: numbers that are not finite.
+        """
+        _check_positive("rounds", rounds)
+        until, ours = self.round + rounds, clock is None
+        if self.engine is None:
+            cohorts = ((i, cohort_ids(self.parts, i)) for i in range(self.round, until))
+            planning.check_rounds(self.parts.planner, self.parts.fleet, self.parts.terms, cohorts)
+            with self._compiling:
+                self.compile()
+        assert self.engine is not None
+        going = loop.run(self.parts, self.state, self.engine, until, clock or self._stopwatch, pauses)
+        return self._lines(_shown(going, self.round, until, ours if progress is None else progress))
+
+    def _lines(self, going):
+        try:
+            for self._state, line in going:
+                self.lines.append(line)
+                yield line
+        except loop.Diverged as error:
+            self._state = error.state
+            raise
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Logits (N, classes) of stored images (N, H, W, C), in inference mode."""
+        images = np.asarray(images)
+        expected = self.parts.data.train_images.shape[1:]
+        if images.shape[1:] != expected or not len(images):
+            raise BadInput(f"images: of shape {images.shape}; must be (N, {', '.join(map(str, expected))})")
+        if images.dtype != self.parts.data.train_images.dtype:
+            raise BadInput(f"images: of {images.dtype}; must be {self.parts.data.train_images.dtype}")
+        model = federated_devices.on_first(self.state.model).packed
+        size = min(batch_at(max(self.parts.image_shape[:2])), len(images))
+        filled = np.resize(images, (-(-len(images) // size) * size, *expected))  # whole batches
+        logits = [
+            np.asarray(_logits(self.parts.training, model, filled[first : first + size]))
+            for first in range(0, len(filled), size)
+        ]
+        return np.concatenate(logits)[: len(images)]
+
+    def evaluate(self, images: Any = None, labels: Any = None) -> Evaluated:
+        """Loss and accuracy of the model on these samples, by default on the test samples."""
+        data = self.parts.data
+        images, labels = (data.test_images, data.test_labels) if images is None else (images, labels)
+        labels = np.asarray(labels)
+        logits = self.predict(images).astype(np.float64)
+        if labels.shape != logits.shape[:1]:
+            raise BadInput(f"labels: of shape {labels.shape}; must be one for each of {len(logits)} images")
+        picked = logits[np.arange(len(labels)), labels]
+        return Evaluated(
+            float((np.logaddexp.reduce(logits, axis=1) - picked).mean()),
+            float((logits.argmax(axis=1) == labels).mean()),
+        )
+
+    def client_accuracies(self) -> np.ndarray:
+        """The accuracy of the model on the training samples of each client; (clients,)."""
+        data = self.parts.data
+        right = self.predict(data.train_images[:]).argmax(axis=1) == data.train_labels
+        return np.array([right[share].mean() if len(share) else np.nan for share in self.parts.division])
+
+    def plan(self) -> Planned:
+        """The plan of the next round, with what it is made from."""
+        parts = self.parts
+        _, clients, terms = cohort(parts, self.round)
+        plan = planning.serve(parts.planner, clients, terms, self.round).plan
+        return Planned(parts.planner, parts.profile, clients, terms, plan)
+
+    def save(self, path: str | Path) -> None:
+        """Save the run in a directory, from which `restore` goes on with the same bits."""
+        clocks = self._stopwatch.seconds, self._compiling.seconds
+        saving.save(Path(path), self.parts, self.state, self.lines, *clocks)
+
+    @classmethod
+    def restore(cls, path: str | Path, **parts: Any) -> "Run":
+        """The run that was saved in a directory; its parts are given again, as to `Run`.
+
+        Raises BadInput where nothing is saved there, or a part is not the one it was made with.
+        """
+        run = cls(**parts)
+        checkpoints, progress, run.lines = saving.read(Path(path), run.parts)
+        run.resume(checkpoints, progress)
+        run._before = Execution(**progress.settings)
+        run._stopwatch = metrics.Stopwatch(progress.wall_s)
+        run._compiling = metrics.CompileClock(progress.compile_s)
+        return run
+
+
+SCHEMES = ("sfl", "fl")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise BadInput(f"{name}={value}: must be an integer, at least 1")
+
+
+def _fresh(chain, entering, seed) -> models.Variables:
+    return chain.init(jax.random.key(seed), jnp.zeros(entering.shape, entering.dtype))
+
+
+def _given(variables, like) -> models.Variables:
+    """The variables to start from. BadInput where they are another network's."""
+    if jax.tree.structure(variables) != jax.tree.structure(like):
+        raise BadInput("variables: must be those of the chain, as chain.init makes them")
+    for given, wanted in zip(jax.tree.leaves(variables), jax.tree.leaves(like), strict=True):
+        if given.shape != wanted.shape:
+            raise BadInput(f"variables: an array of shape {given.shape}; the chain has {wanted.shape} there")
+    return variables
+
+
+def _divide(data, fleet, partition, seed) -> list[np.ndarray]:
+    """The indices of each client's training samples."""
+    if not isinstance(partition, str):
+        shares = [np.asarray(share) for share in partition]
+        if len(shares) != len(fleet):
+            raise BadInput(f"partition: of {len(shares)} clients; the fleet has {len(fleet)}")
+        return shares
+    if partition == "auto":
+        partition = "iid" if fleet.samples is None else "fleet"
+    if partition == "fleet" and fleet.samples is None:
+        raise BadInput("partition=fleet: needs a fleet with samples")
+    return datasets.partition(
+        data.train_labels, len(fleet), scheme=partition, samples=fleet.samples, seed=seed
+    )
+
+
+def _name(chain, image_shape) -> str:
+    """What tells networks apart where measurements are kept."""
+    return f"{saving.described(chain.units)[:16]} at {'x'.join(map(str, image_shape))}"
+
+
+def _shown(going, done, until, shows):
+    """The rounds, with a bar on a terminal."""
+    if not (shows and sys.stderr.isatty()):
+        return going
+    from tqdm import tqdm
+
+    return tqdm(going, initial=done, total=until, unit="round", dynamic_ncols=True)
+
+
+@functools.partial(jax.jit, static_argnames="training")
+def _logits(training, packed, images):
+    logits, _ = training.chain.apply(packed.unpack(), training.preprocess(images))
+    return logits

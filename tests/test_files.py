@@ -5,6 +5,7 @@ import sys
 import pytest
 from disks import fill
 
+from sfl_jax import files
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_ours, ensure_writable, locked, whole_file
 
@@ -142,3 +143,12 @@ def test_a_file_is_ours_if_it_has_the_mark(tmp_path):
         BadInput, match=r"^--output=a.json: .*a.csv is not of sfl_jax and would be replaced; move it"
     ):
         ensure_ours(path, b"x,y", "output", "a.json")
+
+
+def test_a_place_that_cannot_be_leaves_nothing_to_remove(tmp_path):
+    """What is said is that error, and no other file's removal fails because of it later."""
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), whole_file(tmp_path / "file" / "below"):
+        pass
+    files.remove_unfinished()
+    assert not files._unfinished

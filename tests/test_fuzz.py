@@ -18,7 +18,7 @@ from commands.test_flags import ARGUMENTS
 from fuzz import attempt, damaged, tries
 from hypothesis import given
 from hypothesis import strategies as st
-from test_checkpoints import LOG, model, progress
+from run.test_checkpoints import LOG, model, progress
 
 from sfl_jax import fleet
 from sfl_jax.commands import flags

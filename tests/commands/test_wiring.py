@@ -54,20 +54,20 @@ RUNS = {
 # What no run of RUNS sets, and where it is tested instead.
 ELSEWHERE = {
     "model": "models", "layer_form": "models", "compute_dtype": "federated/test_precision.py",
-    "matmul_precision": "test_accelerators.py", "deterministic": "test_accelerators.py",
+    "matmul_precision": "commands/test_accelerators.py", "deterministic": "commands/test_accelerators.py",
     "init_from": "below", "dataset": "below", "data_dir": "below", "label_key": "datasets/test_loading.py",
-    "starts": "test_planning.py", "recall": "test_planning.py", "rounding": "test_planning.py",
-    "band": "test_planning.py",
-    "on_divergence": "test_training_loop.py",
-    "memory_budget_gib": "test_tuning.py", "devices": "federated/test_devices.py",
-    "compilation_cache": "test_compilation_cache.py",
+    "starts": "planning/test_planner.py", "recall": "planning/test_planner.py", "rounding": "planning/test_planner.py",
+    "band": "planning/test_planner.py",
+    "on_divergence": "run/test_loop.py",
+    "memory_budget_gib": "federated/test_tuning.py", "devices": "federated/test_devices.py",
+    "compilation_cache": "commands/test_compilation_cache.py",
     **dict.fromkeys(
         ("join_timeout_s", "num_processes", "process_id", "coordinator_address", "heartbeat_timeout_seconds"),
         "federated/test_processes.py",
     ),
     **dict.fromkeys(("workdir", "allow_config_change"), "commands/test_train.py"),
     **dict.fromkeys(
-        ("checkpoint_every_rounds", "checkpoint_every_s", "keep", "on_write_error"), "test_recording.py"
+        ("checkpoint_every_rounds", "checkpoint_every_s", "keep", "on_write_error"), "run/test_recording.py"
     ),
 }  # fmt: skip
 

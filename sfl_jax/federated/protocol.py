@@ -7,6 +7,7 @@ Flax modules, arrays, an optimiser used as optax says. It imports no code of the
 hold equal to it.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -19,6 +20,9 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
+MODEL_DOWN, MODEL_UP = "model_down", "model_up"
+SMASHED_UP, LABELS_UP, GRADIENT_DOWN = "smashed_up", "labels_up", "gradient_down"
+KINDS = (MODEL_DOWN, SMASHED_UP, LABELS_UP, GRADIENT_DOWN, MODEL_UP)  # of messages
 # Folded into the key of a step for the link, then the direction.
 LINK, UP, DOWN = 2**31, 0, 1
 
@@ -54,19 +58,24 @@ class Work:
     batches: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Up:
-    """Client to server, once a step: smashed data, at cut 0 the images as they lie there, and labels."""
+class Wire:
+    """Carries messages between the parties, as NumPy arrays.
 
-    smashed: Array | np.ndarray
-    labels: Int[Array, " B"]
+    Attributes:
+      messages: (kind, payload) in their order; kinds are those of `KINDS`.
+      bytes: how many went over it, by kind.
+    """
 
+    def __init__(self):
+        self.messages: list[tuple[str, Any]] = []
+        self.bytes: collections.Counter[str] = collections.Counter()
 
-@dataclasses.dataclass(frozen=True)
-class Down:
-    """Server to client, once a step: the gradient of the smashed data; nothing at cut 0."""
-
-    gradient: Array | None
+    def send(self, kind: str, payload: Any) -> Any:
+        """The payload as it arrives."""
+        arrived = jax.tree.map(np.asarray, payload)
+        self.messages.append((kind, arrived))
+        self.bytes[kind] += sum(leaf.nbytes for leaf in jax.tree.leaves(arrived))
+        return arrived
 
 
 class Copy:
@@ -89,7 +98,7 @@ class Copy:
         self.variables |= new
         return output
 
-    def backward(self, gradient: Array) -> Array:
+    def backward(self, gradient: Array | np.ndarray) -> Array:
         """The gradient of the unit's input; takes a step of its parameters."""
         params = self.variables["params"]
         own, of_input = self.pullback(gradient)
@@ -102,7 +111,17 @@ class Party:
 
     def __init__(self, world: World, first: int, last: int):
         self.copies = [Copy(world, index) for index in range(first, last)]
-        self.first, self.preprocess = first, world.preprocess
+        self.preprocess = world.preprocess
+
+    @property
+    def variables(self) -> list[dict[str, Any]]:
+        """Those of its units."""
+        return [copy.variables for copy in self.copies]
+
+    def receive(self, variables: Sequence[dict[str, Any]]) -> None:
+        """Take the variables of its units from a message."""
+        for copy, own in zip(self.copies, variables, strict=True):
+            copy.variables = dict(own)
 
     def forward(self, x: Array | np.ndarray, step_key: Key[Array, ""]) -> Array:
         """The output of the last unit. Unit 0 takes images as they lie there."""
@@ -111,50 +130,47 @@ class Party:
             now = copy.forward(self.preprocess(now) if copy.index == 0 else now, step_key)
         return now
 
-    def backward(self, gradient: Array) -> Array:
+    def backward(self, gradient: Array | np.ndarray) -> Array:
         """The gradient of what entered the first unit; every unit takes its step."""
         for copy in reversed(self.copies):
             gradient = copy.backward(gradient)
         return gradient
 
-    def finish(self, logits: Array, labels: Int[Array, " B"]) -> tuple[Array, float]:
+    def finish(self, logits: Array, labels: Int[Array | np.ndarray, " B"]) -> tuple[Array, float]:
         """Takes a step from logits; (the gradient of what entered the first unit, the loss)."""
         loss, gradient = jax.value_and_grad(mean_cross_entropy)(logits, labels)
         return self.backward(gradient), float(loss)
 
 
-class Server(Party):
-    """The server's replica for one client."""
+def run_session(world: World, work: Work, wire: Wire | None = None) -> tuple[list[dict[str, Any]], float]:
+    """(the variables of each unit after the session, the mean loss of its steps, 0 of none).
 
-    def answer(self, message: Up, step_key: Key[Array, ""]) -> tuple[Down, float]:
-        """(the message for the client, the loss): completes the pass and takes a step."""
-        gradient, loss = self.finish(self.forward(message.smashed, step_key), message.labels)
-        return Down(gradient if self.first else None), loss
-
-
-def run_session(world: World, work: Work) -> tuple[list[dict[str, Any]], float]:
-    """(the variables of each unit after the session, the mean loss of its steps, 0 of none)."""
-    client, server = Party(world, 0, work.cut), Server(world, work.cut, len(world.units))
+    The client holds the units before the cut. The server holds a replica of the others for this client.
+    """
+    wire, last = wire or Wire(), len(world.units)
+    client, server = Party(world, 0, work.cut), Party(world, work.cut, last)
+    client.receive(wire.send(MODEL_DOWN, client.variables))
     losses = []
     for step, rows in enumerate(work.batches):
         key = jax.random.fold_in(jax.random.fold_in(world.key, work.client), step)
         images, labels = world.images[rows], world.labels[rows]
-        if work.cut == len(world.units):
+        if work.cut == last:
             _, loss = client.finish(client.forward(images, key), labels)
         elif work.cut == 0:
-            _, loss = server.answer(Up(images, labels), key)
+            stored, known = wire.send(SMASHED_UP, images), wire.send(LABELS_UP, labels)
+            _, loss = server.finish(server.forward(stored, key), known)
         else:
-            smashed = world.up(client.forward(images, key), link_key(key, UP))
-            down, loss = server.answer(Up(smashed, labels), key)
-            assert down.gradient is not None
-            client.backward(world.down(down.gradient, link_key(key, DOWN)))
+            coded = world.up(client.forward(images, key), link_key(key, UP))
+            smashed, known = wire.send(SMASHED_UP, coded), wire.send(LABELS_UP, labels)
+            gradient, loss = server.finish(server.forward(smashed, key), known)
+            client.backward(world.down(wire.send(GRADIENT_DOWN, gradient), link_key(key, DOWN)))
         losses.append(loss)
-    variables = [copy.variables for copy in client.copies + server.copies]
+    variables = wire.send(MODEL_UP, client.variables) + server.variables
     return variables, float(np.mean(losses)) if losses else 0.0
 
 
 def run_round(
-    world: World, works: Sequence[Work], skip_diverged: bool = False
+    world: World, works: Sequence[Work], skip_diverged: bool = False, wire: Wire | None = None
 ) -> tuple[list[dict[str, Any]], float, list[int]]:
     """(the weighted mean of each unit over the clients, that of their losses, the clients that diverged).
 
@@ -162,7 +178,7 @@ def run_round(
     `skip_diverged` the variables then stay as they were, as they do where nobody is left, with loss NaN.
     """
     came = [work for work in works if work.weight > 0]
-    results = [(work, *run_session(world, work)) for work in came]
+    results = [(work, *run_session(world, work, wire)) for work in came]
     sound = [one for one in results if _is_finite(one[1:])]
     diverged = [work.client for work, *one in results if not _is_finite(one)]
     total = sum(work.weight for work, *_ in sound)
@@ -191,7 +207,9 @@ def link_key(step_key: Key[Array, ""], direction: int) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.fold_in(step_key, LINK), direction)
 
 
-def mean_cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, ""]:
+def mean_cross_entropy(
+    logits: Float[Array, "B classes"], labels: Int[Array | np.ndarray, " B"]
+) -> Float[Array, ""]:
     """The mean of -log softmax(logits) at the labels."""
     picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=1) - picked).mean()

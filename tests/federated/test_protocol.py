@@ -14,6 +14,8 @@ import optax
 import pytest
 from federated import rounds
 
+from sfl_jax import fleet as fleets
+from sfl_jax import models, optim
 from sfl_jax.federated import protocol, round
 
 TOLERANCE = {False: 1e-5, True: 1e-10}  # by x64
@@ -300,34 +302,45 @@ def test_absent_clients_are_those_of_the_protocol(who, small_round):
         assert np.isnan(found[1])
 
 
-class Spy(protocol.Server):
-    """A server that notes what it is sent and what it answers."""
-
-    def answer(self, message, step_key):
-        down, loss = super().answer(message, step_key)
-        self.seen.append((message, down))
-        return down, loss
+@pytest.mark.parametrize("cut", range(rounds.SMALL_CUTS))
+def test_nothing_else_crosses_the_cut(cut, small_round):
+    one, wire = rounds.works(small_round.work)[cut], protocol.Wire()
+    one = dataclasses.replace(one, batches=one.batches[:1])
+    protocol.run_session(small_round.world, one, wire)
+    (first, down), *inside, (last, up) = wire.messages
+    assert (first, last) == (protocol.MODEL_DOWN, protocol.MODEL_UP)
+    assert len(down) == len(up) == cut
+    kinds = [kind for kind, _ in inside]
+    if cut == rounds.SMALL_CUTS - 1:
+        assert kinds == []
+        return
+    assert kinds == ["smashed_up", "labels_up", *(["gradient_down"] if cut else [])]
+    assert inside[1][1].shape == (6,)
+    if cut == 0:
+        np.testing.assert_array_equal(inside[0][1], small_round.world.images[one.batches[0]])
+    else:
+        assert inside[0][1].shape == inside[2][1].shape == (6, {1: 12, 2: 8}[cut])
 
 
 @pytest.mark.parametrize("cut", range(rounds.SMALL_CUTS))
-def test_nothing_else_crosses_the_cut(cut, small_round, monkeypatch):
-    monkeypatch.setattr(Spy, "seen", [], raising=False)
-    monkeypatch.setattr(protocol, "Server", Spy)
-    one = rounds.works(small_round.work)[cut]
-    one = dataclasses.replace(one, batches=one.batches[:1])
-    protocol.run_session(small_round.world, one)
-    if cut == rounds.SMALL_CUTS - 1:
-        assert Spy.seen == []
-        return
-    [(up, down)] = Spy.seen
-    assert vars(up).keys() == {"smashed", "labels"}
-    assert vars(down).keys() == {"gradient"}
-    assert up.labels.shape == (6,)
-    if cut == 0:
-        np.testing.assert_array_equal(up.smashed, small_round.world.images[one.batches[0]])
-        assert down.gradient is None
-    else:
-        assert up.smashed.shape == down.gradient.shape == (6, {1: 12, 2: 8}[cut])
+def test_the_bytes_of_its_messages_are_those_of_the_plan(cut):
+    """In float32. Clocks and bytes follow from the same terms."""
+    chain, steps, batch, wire = rounds.SMALL_CHAIN, 2, 6, protocol.Wire()
+    training = rounds.training("sgd", None, chain)
+    with jax.enable_x64(False):
+        variables, samples = rounds.start(chain, rounds.SMALL_SIZE)
+        work = rounds.assignments(cuts=[cut], steps=steps, batch=batch)
+        world = rounds.world(training, variables, samples, KEY, optax.sgd(0.1))
+        protocol.run_session(world, rounds.works(work)[0], wire)
+    stored = samples.images.shape[1:]
+    entering = jax.eval_shape(training.preprocess, jax.ShapeDtypeStruct((1, *stored), samples.images.dtype))
+    profile = models.profile(chain, entering.shape[1:], stored_shape=stored)
+    fleet = fleets.random_fleet(1).with_samples([steps * batch])
+    terms = optim.terms(profile, fleet, optim.Work(batch_size=batch, min_cut=0))
+    assert 8 * (wire.bytes["smashed_up"] + wire.bytes["labels_up"]) == steps * batch * terms.up_bits[cut]
+    assert 8 * wire.bytes["gradient_down"] == steps * batch * terms.down_bits[cut]
+    assert 8 * wire.bytes["model_down"] == 8 * wire.bytes["model_up"] == terms.model_bits[cut]
+    assert wire.bytes["smashed_up"] > 0 or cut == rounds.SMALL_CUTS - 1
 
 
 def test_it_shares_no_code_with_the_compiled_round():

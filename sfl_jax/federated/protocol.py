@@ -132,9 +132,10 @@ class Party:
 
     def backward(self, gradient: Array | np.ndarray) -> Array:
         """The gradient of what entered the first unit; every unit takes its step."""
+        now: Any = gradient
         for copy in reversed(self.copies):
-            gradient = copy.backward(gradient)
-        return gradient
+            now = copy.backward(now)
+        return now
 
     def finish(self, logits: Array, labels: Int[Array | np.ndarray, " B"]) -> tuple[Array, float]:
         """Takes a step from logits; (the gradient of what entered the first unit, the loss)."""

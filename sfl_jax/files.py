@@ -25,18 +25,18 @@ class NotWritten(Exception):
 
 
 def ensure_writable(directory: str | os.PathLike[str], flag: str, value: str) -> None:
-    """Make `directory` and try a file in it; BadInput, naming --flag=value, where that fails."""
+    """Make `directory` and try a file in it; BadInput, naming flag=value, where that fails."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"--{flag}={value}: cannot be written ({reason}); choose another place") from error
+        raise BadInput(f"{flag}={value}: cannot be written ({reason}); choose another place") from error
 
 
 def ensure_ours(path: str | os.PathLike[str], mark: bytes, flag: str, value: str) -> None:
-    """BadInput, naming --flag=value, where a file is there that lacks `mark`, which is near the beginning of
+    """BadInput, naming flag=value, where a file is there that lacks `mark`, which is near the beginning of
     every one of this name that this package writes. An empty one is nobody's.
     """
     with (
@@ -50,16 +50,16 @@ def ensure_ours(path: str | os.PathLike[str], mark: bytes, flag: str, value: str
 
 def _not_ours(flag, value, path):
     return BadInput(
-        f"--{flag}={value}: {path} is not of sfl_jax and would be replaced; move it, or choose another place"
+        f"{flag}={value}: {path} is not of sfl_jax and would be replaced; move it, or choose another place"
     )
 
 
 def ensure_room(directory: str | os.PathLike[str], flag: str, value: str, needed_bytes: int) -> None:
-    """BadInput, naming --flag=value, where the disk of `directory` has less room than that."""
+    """BadInput, naming flag=value, where the disk of `directory` has less room than that."""
     free_bytes = shutil.disk_usage(directory).free
     if free_bytes < needed_bytes:
         raise BadInput(
-            f"--{flag}={value}: {free_bytes / 1e6:.1f} MB free, {needed_bytes / 1e6:.1f} MB needed; "
+            f"{flag}={value}: {free_bytes / 1e6:.1f} MB free, {needed_bytes / 1e6:.1f} MB needed; "
             "make room, or choose another place"
         )
 
@@ -80,11 +80,9 @@ def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator
         except BlockingIOError:
             note = _OWN_LOCK.fullmatch(path.read_bytes())
             who = f"run {note[1].decode()}" if note and note[1] else "another process"
-            raise BadInput(
-                f"--{flag}={value}: {who} is at work in it; wait, or choose another place"
-            ) from None
+            raise BadInput(f"{flag}={value}: {who} is at work in it; wait, or choose another place") from None
         except OSError as error:
-            raise BadInput(f"--{flag}={value}: cannot be locked ({error}); choose another place") from error
+            raise BadInput(f"{flag}={value}: cannot be locked ({error}); choose another place") from error
         with contextlib.suppress(OSError):  # only a note; a full disk is found by what needs room
             file.seek(0)
             if _OWN_LOCK.fullmatch(file.read(64)):  # else somebody else's

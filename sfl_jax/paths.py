@@ -19,13 +19,13 @@ _OF_SHELLS = {
 
 
 def expand(flag: str, value: str) -> str:
-    """The path that --flag=value means: a leading ~ is a home directory, and blanks around it do not count.
+    """The path that flag=value means: a leading ~ is a home directory, and blanks around it do not count.
 
     BadInput where no such home is known.
     """
     path = os.path.expanduser(value.strip())
     if path.startswith("~"):
-        raise BadInput(f"--{flag}={value}: the home directory of ~ is not known here; write the path out")
+        raise BadInput(f"{flag}={value}: the home directory of ~ is not known here; write the path out")
     return path
 
 
@@ -40,12 +40,12 @@ def for_a_shell(value: str) -> str:
 def check_text(flag: str, value: str) -> None:
     """BadInput for a text that was written for a shell."""
     if wrong := for_a_shell(value):
-        raise BadInput(f"--{flag}={value}: {wrong}")
+        raise BadInput(f"{flag}={value}: {wrong}")
 
 
 def check_path(flag: str, value: str) -> None:
     """BadInput for a path that is not of this machine."""
     if _ELSEWHERE.match(value):
         raise BadInput(
-            f"--{flag}={value}: must be a path of this machine; mount what is elsewhere, e.g. with gcsfuse"
+            f"{flag}={value}: must be a path of this machine; mount what is elsewhere, e.g. with gcsfuse"
         )

@@ -45,15 +45,15 @@ def test_directories_are_made_and_tried(tmp_path):
 
 def test_a_file_as_parent_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match=r"^--workdir=file/x: cannot be written \(Not a directory\)"):
+    with pytest.raises(BadInput, match=r"^workdir=file/x: cannot be written \(Not a directory\)"):
         ensure_writable(tmp_path / "file" / "x", "workdir", "file/x")
-    with pytest.raises(BadInput, match=r"^--workdir=: cannot be written"):
+    with pytest.raises(BadInput, match=r"^workdir=: cannot be written"):
         ensure_writable("a\0b", "workdir", "")
 
 
 def test_a_read_only_disk_is_refused(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(BadInput, match=r"^--workdir=d: cannot be written \(Read-only file system\)"):
+    with pytest.raises(BadInput, match=r"^workdir=d: cannot be written \(Read-only file system\)"):
         ensure_writable(small_disk / "new", "workdir", "d")
 
 
@@ -82,7 +82,7 @@ def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
     try:
         assert process.stdout.readline() == b"held\n"
         with (
-            pytest.raises(BadInput, match=f"^--workdir=w: run {process.pid} is at work in it"),
+            pytest.raises(BadInput, match=f"^workdir=w: run {process.pid} is at work in it"),
             locked(tmp_path, "workdir", "w"),
         ):
             pytest.fail("taken")
@@ -99,7 +99,7 @@ def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(theirs, tmp_pa
     (tmp_path / ".lock").write_bytes(theirs)
     with (
         locked(tmp_path, "workdir", "w"),
-        pytest.raises(BadInput, match=r"^--workdir=w: another process is at work in it"),
+        pytest.raises(BadInput, match=r"^workdir=w: another process is at work in it"),
         locked(tmp_path, "workdir", "w"),
     ):
         pytest.fail("taken")
@@ -109,7 +109,7 @@ def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(theirs, tmp_pa
 def test_what_cannot_be_a_lock_is_refused(tmp_path):
     (tmp_path / ".lock").mkdir()
     with (
-        pytest.raises(BadInput, match=r"^--workdir=w: cannot be locked \(.*Is a directory"),
+        pytest.raises(BadInput, match=r"^workdir=w: cannot be locked \(.*Is a directory"),
         locked(tmp_path, "workdir", "w"),
     ):
         pytest.fail("taken")
@@ -140,7 +140,7 @@ def test_a_file_is_ours_if_it_has_the_mark(tmp_path):
         ensure_ours(path / "b", b"x,y", "output", "a.json")
     path.write_bytes(b"y,x\n")
     with pytest.raises(
-        BadInput, match=r"^--output=a.json: .*a.csv is not of sfl_jax and would be replaced; move it"
+        BadInput, match=r"^output=a.json: .*a.csv is not of sfl_jax and would be replaced; move it"
     ):
         ensure_ours(path, b"x,y", "output", "a.json")
 

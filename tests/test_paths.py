@@ -119,7 +119,7 @@ def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):
     monkeypatch.delenv("HOME")
     assert paths.expand("workdir", "runs/a") == "runs/a"
     for typed in ("~", "~/runs"):
-        with pytest.raises(BadInput, match=f"^--workdir={typed}: the home directory of ~ is not known here"):
+        with pytest.raises(BadInput, match=f"^workdir={typed}: the home directory of ~ is not known here"):
             paths.expand("workdir", typed)
 
 

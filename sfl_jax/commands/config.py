@@ -379,7 +379,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if _is_path(field) and isinstance(value, str):
-                object.__setattr__(self, field.name, paths.expand(field.name, value))
+                object.__setattr__(self, field.name, paths.expand(f"--{field.name}", value))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for config.json."""
@@ -451,7 +451,7 @@ def validate(config: Config, command: str = "train") -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if type(value) is str:
-            paths.check_text(field.name, value)
+            paths.check_text(f"--{field.name}", value)
         if not _within(value, field.metadata):
             hint = field.metadata.get("hints", {}).get(str(value).lower())
             more = f"; {hint}" if hint else ""
@@ -459,7 +459,7 @@ def validate(config: Config, command: str = "train") -> None:
         if type(value) is int and value > LARGEST_INT:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
         if type(value) is str and _is_path(field):
-            paths.check_path(field.name, value)
+            paths.check_path(f"--{field.name}", value)
 
     taken = {field.name for field in fields_of(command)}
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
@@ -546,3 +546,14 @@ def _within(value: Any, limits: Mapping[str, Any]) -> bool:
         and limits.get("at_least", -math.inf) <= value <= limits.get("at_most", math.inf)
         and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
     )
+
+
+def as_flags(text: str) -> str:
+    """The text with "--" before the name of every setting that has a value in it: "seed=1" is "--seed=1".
+
+    What is below the commands knows names and values, and no flags.
+    """
+    return _NAMED.sub(r"--\1", text)
+
+
+_NAMED = re.compile(rf"(?<![\w/.-])({'|'.join(field.name for field in dataclasses.fields(Config))})(?==)")

@@ -11,7 +11,7 @@ from absl import flags
 
 from sfl_jax import __version__, paths
 from sfl_jax.commands import helping, preset, surroundings
-from sfl_jax.commands.config import Config, allowed, fields_of
+from sfl_jax.commands.config import Config, allowed, as_flags, fields_of
 from sfl_jax.commands.interruption import INTERRUPTED, interruption
 from sfl_jax.errors import BadInput
 
@@ -77,7 +77,7 @@ def _coded(work: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except (BadInput, OSError) as error:  # an OSError names the file that cannot be read or written
-        print("error:", _line(error), file=sys.stderr)
+        print("error:", as_flags(_line(error)), file=sys.stderr)
         return BAD_INPUT
     except MemoryError as error:  # what is asked for in one piece; NumPy says how much
         print(f"error: too little memory ({_line(error)}); ask for less", file=sys.stderr)

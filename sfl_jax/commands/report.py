@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sfl_jax.commands import flags, words
-from sfl_jax.commands.config import Config
+from sfl_jax.commands.config import Config, as_flags
 from sfl_jax.commands.screen import screen
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_ours, ensure_writable, whole_file
@@ -98,7 +98,7 @@ def _write(workdir, clocks_of):
         found = clocks_of(lines)
     except BadInput as error:
         found = _own_clock(parts.planner(run), lines)
-        note = f"other schemes' clocks are left out: {error}"
+        note = f"other schemes' clocks are left out: {as_flags(str(error))}"
     ensure_page_is_ours(workdir)
     with whole_file(Path(workdir) / NAME) as file:
         file.write(report_page.page(run, environment, lines, found, note).encode(errors="xmlcharrefreplace"))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sfl_jax.commands.config import CLIENTS, RANDOM, Config
+from sfl_jax.commands.config import CLIENTS, RANDOM, Config, as_flags
 
 TICK_S = 1.0  # between two looks at the clock
 SILENT_S = 4.0  # what is going on is said again after it, where there is no terminal
@@ -54,10 +54,11 @@ class Screen:
         """Print on stdout, below what was said."""
         self.settle()
         if self.speaks:
-            print(text, flush=True)
+            print(as_flags(text), flush=True)
 
     def aside(self, line: str) -> None:
         """A line between others, as a warning or an error."""
+        line = as_flags(line)
         with self._lock:
             self._clear()
             if self._bar is None:

@@ -12,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from sfl_jax.commands import flags, software, words
-from sfl_jax.commands.config import Config, settings
+from sfl_jax.commands.config import Config, as_flags, settings
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.commands.program import program
 from sfl_jax.commands.progress import with_progress
@@ -53,6 +53,7 @@ def train(config: Config) -> int:
             None if config.process_id < 0 else config.process_id,
             config.join_timeout_s,
             config.heartbeat_timeout_seconds,
+            words=as_flags,
         )
         accelerators.find()
         if not processes.is_alone():
@@ -202,7 +203,7 @@ def _report(config, parts) -> str:
         note = report.write(config.workdir, parts)
         return f"  report: {path}" + (f"; {note}" if note else "")
     except Exception as error:  # the run is done and saved, whatever a picture or a font does
-        reason = " ".join(f"{error}".split()) or type(error).__name__
+        reason = " ".join(as_flags(f"{error}").split()) or type(error).__name__
         return f"{path}: cannot be written ({reason}); {program('report')} writes it later"
 
 

@@ -33,7 +33,7 @@ def choose_devices(count: int) -> list[Any]:
     """
     here = jax.local_devices()
     if count > len(here):
-        raise BadInput(f"--devices={count}: must be 0 to {len(here)}, the {here[0].platform} devices here")
+        raise BadInput(f"devices={count}: must be 0 to {len(here)}, the {here[0].platform} devices here")
     groups = (jax.local_devices(process_index=process) for process in range(jax.process_count()))
     return [device for group in groups for device in group[: count or None]]
 

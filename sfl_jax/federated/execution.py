@@ -40,7 +40,7 @@ class Execution:
       layer_form: "product" or "conv", see `models.layers`; "auto" measures which is faster.
       clients_per_chunk: most clients that a device computes at once; 0: the fastest number that fits.
       mode: "vmap" computes the clients of a chunk at once, "map" one after the other; "auto" measures.
-      memory_gib: memory of a device that rounds may take; 0: what is free.
+      memory_budget_gib: memory of a device that rounds may take; 0: what is free.
 
     Raises:
       BadInput: a value outside of its range.
@@ -49,13 +49,13 @@ class Execution:
     layer_form: str = AUTO
     clients_per_chunk: int = 0
     mode: str = AUTO
-    memory_gib: float = 0.0
+    memory_budget_gib: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("layer_form", FORMS), ("mode", MODES)):
             if getattr(self, name) not in (AUTO, *allowed):
                 raise BadInput(f"{name}={getattr(self, name)}: must be one of {', '.join((AUTO, *allowed))}")
-        for name in ("clients_per_chunk", "memory_gib"):
+        for name in ("clients_per_chunk", "memory_budget_gib"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"{name}={getattr(self, name)}: must be at least 0")
 

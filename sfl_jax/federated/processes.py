@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ LOST, UNREACHABLE = 1, 2  # exit codes: another process is gone, or never came
 SAID_S, OTHERS_SAID_S = 1, 10  # seconds until the first process says that it waits; until the others do
 SPARE_S = 60
 _TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # the innermost says it
-ALONE_FLAG = "--num_processes=1 trains alone"
+ALONE_WAY = "num_processes=1 trains alone"
 # What JAX says where there is nobody to meet: nothing was found, or it is at work already, as in a notebook's
 # second run.
 ALONE = ("coordinator_address should be defined", "before any JAX calls")
@@ -37,11 +37,13 @@ def join(
     process_id: int | None = None,
     join_timeout_s: int = 300,
     heartbeat_s: int = 100,
+    words: Callable[[str], str] = str,
 ) -> None:
     """Meets the other processes of this run: those that are given, or those that JAX finds by itself under
     SLURM's srun, Open MPI's mpirun, on Cloud TPU pods and in GKE. Alone where there are none.
 
-    Must come before JAX computes anything. BadInput where what is given makes no sense together, or the
+    words: how a person who waits reads names and values. Must come before JAX computes anything. BadInput
+    where what is given makes no sense together, or the
     others cannot be reached.
     """
     given = {
@@ -56,7 +58,7 @@ def join(
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the command
     try:
-        with _patience(join_timeout_s):
+        with _patience(join_timeout_s, words):
             jax.distributed.initialize(
                 **given,
                 initialization_timeout=join_timeout_s + SPARE_S,
@@ -79,7 +81,7 @@ def _is_the_only_task(variables: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def _patience(timeout_s: float) -> Iterator[None]:
+def _patience(timeout_s: float, words: Callable[[str], str]) -> Iterator[None]:
     """While the processes meet: says whom this one waits for, and ends it, with code 2, after `timeout_s`.
 
     JAX itself is given longer, since it ends by an abort.
@@ -90,10 +92,11 @@ def _patience(timeout_s: float) -> Iterator[None]:
         if met.wait(SAID_S) or (state.process_id and met.wait(OTHERS_SAID_S)):
             return
         place = f"process {state.process_id} of {state.num_processes}: waiting for the others at"
-        print(f"{place} {state.coordinator_address}; {ALONE_FLAG}", file=sys.stderr, flush=True)
+        print(words(f"{place} {state.coordinator_address}; {ALONE_WAY}"), file=sys.stderr, flush=True)
         if not met.wait(begun + timeout_s - time.monotonic()):
-            reason = f"--join_timeout_s={timeout_s} are over"
-            print(f"error: {_unreachable(state.coordinator_address, reason)}", file=sys.stderr, flush=True)
+            reason = f"join_timeout_s={timeout_s} are over"
+            said = words(_unreachable(state.coordinator_address, reason))
+            print(f"error: {said}", file=sys.stderr, flush=True)
             os._exit(UNREACHABLE)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -107,7 +110,7 @@ def _patience(timeout_s: float) -> Iterator[None]:
 
 def _unreachable(address: str | None, reason: object) -> str:
     address = address or "(as found)"
-    return f"--coordinator_address={address}: the other processes cannot be reached ({reason}); {ALONE_FLAG}"
+    return f"coordinator_address={address}: the other processes cannot be reached ({reason}); {ALONE_WAY}"
 
 
 def is_first() -> bool:

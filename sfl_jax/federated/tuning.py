@@ -114,8 +114,8 @@ def budget_bytes(asked: Execution, devices: Sequence[Any], placed_bytes: int = 0
     """The memory of each device that a round may take beside what is placed: that of the device that has
     least.
     """
-    if asked.memory_gib:
-        return max(int(GIB * asked.memory_gib) - placed_bytes, 0)
+    if asked.memory_budget_gib:
+        return max(int(GIB * asked.memory_budget_gib) - placed_bytes, 0)
     own = [device for device in devices if device.process_index == jax.process_index()]
     host = zlib.crc32(platform.node().encode()) % 2**31
     sharers = len(own) * int((processes.of_all(host) == host).sum())
@@ -164,8 +164,8 @@ def _mode(size):
 def _too_much(asked, facts, size, needed, budget):
     flag = "clients_per_chunk" if size > 1 else "batch_size"
     value = size if size > 1 else facts.batch_size
-    there = "allowed by --memory_budget_gib" if asked.memory_gib else "free"
+    there = "allowed by memory_budget_gib" if asked.memory_budget_gib else "free"
     return BadInput(
-        f"--{flag}={value}: a round needs {needed / GIB:.3g} GiB, {budget / GIB:.3g} GiB are {there}; "
+        f"{flag}={value}: a round needs {needed / GIB:.3g} GiB, {budget / GIB:.3g} GiB are {there}; "
         f"try {max(value // 2, 1)}"
     )

@@ -76,7 +76,7 @@ def random_fleet(clients: int, *, seed: int = 0) -> Fleet:
       BadInput: fewer than one client.
     """
     if clients < 1:
-        raise BadInput(f"--clients={clients}: must be at least 1")
+        raise BadInput(f"clients={clients}: must be at least 1")
     draw = uniforms(seed, Purpose.FLEET, 0, (clients, 5)).T
 
     def log_uniform(u: np.ndarray, low: float, high: float) -> np.ndarray:

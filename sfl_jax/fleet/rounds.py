@@ -20,7 +20,7 @@ def cohort(seed: int, round: int, clients: int, size: int) -> Int64[np.ndarray, 
       BadInput: more than there are, or none.
     """
     if not 1 <= size <= clients:
-        raise BadInput(f"--cohort_size={size}: must be 1 to {clients}, the number of clients")
+        raise BadInput(f"cohort_size={size}: must be 1 to {clients}, the number of clients")
     chosen = generator(seed, Purpose.COHORT, round).choice(clients, size, replace=False, shuffle=False)
     return np.sort(chosen).astype(np.int64)
 

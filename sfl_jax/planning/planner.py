@@ -83,7 +83,7 @@ def check_links(planner: Planner, fleet: fleets.Fleet) -> None:
     """Refuses links by distance where the fleet has no distances."""
     for name in ("distance_m", "transmit_w"):
         if planner.links != "fixed" and getattr(fleet, name) is None:
-            raise BadInput(f"--links={planner.links}: the fleet has no column {name}")
+            raise BadInput(f"links={planner.links}: the fleet has no column {name}")
 
 
 def check_rounds(
@@ -199,7 +199,7 @@ def smallest_server(fleet: fleets.Fleet, terms: optim.Terms, target_round_s: flo
     try:
         return optim.smallest_server(terms, target_round_s).server_flops
     except optim.Infeasible as error:
-        raise BadInput(f"--target_round_s={target_round_s:g}: {_named(error, fleet)}") from error
+        raise BadInput(f"target_round_s={target_round_s:g}: {_named(error, fleet)}") from error
 
 
 def _named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:

@@ -123,7 +123,7 @@ class Checkpoints:
         if damages:
             raise BadInput(
                 f"{self.directory}: no checkpoint can be used: {_listed(damages)}; nothing was deleted; "
-                "choose another --workdir"
+                "choose another workdir"
             )
         return None
 

@@ -31,7 +31,7 @@ def logged(workdir: str) -> list[metrics.Round]:
         *whole, _ = path.read_bytes().split(b"\n")
         lines = [metrics.Round(**json.loads(line)) for line in whole]
     except OSError as error:
-        raise BadInput(f"--workdir={workdir}: no round is here, {LOG} cannot be read") from error
+        raise BadInput(f"workdir={workdir}: no round is here, {LOG} cannot be read") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: is damaged ({error})") from error
     are_numbers = all(isinstance(value, int | float | None) for line in lines for value in line)
@@ -95,7 +95,7 @@ class Recorder:
         try:
             self.save(state, wait=True)
         except NotWritten as error:
-            raise BadInput(f"--workdir={self.workdir}: {error}; choose another place") from error
+            raise BadInput(f"workdir={self.workdir}: {error}; choose another place") from error
 
     def add(self, state: State, line: metrics.Round) -> None:
         """The line of a round, and a checkpoint if it is time for one and the state is there still."""

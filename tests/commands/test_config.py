@@ -215,3 +215,17 @@ def test_a_run_may_go_on_with_other_settings_that_change_no_numbers_but_for_roun
         changed = listed.keys() - {"layer_form"}
         assert all(line.startswith(f"--{name}=") for name, line in listed.items())
         assert changed == {field.name} - harmless - {"layer_form"}, field.name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cohort_size=5: must be 1 to 3", "--cohort_size=5: must be 1 to 3"),
+        ("--clients=5: must be", "--clients=5: must be"),
+        ("needs method=exact and barrier=session", "needs --method=exact and --barrier=session"),
+        ("the_method=exact, runs/seed=1, x.seed=2", "the_method=exact, runs/seed=1, x.seed=2"),
+        ("the method of seeds", "the method of seeds"),
+    ],
+)
+def test_what_rooms_below_name_is_a_flag_to_who_types_it(text, said):
+    assert config_lib.as_flags(text) == said

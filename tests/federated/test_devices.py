@@ -53,5 +53,5 @@ def test_several_devices_give_the_numbers_of_one():
 
 
 def test_more_devices_than_there_are():
-    with pytest.raises(BadInput, match=r"^--devices=99: must be 0 to \d+"):
+    with pytest.raises(BadInput, match=r"^devices=99: must be 0 to \d+"):
         devices.choose_devices(99)

@@ -70,5 +70,5 @@ def test_the_seed_may_be_left_out():
 
 
 def test_no_clients():
-    with pytest.raises(BadInput, match=r"--clients=0: must be at least 1"):
+    with pytest.raises(BadInput, match=r"^clients=0: must be at least 1"):
         random_fleet(0, seed=0)

@@ -36,7 +36,7 @@ def test_cohorts_change_with_seed_and_round_and_ask_everyone_alike():
 
 @pytest.mark.parametrize("size", [0, -1, 21])
 def test_impossible_cohorts(size):
-    with pytest.raises(BadInput, match=f"--cohort_size={size}: must be 1 to 20"):
+    with pytest.raises(BadInput, match=f"^cohort_size={size}: must be 1 to 20"):
         cohort(0, 0, 20, size)
 
 

@@ -58,7 +58,7 @@ def test_a_cohort_is_planned_on_the_links_of_its_round(built):
 def test_a_fleet_without_distances_is_refused_before_anything_compiles(tmp_path):
     path = tmp_path / "fleet.csv"
     fleet.write_fleet(path, dataclasses.replace(fleet.random_fleet(30, seed=0), distance_m=None))
-    with pytest.raises(BadInput, match=r"--links=fading: the fleet has no column distance_m"):
+    with pytest.raises(BadInput, match=r"links=fading: the fleet has no column distance_m"):
         parts.build(dataclasses.replace(SMALL, fleet=str(path)))
     fixed = dataclasses.replace(SMALL, fleet=str(path), links="fixed", coherence_s=0.0)
     assert len(parts.build(fixed).parts.fleet) == 30

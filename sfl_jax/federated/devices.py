@@ -20,7 +20,7 @@ from sfl_jax.federated import evaluation
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Outcome, normalised, run_round
-from sfl_jax.federated.session import Assignment, Samples, Training
+from sfl_jax.federated.session import Assignment, Loss, Samples, Training, cross_entropy
 from sfl_jax.models import Chain
 
 AXIS = "devices"
@@ -171,10 +171,17 @@ def place_held_out(
 
 
 class Evaluation:
-    """evaluate(packed variables, samples from `place_held_out`) -> (mean loss, accuracy), replicated."""
+    """evaluate(packed variables, samples from `place_held_out`) -> (mean loss, mean metric), replicated."""
 
-    def __init__(self, chain: Chain, preprocess: Callable[[jax.Array], jax.Array], devices: Sequence[Any]):
-        body = functools.partial(evaluation.evaluate, chain, preprocess)
+    def __init__(
+        self,
+        chain: Chain,
+        preprocess: Callable[[jax.Array], jax.Array],
+        devices: Sequence[Any],
+        loss: Loss = cross_entropy,
+        metric: evaluation.Metric = evaluation.accuracy,
+    ):
+        body = functools.partial(evaluation.evaluate, chain, preprocess, loss, metric)
         if len(devices) == 1:
             self._program: Any = jax.jit(functools.partial(body, None))
         else:

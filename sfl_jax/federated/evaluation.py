@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sfl_jax.federated.packing import PackedVariables
-from sfl_jax.federated.session import Samples, cross_entropy
+from sfl_jax.federated.session import Loss, Samples
 from sfl_jax.models import Chain
 
+Metric = Callable[[Array, Array], Array]  # logits (B, classes), labels (B,) -> (B,) bools or floats
 BATCH = 500  # samples of 32x32 at once
+
+
+def accuracy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Bool[Array, " B"]:
+    """Whether the largest logit is that of the label."""
+    return logits.argmax(-1) == labels
 
 
 def batch_at(image_size: int) -> int:
@@ -35,11 +41,13 @@ def in_batches(images: np.ndarray, labels: np.ndarray, parts: int = 1, batch: in
 def evaluate(
     chain: Chain,
     preprocess: Callable[[Array], Array],
+    loss_of: Loss,
+    metric: Metric,
     axis_name: str | None,
     packed: PackedVariables,
     samples: Samples,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(mean cross-entropy, accuracy) over samples in batches (N', B, ...); labels of -1 do not count.
+    """(mean loss, mean metric) over samples in batches (N', B, ...); labels of -1 do not count.
 
     Both are NaN where any logit is not finite: the largest of such logits names a class all the same.
 
@@ -51,13 +59,17 @@ def evaluate(
         images, labels = batch
         logits, _ = chain.apply(variables, preprocess(images))
         counts = labels >= 0
-        loss = jnp.where(counts, cross_entropy(logits, jnp.maximum(labels, 0)), 0).sum()
-        right = logits.argmax(-1) == labels  # -1 is no class
+        known = jnp.maximum(labels, 0)
+        loss = jnp.where(counts, loss_of(logits, known), 0).sum()
+        right = jnp.where(counts, metric(logits, known), False)
         unsound = counts & ~jnp.isfinite(logits).all(-1)
         return jax.tree.map(jnp.add, sums, (loss, right.sum(), unsound.sum())), None
 
     nothing = jnp.zeros((), jnp.int32)
-    sums, _ = lax.scan(add_batch, (jnp.zeros(()), nothing, nothing), tuple(samples))
+    first = jax.tree.map(lambda x: x[0], tuple(samples))
+    (_, right, _), _ = jax.eval_shape(add_batch, (jnp.zeros(()), nothing, nothing), first)
+    start = jnp.zeros(()), jnp.zeros((), right.dtype), nothing
+    sums, _ = lax.scan(add_batch, start, tuple(samples))
     sums = *sums, (samples.labels >= 0).sum()
     loss, correct, unsound, total = sums if axis_name is None else lax.psum(sums, axis_name)
     total = jnp.where(unsound > 0, jnp.nan, total)

@@ -24,6 +24,15 @@ from sfl_jax.models import Chain, Variables
 LINK, UP, DOWN = 2**31, 0, 1
 
 
+Loss = Callable[[Array, Array], Array]  # logits (B, classes), labels (B,) -> (B,)
+
+
+def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Cross-entropy of each sample, in the default float type or wider, whatever the logits' type."""
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.result_type(float)))
+    return optax.softmax_cross_entropy_with_integer_labels(wide, labels)
+
+
 class Link(NamedTuple):
     """What happens at the cut: `up` to smashed data (B, ...), `down` to its gradient, of the same shape.
 
@@ -68,7 +77,7 @@ class Training:
     trace in the compiled program. server_optimizer: takes variables - mean as a gradient,
     once a round (Reddi et al., arXiv 2003.00295); None takes
       the mean itself, which is federated averaging. skip_diverged: whether a round goes on without the
-      clients whose numbers are not finite; otherwise it changes nothing.
+      clients whose numbers are not finite; otherwise it changes nothing. loss: of each sample.
 
     Raises BadInput where an optimiser is none.
     """
@@ -79,6 +88,7 @@ class Training:
     link: Link | None = None
     server_optimizer: optax.GradientTransformation | None = None
     skip_diverged: bool = False
+    loss: Loss = cross_entropy
 
     def __post_init__(self):
         check_local(self.optimizer)
@@ -147,17 +157,11 @@ def run_session(
 
 
 def batch_loss(training, variables, images, labels, cut, key):
-    """(mean cross-entropy of the batch, new batch-norm statistics)."""
+    """(mean loss of the batch, new batch-norm statistics)."""
     logits, updated = training.chain.apply(
         variables, images, train=True, key=key, at_boundary=_crossing(training.link, cut, key)
     )
-    return cross_entropy(logits, labels).mean(), updated.batch_stats
-
-
-def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, " B"]:
-    """Cross-entropy of each sample, in the default float type or wider, whatever the logits' type."""
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.result_type(float)))
-    return optax.softmax_cross_entropy_with_integer_labels(wide, labels)
+    return training.loss(logits, labels).mean(), updated.batch_stats
 
 
 def _crossing(link, cut, key):

@@ -65,7 +65,9 @@ def compile_rounds(
     settled, tried = tuning.settle(parts.execution, before, facts, seconds, notes, placed)
     training = dataclasses.replace(own, chain=own.chain.in_form(settled.layer_form))
     say("compiling the evaluation")
-    evaluate = federated_devices.Evaluation(training.chain, training.preprocess, devices)
+    evaluate = federated_devices.Evaluation(
+        training.chain, training.preprocess, devices, training.loss, parts.metric
+    )
     held_out = _place_held_out(parts, evaluate, state, placed)
     placed += federated_devices.bytes_placed(held_out)
     first, needed = prepare(parts, state.round) if more else None, {}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sfl_jax import datasets, optim
+from sfl_jax.federated.evaluation import Metric, accuracy
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.session import Training
 from sfl_jax.fleet import Faults, Fleet
@@ -42,6 +43,7 @@ class Parts:
       eval_every: rounds between evaluations. seed: of cohorts, batches, delays and training.
       execution: how the devices are asked to compute it. devices: those of all processes.
       rivals: planning methods whose clocks run beside the plan's.
+      metric: of each held-out sample; its mean is the accuracy of a line.
       network: what a person calls the network. program: what tells its compiled round from others.
     """
 
@@ -64,6 +66,7 @@ class Parts:
     execution: Execution
     devices: Sequence[Any]
     rivals: tuple[str, ...] = RIVALS
+    metric: Metric = accuracy
     network: str = "network"
     program: str = ""
 

@@ -17,9 +17,9 @@ from sfl_jax.datasets.images import scaled
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import optimizers
-from sfl_jax.federated.evaluation import batch_at
+from sfl_jax.federated.evaluation import Metric, accuracy, batch_at
 from sfl_jax.federated.execution import Execution
-from sfl_jax.federated.session import Training
+from sfl_jax.federated.session import Loss, Training, cross_entropy
 from sfl_jax.fleet import Faults, Fleet
 from sfl_jax.planning import Planned, Planner
 from sfl_jax.run import loop, metrics, saving
@@ -64,6 +64,8 @@ class Run:
       faults: what goes wrong with clients.
       execution: how the devices compute a round. devices: how many to use; 0 is all.
       eval_every: rounds between evaluations on the test samples.
+      loss: of each sample, a function of logits (B, classes) and labels (B,), cross-entropy by default.
+      metric: of each test sample, likewise; its mean is `Line.test_accuracy`.
       skip_diverged: whether a client whose numbers are not finite is left out instead of ending the run.
       rivals: planning methods whose simulated clocks run beside the plan's, see `State.simulated_s`.
       seed: of all that is random but plans and links, which `planner.seed` draws.
@@ -94,6 +96,8 @@ class Run:
         devices: int = 0,
         eval_every: int = 1,
         skip_diverged: bool = False,
+        loss: Loss = cross_entropy,
+        metric: Metric = accuracy,
         rivals: Sequence[str] = (),
         seed: int = 0,
     ):
@@ -128,13 +132,14 @@ class Run:
         work = optim.Work(local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots)
         terms = optim.terms(profile, clients, work)  # pyright: ignore[reportArgumentType] has samples
         training = Training(
-            chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged
-        )
+            chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged,
+            loss=loss,
+        )  # fmt: skip
         initial = fresh if variables is None else functools.partial(_given, variables, jax.eval_shape(fresh))
         parts = Parts(
             data, division, clients, profile, terms, training, initial, planner, faults, image_shape,
             cohort_size, local_epochs, batch_size, rate, eval_every, seed, execution,
-            federated_devices.choose_devices(devices), tuple(rivals), network=_name(chain, image_shape),
+            federated_devices.choose_devices(devices), tuple(rivals), metric, _name(chain, image_shape),
         )  # fmt: skip
         self._use(parts)
 
@@ -263,20 +268,22 @@ class Run:
         data = self.parts.data
         images, labels = (data.test_images, data.test_labels) if images is None else (images, labels)
         labels = np.asarray(labels)
-        logits = self.predict(images).astype(np.float64)
+        logits = self.predict(images)
         if labels.shape != logits.shape[:1]:
             raise BadInput(f"labels: of shape {labels.shape}; must be one for each of {len(logits)} images")
-        picked = logits[np.arange(len(labels)), labels]
+        losses = self.parts.training.loss(jnp.asarray(logits), jnp.asarray(labels))
         return Evaluated(
-            float((np.logaddexp.reduce(logits, axis=1) - picked).mean()),
-            float((logits.argmax(axis=1) == labels).mean()),
+            float(np.asarray(losses, np.float64).mean()), float(self._metric(logits, labels).mean())
         )
 
     def client_accuracies(self) -> np.ndarray:
         """The accuracy of the model on the training samples of each client; (clients,)."""
         data = self.parts.data
-        right = self.predict(data.train_images[:]).argmax(axis=1) == data.train_labels
+        right = self._metric(self.predict(data.train_images[:]), data.train_labels)
         return np.array([right[share].mean() if len(share) else np.nan for share in self.parts.division])
+
+    def _metric(self, logits, labels):
+        return np.asarray(self.parts.metric(jnp.asarray(logits), jnp.asarray(labels)), np.float64)
 
     def plan(self) -> Planned:
         """The plan of the next round, with what it is made from."""

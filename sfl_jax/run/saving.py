@@ -70,6 +70,8 @@ def fingerprints(parts: Parts) -> dict[str, str]:
         "fleet": digest_of_columns(parts.fleet.columns()),
         "optimizer": described(jax.tree.structure(state)),
         "server_optimizer": described(of_server),
+        "loss": described(training.loss),
+        "metric": described(parts.metric),
         "planner": described(parts.planner),
         "faults": described(parts.faults),
         "cohort_size": str(parts.cohort_size),

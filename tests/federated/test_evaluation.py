@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from sfl_jax.federated.evaluation import BATCH, batch_at, evaluate, in_batches
+from sfl_jax.federated.evaluation import accuracy as accuracy_of
 from sfl_jax.federated.packing import PackedVariables
+from sfl_jax.federated.session import cross_entropy
 from sfl_jax.models import Chain, Variables
 
 CLASSES, BAD = 4, 255
@@ -27,7 +29,7 @@ def said_of(pixels, labels, bad=np.nan):
     chain, packed = Chain((PixelsAreLogits(),)), PackedVariables.of(Variables(({},), ({},)))
     samples = in_batches(pixels.reshape(-1, 2, 2, 1), labels, batch=3)
     samples = type(samples)(*(x[0] for x in samples))
-    return tuple(map(float, evaluate(chain, preprocess, None, packed, samples)))
+    return tuple(map(float, evaluate(chain, preprocess, cross_entropy, accuracy_of, None, packed, samples)))
 
 
 @pytest.fixture
@@ -69,7 +71,8 @@ def test_what_fills_a_batch_up_is_no_sample():
     assert samples.labels.tolist() == [[[1, 1], [1, 1]]]
     samples = in_batches(full[:3].reshape(-1, 2, 2, 1), np.full(3, 1, np.int32), batch=2)
     assert samples.labels.tolist() == [[[1, 1], [1, -1]]]
-    loss, accuracy = evaluate(chain, black_is_nan, None, packed, type(samples)(*(x[0] for x in samples)))
+    given = type(samples)(*(x[0] for x in samples))
+    loss, accuracy = evaluate(chain, black_is_nan, cross_entropy, accuracy_of, None, packed, given)
     assert np.isfinite(loss)
     assert accuracy == 1
 

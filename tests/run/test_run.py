@@ -234,3 +234,24 @@ def test_what_is_asked_of_a_run_is_checked(done):
 def test_fl_is_sfl_whose_clients_keep_everything():
     run = make(scheme="fl")
     assert (run.plan().plan.cuts == 2).all()
+
+
+def first_two(logits, labels):
+    """Whether the label is among the two largest logits."""
+    return (jax.lax.top_k(logits, 2)[1] == labels[:, None]).any(-1)
+
+
+def squared(logits, labels):
+    return ((logits - jax.nn.one_hot(labels, 4)) ** 2).sum(-1)
+
+
+def test_loss_and_metric_are_parts(done):
+    run = make(loss=squared, metric=first_two, optimizer=optax.sgd(0.02))
+    lines = trained(run, 2)
+    logits = run.predict(DATA.test_images)
+    assert lines[-1].test_loss == pytest.approx(float(squared(logits, DATA.test_labels).mean()), rel=1e-5)
+    two = float(first_two(logits, DATA.test_labels).mean())
+    assert lines[-1].test_accuracy == pytest.approx(two)
+    assert run.evaluate() == pytest.approx((lines[-1].test_loss, two), rel=1e-5)
+    assert two > (logits.argmax(1) == DATA.test_labels).mean()
+    assert lines[1].train_loss < lines[0].train_loss

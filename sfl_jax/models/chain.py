@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
+from sfl_jax.errors import BadInput
 from sfl_jax.models import layers, units
 
 
@@ -29,14 +30,21 @@ class Variables(NamedTuple):
 class Chain:
     """Units [first_unit, first_unit + len(units)) of a network. Hashable, so that it can be static under jit.
 
-    What may be a unit is said in `models.units`. Randomness belongs to the unit: unit i of the whole network
+    What may be a unit is said in `models.units`. `layer_form` says how convolutions and pooling of a user's units
+    are computed: "product", fast where every client has weights of its own, or "conv", as Flax does. Both give
+    the same numbers; "product" has no forward derivative. This project's own units have an attribute for it.
+
+    Randomness belongs to the unit: unit i of the whole network
     draws from fold_in(key, i), whichever side holds it.
     """
 
     units: Sequence[nn.Module]  # held as a tuple
     first_unit: int = 0
+    layer_form: str = "product"
 
     def __post_init__(self):
+        if self.layer_form not in layers.FORMS:
+            raise BadInput(f"layer_form={self.layer_form}: must be one of {', '.join(layers.FORMS)}")
         numbered = enumerate(self.units, start=self.first_unit)
         object.__setattr__(self, "units", tuple(units.hashable(unit, index) for index, unit in numbered))
 
@@ -81,7 +89,7 @@ class Chain:
             rngs, factors = random[here]
             with jax.named_scope(units.name(unit, index)):
                 unit_variables = self.unit_variables(variables, here) | factors
-                x, updated = _apply(units.kind(unit), unit_variables, x, train, rngs)
+                x, updated = _apply(units.kind(unit), unit_variables, x, train, rngs, self.layer_form)
             batch_stats.append(_state(updated))
         return x, Variables(variables.params, tuple(batch_stats))
 
@@ -89,8 +97,8 @@ class Chain:
         """(client, server): units [0, cut) and [cut, L). Raises ValueError outside 0..L."""
         self._check(cut)
         return (
-            Chain(self.units[:cut], self.first_unit),
-            Chain(self.units[cut:], self.first_unit + cut),
+            dataclasses.replace(self, units=self.units[:cut]),
+            dataclasses.replace(self, units=self.units[cut:], first_unit=self.first_unit + cut),
         )
 
     def split_variables(self, variables: Variables, cut: int) -> tuple[Variables, Variables]:
@@ -127,7 +135,7 @@ class Chain:
             raise ValueError(f"cut={cut}: must be in 0..{len(self.units)}, the number of units")
 
 
-_apply = jax.jit(units.apply, static_argnames=("unit", "train"))
+_apply = jax.jit(units.apply, static_argnames=("unit", "train", "layer_form"))
 
 
 def _state(collections):

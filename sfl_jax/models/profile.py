@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.extend import core
 
 from sfl_jax.errors import BadInput
-from sfl_jax.models import units
+from sfl_jax.models import substitutes, units
 from sfl_jax.models.chain import Chain
 
 
@@ -136,7 +135,7 @@ class _Uncountable(Exception):
 def _macs(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, [_macs(body) for body in _bodies(equation.params)]
+        name, inner = equation.primitive.name, [_macs(body) for body in substitutes.bodies(equation)]
         if name in _UNCOUNTED:
             raise _Uncountable(f"the work of {name} is not known")
         if name == "while" and any(inner):
@@ -152,16 +151,6 @@ def _macs(jaxpr):
         else:
             total += equation.params.get("length", 1) * sum(inner)
     return total
-
-
-def _bodies(params):
-    """The jaxprs among the parameters of an equation, also where they stand in a tuple, as branches do."""
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, core.ClosedJaxpr):
-                yield part.jaxpr
-            elif isinstance(part, core.Jaxpr):
-                yield part
 
 
 def _dot_macs(equation):

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from sfl_jax.errors import BadInput
 from sfl_jax.models import layers, units
@@ -30,9 +30,10 @@ class Variables(NamedTuple):
 class Chain:
     """Units [first_unit, first_unit + len(units)) of a network. Hashable, so that it can be static under jit.
 
-    What may be a unit is said in `models.units`. `layer_form` says how convolutions and pooling of a user's units
-    are computed: "product", fast where every client has weights of its own, or "conv", as Flax does. Both give
-    the same numbers; "product" has no forward derivative. This project's own units have an attribute for it.
+    What may be a unit is said in `models.units`. `layer_form` says how convolutions and pooling of a user's
+    units are computed: "product", fast where every client has weights of its own, or "conv", as Flax does.
+    Both give the same numbers; "product" has no forward derivative. This project's own units have an
+    attribute for it.
 
     Randomness belongs to the unit: unit i of the whole network
     draws from fold_in(key, i), whichever side holds it.
@@ -51,16 +52,17 @@ class Chain:
     def __len__(self) -> int:
         return len(self.units)
 
-    def init(self, key: Key[Array, ""], images: Float[Array, "B ..."]) -> Variables:
-        """Fresh variables of every unit. `images`, smashed data for a server half, give the shape alone.
+    def init(self, key: Key[Array, ""], images: PyTree) -> Variables:
+        """Fresh variables of every unit. `images`, smashed data for a server half, give the shapes alone.
 
         Unit i of the whole network gets what `unit.init(fold_in(key, i), images, train=False)` gives. NumPy
         draws those of this project's own units, see `units.OwnUnit`; a key traced by jit or vmap gives them
-        other numbers of the same distributions.
+        other numbers of the same distributions. BadInput names a unit that cannot be traced.
         """
-        fresh, x = [], jax.ShapeDtypeStruct(images.shape, images.dtype)
+        fresh, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), images)
         for index, unit in enumerate(self.units, start=self.first_unit):
-            shapes = units.shapes(unit, x)
+            with units.named_errors(unit, index, x):
+                shapes = units.shapes(unit, x)
             fresh.append(units.init(unit, jax.random.fold_in(key, index), x, shapes))
             x = shapes.output
         params = tuple(collections.get("params", {}) for collections in fresh)
@@ -69,19 +71,24 @@ class Chain:
     def apply(
         self,
         variables: Variables,
-        images: Array,
+        images: PyTree,
         train: bool = False,
         key: Key[Array, ""] | None = None,
-        at_boundary: Callable[[int, Array], Array] | None = None,
-    ) -> tuple[Array, Variables]:
+        at_boundary: Callable[[int, Any], Any] | None = None,
+    ) -> tuple[PyTree, Variables]:
         """Runs all units; (outputs, variables with updated batch-norm statistics).
 
         `images` are (B, H, W, C), for a server half smashed data; outputs are logits (B, classes), for a
-        client half smashed data. `key` is needed in training. `at_boundary(i, x)` may change what enters unit
-        i of the whole network: so a link gets between two units without a second copy of this loop.
+        client half smashed data. Smashed data are an array (B, ...) or a pytree of these, as the units have
+        it. `key` is needed in training. `at_boundary(i, x)` may change what enters unit i of the whole
+        network: so a link gets between two units without a second copy of this loop.
         """
         x, batch_stats = images, []
-        random = self._randomness(key, len(images)) if train and key is not None else [({}, {})] * len(self)
+        random = (
+            self._randomness(key, len(jax.tree.leaves(images)[0]))
+            if train and key is not None
+            else [({}, {})] * len(self)
+        )
         for index, unit in enumerate(self.units, start=self.first_unit):
             if at_boundary is not None:
                 x = at_boundary(index, x)

@@ -215,9 +215,9 @@ def fold_with(
         return functools.reduce(jnp.add, terms) if terms else None
 
     planes = [[plane(row, column) for column in range(columns.stride)] for row in range(rows.stride)]
-    if rows.stride == columns.stride == 1:
-        return planes[0][0]
     some = next(x for x in itertools.chain(*planes) if x is not None)
+    if rows.stride == columns.stride == 1:
+        return some
     filled = [[jnp.zeros_like(some) if x is None else x for x in row] for row in planes]
     woven = jnp.stack([jnp.stack(row, axis=3) for row in filled], axis=2)
     whole = woven.reshape(len(some), rows.places * rows.stride, columns.places * columns.stride, -1)

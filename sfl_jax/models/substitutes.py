@@ -1,8 +1,8 @@
 """Programs in the product form: the convolutions and windows of a jaxpr as products and shifts.
 
 `vmap` over weights makes grouped convolutions of `lax.conv`, which are slow, see `layers`. A user's unit is
-therefore traced, and each operation that `products` or `pools` can compute is replaced where the program runs.
-What they cannot compute stays as it is. The replaced operations have a gradient, but no forward derivative.
+therefore traced. Each operation that `products` or `pools` can compute is replaced where the program runs;
+others stay as they are. The replaced operations have a gradient, but no forward derivative.
 """
 
 import functools
@@ -65,10 +65,11 @@ def substitute(equation: core.JaxprEqn) -> Callable[..., Any] | None:
     if equation.primitive.name in _WITH_BODIES:
         return _with_new_bodies(equation)
     make = _SUBSTITUTES.get(equation.primitive.name)
-    is_float = (
-        all(jnp.issubdtype(atom.aval.dtype, jnp.floating) for atom in equation.invars) if make else False
-    )
-    return make(equation) if make and is_float else None
+    return make(equation) if make and all(map(_is_float, equation.invars)) else None
+
+
+def _is_float(atom):
+    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
 
 
 def _with_new_bodies(equation):
@@ -157,24 +158,23 @@ def _convolution_grid(params, image_shape, kernel_shape):
     is_odd = params["batch_group_count"] != 1 or params["preferred_element_type"] is not None
     if is_odd or not _is_default(params["precision"]) or (max(holes, default=1) > 1 and max(strides) > 1):
         return None
-    details = zip(sizes, kernel_sizes, strides, params["padding"], params["rhs_dilation"], holes, strict=True)
-    is_dilated = max(holes, default=1) > 1
-    return _grid([
-        dilated(size, kernel, hole, pads, dilation) if is_dilated else Axis(size, kernel, stride, pads, dilation)
-        for size, kernel, stride, pads, dilation, hole in details
-    ])  # fmt: skip
+    details = zip(sizes, kernel_sizes, strides, params["padding"], params["rhs_dilation"], strict=True)
+    if max(holes, default=1) == 1:
+        return _grid([Axis(*detail) for detail in details])
+    sides = zip(details, holes, strict=True)
+    return _grid([dilated(size, kernel, hole, *others) for (size, kernel, _, *others), hole in sides])
 
 
 def _grid(axes: Sequence[Axis]) -> Grid | None:
     """Rows and columns; one axis alone is the columns of an image of one row."""
-    rows, columns = (Axis(1, 1, 1, (0, 0)), *axes) if len(axes) == 1 else (*axes, None)[:2]
-    is_image = 1 <= len(axes) <= 2 and is_usable(rows) and is_usable(columns)
-    return (rows, columns) if is_image else None
+    if not 1 <= len(axes) <= 2 or not all(map(is_usable, axes)):
+        return None
+    return axes[0] if len(axes) == 2 else Axis(1, 1, 1, (0, 0)), axes[-1]
 
 
 def _is_default(precision):
     """Whether a product computes in this precision when it is asked for none."""
-    default = jax.config.jax_default_matmul_precision
+    default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return precision is None or (default in _PRECISIONS and set(precision) == {lax.Precision(default)})
 
 
@@ -185,11 +185,8 @@ def _window(compute):
     def make(equation):
         params = equation.params
         names = ("window_dimensions", "window_strides", "padding", "window_dilation")
-        moves = [
-            Axis(*detail)
-            for detail in zip(equation.invars[0].aval.shape, *(params[name] for name in names), strict=True)
-        ]
-        first, *axes, last = moves
+        details = zip(equation.invars[0].aval.shape, *(params[name] for name in names), strict=True)
+        first, *axes, last = (Axis(*detail) for detail in details)
         grid = _grid(axes)
         is_still = all(axis.is_pointwise for axis in (first, last))
         if grid is None or not is_still or max(params["base_dilation"]) > 1:

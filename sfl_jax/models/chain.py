@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
+from sfl_jax.errors import BadInput
 from sfl_jax.models import layers, units
 
 
@@ -29,30 +30,39 @@ class Variables(NamedTuple):
 class Chain:
     """Units [first_unit, first_unit + len(units)) of a network. Hashable, so that it can be static under jit.
 
-    What may be a unit is said in `models.units`. Randomness belongs to the unit: unit i of the whole network
+    What may be a unit is said in `models.units`. `layer_form` says how convolutions and pooling of a user's
+    units are computed: "product", fast where every client has weights of its own, or "conv", as Flax does.
+    Both give the same numbers; "product" has no forward derivative. This project's own units have an
+    attribute for it.
+
+    Randomness belongs to the unit: unit i of the whole network
     draws from fold_in(key, i), whichever side holds it.
     """
 
     units: Sequence[nn.Module]  # held as a tuple
     first_unit: int = 0
+    layer_form: str = "product"
 
     def __post_init__(self):
+        if self.layer_form not in layers.FORMS:
+            raise BadInput(f"layer_form={self.layer_form}: must be one of {', '.join(layers.FORMS)}")
         numbered = enumerate(self.units, start=self.first_unit)
         object.__setattr__(self, "units", tuple(units.hashable(unit, index) for index, unit in numbered))
 
     def __len__(self) -> int:
         return len(self.units)
 
-    def init(self, key: Key[Array, ""], images: Float[Array, "B ..."]) -> Variables:
-        """Fresh variables of every unit. `images`, smashed data for a server half, give the shape alone.
+    def init(self, key: Key[Array, ""], images: PyTree) -> Variables:
+        """Fresh variables of every unit. `images`, smashed data for a server half, give the shapes alone.
 
         Unit i of the whole network gets what `unit.init(fold_in(key, i), images, train=False)` gives. NumPy
         draws those of this project's own units, see `units.OwnUnit`; a key traced by jit or vmap gives them
-        other numbers of the same distributions.
+        other numbers of the same distributions. BadInput names a unit that cannot be traced.
         """
-        fresh, x = [], jax.ShapeDtypeStruct(images.shape, images.dtype)
+        fresh, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), images)
         for index, unit in enumerate(self.units, start=self.first_unit):
-            shapes = units.shapes(unit, x)
+            with units.named_errors(unit, index, x):
+                shapes = units.shapes(unit, x)
             fresh.append(units.init(unit, jax.random.fold_in(key, index), x, shapes))
             x = shapes.output
         params = tuple(collections.get("params", {}) for collections in fresh)
@@ -61,19 +71,24 @@ class Chain:
     def apply(
         self,
         variables: Variables,
-        images: Array,
+        images: PyTree,
         train: bool = False,
         key: Key[Array, ""] | None = None,
-        at_boundary: Callable[[int, Array], Array] | None = None,
-    ) -> tuple[Array, Variables]:
+        at_boundary: Callable[[int, Any], Any] | None = None,
+    ) -> tuple[PyTree, Variables]:
         """Runs all units; (outputs, variables with updated batch-norm statistics).
 
         `images` are (B, H, W, C), for a server half smashed data; outputs are logits (B, classes), for a
-        client half smashed data. `key` is needed in training. `at_boundary(i, x)` may change what enters unit
-        i of the whole network: so a link gets between two units without a second copy of this loop.
+        client half smashed data. Smashed data are an array (B, ...) or a pytree of these, as the units have
+        it. `key` is needed in training. `at_boundary(i, x)` may change what enters unit i of the whole
+        network: so a link gets between two units without a second copy of this loop.
         """
         x, batch_stats = images, []
-        random = self._randomness(key, len(images)) if train and key is not None else [({}, {})] * len(self)
+        random = (
+            self._randomness(key, len(jax.tree.leaves(images)[0]))
+            if train and key is not None
+            else [({}, {})] * len(self)
+        )
         for index, unit in enumerate(self.units, start=self.first_unit):
             if at_boundary is not None:
                 x = at_boundary(index, x)
@@ -81,7 +96,7 @@ class Chain:
             rngs, factors = random[here]
             with jax.named_scope(units.name(unit, index)):
                 unit_variables = self.unit_variables(variables, here) | factors
-                x, updated = _apply(units.kind(unit), unit_variables, x, train, rngs)
+                x, updated = _apply(units.kind(unit), unit_variables, x, train, rngs, self.layer_form)
             batch_stats.append(_state(updated))
         return x, Variables(variables.params, tuple(batch_stats))
 
@@ -89,8 +104,8 @@ class Chain:
         """(client, server): units [0, cut) and [cut, L). Raises ValueError outside 0..L."""
         self._check(cut)
         return (
-            Chain(self.units[:cut], self.first_unit),
-            Chain(self.units[cut:], self.first_unit + cut),
+            dataclasses.replace(self, units=self.units[:cut]),
+            dataclasses.replace(self, units=self.units[cut:], first_unit=self.first_unit + cut),
         )
 
     def split_variables(self, variables: Variables, cut: int) -> tuple[Variables, Variables]:
@@ -131,7 +146,7 @@ class Chain:
             raise ValueError(f"cut={cut}: must be in 0..{len(self.units)}, the number of units")
 
 
-_apply = jax.jit(units.apply, static_argnames=("unit", "train"))
+_apply = jax.jit(units.apply, static_argnames=("unit", "train", "layer_form"))
 
 
 def _state(collections):

@@ -4,84 +4,51 @@ Two shifts make all of it. `_patches` sets what the taps of a kernel meet side b
 transpose and adds up what the taps send back. JAX would differentiate a shifted slice into a padded one,
 which XLA:CPU computes with a condition for every number; here an array is padded once, and then sliced.
 
-Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C); padding is SAME.
+Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C).
 """
 
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sfl_jax.models.taps import Axis, Grid, is_usable, taps
+
 FEW = 4  # positions of a depthwise convolution's outputs up to which each is written out
 FEW_TERMS = 16  # pixels that a depthwise tap meets up to which its gradient adds them up one by one
 
 
-class Axis(NamedTuple):
-    """How the taps of a kernel lie along one axis of an image."""
-
-    size: int
-    kernel_size: int
-    stride: int
-
-    @property
-    def outputs(self) -> int:
-        """Positions of the kernel."""
-        return -(-self.size // self.stride)
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """SAME padding as (before, after); the odd one goes after."""
-        total = max((self.outputs - 1) * self.stride + self.kernel_size - self.size, 0)
-        return total // 2, total - total // 2
-
-    @property
-    def live(self) -> range:
-        """The taps that meet the image somewhere; the others see padding alone."""
-        before = self.padding[0]
-        ends = (self.outputs - 1) * self.stride
-        return range(max(0, before - ends), min(self.kernel_size, before + self.size))
-
-    def meetings(self, tap: int) -> list[tuple[int, int]]:
-        """[(output, pixel)] that a tap brings together."""
-        ends = range(self.outputs)
-        pixels = [(output, output * self.stride + tap - self.padding[0]) for output in ends]
-        return [(output, pixel) for output, pixel in pixels if 0 <= pixel < self.size]
-
-    def met(self, tap: int) -> slice:
-        """What a tap meets, of the padded axis."""
-        return slice(tap, tap + (self.outputs - 1) * self.stride + 1, self.stride)
-
-    def senders(self, residue: int) -> list[tuple[int, int]]:
-        """[(tap, output - j)] that reach the positions j * stride + residue."""
-        at = residue + self.padding[0]
-        return [(tap, (at - tap) // self.stride) for tap in self.live if (at - tap) % self.stride == 0]
-
-    @property
-    def reach(self) -> tuple[int, int]:
-        """Padding of the outputs within which every sender lies, as (before, after)."""
-        shifts = [shift for residue in range(self.stride) for _, shift in self.senders(residue)]
-        return max(0, -min(shifts)), max(0, max(shifts))
-
-
-def axes(image_shape: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int) -> tuple[Axis, Axis]:
-    """The rows and the columns of a convolution."""
+def axes(image_shape: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int) -> Grid:
+    """The rows and the columns of a convolution with SAME padding."""
     return Axis(image_shape[1], kernel_shape[0], stride), Axis(image_shape[2], kernel_shape[1], stride)
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """(B, H, W, C_in) -> (B, ceil(H / stride), ceil(W / stride), C_out): one product and one shift, of
-    whichever side has fewer channels.
+    """(B, H, W, C_in) -> (B, ceil(H / stride), ceil(W / stride), C_out) with SAME padding."""
+    return convolution_on(x, kernel, axes(x.shape, kernel.shape, stride))
+
+
+def convolution_on(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
+    """(B, H, W, C_in) -> (B, outputs, outputs, C_out) of a grid: one product and one shift, of whichever side
+    has fewer channels.
     """
-    if kernel.shape[:2] == (1, 1) and stride == 1:
+    if grid[0].is_pointwise and grid[1].is_pointwise:
         return x @ kernel[0, 0]
-    rows, columns = axes(x.shape, kernel.shape, stride)
-    odd = rows.kernel_size % 2 == columns.kernel_size % 2 == 1
-    if stride == 1 and odd and kernel.shape[3] < kernel.shape[2]:
-        return _shift_last(x, kernel, (rows, columns))
-    return _shift_first(x, kernel, (rows, columns))
+    if grid[0].stride == grid[1].stride == 1 and kernel.shape[3] < kernel.shape[2]:
+        back = grid[0].transpose, grid[1].transpose
+        if is_usable(back[0]) and is_usable(back[1]):
+            return transposed(x, kernel, back)
+    return _shift_first(x, kernel, grid)
+
+
+def transposed(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
+    """(B, outputs, outputs, C_in) -> (B, H, W, C_out) of `taps.dilated` axes: a dilated image's
+    convolution.
+    """
+    return _shift_last(x, kernel, grid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -110,30 +77,33 @@ def _shift_last(x, kernel, grid):
 
 
 def _shift_last_forward(x, kernel, grid):
-    """A convolution of stride 1 is the transpose of the one with the kernel turned around."""
-    return _fold(x @ _turned(_live(kernel, grid)), grid), (x, kernel)
+    """The transpose of the convolution with the kernel turned around."""
+    return _fold(x @ _turned(kernel, grid), grid), (x, kernel)
 
 
 def _shift_last_backward(grid, residuals, gradient):
     x, kernel = residuals
-    live = _live(kernel, grid)
     patches = _patches(gradient, grid)
-    of_x = patches @ _turned(live).T
-    rows, columns, inputs, outputs = live.shape
-    turned = _product_of(x, patches).reshape(inputs, rows, columns, outputs)
-    of_kernel = turned.transpose(1, 2, 0, 3)[::-1, ::-1]
-    return of_x, _revive(of_kernel, kernel.shape, grid)
+    of_x = patches @ _turned(kernel, grid).T
+    rows, columns, inputs, outputs = _live(kernel, grid).shape
+    turned = _product_of(x, patches).reshape(inputs, rows, columns, outputs).transpose(1, 2, 0, 3)
+    return of_x, _revive(turned, kernel.shape, grid)[::-1, ::-1]
 
 
 _shift_last.defvjp(_shift_last_forward, _shift_last_backward)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """(B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C), every channel with its own kernel."""
-    grid = axes(x.shape, kernel.shape, stride)
-    if grid[0].outputs * grid[1].outputs > FEW:
-        return _depthwise_shifted(x, kernel, grid)
-    return _depthwise_written_out(x, kernel, grid)
+    """(B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C), every channel with its own kernel; SAME
+    padding.
+    """
+    return depthwise_on(x, kernel, axes(x.shape, kernel.shape, stride))
+
+
+def depthwise_on(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
+    """(B, H, W, C) -> (B, outputs, outputs, C) of a grid, every channel with its own kernel."""
+    is_small = grid[0].outputs * grid[1].outputs <= FEW and grid[0].is_met and grid[1].is_met
+    return (_depthwise_written_out if is_small else _depthwise_shifted)(x, kernel, grid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -142,16 +112,16 @@ def _depthwise_shifted(x, kernel, grid):
 
 
 def _depthwise_shifted_forward(x, kernel, grid):
-    padded = _pad(x, [axis.padding for axis in grid])
-    terms = [padded[:, grid[0].met(a), grid[1].met(b)] * kernel[a, b] for a, b in _taps(grid)]
+    padded = pad(x, [axis.padding for axis in grid])
+    terms = [padded[:, grid[0].met(a), grid[1].met(b)] * kernel[a, b] for a, b in taps(grid)]
     return functools.reduce(jnp.add, terms), (x, kernel)
 
 
 def _depthwise_shifted_backward(grid, residuals, gradient):
     x, kernel = residuals
     gradient = lax.optimization_barrier(gradient)
-    of_x = _fold_with(lambda tap, sent: sent * kernel[tap], gradient, grid)
-    return of_x, _kernel_of({tap: _sent_by(tap, x, gradient, grid) for tap in _taps(grid)}, kernel)
+    of_x = fold_with(lambda tap, sent: sent * kernel[tap], gradient, grid)
+    return of_x, _kernel_of({tap: _sent_by(tap, x, gradient, grid) for tap in taps(grid)}, kernel)
 
 
 def _sent_by(tap, x, gradient, grid):
@@ -159,6 +129,8 @@ def _sent_by(tap, x, gradient, grid):
     summed over everything at once, XLA:CPU would write all of them out first.
     """
     rows, columns = (axis.meetings(place) for axis, place in zip(grid, tap, strict=True))
+    if not rows or not columns:
+        return jnp.zeros(x.shape[-1], jnp.result_type(x, gradient))
     if len(rows) * len(columns) <= FEW_TERMS:
         terms = [x[:, i, j] * gradient[:, y, z] for y, i in rows for z, j in columns]
         return functools.reduce(jnp.add, terms).sum(0)
@@ -203,7 +175,7 @@ def _meetings(grid):
     rows, columns = grid
     met = [
         (y * columns.outputs + z, i * columns.size + j, (a, b))
-        for a, b in _taps(grid)
+        for a, b in taps(grid)
         for y, i in rows.meetings(a)
         for z, j in columns.meetings(b)
     ]
@@ -213,22 +185,25 @@ def _meetings(grid):
 def _patches(x, grid):
     """(B, H, W, C) -> (B, outputs, outputs, taps * C)."""
     padded = jnp.pad(x, ((0, 0), *(axis.padding for axis in grid), (0, 0)))
-    return jnp.concatenate([padded[:, grid[0].met(a), grid[1].met(b)] for a, b in _taps(grid)], axis=-1)
+    return jnp.concatenate([padded[:, grid[0].met(a), grid[1].met(b)] for a, b in taps(grid)], axis=-1)
 
 
 def _fold(patches, grid):
     """The transpose of `_patches`."""
-    channels = patches.shape[-1] // len(_taps(grid))
-    order = {tap: number * channels for number, tap in enumerate(_taps(grid))}
-    return _fold_with(lambda tap, sent: sent[..., order[tap] : order[tap] + channels], patches, grid)
+    channels = patches.shape[-1] // len(taps(grid))
+    order = {tap: number * channels for number, tap in enumerate(taps(grid))}
+    return fold_with(lambda tap, sent: sent[..., order[tap] : order[tap] + channels], patches, grid)
 
 
-def _fold_with(take, sent, grid):
-    """Adds up at every pixel `take(tap, sent)` of the outputs whose taps met it."""
+def fold_with(
+    take: Callable[[tuple[int, int], jax.Array], jax.Array], sent: jax.Array, grid: Grid
+) -> jax.Array:
+    """(B, outputs, outputs, ...) -> (B, H, W, C): adds up at every pixel `take(tap, sent)` of the outputs
+    whose taps met it.
+    """
     rows, columns = grid
-    stride = rows.stride
     reach = [axis.reach for axis in grid]
-    padded = _pad(sent, reach)
+    padded = pad(sent, reach)
 
     def plane(row, column):
         """The pixels that leave these residues by the stride."""
@@ -239,27 +214,23 @@ def _fold_with(take, sent, grid):
         ]
         return functools.reduce(jnp.add, terms) if terms else None
 
-    planes = [[plane(row, column) for column in range(stride)] for row in range(stride)]
-    if stride == 1:
-        return planes[0][0]
+    planes = [[plane(row, column) for column in range(columns.stride)] for row in range(rows.stride)]
     some = next(x for x in itertools.chain(*planes) if x is not None)
+    if rows.stride == columns.stride == 1:
+        return some
     filled = [[jnp.zeros_like(some) if x is None else x for x in row] for row in planes]
     woven = jnp.stack([jnp.stack(row, axis=3) for row in filled], axis=2)
-    whole = woven.reshape(len(some), rows.outputs * stride, columns.outputs * stride, -1)
+    whole = woven.reshape(len(some), rows.places * rows.stride, columns.places * columns.stride, -1)
     return whole[:, : rows.size, : columns.size]
 
 
 def _window(x, top, rows, left, columns):
-    return x[:, top : top + rows.outputs, left : left + columns.outputs]
+    return x[:, top : top + rows.places, left : left + columns.places]
 
 
-def _pad(x, amounts):
-    """Padded and kept, so that XLA does not pad anew within every slice."""
-    return lax.optimization_barrier(jnp.pad(x, ((0, 0), *amounts, (0, 0))))
-
-
-def _taps(grid):
-    return list(itertools.product(grid[0].live, grid[1].live))
+def pad(x: jax.Array, amounts: Sequence[tuple[int, int]], value: float = 0) -> jax.Array:
+    """Images padded and kept, so that XLA does not pad anew within every slice."""
+    return lax.optimization_barrier(jnp.pad(x, ((0, 0), *amounts, (0, 0)), constant_values=value))
 
 
 def _live(kernel, grid):
@@ -278,9 +249,9 @@ def _matrix(kernel):
     return kernel.reshape(-1, kernel.shape[-1])
 
 
-def _turned(kernel):
+def _turned(kernel, grid):
     """(C_in, taps * C_out) of the kernel turned around."""
-    return kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+    return _live(kernel[::-1, ::-1], grid).transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
 
 
 def _product_of(x, y):

@@ -2,21 +2,23 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.extend import core
+from jaxtyping import PyTree
 
 from sfl_jax.errors import BadInput
-from sfl_jax.models import units
+from sfl_jax.models import substitutes, units
 from sfl_jax.models.chain import Chain
 
 
 class Profile(NamedTuple):
     """Costs per sample and unit of a chain of L units; NumPy int64.
+
+    Parameters, state and activations of a type of 2 bytes count half. What crosses is counted by number.
 
     names: (L,) the units.
     forward_macs: (L,) multiply-accumulates of convolutions and products; padding counts, as is published.
@@ -36,31 +38,32 @@ class Profile(NamedTuple):
     smashed: np.ndarray
 
 
-def profile(
-    chain: Chain, image_shape: tuple[int, ...], stored_shape: tuple[int, ...] | None = None
-) -> Profile:
+def profile(chain: Chain, image_shape: PyTree, stored_shape: tuple[int, ...] | None = None) -> Profile:
     """Traces every unit of `chain` in the `lax.conv` form. Nothing is computed.
 
-    `image_shape` is (H, W, C), for a server half the shape of a sample's smashed data. `stored_shape` is that
-    of an image as it is stored, before it is resized: what goes up at cut 0. Left out, it is `image_shape`.
+    `image_shape` is (H, W, C), of floats; or a `jax.ShapeDtypeStruct` of one sample, or a pytree of these, as
+    the smashed data of a server half may be. `stored_shape` is that of an image as it is stored, before it is
+    resized: what goes up at cut 0. Left out, it is `image_shape`.
 
-    BadInput names a unit whose work cannot be counted.
+    BadInput names a unit that cannot be traced, or whose work cannot be counted.
     """
-    rows = _rows(chain, tuple(image_shape))
-    inputs = [math.prod(stored_shape or image_shape)] + [math.prod(row.output_shape) for row in rows[:-1]]
+    sample = _sample(image_shape)
+    rows = _rows(chain, sample)
+    stored = math.prod(stored_shape) if stored_shape else _numbers(sample)
+    inputs = [stored] + [_numbers(row.output) for row in rows[:-1]]
     counts = ("forward_macs", "backward_macs", "parameters", "state", "activations")
     counted = {count: np.array([getattr(row, count) for row in rows], np.int64) for count in counts}
     names = tuple(units.name(unit, index) for index, unit in enumerate(chain.units, start=chain.first_unit))
     return Profile(names=names, smashed=np.array([*inputs, 0], np.int64), **counted)
 
 
-def least_normalised(chain: Chain, image_shape: tuple[int, ...]) -> int | None:
+def least_normalised(chain: Chain, image_shape: PyTree) -> int | None:
     """The least number of values, per sample and channel, that a batch norm averages over in training.
 
     It is H x W of the smallest map that is normalised. Where it is 1, a batch of one sample, or of copies of
     one, is normalised to a constant: nothing can be learned from it. None for a chain without batch norm.
     """
-    found = [values for row in _rows(chain, tuple(image_shape)) for values in row.normalised]
+    found = [values for row in _rows(chain, _sample(image_shape)) for values in row.normalised]
     return min(found, default=None)
 
 
@@ -70,27 +73,42 @@ class _Row(NamedTuple):
     parameters: int
     state: int
     activations: int
-    output_shape: tuple[int, ...]
+    output: PyTree  # of one sample
     normalised: tuple[int, ...]  # values per sample and channel of each batch norm
 
 
-def _rows(chain, shape):
+def _sample(image_shape):
+    """The shapes and types of one sample."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(image_shape)):
+        return image_shape
+    return jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
+
+
+def _numbers(sample):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(sample))
+
+
+def _rows(chain, sample):
     rows = []
     for index, unit in enumerate(chain.units, start=chain.first_unit):
+        leaves, structure = jax.tree.flatten(sample)
+        form = units.kind(units.reference_form(unit))
         try:
-            rows.append(_trace(units.kind(units.reference_form(unit)), shape, is_first=index == 0))
+            with units.named_errors(unit, index, sample):
+                rows.append(_trace(form, tuple(leaves), structure, is_first=index == 0))
         except _Uncountable as error:
             raise BadInput(f"unit {units.name(unit, index)}: {error}") from error
-        shape = rows[-1].output_shape
+        sample = rows[-1].output
     return rows
 
 
 @functools.cache
-def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
+def _trace(unit: nn.Module, leaves: tuple[Any, ...], structure: Any, is_first: bool) -> _Row:
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
 
     def example(batch):
-        return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+        batches = [jax.ShapeDtypeStruct((batch, *leaf.shape), leaf.dtype) for leaf in leaves]
+        return jax.tree.unflatten(structure, batches)
 
     variables = dict(units.shapes(unit, example(1)).variables)
     params, state = variables.pop("params", {}), variables
@@ -104,7 +122,7 @@ def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
 
     def gradients(*arguments):
         output, pull = pullback(*arguments)
-        return pull(jnp.ones_like(output)), pull
+        return pull(jax.tree.map(_cotangent, output)), pull
 
     normalised: list[int] = []
     with units.batch_norm_values(normalised):
@@ -119,9 +137,22 @@ def _trace(unit: nn.Module, shape: tuple[int, ...], is_first: bool) -> _Row:
         _floats(params),
         _floats(state),
         _floats(kept_of_two) - _floats(kept),
-        output.shape[1:],
+        jax.tree.map(_one_of, output),
         tuple(normalised),
     )
+
+
+def _one_of(batch):
+    """The shape of one sample. Work is counted in float32, whatever a unit computes in."""
+    return jax.ShapeDtypeStruct(batch.shape[1:], jnp.float32 if _is_float(batch) else batch.dtype)
+
+
+def _cotangent(x):
+    return jnp.ones_like(x) if _is_float(x) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _floats(tree):
@@ -129,14 +160,14 @@ def _floats(tree):
     return sum(-(-math.prod(leaf.shape) * min(leaf.dtype.itemsize, 4) // 4) for leaf in jax.tree.leaves(tree))
 
 
-class _Uncountable(Exception):
+class _Uncountable(BadInput):
     """How often products run cannot be told from the program."""
 
 
 def _macs(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
-        name, inner = equation.primitive.name, [_macs(body) for body in _bodies(equation.params)]
+        name, inner = equation.primitive.name, [_macs(body) for body in substitutes.bodies(equation)]
         if name in _UNCOUNTED:
             raise _Uncountable(f"the work of {name} is not known")
         if name == "while" and any(inner):
@@ -152,16 +183,6 @@ def _macs(jaxpr):
         else:
             total += equation.params.get("length", 1) * sum(inner)
     return total
-
-
-def _bodies(params):
-    """The jaxprs among the parameters of an equation, also where they stand in a tuple, as branches do."""
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, core.ClosedJaxpr):
-                yield part.jaxpr
-            elif isinstance(part, core.Jaxpr):
-                yield part
 
 
 def _dot_macs(equation):

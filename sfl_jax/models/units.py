@@ -1,14 +1,17 @@
 """What a chain asks of its units.
 
-A unit is any Flax module that maps one array to one, (B, ...) to (B, ...). It may take `train`. Its own
-initialisers make its variables. It may draw from any random stream and keep state in any collection. Its
-attributes mean what its author wants: this project's own units are known by their class, `OwnUnit`.
+A unit is any Flax module that maps one array (B, ...) to another, or a pytree of these to a pytree. It may
+take `train`. Its own initialisers make its variables. It may draw from any random stream, and keep state in
+any collection. Its attributes mean what its author wants: this project's own units are known by their class,
+`OwnUnit`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +21,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Key, PyTree
 
 from sfl_jax.errors import BadInput
-from sfl_jax.models import layers
+from sfl_jax.models import layers, substitutes
 
 DROPOUT = 2**32 - 1  # folded into a unit's key: no other draws start from there
 FACTORS = "factors"  # the collection in which a chain gives its own units their factors of stochastic depth
@@ -139,31 +142,77 @@ def given_factors(unit: nn.Module, factors: Array, place: Array) -> dict[str, Py
 class Shapes(NamedTuple):
     """What a unit makes of an input: its output, and its variables by collection; shapes of both."""
 
-    output: jax.ShapeDtypeStruct
+    output: PyTree
     variables: dict[str, PyTree]
 
 
-def shapes(unit: nn.Module, x: jax.ShapeDtypeStruct) -> Shapes:
+@contextlib.contextmanager
+def named_errors(unit: nn.Module, index: int, x: PyTree) -> Iterator[None]:
+    """While it lasts, any error is a BadInput that names the unit, its input's shape and what is wrong."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise BadInput(
+            f"unit {name(unit, index)}: cannot run on {described(x)}: {type(error).__name__}: {said}"
+        ) from error
+
+
+def described(x: PyTree) -> str:
+    """The shapes and types of a pytree of arrays on one line."""
+    leaves = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in jax.tree.leaves(x)]
+    return f"input of shape {leaves[0]}" if len(leaves) == 1 else f"inputs of shapes {', '.join(leaves)}"
+
+
+def shapes(unit: nn.Module, x: PyTree) -> Shapes:
     """The shapes of a unit's output and of its variables. Nothing is computed."""
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
     init = functools.partial(reference_form(unit).init_with_output, **_mode(unit, train=False))
     return Shapes(*jax.eval_shape(init, key, x))
 
 
-def init(unit: nn.Module, key: Key[Array, ""], x: jax.ShapeDtypeStruct, shapes: Shapes) -> dict[str, PyTree]:
+def init(unit: nn.Module, key: Key[Array, ""], x: PyTree, shapes: Shapes) -> dict[str, PyTree]:
     """Fresh variables by collection: as `unit.init` draws them, unless the unit is our own."""
     if isinstance(unit, OwnUnit):
         return unit.initial(key, shapes.variables)
-    return _init_by_flax(unit, key, x.shape, x.dtype)
+    leaves, structure = jax.tree.flatten(x)
+    return _init_by_flax(unit, key, tuple((leaf.shape, leaf.dtype) for leaf in leaves), structure)
 
 
 def apply(
-    unit: nn.Module, variables: dict[str, PyTree], x: Array, train: bool, rngs: dict[str, Any]
-) -> tuple[Array, dict[str, PyTree]]:
-    """(output, the state after it by collection): all that is neither a parameter nor a given factor."""
+    unit: nn.Module,
+    variables: dict[str, PyTree],
+    x: PyTree,
+    train: bool,
+    rngs: dict[str, Any],
+    layer_form: str = "conv",
+) -> tuple[PyTree, dict[str, PyTree]]:
+    """(output, the state after it by collection): all that is neither a parameter nor a given factor.
+
+    `layer_form` is that of `layers.FORMS` for a user's unit; an own unit has its form in an attribute.
+    """
     fixed = ("params", FACTORS) if isinstance(unit, OwnUnit) else ("params",)
     mutable = [collection for collection in variables if collection not in fixed]
-    return unit.apply(variables, x, rngs=rngs, mutable=mutable, **_mode(unit, train))  # pyright: ignore[reportReturnType]
+
+    def run(variables, x, rngs):
+        return unit.apply(variables, x, rngs=rngs, mutable=mutable, **_mode(unit, train))
+
+    if layer_form == "conv" or isinstance(unit, OwnUnit):
+        return run(variables, x, rngs)  # pyright: ignore[reportReturnType]
+    with nn.intercept_methods(_over_rows):
+        return substitutes.in_product_form(run)(variables, x, rngs)
+
+
+def _over_rows(call, args, kwargs, context):
+    """Batch norm of a map as that of its rows: XLA:CPU sums over one axis faster than over three."""
+    module, x = context.module, args[0] if args else None
+    if type(module) is not nn.BatchNorm or context.method_name != "__call__" or x is None:
+        return call(*args, **kwargs)
+    if x.ndim < 3 or module.axis != -1 or kwargs.get("mask") is not None:
+        return call(*args, **kwargs)
+    return call(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs).reshape(x.shape)
 
 
 def batch_norm_values(found: list[int]) -> Any:
@@ -190,9 +239,10 @@ def _running(module):
     return module.get_variable("batch_stats", "mean")
 
 
-@functools.partial(jax.jit, static_argnames=("unit", "shape", "dtype"))
-def _init_by_flax(unit, key, shape, dtype):
-    return unit.init(key, jnp.zeros(shape, dtype), **_mode(unit, train=False))
+@functools.partial(jax.jit, static_argnames=("unit", "kinds", "structure"))
+def _init_by_flax(unit, key, kinds, structure):
+    zeros = jax.tree.unflatten(structure, [jnp.zeros(shape, dtype) for shape, dtype in kinds])
+    return unit.init(key, zeros, **_mode(unit, train=False))
 
 
 def _mode(unit, train) -> dict[str, Any]:

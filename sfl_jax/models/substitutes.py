@@ -1,0 +1,224 @@
+"""Programs in the product form: the convolutions and windows of a jaxpr as products and shifts.
+
+`vmap` over weights makes grouped convolutions of `lax.conv`, which are slow, see `layers`. A user's unit is
+therefore traced. Each operation that `products` or `pools` can compute is replaced where the program runs;
+others stay as they are. The replaced operations have a gradient, but no forward derivative.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from sfl_jax.models import pools, products
+from sfl_jax.models.taps import Axis, Grid, dilated, is_usable
+
+MOST_TAPS = 81  # of a pooling window that is computed by shifts: each tap is an operation
+
+
+def in_product_form(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of pytrees of arrays with every convolution and window replaced that can be."""
+
+    def run(*arguments):
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        outputs = evaluate(program, *jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return run
+
+
+def evaluate(program: core.ClosedJaxpr, *arguments: Any) -> list[Any]:
+    """The outputs of a program in the product form."""
+    jaxpr = program.jaxpr
+    values = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    values |= dict(zip(jaxpr.invars, arguments, strict=True))
+    for equation in jaxpr.eqns:
+        run(equation, values, substitute)
+    return [read(values, atom) for atom in jaxpr.outvars]
+
+
+def run(equation: core.JaxprEqn, values: dict[Any, Any], other: Callable[[Any], Any]) -> None:
+    """Adds to `values` what an equation makes of them; `other(equation)` is a function for it, or None."""
+    inputs = [read(values, atom) for atom in equation.invars]
+    function = other(equation)
+    if function is None:
+        function = functools.partial(
+            equation.primitive.bind, **equation.primitive.get_bind_params(equation.params)
+        )
+    outputs = function(*inputs)
+    outputs = outputs if equation.primitive.multiple_results else [outputs]
+    values.update(zip(equation.outvars, outputs, strict=True))
+
+
+def read(values: dict[Any, Any], atom: Any) -> Any:
+    """The value of a variable or a literal."""
+    return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+
+def substitute(equation: core.JaxprEqn) -> Callable[..., Any] | None:
+    """A faster function for an equation; None where there is none."""
+    if equation.primitive.name in _WITH_BODIES:
+        return _with_new_bodies(equation)
+    make = _SUBSTITUTES.get(equation.primitive.name)
+    return make(equation) if make and all(map(_is_float, equation.invars)) else None
+
+
+def _is_float(atom):
+    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+
+
+def _with_new_bodies(equation):
+    """The same equation around rewritten programs."""
+    old = equation.params
+    params = {key: _rewritten(value) for key, value in old.items()}
+    if all(params[key] is old[key] for key in old):
+        return None
+    return functools.partial(equation.primitive.bind, **equation.primitive.get_bind_params(params))
+
+
+def _rewritten(value):
+    """A parameter with its programs in the product form; the same object where nothing changes."""
+    if isinstance(value, tuple) and any(isinstance(part, core.ClosedJaxpr) for part in value):
+        parts = tuple(map(_rewritten, value))
+        return parts if any(a is not b for a, b in zip(parts, value, strict=True)) else value
+    is_closed = isinstance(value, core.ClosedJaxpr)
+    if not (is_closed or isinstance(value, core.Jaxpr)):
+        return value
+    program = value if is_closed else core.ClosedJaxpr(value, ())
+    if not _has_substitute(program.jaxpr):
+        return value
+    new = jax.make_jaxpr(functools.partial(evaluate, program))(*program.in_avals)
+    if is_closed:
+        return new
+    return value if new.consts else new.jaxpr
+
+
+def _has_substitute(jaxpr):
+    return any(
+        any(map(_has_substitute, bodies(equation)))
+        if equation.primitive.name in _WITH_BODIES
+        else substitute(equation) is not None
+        for equation in jaxpr.eqns
+    )
+
+
+def bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The jaxprs among the parameters of an equation, also where they stand in a tuple, as branches do."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, core.ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, core.Jaxpr):
+                yield part
+
+
+def _convolution(equation):
+    numbers, params = equation.params["dimension_numbers"], equation.params
+    left, right = (atom.aval for atom in equation.invars)
+    grid = _convolution_grid(params, left.shape, right.shape)
+    if grid is None:
+        return None
+    kernel_order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    groups, is_dilated = params["feature_group_count"], math.prod(params["lhs_dilation"]) > 1
+    one = products.transposed if is_dilated else products.convolution_on
+
+    def run(x, kernel):
+        x, kernel = _image(x, numbers.lhs_spec), _flat(jnp.transpose(kernel, kernel_order), 0)
+        if groups == 1:
+            outputs = one(x, kernel, grid)
+        elif groups == x.shape[-1] and not is_dilated:
+            repeats = kernel.shape[-1] // groups
+            outputs = products.depthwise_on(x if repeats == 1 else jnp.repeat(x, repeats, -1), kernel, grid)
+        else:
+            outputs = _grouped(one, x, kernel, grid, groups)
+        return _like(outputs, numbers.out_spec)
+
+    return run
+
+
+def _grouped(one, x, kernel, grid, groups):
+    """Groups of channels are a batch axis of the products."""
+    x = x.reshape(*x.shape[:3], groups, -1)
+    kernel = kernel.reshape(*kernel.shape[:3], groups, -1)
+    outputs = jax.vmap(functools.partial(one, grid=grid), (3, 3), 3)(x, kernel)
+    return outputs.reshape(*outputs.shape[:3], -1)
+
+
+def _convolution_grid(params, image_shape, kernel_shape):
+    """The rows and columns of a convolution; None where `products` cannot compute it."""
+    numbers = params["dimension_numbers"]
+    sizes = [image_shape[axis] for axis in numbers.lhs_spec[2:]]
+    kernel_sizes = [kernel_shape[axis] for axis in numbers.rhs_spec[2:]]
+    holes, strides = params["lhs_dilation"], params["window_strides"]
+    is_odd = params["batch_group_count"] != 1 or params["preferred_element_type"] is not None
+    if is_odd or not _is_default(params["precision"]) or (max(holes, default=1) > 1 and max(strides) > 1):
+        return None
+    details = zip(sizes, kernel_sizes, strides, params["padding"], params["rhs_dilation"], strict=True)
+    if max(holes, default=1) == 1:
+        return _grid([Axis(*detail) for detail in details])
+    sides = zip(details, holes, strict=True)
+    return _grid([dilated(size, kernel, hole, *others) for (size, kernel, _, *others), hole in sides])
+
+
+def _grid(axes: Sequence[Axis]) -> Grid | None:
+    """Rows and columns; one axis alone is the columns of an image of one row."""
+    if not 1 <= len(axes) <= 2 or not all(map(is_usable, axes)):
+        return None
+    return axes[0] if len(axes) == 2 else Axis(1, 1, 1, (0, 0)), axes[-1]
+
+
+def _is_default(precision):
+    """Whether a product computes in this precision when it is asked for none."""
+    default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return precision is None or (default in _PRECISIONS and set(precision) == {lax.Precision(default)})
+
+
+_PRECISIONS = ("default", "fastest", "high", "highest", "float32", "bfloat16", "tensorfloat32")
+
+
+def _window(compute):
+    def make(equation):
+        params = equation.params
+        names = ("window_dimensions", "window_strides", "padding", "window_dilation")
+        details = zip(equation.invars[0].aval.shape, *(params[name] for name in names), strict=True)
+        first, *axes, last = (Axis(*detail) for detail in details)
+        grid = _grid(axes)
+        is_still = all(axis.is_pointwise for axis in (first, last))
+        if grid is None or not is_still or max(params["base_dilation"]) > 1:
+            return None
+        if math.prod(params["window_dimensions"]) > MOST_TAPS:
+            return None
+        spec = (0, len(axes) + 1, *range(1, len(axes) + 1))
+        return lambda x: _like(compute(_image(x, spec), grid), spec)
+
+    return make
+
+
+def _image(x, spec):
+    """(B, H, W, C) of an array whose axes (batch, channels, *spatial) are those of `spec`."""
+    return _flat(jnp.transpose(x, (spec[0], *spec[2:], spec[1])), 1)
+
+
+def _flat(x, row):
+    """With an axis of one row where there are columns alone."""
+    return jnp.expand_dims(x, row) if x.ndim == 3 else x
+
+
+def _like(x, spec):
+    """The inverse of `_image`."""
+    x = x if len(spec) == 4 else x[:, 0]
+    order = (spec[0], *spec[2:], spec[1])
+    return jnp.transpose(x, [order.index(axis) for axis in range(len(order))])
+
+
+_SUBSTITUTES = {
+    "conv_general_dilated": _convolution,
+    "reduce_window_sum": _window(pools.window_sums),
+    "reduce_window_max": _window(pools.window_maxima),
+}
+_WITH_BODIES = {"jit", "pjit", "checkpoint", "remat2", "scan", "while", "cond", "closed_call", "remat"}

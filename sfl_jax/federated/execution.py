@@ -123,10 +123,11 @@ def seconds_per_client(
     macs = profile.forward_macs + profile.backward_macs
     kinds: dict[Any, list[int]] = {}
     for index, x in enumerate(inputs):
-        kinds.setdefault((x.shape, int(profile.parameters[index]), int(macs[index])), []).append(index)
+        entering = tuple(leaf.shape for leaf in jax.tree.leaves(x))
+        kinds.setdefault((entering, int(profile.parameters[index]), int(macs[index])), []).append(index)
     heaviest = sorted(kinds.values(), key=lambda alike: -macs[alike].sum())[:UNITS]
     return sum(
-        len(alike) * _seconds_of_unit(chain.units[alike[-1]], inputs[alike[-1]], clients_per_chunk, device)
+        len(alike) * _seconds_of_unit(chain, alike[-1], inputs[alike[-1]], clients_per_chunk, device)
         for alike in heaviest
     )
 
@@ -136,7 +137,7 @@ def _inputs(chain, images):
     inputs = []
 
     def note(_, x):
-        inputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
+        inputs.append(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x))
         return x
 
     def run(key, images):
@@ -146,14 +147,15 @@ def _inputs(chain, images):
     return inputs
 
 
-def _seconds_of_unit(unit, x, clients, device):
+def _seconds_of_unit(chain, index, x, clients, device):
     """Of a step of one client. Its numbers matter little, but must not become subnormal: hence ones."""
+    unit, rng = chain.units[index], np.random.default_rng(0)
     shapes = units.shapes(unit, x).variables
     axes = () if clients == 1 else (clients,)
     variables, x, keys = jax.device_put(
         (
             jax.tree.map(lambda s: np.ones((*axes, *s.shape), s.dtype), shapes),
-            np.random.default_rng(0).normal(size=(*axes, *x.shape)).astype(x.dtype),
+            jax.tree.map(lambda s: rng.normal(size=(*axes, *s.shape)).astype(s.dtype), x),
             jax.random.split(jax.random.key(0), axes) if axes else jax.random.key(0),
         ),
         device,
@@ -164,8 +166,8 @@ def _seconds_of_unit(unit, x, clients, device):
 
         def size(params, x, step):
             rngs = units.streams(unit, jax.random.fold_in(key, step))
-            y, _ = units.apply(unit, {"params": params, **variables}, x, True, rngs)
-            return jnp.square(y).mean(dtype=jnp.float32)
+            y, _ = units.apply(unit, {"params": params, **variables}, x, True, rngs, chain.layer_form)
+            return sum(jnp.square(leaf).mean(dtype=jnp.float32) for leaf in jax.tree.leaves(y))
 
         def step(index, now):
             return jax.tree.map(lambda v, g: v - 1e-3 * g, now, jax.grad(size, (0, 1))(*now, index))

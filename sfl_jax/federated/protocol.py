@@ -86,7 +86,7 @@ class Copy:
         self.optimizer = world.optimizer
         self.state = self.optimizer.init(self.variables["params"])
 
-    def forward(self, x: Array | np.ndarray, step_key: Key[Array, ""]) -> Array:
+    def forward(self, x: Any, step_key: Key[Array, ""]) -> Any:
         """The unit's output. Keeps what `backward` needs, and the new state of the unit."""
         key = unit_key(step_key, self.index)
         kept = {name: tree for name, tree in self.variables.items() if name != "params"}
@@ -98,7 +98,7 @@ class Copy:
         self.variables |= new
         return output
 
-    def backward(self, gradient: Array | np.ndarray) -> Array:
+    def backward(self, gradient: Any) -> Any:
         """The gradient of the unit's input; takes a step of its parameters."""
         params = self.variables["params"]
         own, of_input = self.pullback(gradient)
@@ -123,14 +123,14 @@ class Party:
         for copy, own in zip(self.copies, variables, strict=True):
             copy.variables = dict(own)
 
-    def forward(self, x: Array | np.ndarray, step_key: Key[Array, ""]) -> Array:
+    def forward(self, x: Any, step_key: Key[Array, ""]) -> Any:
         """The output of the last unit. Unit 0 takes images as they lie there."""
         now: Any = x
         for copy in self.copies:
             now = copy.forward(self.preprocess(now) if copy.index == 0 else now, step_key)
         return now
 
-    def backward(self, gradient: Array | np.ndarray) -> Array:
+    def backward(self, gradient: Any) -> Any:
         """The gradient of what entered the first unit; every unit takes its step."""
         now: Any = gradient
         for copy in reversed(self.copies):
@@ -161,10 +161,11 @@ def run_session(world: World, work: Work, wire: Wire | None = None) -> tuple[lis
             stored, known = wire.send(SMASHED_UP, images), wire.send(LABELS_UP, labels)
             _, loss = server.finish(server.forward(stored, key), known)
         else:
-            coded = world.up(client.forward(images, key), link_key(key, UP))
+            coded = _each(world.up, client.forward(images, key), link_key(key, UP))
             smashed, known = wire.send(SMASHED_UP, coded), wire.send(LABELS_UP, labels)
             gradient, loss = server.finish(server.forward(smashed, key), known)
-            client.backward(world.down(wire.send(GRADIENT_DOWN, gradient), link_key(key, DOWN)))
+            coded = wire.send(GRADIENT_DOWN, gradient)
+            client.backward(_each(world.down, coded, link_key(key, DOWN)))
         losses.append(loss)
     variables = wire.send(MODEL_UP, client.variables) + server.variables
     return variables, float(np.mean(losses)) if losses else 0.0
@@ -196,6 +197,13 @@ def run_round(
         return jnp.asarray(np.round(exact) if is_integer else exact, leaves[0].dtype)
 
     return jax.tree.map(mean, *(variables for _, variables, _ in sound)), loss, diverged
+
+
+def _each(link, arrays, key):
+    """The link on every array that crosses; all but the first have a key folded from its place."""
+    leaves, structure = jax.tree.flatten(arrays)
+    sent = [link(leaf, jax.random.fold_in(key, n) if n else key) for n, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, sent)
 
 
 def unit_key(step_key: Key[Array, ""], index: int) -> Key[Array, ""]:

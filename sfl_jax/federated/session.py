@@ -164,6 +164,13 @@ def batch_loss(training, variables, images, labels, cut, key):
     return training.loss(logits, labels).mean(), updated.batch_stats
 
 
+def _over_leaves(function, tree, key):
+    """`function` of every array that crosses; from the second on, each has a key of its own."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = [key, *(jax.random.fold_in(key, place) for place in range(1, len(leaves)))]
+    return jax.tree.unflatten(structure, map(function, leaves, keys))
+
+
 def _crossing(link, cut, key):
     """A hook for `Chain.apply`: what enters unit `cut` goes through the link, and so does its gradient."""
     if link is None:
@@ -172,12 +179,12 @@ def _crossing(link, cut, key):
     # The keys are arguments: JAX does not let a custom gradient close over what it traces.
     @jax.custom_vjp
     def send(x, up_key, down_key):
-        return link.up(x, up_key)
+        return _over_leaves(link.up, x, up_key)
 
     def answer(down_key, gradient):
-        return link.down(gradient, down_key), None, None
+        return _over_leaves(link.down, gradient, down_key), None, None
 
-    send.defvjp(lambda x, up_key, down_key: (link.up(x, up_key), down_key), answer)
+    send.defvjp(lambda x, up_key, down_key: (_over_leaves(link.up, x, up_key), down_key), answer)
     up_key, down_key = (
         jax.random.fold_in(jax.random.fold_in(key, LINK), direction) for direction in (UP, DOWN)
     )

@@ -35,4 +35,5 @@ def create(
         raise BadInput(f"--model={name}: must be one of {', '.join(VARIANTS)}")
     if layer_form not in layers.FORMS:
         raise BadInput(f"--layer_form={layer_form}: must be one of {', '.join(layers.FORMS)}")
-    return Chain(efficientnet_v2.units(name, num_classes, in_channels, layer_form, dtype, drop_rate_scale))
+    own = efficientnet_v2.units(name, num_classes, in_channels, layer_form, dtype, drop_rate_scale)
+    return Chain(own, layer_form=layer_form)

@@ -124,7 +124,8 @@ class Chain:
 
     def in_form(self, layer_form: str) -> "Chain":
         """The same network with its layers computed in this form, see `layers.FORMS`."""
-        return dataclasses.replace(self, units=[units.in_form(unit, layer_form) for unit in self.units])
+        own = [units.in_form(unit, layer_form) for unit in self.units]
+        return dataclasses.replace(self, units=own, layer_form=layer_form)
 
     def _randomness(self, key, samples):
         """[(rngs, factors of stochastic depth)] of units. Drawn together, since each draw of its own would

@@ -31,6 +31,7 @@ from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Samples
+from sfl_jax.models import substitutes
 from sfl_jax.run import metrics
 
 
@@ -424,7 +425,7 @@ def products(jaxpr, times=1):
     for equation in jaxpr.eqns:
         total += times * profiling._MACS.get(equation.primitive.name, lambda _: 0)(equation)
         turns = times * equation.params.get("length", 1)
-        total += sum(products(inner, turns) for inner in profiling._bodies(equation.params))
+        total += sum(products(inner, turns) for inner in substitutes.bodies(equation))
     return total
 
 

@@ -83,13 +83,13 @@ def test_the_heaviest_units_stand_for_all_that_are_like_them(monkeypatch):
     monkeypatch.setattr(execution, "_seconds_of_unit", lambda *given: asked.append(given) or 1.0)
     images = jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32)
     total = execution.seconds_per_client(chain, profile, images, 3, None)
-    names = [unit.name for unit, *_ in asked]
+    names = [chain.units[index].name for _, index, *_ in asked]
     macs = dict(zip(profile.names, profile.forward_macs + profile.backward_macs, strict=True))
     # Seven equal blocks end stage 6, four end stage 5: more work than any other kind.
     assert names == ["block6h", "block5e"]
     assert total == 7 + 4
     assert 7 * macs["block6h"] + 4 * macs["block5e"] > 0.4 * sum(macs.values())
-    assert [x.shape for _, x, _, _ in asked] == [(8, 1, 1, 192), (8, 2, 2, 112)]
+    assert [x.shape for _, _, x, *_ in asked] == [(8, 1, 1, 192), (8, 2, 2, 112)]
 
 
 def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch):

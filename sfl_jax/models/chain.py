@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Key, PyTree
 
 from sfl_jax.errors import BadInput
-from sfl_jax.models import layers, units
+from sfl_jax.models import layers, pieces, units
 
 
 class Variables(NamedTuple):
@@ -51,6 +51,29 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.units)
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, example: PyTree, *, max_arrays: int = 1, layer_form: str = "product"
+    ) -> "Chain":
+        """The chain of a whole Flax module, cut wherever at most `max_arrays` arrays cross.
+
+        The module is traced on the shapes of `example`, (B, ...), in training and in inference. Variables, or
+        modules, that are used on both sides of a cut forbid it. Layers without products belong to the unit
+        before them. The size of a batch stays free; other axes are those of the example. BadInput says why
+        the module cannot be traced.
+        """
+        return cls(pieces.pieces(module, example, max_arrays), layer_form=layer_form)
+
+    def divide_variables(self, whole: PyTree) -> Variables:
+        """The variables of the module that `from_module` was given, by unit."""
+        of_units = pieces.divided(self.units, whole)
+        params = tuple(collections.get("params", {}) for collections in of_units)
+        return Variables(params, tuple(map(_state, of_units)))
+
+    def unite_variables(self, variables: Variables) -> PyTree:
+        """The inverse of `divide_variables`, for the whole network."""
+        return pieces.united(self.units, [self.unit_variables(variables, here) for here in range(len(self))])
 
     def init(self, key: Key[Array, ""], images: PyTree) -> Variables:
         """Fresh variables of every unit. `images`, smashed data for a server half, give the shapes alone.

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from sfl_jax.errors import BadInput
-from sfl_jax.models import substitutes, units
+from sfl_jax.models import pieces, substitutes, units
 from sfl_jax.models.chain import Chain
 
 
@@ -124,7 +124,7 @@ def _trace(unit: nn.Module, leaves: tuple[Any, ...], structure: Any, is_first: b
         output, pull = pullback(*arguments)
         return pull(jax.tree.map(_cotangent, output)), pull
 
-    normalised: list[int] = []
+    normalised: list[tuple[tuple[str, ...], int]] = []
     with units.batch_norm_values(normalised):
         forward, (output, _) = jax.make_jaxpr(run, return_shape=True)(params, example(1), state, key)
     forward_macs = _macs(forward.jaxpr)
@@ -138,8 +138,12 @@ def _trace(unit: nn.Module, leaves: tuple[Any, ...], structure: Any, is_first: b
         _floats(state),
         _floats(kept_of_two) - _floats(kept),
         jax.tree.map(_one_of, output),
-        tuple(normalised),
+        tuple(values for _, values in normalised) + _of_piece(unit),
     )
+
+
+def _of_piece(unit):
+    return tuple(pieces.normalised(unit)) if isinstance(unit, pieces.Piece) else ()
 
 
 def _one_of(batch):

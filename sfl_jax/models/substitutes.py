@@ -18,6 +18,7 @@ from jax.extend import core
 from sfl_jax.models import pools, products
 from sfl_jax.models.taps import Axis, Grid, dilated, is_usable
 
+Replacement = Callable[[core.JaxprEqn], Callable[..., Any] | None]
 MOST_TAPS = 81  # of a pooling window that is computed by shifts: each tap is an operation
 
 
@@ -32,20 +33,20 @@ def in_product_form(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def evaluate(program: core.ClosedJaxpr, *arguments: Any) -> list[Any]:
-    """The outputs of a program in the product form."""
+def evaluate(program: core.ClosedJaxpr, *arguments: Any, other: Replacement | None = None) -> list[Any]:
+    """The outputs of a program in the product form, or with the replacements of `other`."""
     jaxpr = program.jaxpr
     values = dict(zip(jaxpr.constvars, program.consts, strict=True))
     values |= dict(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
-        run(equation, values, substitute)
+        run(equation, values, other or substitute)
     return [read(values, atom) for atom in jaxpr.outvars]
 
 
-def run(equation: core.JaxprEqn, values: dict[Any, Any], other: Callable[[Any], Any]) -> None:
+def run(equation: core.JaxprEqn, values: dict[Any, Any], other: Replacement | None = None) -> None:
     """Adds to `values` what an equation makes of them; `other(equation)` is a function for it, or None."""
     inputs = [read(values, atom) for atom in equation.invars]
-    function = other(equation)
+    function = other and other(equation)
     if function is None:
         function = functools.partial(
             equation.primitive.bind, **equation.primitive.get_bind_params(equation.params)

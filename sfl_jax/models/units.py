@@ -169,7 +169,7 @@ def described(x: PyTree) -> str:
 def shapes(unit: nn.Module, x: PyTree) -> Shapes:
     """The shapes of a unit's output and of its variables. Nothing is computed."""
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    init = functools.partial(reference_form(unit).init_with_output, **_mode(unit, train=False))
+    init = functools.partial(reference_form(unit).init_with_output, **mode(unit, train=False))
     return Shapes(*jax.eval_shape(init, key, x))
 
 
@@ -197,15 +197,15 @@ def apply(
     mutable = [collection for collection in variables if collection not in fixed]
 
     def run(variables, x, rngs):
-        return unit.apply(variables, x, rngs=rngs, mutable=mutable, **_mode(unit, train))
+        return unit.apply(variables, x, rngs=rngs, mutable=mutable, **mode(unit, train))
 
     if layer_form == "conv" or isinstance(unit, OwnUnit):
         return run(variables, x, rngs)  # pyright: ignore[reportReturnType]
-    with nn.intercept_methods(_over_rows):
+    with nn.intercept_methods(over_rows):
         return substitutes.in_product_form(run)(variables, x, rngs)
 
 
-def _over_rows(call, args, kwargs, context):
+def over_rows(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Batch norm of a map as that of its rows: XLA:CPU sums over one axis faster than over three."""
     module, x = context.module, args[0] if args else None
     if type(module) is not nn.BatchNorm or context.method_name != "__call__" or x is None:
@@ -215,9 +215,9 @@ def _over_rows(call, args, kwargs, context):
     return call(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs).reshape(x.shape)
 
 
-def batch_norm_values(found: list[int]) -> Any:
-    """While it lasts, every batch norm that uses the statistics of its batch adds to `found` over how many
-    values it averages. A batch norm is a module that keeps a running `mean` and `var`.
+def batch_norm_values(found: list[tuple[tuple[str, ...], int]]) -> Any:
+    """While it lasts, every batch norm that uses the statistics of its batch adds to `found` its path, and
+    over how many values it averages. A batch norm is a module that keeps a running `mean` and `var`.
     """
 
     def look(call, args, kwargs, context):
@@ -226,7 +226,7 @@ def batch_norm_values(found: list[int]) -> Any:
         result = call(*args, **kwargs)
         # What only reads its running statistics is the same for every batch.
         if before is not None and _running(module) is not before:
-            found.append(math.prod(args[0].shape) // before.size)
+            found.append((module.path, math.prod(args[0].shape) // before.size))
         return result
 
     return nn.intercept_methods(look)
@@ -242,10 +242,11 @@ def _running(module):
 @functools.partial(jax.jit, static_argnames=("unit", "kinds", "structure"))
 def _init_by_flax(unit, key, kinds, structure):
     zeros = jax.tree.unflatten(structure, [jnp.zeros(shape, dtype) for shape, dtype in kinds])
-    return unit.init(key, zeros, **_mode(unit, train=False))
+    return unit.init(key, zeros, **mode(unit, train=False))
 
 
-def _mode(unit, train) -> dict[str, Any]:
+def mode(unit: nn.Module, train: bool) -> dict[str, Any]:
+    """{"train": train} where the unit takes it."""
     return {"train": train} if _takes_train(type(unit)) else {}
 
 

@@ -1,0 +1,221 @@
+"""Whole Flax modules that are cut by themselves: where, and that nothing else changes."""
+
+import functools
+from typing import Any, NamedTuple
+
+import finite
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.errors import InvalidRngError
+from models import whole_nets
+
+from sfl_jax import models
+from sfl_jax.errors import BadInput
+from sfl_jax.models import Chain
+
+KEY = jax.random.key(2)
+NAMES = {  # the units that a person would name, by their largest module
+    "resnet": ["Conv_0", "ResidualBlock_0", "ResidualBlock_1", "ResidualBlock_2", "Dense_0"],
+    "vit": ["Conv_0", "Encoder_0.EncoderBlock_0", "Encoder_0.EncoderBlock_1", "Dense_0"],
+    "unet": ["DoubleConv_0", "DoubleConv_2", "DoubleConv_4", "Conv_0"],
+    "unet, three arrays": ["DoubleConv_0", "DoubleConv_1", "DoubleConv_2", "ConvTranspose_0", "DoubleConv_3",
+                           "ConvTranspose_1", "DoubleConv_4", "Conv_0"],
+    "efficientnetv2": ["Conv_0", "MBConv_0", "MBConv_1", "MBConv_2", "MBConv_3", "Conv_1", "Dense_0"],
+}  # fmt: skip
+NETS = {
+    "resnet": whole_nets.ResNet(), "vit": whole_nets.VisionTransformer(), "unet": whole_nets.UNet(),
+    "unet, three arrays": whole_nets.UNet(), "efficientnetv2": whole_nets.EfficientNetV2(),
+}  # fmt: skip
+DRAWING = ("vit", "efficientnetv2")
+
+
+class Case(NamedTuple):
+    """A module, its chain, variables of both in float64, and images."""
+
+    module: nn.Module
+    chain: Chain
+    whole: Any
+    images: jax.Array
+
+
+def float64(tree):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) ** 2, jnp.float64), tree)
+
+
+@functools.cache
+def make_case(name):
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)))
+    module, most = NETS[name], 3 if "three" in name else 1
+    chain = Chain.from_module(module, images, max_arrays=most, layer_form="conv")
+    init = functools.partial(module.init, train=False)
+    return Case(module, chain, float64(jax.eval_shape(init, KEY, images)), images)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def assert_close(found, expected, tolerance=1e-9):
+    finite.pairs(found, expected)
+    close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_is_cut_where_a_person_would_cut_it(name):
+    assert [unit.name for unit in make_case(name).chain.units] == NAMES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chain_is_the_module(name):
+    """In inference, in batches of one and of more; every variable comes back under its name."""
+    case = make_case(name)
+    variables = case.chain.divide_variables(case.whole)
+    assert_close(case.chain.unite_variables(variables), case.whole, 0)
+    for images in (case.images, case.images[:1], jnp.concatenate([case.images, 2 * case.images])):
+        outputs, after = case.chain.apply(variables, images)
+        assert_close(outputs, case.module.apply(case.whole, images, False))
+        assert_close(after, variables, 0)
+
+
+def passes(case, cut, key=KEY):
+    """(outputs, gradients of variables and images, state) of both halves in training."""
+    halves = case.chain.split(cut)
+
+    def run(whole, images):
+        rest, x, done = case.chain.divide_variables(whole), images, []
+        for half in halves:
+            own, rest = case.chain.split_variables(rest, len(half))
+            x, after = half.apply(own, x, True, key)
+            done.append(after)
+        return x, case.chain.unite_variables(case.chain.join_variables(*done))
+
+    outputs, pullback, after = jax.vjp(run, case.whole, case.images, has_aux=True)
+    return outputs, pullback(jnp.cos(outputs)), after.get("batch_stats")
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet, three arrays"])
+def test_halves_in_training_are_the_module_at_every_cut(name):
+    case = make_case(name)
+
+    def run(whole, images):
+        return case.module.apply(whole, images, True, mutable=["batch_stats"])
+
+    @jax.jit
+    def of_module(whole, images):
+        outputs, pullback, after = jax.vjp(run, whole, images, has_aux=True)
+        return outputs, pullback(jnp.cos(outputs)), after["batch_stats"]
+
+    expected = of_module(case.whole, case.images)
+    for cut in range(len(case.chain) + 1):
+        assert_close(passes(case, cut), expected)
+    mixed = case._replace(whole=jax.tree.map(lambda x: 1.01 * x, case.whole))
+    assert not finite.are_close(passes(mixed, 1)[0], expected[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAWING)
+def test_halves_draw_what_the_whole_chain_draws_at_every_cut(name):
+    case = make_case(name)
+    whole = passes(case, 0)
+    for cut in range(1, len(case.chain) + 1):
+        assert_close(passes(case, cut), whole)
+    assert not finite.are_close(passes(case, 1, jax.random.key(9))[0], whole[0])
+
+
+def test_a_piece_draws_from_its_own_key():
+    chain = Chain.from_module(whole_nets.SharedMask(is_shared=False), jnp.ones((2, 40)))
+    variables = chain.divide_variables(
+        float64(
+            jax.eval_shape(
+                functools.partial(whole_nets.SharedMask(False).init, train=False), KEY, jnp.ones((2, 40))
+            )
+        )
+    )
+    client, server = chain.split(1)
+    front, back = chain.split_variables(variables, 1)
+    whole, _ = chain.apply(variables, jnp.ones((2, 40)), True, KEY)
+    for key, is_same in ((KEY, True), (jax.random.key(3), False)):
+        smashed, _ = client.apply(front, jnp.ones((2, 40)), True, KEY)
+        assert finite.are_close(server.apply(back, smashed, True, key)[0], whole) == is_same
+    assert 0.2 < (smashed == 0).mean() < 0.8
+    with pytest.raises(InvalidRngError):
+        client.apply(front, jnp.ones((2, 40)), True)
+
+
+def test_what_is_shared_stays_together():
+    words = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    for is_tied, names in ((True, ["Embed_0", "head"]), (False, ["Embed_0", "Dense_0", "last", "head"])):
+        chain = Chain.from_module(whole_nets.Tied(is_tied), words)
+        assert [unit.name for unit in chain.units] == names
+    for is_shared, units in ((True, 2), (False, 3)):
+        chain = Chain.from_module(whole_nets.SharedMask(is_shared), jnp.ones((2, 4)))
+        assert len(chain) == units
+
+
+def test_variables_start_as_the_module_draws_them():
+    """Each unit as the whole module with a key of its own would draw it."""
+    case = make_case("vit")
+    variables = case.chain.init(KEY, case.images)
+    units = case.chain.divide_variables(case.whole)
+    assert jax.tree.structure(variables) == jax.tree.structure(units)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, units)
+    norm = variables.params[1]["Encoder_0"]["EncoderBlock_0"]["LayerNorm_0"]
+    np.testing.assert_array_equal(norm["scale"], 1)
+    positions = variables.params[0]["Encoder_0"]["positions"]
+    assert 0.25 < positions.std() < 1
+
+
+def test_clients_with_their_own_weights_train_in_the_product_form():
+    """vmapped and compiled, where every convolution is a product."""
+    case = make_case("resnet")
+    chain = Chain(case.chain.units)
+    two = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x]), chain.divide_variables(case.whole))
+    images = jnp.stack([case.images, case.images[::-1]])
+
+    def step(variables, images):
+        def loss_of(params):
+            return chain.apply(variables._replace(params=params), images, True, KEY)[0].sum()
+
+        return jax.grad(loss_of)(variables.params)
+
+    program = jax.jit(jax.vmap(step))
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(program)(two, images))
+    found = program(two, images)
+    for client in range(2):
+        pick = functools.partial(jax.tree.map, lambda x, client=client: x[client])
+        variables = pick(two)
+
+        def loss_of(params, variables=variables, client=client):
+            return case.chain.apply(variables._replace(params=params), images[client], True, KEY)[0].sum()
+
+        assert_close(pick(found), jax.grad(loss_of)(variables.params), 1e-7)
+
+
+def test_a_piece_is_profiled_as_its_module():
+    case = make_case("efficientnetv2")
+    profile = models.profile(case.chain, (8, 8, 1))
+    assert profile.smashed.tolist() == [64, 4 * 4 * 2, 4 * 4 * 2, 2 * 2 * 3, 2 * 2 * 4, 2 * 2 * 4, 5, 0]
+    assert profile.forward_macs[[0, -2, -1]].tolist() == [4 * 4 * 9 * 2, 4 * 4 * 5, 5 * 3]
+    assert profile.parameters.sum() == sum(x.size for x in jax.tree.leaves(case.whole["params"]))
+    assert profile.state.sum() == sum(x.size for x in jax.tree.leaves(case.whole["batch_stats"]))
+    assert models.least_normalised(case.chain, (8, 8, 1)) == 4
+
+
+def test_what_cannot_be_cut_or_run_is_said():
+    case = make_case("resnet")
+    variables = case.chain.divide_variables(case.whole)
+    with pytest.raises(
+        BadInput, match=r"^unit Conv_0: must be given \[\(2, 8, 8, 1\)\].*got input of shape \(2, 8, 6, 1\)"
+    ):
+        case.chain.apply(variables, case.images[:, :, :6])
+    with pytest.raises(BadInput, match=r"^unit ResNet0: cannot run on input of shape \(2, 8\) float32: \w+"):
+        Chain.from_module(whole_nets.ResNet(), jax.ShapeDtypeStruct((2, 8), jnp.float32))
+    with pytest.raises(BadInput, match=r"^unit 0: must be a Flax module; got the class ResNet"):
+        Chain.from_module(whole_nets.ResNet, case.images)

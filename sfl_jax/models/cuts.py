@@ -71,10 +71,9 @@ def located(recipe: Recipe, program: Program, batch: int, max_arrays: int) -> tu
     """(the flow of another trace, where in its line the cuts lie); None where one is not found."""
     one = flow(program, recipe.groups)
     table = _found(one, batch, recipe.common, max_arrays)
-    places = [table.get(cut) for cut in recipe.cuts]
-    if None in places or places != sorted(places):
-        return None
-    return one, places
+    places = [table[cut] for cut in recipe.cuts if cut in table]
+    is_same = len(places) == len(recipe.cuts) and places == sorted(places)
+    return (one, places) if is_same else None
 
 
 def flow(program: Program, groups: dict[Path, Any]) -> Flow:

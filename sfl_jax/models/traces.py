@@ -83,7 +83,6 @@ def _trace(whole, train, batch, float_type, _):
     arguments = (_key(), shapes, whole.example(batch, float_type))
     with (
         nn.intercept_methods(note),
-        nn.intercept_methods(units.over_rows),
         units.batch_norm_values(normalised),
     ):
         program, (outputs, states) = jax.make_jaxpr(run, return_shape=True)(*arguments)

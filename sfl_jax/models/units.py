@@ -201,18 +201,7 @@ def apply(
 
     if layer_form == "conv" or isinstance(unit, OwnUnit):
         return run(variables, x, rngs)  # pyright: ignore[reportReturnType]
-    with nn.intercept_methods(over_rows):
-        return substitutes.in_product_form(run)(variables, x, rngs)
-
-
-def over_rows(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Batch norm of a map as that of its rows: XLA:CPU sums over one axis faster than over three."""
-    module, x = context.module, args[0] if args else None
-    if type(module) is not nn.BatchNorm or context.method_name != "__call__" or x is None:
-        return call(*args, **kwargs)
-    if x.ndim < 3 or module.axis != -1 or kwargs.get("mask") is not None:
-        return call(*args, **kwargs)
-    return call(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs).reshape(x.shape)
+    return substitutes.in_product_form(run)(variables, x, rngs)
 
 
 def batch_norm_values(found: list[tuple[tuple[str, ...], int]]) -> Any:

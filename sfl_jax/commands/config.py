@@ -7,16 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sfl_jax import paths
+from sfl_jax import paths, registry
 from sfl_jax.errors import BadInput
 
 # What models, optim and datasets accept, written out here so that help and refusals need no JAX; a test
 # holds each tuple equal to its registry.
 MODELS = tuple(f"efficientnetv2-{name}" for name in ("tiny", "b0", "b1", "b2", "b3", "s", "m", "l", "xl"))
-METHODS = (
-    "exact", "alternating", "regression", "greedy", "equal_shares", "common_cut", "random_cut", "no_split",
-    "work_conserving",
-)  # fmt: skip
 ALTERNATING = ("alternating", "regression")
 STARTS = ("equal", "proportional", "random")
 ROUNDINGS = ("need", "nearest")
@@ -24,7 +20,7 @@ BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
 AUTO = "auto"
-PARTITIONS = (AUTO, "iid", "dirichlet", "shards", "quantity", "fleet")
+PARTITIONS = (AUTO, *registry.PARTITIONS)
 RANDOM, CLIENTS = "random", 100  # the fleet without a file, and how many it has unless --clients says it
 LAYER_FORMS = ("product", "conv")
 EXECUTIONS = ("vmap", "map")
@@ -166,7 +162,11 @@ class Config:
     )
     server_flops: float = _flag(2e10, FLEET, PLANNING, "compute of the server, FLOP/s; 20G is 2e10", above=0)
     method: str = _flag(
-        "exact", FLEET, PLANNING, "how cuts and shares of the server are chosen", choices=METHODS
+        "exact",
+        FLEET,
+        PLANNING,
+        "how cuts and shares of the server are chosen",
+        choices=tuple(registry.METHODS),
     )
     starts: str = _flag(
         "equal", FLEET, PLANNING, "where alternating and regression start; several may be given "
@@ -268,7 +268,7 @@ class Config:
         LEARNING,
         PLANNING,
         "optimiser of the local steps",
-        choices=("sgd", "adam"),
+        choices=tuple(registry.OPTIMIZERS),
         hints={"adamw": "adam with --weight_decay is AdamW"},
     )
     learning_rate: float = _flag(

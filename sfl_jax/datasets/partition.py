@@ -1,11 +1,12 @@
 """Division of a training set among clients."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int
 
 from sfl_jax.errors import BadInput
-
-SCHEMES = ("iid", "dirichlet", "shards", "quantity", "fleet")
+from sfl_jax.registry import PARTITIONS
 
 
 def partition(
@@ -45,43 +46,87 @@ def partition(
       BadInput: unknown scheme; more clients (or shards, or `samples`, or clients × min_samples) than there
         are labels; alpha or a count not positive; fewer `samples` than min_samples.
     """
-    if scheme not in SCHEMES:
-        raise BadInput(f"--partition={scheme}: must be one of {', '.join(SCHEMES)}")
+    PARTITIONS[scheme]  # refuses names of none
     if not 1 <= clients <= len(labels):
-        raise BadInput(f"--clients={clients}: must be 1 to {len(labels)}, the number of training samples")
+        raise BadInput(f"clients={clients}: must be 1 to {len(labels)}, the number of training samples")
     if not 0 < alpha < np.inf:
-        raise BadInput(f"--dirichlet_alpha={alpha}: must be a positive number")
+        raise BadInput(f"dirichlet_alpha={alpha}: must be a positive number")
     if not clients <= clients * min_samples <= len(labels):
         raise BadInput(
-            f"--min_samples={min_samples}: must be 1 to {len(labels) // clients}"
+            f"min_samples={min_samples}: must be 1 to {len(labels) // clients}"
             f" for {clients} clients and {len(labels)} samples"
         )
-    shards = clients * shards_per_client if scheme == "shards" else clients
-    if not clients <= shards <= len(labels):
+    pieces = clients * shards_per_client if scheme == "shards" else clients
+    if not clients <= pieces <= len(labels):
         raise BadInput(
-            f"--shards_per_client={shards_per_client}: must be 1 to {len(labels) // clients}"
+            f"shards_per_client={shards_per_client}: must be 1 to {len(labels) // clients}"
             f" for {clients} clients and {len(labels)} samples"
         )
-    rng = np.random.default_rng([seed, SCHEMES.index(scheme)])
-    if scheme == "fleet":
-        order = rng.permutation(len(labels))
-        ends = np.cumsum(_owned(samples, clients, min_samples, len(labels)))
-        return [np.sort(part) for part in np.split(order[: ends[-1]], ends[:-1])]
-    owner = np.empty(len(labels), np.int64)
-    if scheme == "dirichlet":
-        for label in np.unique(labels):
-            members = rng.permutation(np.flatnonzero(labels == label))
-            owner[members] = _owners(len(members), rng.dirichlet(np.full(clients, alpha)))
-    elif scheme == "shards":
-        order = np.argsort(labels, kind="stable")
-        dealt = rng.permutation(shards) // shards_per_client
-        owner[order] = dealt[_owners(len(labels), np.full(shards, 1 / shards))]
-    else:
-        sizes = np.full(clients, 1 / clients) if scheme == "iid" else rng.dirichlet(np.full(clients, alpha))
-        owner[rng.permutation(len(labels))] = _owners(len(labels), sizes)
-    _feed_the_poor(owner, clients, min_samples, rng)
+    rng = np.random.default_rng([seed, PARTITIONS.names().index(scheme)])
+    asked = Asked(labels, clients, rng, alpha, shards_per_client, min_samples, samples)
+    owner = PARTITIONS[scheme](asked)
     order = np.argsort(owner, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
+    counts = np.bincount(owner + 1, minlength=clients + 1)  # the first are nobody's
+    return np.split(order, np.cumsum(counts)[:-1])[1:]
+
+
+class Asked(NamedTuple):
+    """What a division is made of; see `partition`."""
+
+    labels: Int[np.ndarray, " N"]
+    clients: int
+    rng: np.random.Generator
+    alpha: float
+    shards_per_client: int
+    min_samples: int
+    samples: Int[np.ndarray, " K"] | None
+
+
+def iid(asked: Asked) -> Int[np.ndarray, " N"]:
+    """The owner of each sample, as all divisions give it: parts whose sizes differ by at most one."""
+    return _in_random_order(asked, np.full(asked.clients, 1 / asked.clients))
+
+
+def quantity(asked: Asked) -> Int[np.ndarray, " N"]:
+    """Parts of sizes drawn from Dirichlet(alpha)."""
+    return _in_random_order(asked, asked.rng.dirichlet(np.full(asked.clients, asked.alpha)))
+
+
+def dirichlet(asked: Asked) -> Int[np.ndarray, " N"]:
+    """Each class in proportions of its own, drawn from Dirichlet(alpha) over clients."""
+    labels, rng, owner = asked.labels, asked.rng, np.empty(len(asked.labels), np.int64)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        owner[members] = _owners(len(members), rng.dirichlet(np.full(asked.clients, asked.alpha)))
+    return _with_the_poor_fed(asked, owner)
+
+
+def shards(asked: Asked) -> Int[np.ndarray, " N"]:
+    """Equal pieces of the samples sorted by label, dealt at random."""
+    labels, owner = asked.labels, np.empty(len(asked.labels), np.int64)
+    pieces = asked.clients * asked.shards_per_client
+    dealt = asked.rng.permutation(pieces) // asked.shards_per_client
+    owner[np.argsort(labels, kind="stable")] = dealt[_owners(len(labels), np.full(pieces, 1 / pieces))]
+    return _with_the_poor_fed(asked, owner)
+
+
+def fleet(asked: Asked) -> Int[np.ndarray, " N"]:
+    """Parts of the sizes `samples`; the rest has no owner, -1."""
+    owned = _owned(asked.samples, asked.clients, asked.min_samples, len(asked.labels))
+    order, owner = asked.rng.permutation(len(asked.labels)), np.full(len(asked.labels), -1, np.int64)
+    owner[order[: owned.sum()]] = np.repeat(np.arange(asked.clients), owned)
+    return owner
+
+
+def _in_random_order(asked, sizes):
+    owner = np.empty(len(asked.labels), np.int64)
+    owner[asked.rng.permutation(len(owner))] = _owners(len(owner), sizes)
+    return _with_the_poor_fed(asked, owner)
+
+
+def _with_the_poor_fed(asked, owner):
+    _feed_the_poor(owner, asked.clients, asked.min_samples, asked.rng)
+    return owner
 
 
 def _owned(
@@ -89,14 +134,14 @@ def _owned(
 ) -> Int[np.ndarray, " K"]:
     """`samples` themselves, which are as many as the clients and add up to no more than there are."""
     if samples is None or samples.shape != (clients,) or samples.min() < 1:
-        raise BadInput(f"--partition=fleet: needs the samples of {clients} clients, at least 1 each")
+        raise BadInput(f"partition=fleet: needs the samples of {clients} clients, at least 1 each")
     if samples.min() < min_samples:
         few = f"client {samples.argmin()} of the fleet has {samples.min()} samples"
-        raise BadInput(f"--min_samples={min_samples}: {few}; give it more, or take --partition=iid")
+        raise BadInput(f"min_samples={min_samples}: {few}; give it more, or take partition=iid")
     if samples.max() > available or samples.sum() > available:  # no overflow where none is above `available`
         raise BadInput(
-            f"--partition=fleet: the clients' samples add up to {sum(samples.tolist())}, the training set has"
-            f" {available}; lower them, or take --partition=iid"
+            f"partition=fleet: the clients' samples add up to {sum(samples.tolist())}, the training set has"
+            f" {available}; lower them, or take partition=iid"
         )
     return samples
 

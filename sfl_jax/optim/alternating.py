@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sfl_jax.optim.plan import Chosen
 from sfl_jax.optim.shares import SLACK, optimal_shares, rounding
 from sfl_jax.optim.table import FEW, least, sweep, table
 
@@ -54,6 +55,13 @@ def alternating(costs, server_flops, present, *, starts=("equal",), key=None, re
     rests = lax.map(run, shares)
     best = jnp.argmin(rests.round_s)
     return Rest(rests.cuts[best], rests.shares[best], rests.round_s[best], jnp.sum(rests.iterations))
+
+
+def method(costs, server_flops, present, options):
+    """The cuts of `alternating` on the table."""
+    starts = {"starts": options.starts, "key": options.key, "recall": options.recall}
+    rest = alternating(costs, server_flops, present, **starts)
+    return Chosen(rest.cuts, rest.iterations)
 
 
 def cuts_for(costs, swept, shares):

@@ -1,23 +1,21 @@
-"""What one would do without an optimiser: no split, one cut for all, any cut, equal shares, small steps.
-
-Each returns cuts (K,) int32; equal_shares' shares are fixed too.
-"""
+"""What one would do without an optimiser: no split, one cut for all, any cut, equal shares, small steps."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from sfl_jax.optim.alternating import cuts_for
+from sfl_jax.optim.plan import Chosen
 from sfl_jax.optim.shares import end_s
 from sfl_jax.optim.table import FEW, least, sweep, table
 
 
-def no_split(costs):
+def no_split(costs, server_flops, present, options):
     """Cut L for everybody: federated learning as it is."""
-    return jnp.full(costs.shape[0], costs.shape[1] - 1, jnp.int32)
+    return Chosen(_whole(costs))
 
 
-def common_cut(costs, server_flops, present):
+def common_cut(costs, server_flops, present, options):
     """The one cut that is best for all, with optimal shares; L where no cut serves all."""
     clients, count = costs.shape
 
@@ -28,10 +26,10 @@ def common_cut(costs, server_flops, present):
     rounds_s = lax.map(of_all, jnp.arange(count, dtype=jnp.int32))
     # argmin of infinities would be cut 0, which min_cut may forbid.
     best = jnp.where(jnp.any(rounds_s < jnp.inf), jnp.argmin(rounds_s), count - 1)
-    return jnp.full(clients, best, jnp.int32)
+    return Chosen(jnp.full(clients, best, jnp.int32))
 
 
-def random_cut(costs, server_flops, key):
+def random_cut(costs, server_flops, present, options):
     """For each client any of the cuts it can do, all equally likely."""
     (clients, count), swept = costs.shape, table(costs)
 
@@ -40,29 +38,29 @@ def random_cut(costs, server_flops, key):
         return allowed & ((server_flops > 0) | (per_weight <= 0))
 
     number = sweep(swept, count, lambda _, column, n: n + usable(column), jnp.zeros(clients, jnp.int32), FEW)
-    chosen = jax.random.randint(key, (clients,), 0, jnp.maximum(number, 1), jnp.int32)
+    chosen = jax.random.randint(options.key, (clients,), 0, jnp.maximum(number, 1), jnp.int32)
 
     def pick(cut, column, state):
         cuts, seen = state
         here = usable(column)
         return jnp.where(here & (seen == chosen), cut, cuts), seen + here
 
-    return sweep(swept, count, pick, (no_split(costs), jnp.zeros(clients, jnp.int32)), FEW)[0]
+    return Chosen(sweep(swept, count, pick, (_whole(costs), jnp.zeros(clients, jnp.int32)), FEW)[0])
 
 
-def equal_shares(costs, server_flops, present):
+def equal_shares(costs, server_flops, present, options):
     """Each client's best cut under an equal share of the server."""
     share = server_flops / jnp.maximum(jnp.sum(present), 1)
-    return cuts_for(costs, table(costs), jnp.full(costs.shape[0], share))
+    return Chosen(cuts_for(costs, table(costs), jnp.full(costs.shape[0], share)), has_equal_shares=True)
 
 
-def greedy(costs, server_flops, present):
+def greedy(costs, server_flops, present, options):
     """One client at a time: whoever holds the round up takes the cut that shortens it most, shares re-solved.
 
     Starts with as little on the server as each client can. Holding up is who ends last, and among those
     that share the server who takes most of it; where others end as late, it is enough that this client no
     longer does. Stops when that client cannot help; O(C K) a step and up to some K steps, so for small
-    fleets. Returns cuts and steps.
+    fleets.
     """
     clients, count = costs.shape
     everywhere = jnp.arange(count, dtype=jnp.int32)
@@ -98,7 +96,12 @@ def greedy(costs, server_flops, present):
     fixed_s, work, _ = costs.at(cuts)
     first = cuts, _round_s(fixed_s, work, server_flops, present), jnp.asarray(True), jnp.int32(0)
     cuts, _, _, steps = lax.while_loop(improves, improve, first)
-    return cuts, steps
+    return Chosen(cuts, steps)
+
+
+def _whole(costs):
+    """Cut L for everybody."""
+    return jnp.full(costs.shape[0], costs.shape[1] - 1, jnp.int32)
 
 
 def _round_s(fixed_s, work, server_flops, present):

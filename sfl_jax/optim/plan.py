@@ -1,6 +1,6 @@
 """The answer: cuts, shares, the round's time, and a proven lower bound on it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,24 @@ class Solution(NamedTuple):
     bound_s: object  # ()
     iterations: object  # ()
     feasible: object  # () bool
+
+
+class Options(NamedTuple):
+    """What some methods ask for besides costs and server: see `solve`. curves: of the regression."""
+
+    key: Any = None
+    starts: tuple[str, ...] = ("equal",)
+    recall: bool = False
+    rounding: str = "need"
+    curves: Any = None
+
+
+class Chosen(NamedTuple):
+    """What a method chooses; traced arrays. Shares are optimal for the cuts, unless they are all equal."""
+
+    cuts: Any  # (K,) int32
+    steps: Any = 1
+    has_equal_shares: bool = False
 
 
 class Infeasible(BadInput):

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sfl_jax.optim.alternating import alternating
 from sfl_jax.optim.costs import Floats, Terms
+from sfl_jax.optim.plan import Chosen
 from sfl_jax.optim.table import FEW, least, table
 
 SAMPLES_PER_UNIT = 16
@@ -135,6 +137,13 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
         for end in (0, -1):
             getattr(continuous, name)[end] = getattr(terms, name)[end]
     return continuous
+
+
+def method(costs, server_flops, present, options):
+    """Alternation on the fitted curves, and its cuts made whole."""
+    starts = {"starts": options.starts, "key": options.key, "recall": options.recall}
+    rest = alternating(options.curves, server_flops, present, **starts)
+    return Chosen(rounded(costs, rest.cuts, rest.round_s, options.rounding), rest.iterations)
 
 
 def rounded(terms, samples, round_s, rounding: str):

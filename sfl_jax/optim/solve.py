@@ -2,37 +2,26 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sfl_jax import registry
 from sfl_jax.errors import BadInput
-from sfl_jax.optim import baselines
-from sfl_jax.optim.alternating import STARTS, alternating
+from sfl_jax.optim.alternating import STARTS
 from sfl_jax.optim.costs import Costs, Terms
 from sfl_jax.optim.exact import exact
 from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
 from sfl_jax.optim.needed import needed_cuts
-from sfl_jax.optim.plan import Plan, Solution
-from sfl_jax.optim.regression import ROUNDINGS, fit_curves, relaxed, rounded
+from sfl_jax.optim.plan import Options, Plan, Solution
+from sfl_jax.optim.regression import ROUNDINGS, fit_curves, relaxed
 from sfl_jax.optim.shares import optimal_shares, shares_by
 from sfl_jax.optim.staged import STAGED_METHODS, solve_staged
 from sfl_jax.optim.table import MANY, Needed
 
-Method = Literal[
-    "exact",
-    "alternating",
-    "regression",
-    "greedy",
-    "equal_shares",
-    "common_cut",
-    "random_cut",
-    "no_split",
-]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS = tuple(name for name in registry.METHODS if name != "work_conserving")  # which has shares that vary
 BARRIERS = ("session", "staged")
 _BLOCK = 16  # more than are needed of any EfficientNetV2 whose clients have the memory
 
@@ -138,26 +127,11 @@ def _optimum(costs, server_flops, present, needed=None, block=None) -> Solution:
 
 def _chosen(costs, server_flops, present, method, key, starts, curves, recall, rounding) -> Solution:
     """Any other method's solution, with no bound of its own."""
-    steps = jnp.int32(1)
-    if method in ("alternating", "regression"):
-        table = curves if method == "regression" else costs
-        rest = alternating(table, server_flops, present, starts=starts, key=key, recall=recall)
-        steps, cuts = rest.iterations, rest.cuts
-        if method == "regression":
-            cuts = rounded(costs, cuts, rest.round_s, rounding)
-    elif method == "greedy":
-        cuts, steps = baselines.greedy(costs, server_flops, present)
-    elif method == "equal_shares":
-        cuts = baselines.equal_shares(costs, server_flops, present)
-    elif method == "common_cut":
-        cuts = baselines.common_cut(costs, server_flops, present)
-    elif method == "random_cut":
-        cuts = baselines.random_cut(costs, server_flops, key)
-    else:
-        cuts = baselines.no_split(costs)
+    options = Options(key, tuple(starts), recall, rounding, curves)
+    cuts, steps, has_equal_shares = registry.METHODS[method](costs, server_flops, present, options)
     cuts = jnp.where(present, cuts, costs.shape[1] - 1).astype(jnp.int32)
     fixed_s, server_flop, allowed = costs.at(cuts)
-    if method == "equal_shares":
+    if has_equal_shares:
         share = server_flops / jnp.maximum(jnp.sum(present), 1)
         serving_s = jnp.where(server_flop > 0, server_flop / share, 0.0)
         round_s = jnp.max(jnp.where(present, fixed_s + serving_s, 0.0))
@@ -165,7 +139,7 @@ def _chosen(costs, server_flops, present, method, key, starts, curves, recall, r
     else:
         shares, ends, round_s = optimal_shares(fixed_s, server_flop, server_flops, present)
     feasible = jnp.all(allowed | ~present) & jnp.isfinite(round_s)
-    return Solution(cuts, shares, ends, round_s, jnp.zeros(()), steps, feasible)
+    return Solution(cuts, shares, ends, round_s, jnp.zeros(()), jnp.int32(steps), feasible)
 
 
 _exact = jax.jit(_optimum, static_argnames="block")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int64
 from sfl_jax import fleet as fleets
 from sfl_jax import optim
 from sfl_jax.errors import BadInput
+from sfl_jax.registry import METHODS
 
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
@@ -76,7 +77,6 @@ class Planner:
 
 
 WORK_CONSERVING = "work_conserving"
-METHODS = (*optim.METHODS, WORK_CONSERVING)  # fixed cuts are no method of a run
 
 
 def check_links(planner: Planner, fleet: fleets.Fleet) -> None:
@@ -182,7 +182,7 @@ def _solve(planner, terms, round, present=None):
         band = equal if planner.band == "pooled" else (equal, equal)
         return optim.solve_bandwidth(terms, planner.server_flops, band, reference_hz=1.0, present=present)
     if planner.method == WORK_CONSERVING:
-        return optim.solve_serving(terms, planner.server_flops, present)
+        return METHODS[WORK_CONSERVING](terms, planner.server_flops, present)
     return optim.solve(
         terms, planner.server_flops, planner.method, planner.barrier, round_key(planner.seed, round), present,
         starts=planner.starts, recall=planner.recall, rounding=planner.rounding,

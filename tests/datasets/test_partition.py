@@ -5,9 +5,10 @@ from hypothesis import strategies as st
 
 from sfl_jax.commands.config import AUTO, PARTITIONS
 from sfl_jax.datasets import partition
-from sfl_jax.datasets.partition import SCHEMES as ALL
 from sfl_jax.errors import BadInput
+from sfl_jax.registry import PARTITIONS as REGISTERED
 
+ALL = tuple(REGISTERED)
 SCHEMES = tuple(scheme for scheme in ALL if scheme != "fleet")  # which divides all, by a rule of its own
 
 
@@ -199,28 +200,28 @@ def test_one_sample_each_is_divided_as_ever():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"clients": 11}, "--clients=11: must be 1 to 10, the number of training samples"),
-        ({"clients": 0}, "--clients=0: must be 1 to 10"),
-        ({"clients": -3}, "--clients=-3: must be 1 to 10"),
-        ({"scheme": "even"}, "--partition=even: must be one of iid, dirichlet, shards, quantity, fleet"),
-        ({"scheme": "dirichlet", "alpha": 0.0}, "--dirichlet_alpha=0.0: must be a positive number"),
-        ({"scheme": "quantity", "alpha": float("nan")}, "--dirichlet_alpha=nan"),
-        ({"scheme": "dirichlet", "alpha": float("inf")}, "--dirichlet_alpha=inf"),
-        ({"min_samples": 6}, "--min_samples=6: must be 1 to 5 for 2 clients and 10 samples"),
-        ({"min_samples": 0}, "--min_samples=0: must be 1 to 5"),
+        ({"clients": 11}, "clients=11: must be 1 to 10, the number of training samples"),
+        ({"clients": 0}, "clients=0: must be 1 to 10"),
+        ({"clients": -3}, "clients=-3: must be 1 to 10"),
+        ({"scheme": "even"}, "partition=even: must be one of iid, dirichlet, shards, quantity, fleet"),
+        ({"scheme": "dirichlet", "alpha": 0.0}, "dirichlet_alpha=0.0: must be a positive number"),
+        ({"scheme": "quantity", "alpha": float("nan")}, "dirichlet_alpha=nan"),
+        ({"scheme": "dirichlet", "alpha": float("inf")}, "dirichlet_alpha=inf"),
+        ({"min_samples": 6}, "min_samples=6: must be 1 to 5 for 2 clients and 10 samples"),
+        ({"min_samples": 0}, "min_samples=0: must be 1 to 5"),
         (
             {"scheme": "fleet", "samples": np.array([3, 1]), "min_samples": 2},
-            "--min_samples=2: client 1 of the fleet has 1 samples; give it more, or",
+            "min_samples=2: client 1 of the fleet has 1 samples; give it more, or",
         ),
-        ({"scheme": "fleet"}, "--partition=fleet: needs the samples of 2 clients, at least 1 each"),
-        ({"scheme": "fleet", "samples": np.array([1])}, "--partition=fleet: needs the samples of 2 clients"),
-        ({"scheme": "fleet", "samples": np.array([1, 0])}, "--partition=fleet: needs the samples of 2"),
+        ({"scheme": "fleet"}, "partition=fleet: needs the samples of 2 clients, at least 1 each"),
+        ({"scheme": "fleet", "samples": np.array([1])}, "partition=fleet: needs the samples of 2 clients"),
+        ({"scheme": "fleet", "samples": np.array([1, 0])}, "partition=fleet: needs the samples of 2"),
         (
             {"scheme": "fleet", "samples": np.array([9, 2])},
-            "--partition=fleet: the clients' samples add up to 11",
+            "partition=fleet: the clients' samples add up to 11",
         ),
-        ({"scheme": "shards", "shards_per_client": 6}, "--shards_per_client=6: must be 1 to 5"),
-        ({"scheme": "shards", "shards_per_client": 0}, "--shards_per_client=0: must be 1 to 5"),
+        ({"scheme": "shards", "shards_per_client": 6}, "shards_per_client=6: must be 1 to 5"),
+        ({"scheme": "shards", "shards_per_client": 0}, "shards_per_client=0: must be 1 to 5"),
     ],
 )
 def test_bad_input(asked, message):

@@ -1,0 +1,84 @@
+"""What the names of flags and of parts stand for: a table for each kind, a line for each member.
+
+A member is an object or where it is, as "module:attribute"; it is imported when it is used, so that help and
+refusals need no JAX. Other packages add members by entry points of the group `sfl_jax.KIND`.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from sfl_jax.errors import BadInput
+
+
+class Registry(Mapping[str, Any]):
+    """The members of one kind by name, in the order of registration.
+
+    Raises BadInput for a name that is not there; the line names all that are.
+    """
+
+    def __init__(self, kind: str, members: Mapping[str, Any] | None = None):
+        self.kind = kind
+        self._members = dict(members or {})
+        self._has_plugins = False
+
+    def register(self, name: str, member: Any) -> Any:
+        """Adds a member, an object or "module:attribute"; gives it back."""
+        self._members[name] = member
+        return member
+
+    def names(self) -> tuple[str, ...]:
+        """All names, those of plug-ins last."""
+        return tuple(self)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise BadInput(f"{self.kind}={name}: must be one of {', '.join(self)}")
+        member = self._members[name]
+        if isinstance(member, str):
+            module, _, attribute = member.partition(":")
+            member = self._members[name] = getattr(importlib.import_module(module), attribute)
+        return member
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._members:
+            self._look_for_plugins()
+        return name in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        self._look_for_plugins()
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _look_for_plugins(self) -> None:
+        if not self._has_plugins:
+            self._has_plugins = True
+            for point in metadata.entry_points(group=f"sfl_jax.{self.kind}"):
+                self._members.setdefault(point.name, point.value)
+
+
+_OPTIM = "sfl_jax.optim"
+METHODS = Registry(
+    "method",
+    {
+        "exact": f"{_OPTIM}.exact:exact",
+        "alternating": f"{_OPTIM}.alternating:method",
+        "regression": f"{_OPTIM}.regression:method",
+        "greedy": f"{_OPTIM}.baselines:greedy",
+        "equal_shares": f"{_OPTIM}.baselines:equal_shares",
+        "common_cut": f"{_OPTIM}.baselines:common_cut",
+        "random_cut": f"{_OPTIM}.baselines:random_cut",
+        "no_split": f"{_OPTIM}.baselines:no_split",
+        "work_conserving": f"{_OPTIM}.serving:solve_serving",
+    },
+)
+_PARTITION = "sfl_jax.datasets.partition"
+PARTITIONS = Registry(
+    "partition",
+    {name: f"{_PARTITION}:{name}" for name in ("iid", "dirichlet", "shards", "quantity", "fleet")},
+)
+_OPTIMIZERS = "sfl_jax.federated.optimizers"
+OPTIMIZERS = Registry("optimizer", {name: f"{_OPTIMIZERS}:{name}" for name in ("sgd", "adam")})

@@ -68,6 +68,11 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
         *division.notes(config, file, shares, len(data.train_labels)),
         *(() if file is None else planning.doubts(file)),
     ]
+    if data.train_images.ndim != 4:
+        raise BadInput(
+            f"dataset={config.dataset}: samples of shape {data.train_images.shape[1:]}; "
+            "must be images (H, W, C)"
+        )
     image_shape = (config.image_size, config.image_size, data.train_images.shape[-1])
     chain = _chain(config, data.num_classes, image_shape[-1])
     _check_min_cut(config, chain)
@@ -77,7 +82,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     say(f"counting the work of the {len(chain)} units of {config.model}")
     profile = models.profile(chain, image_shape, stored_shape=data.train_images.shape[1:])
     notes += division.single_values(config, shares, models.least_normalised(chain, image_shape))
-    terms = optim.terms(profile, clients, work(config))  # pyright: ignore[reportArgumentType] has samples
+    terms = optim.terms(profile, clients, work(config, data.train_images.dtype))  # pyright: ignore[reportArgumentType] has samples
     _check_rounds(config, own_planner, clients, terms)
     # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
     if progress is not None and _weights_are_gone(config, progress):
@@ -217,14 +222,15 @@ def settled(before: Mapping[str, Any]) -> Execution:
     return Execution(before["layer_form"], before["clients_per_chunk"], before["execution"])
 
 
-def work(config: Config) -> optim.Work:
-    """What each client does in a round, as its costs need it."""
+def work(config: Config, stored: Any = np.uint8) -> optim.Work:
+    """What each client does in a round, as its costs need it. stored: the type of its images' numbers."""
     return optim.Work(
         config.local_epochs,
         config.batch_size,
         config.bits_per_float,
         min_cut=config.min_cut,
         optimizer_slots=optimizer(config).slots,
+        image_bits=8 * np.dtype(stored).itemsize,
     )
 
 

@@ -22,7 +22,7 @@ def session_steps(
     steps = local_epochs * np.maximum(sizes // batch_size, 1)
     if steps.max(initial=0) > _MOST_STEPS:
         raise BadInput(
-            f"--local_epochs={local_epochs}: {steps.max()} local steps in a session; at most {_MOST_STEPS}"
+            f"local_epochs={local_epochs}: {steps.max()} local steps in a session; at most {_MOST_STEPS}"
         )
     return steps.astype(np.int32)
 

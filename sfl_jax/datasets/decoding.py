@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from sfl_jax.datasets.arrays import TEST_SHARE, held_out_of
 from sfl_jax.datasets.pictures import Unusable, picture
 from sfl_jax.errors import BadInput
 
@@ -48,7 +49,7 @@ def decode(name: str, directory: Path, remedy: str, label_key: str = "") -> Deco
       BadInput: damaged, in a format that needs TensorFlow, no image classification set, images of several
         sizes, labels that are hidden; or a Python module is missing.
     """
-    place = f"--dataset={name}: {directory}"
+    place = f"dataset={name}: {directory}"
     try:
         import tensorflow_datasets as tfds  # a second of import that a cached dataset does not need
 
@@ -61,8 +62,8 @@ def decode(name: str, directory: Path, remedy: str, label_key: str = "") -> Deco
     if "array_record" not in formats:
         raise BadInput(f"{place} is {'/'.join(formats)}, which only TensorFlow can read; {remedy}")
     held_out = [split for split in ("test", "validation") if examples.get(split)]
-    if not examples.get("train") or not held_out:
-        raise BadInput(f"{place} has the splits {sorted(examples)}; needs train, and test or validation")
+    if not examples.get("train"):
+        raise BadInput(f"{place} has the splits {sorted(examples)}; needs train")
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = sorted(key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel))
     if len(images) != 1 or not labels or features[images[0]].np_dtype != np.uint8:
@@ -70,13 +71,17 @@ def decode(name: str, directory: Path, remedy: str, label_key: str = "") -> Deco
             f"{place} has the features {_described(features)}; needs one uint8 image, and a class label"
         )
     label = _chosen(place, labels, label_key)
-    notes = [f"labels: {label}, of {', '.join(labels)} (--label_key)"] if len(labels) > 1 else []
+    notes = [f"labels: {label}, of {', '.join(labels)} (label_key)"] if len(labels) > 1 else []
     source = _Source(
         builder, place, remedy, images[0], label, features[images[0]].shape[-1], features[label].num_classes
     )
 
     images, labels = _labelled(source, ["train"], notes)
-    test_images, test_labels = _labelled(source, held_out, notes)
+    if not held_out:
+        images, labels, test_images, test_labels, said = held_out_of(images, labels, TEST_SHARE)
+        notes += said
+    else:
+        test_images, test_labels = _labelled(source, held_out, notes)
     if images.shape[1:] != test_images.shape[1:]:
         raise _unequal(source, images.shape[1:], test_images.shape[1:])
     return Decoded(images, labels, test_images, test_labels, source.num_classes, tuple(notes))
@@ -85,11 +90,9 @@ def decode(name: str, directory: Path, remedy: str, label_key: str = "") -> Deco
 def _chosen(place: str, labels: list[str], asked: str) -> str:
     """The class label to learn: the only one, the one asked for, or the one that is called so."""
     if asked and asked not in labels:
-        raise BadInput(
-            f"--label_key={asked}: must be one of {', '.join(labels)}, the class labels of {place}"
-        )
+        raise BadInput(f"label_key={asked}: must be one of {', '.join(labels)}, the class labels of {place}")
     if not asked and len(labels) > 1 and "label" not in labels:
-        raise BadInput(f"{place} has the class labels {', '.join(labels)}; choose one with --label_key")
+        raise BadInput(f"{place} has the class labels {', '.join(labels)}; choose one with label_key")
     return asked or ("label" if "label" in labels else labels[0])
 
 

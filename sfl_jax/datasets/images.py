@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped
 
 from sfl_jax.errors import BadInput
 
@@ -24,7 +24,7 @@ def squeezed(image_size: int, height: int, width: int) -> list[str]:
     if height == width or borders(image_size, height, width):
         return []
     square = f"{image_size}x{image_size}"
-    return [f"--image_size={image_size}: images of {height}x{width} are squeezed to {square}"]
+    return [f"image_size={image_size}: images of {height}x{width} are squeezed to {square}"]
 
 
 def scaled(images: Array) -> Array:
@@ -36,24 +36,28 @@ def scaled(images: Array) -> Array:
 
 def preprocessing(
     image_size: int, divisor: tuple[float, ...] = (127.5,), offset: tuple[float, ...] = (-1.0,)
-) -> Callable[[UInt8[Array, "B H W C"]], Float[Array, "B S S C"]]:
+) -> Callable[[Shaped[Array, "B H W C"]], Float[Array, "B S S C"]]:
     """A function for use under jit: pixel / divisor + offset, in images of side `image_size`.
 
     `divisor` and `offset` have one number or one per channel; by default pixels become -1 to 1.
     A small border is added by padding with black (28x28 to 32x32 keeps every pixel as it is); otherwise the
     image is resized bilinearly, with anti-aliasing where it shrinks, to a square whatever its proportions.
 
-    The function raises BadInput for images that are not uint8, whose range cannot be known.
+    Floats are not scaled. The function raises BadInput for integers other than uint8, whose range cannot be
+    known.
     """
 
     def preprocess(images):
-        if images.dtype != jnp.uint8:
-            raise BadInput(f"images of {images.dtype}: must be uint8, 0 to 255")
+        is_scaled = images.dtype == jnp.uint8
+        if not is_scaled and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise BadInput(f"images of {images.dtype}: must be uint8, 0 to 255, or floats")
         _, height, width, channels = images.shape
         if border := borders(image_size, height, width):
             images = jnp.pad(images, ((0, 0), *border, (0, 0)))
         dtype = jnp.result_type(float)
-        scaled = images.astype(dtype) / jnp.asarray(divisor, dtype) + jnp.asarray(offset, dtype)
+        scaled = images.astype(dtype)
+        if is_scaled:
+            scaled = scaled / jnp.asarray(divisor, dtype) + jnp.asarray(offset, dtype)
         if scaled.shape[1:3] == (image_size, image_size):
             return scaled
         return jax.image.resize(scaled, (len(images), image_size, image_size, channels), "bilinear")

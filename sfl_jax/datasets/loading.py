@@ -2,21 +2,21 @@
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, UInt8
 
 from sfl_jax import paths
+from sfl_jax.datasets.arrays import load_folder, load_npz
 from sfl_jax.datasets.cache import contents, read_cache, write_cache
+from sfl_jax.datasets.dataset import ARRAYS, Dataset
 from sfl_jax.datasets.decoding import decode
 from sfl_jax.datasets.rows import checked, checksums
-from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
 
 _EMBEDDED = Path(__file__).parent / "data" / "mnist" / "3.0.1"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>\w[\w.+-]*))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
+_PATHS = "/", "./", "../", "~"  # how the path of a folder begins
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 _CACHED = {
     "train_images": ("uint8", 4),
@@ -28,47 +28,6 @@ _CACHED = {
     "train_checksums": ("uint32", 1),
     "notes": ("uint8", 1),
 }
-_ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Images and labels in memory; images for training may stay in a file, of which `CheckedRows` are read.
-
-    Attributes:
-      train_images, test_images: (N, H, W, C) uint8, of one size within and across both splits.
-      train_labels, test_labels: (N,) int32 in [0, num_classes).
-      num_classes: number of classes.
-      name: as asked for.
-      digest: of all four arrays, see `digests`; computed where it is not given.
-      notes: lines that say what was chosen where a set offered more than one.
-
-    Raises:
-      BadInput: arrays of other types or shapes, or labels that are no class.
-    """
-
-    train_images: UInt8[np.ndarray, "N H W C"]
-    train_labels: Int32[np.ndarray, " N"]
-    test_images: UInt8[np.ndarray, "M H W C"]
-    test_labels: Int32[np.ndarray, " M"]
-    num_classes: int
-    name: str
-    digest: str = ""
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for split in ("train", "test"):
-            _check(
-                f"dataset {self.name}: {split}",
-                getattr(self, f"{split}_images"),
-                getattr(self, f"{split}_labels"),
-                self.num_classes,
-            )
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            shapes = f"{self.train_images.shape[1:]} and {self.test_images.shape[1:]}"
-            raise BadInput(f"dataset {self.name}: images of {shapes}; must be of one size")
-        if not self.digest:
-            object.__setattr__(self, "digest", digest(getattr(self, name) for name in _ARRAYS))
 
 
 def load(
@@ -77,7 +36,8 @@ def load(
     in_file: bool = False,
     label_key: str = "",
 ) -> Dataset:
-    """The dataset `name`: `set`, `set/config`, `set:1.2.3` or `set/config:1.2.3`.
+    """The dataset `name`: `set`, `set/config`, `set:1.2.3` or `set/config:1.2.3` of TFDS, the path of a .npz
+    file (see `load_npz`), or that of a directory of pictures (see `load_folder`).
 
     `mnist` without `data_dir` is the copy inside this package. Anything else is looked for in `data_dir`
     (default: TFDS's own, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`), where TFDS must have prepared it as
@@ -91,6 +51,10 @@ def load(
       BadInput: not there, not to be read, damaged, in a format that needs TensorFlow, no image classification
         set, images of several sizes, or a Python module is missing.
     """
+    if name.endswith(".npz"):
+        return load_npz(Path(name).expanduser())
+    if name.startswith(_PATHS) and Path(name).expanduser().is_dir():
+        return load_folder(Path(name).expanduser())
     if name == "mnist" and data_dir is None:
         directory, remedy = _EMBEDDED, "install sfl_jax again"
     else:
@@ -114,7 +78,10 @@ def _find(name: str, root: Path, remedy: str) -> Path:
     """The prepared directory root/set[/config]/version; the newest version if none is asked for."""
     asked = _NAME.fullmatch(name)
     if asked is None:
-        raise BadInput(f"--dataset={name!r}: must be a TFDS name, such as cifar10, set/config or set:1.2.3")
+        raise BadInput(
+            f"dataset={name!r}: must be a TFDS name, such as cifar10, set/config or set:1.2.3, a .npz file, "
+            "or a folder of pictures"
+        )
     parent = root / asked["name"] / (asked["config"] or "")
     found = {path.parent for path in parent.glob(f"{asked['version'] or '*'}/features.json")}
     found = [path for path in found if _VERSION.fullmatch(path.name)]
@@ -130,9 +97,9 @@ def _find(name: str, root: Path, remedy: str) -> Path:
     configs = sorted({path.parts[-3] for path in parent.glob("*/*/features.json")})
     if configs and not asked["config"]:
         raise BadInput(
-            f"--dataset={name}: {parent} holds configs; choose one of {asked['name']}/{{{','.join(configs)}}}"
+            f"dataset={name}: {parent} holds configs; choose one of {asked['name']}/{{{','.join(configs)}}}"
         )
-    raise BadInput(f"--dataset={name}: not found in {parent}; {remedy}")
+    raise BadInput(f"dataset={name}: not found in {parent}; {remedy}")
 
 
 def _root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
@@ -143,31 +110,18 @@ def _root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
         return Path(place).expanduser()
     except RuntimeError as error:
         raise BadInput(
-            f"--dataset={name}: no home directory here to look in; say with --data_dir where TFDS keeps it"
+            f"dataset={name}: no home directory here to look in; say with data_dir where TFDS keeps it"
         ) from error
 
 
 def _unreadable(name: str, place: Path, error: OSError) -> BadInput:
-    return BadInput(f"--dataset={name}: {error.filename or place} cannot be read ({error.strerror})")
-
-
-def _check(place: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
-    """Refuse what would be computed with as if it were of these types."""
-    if images.dtype != np.uint8:
-        raise BadInput(f"{place}: images of {images.dtype}; must be uint8, 0 to 255")
-    if images.ndim != 4 or not len(images):
-        raise BadInput(f"{place}: images of shape {images.shape}; must be (N, H, W, C), N at least 1")
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        found = f"labels of {labels.dtype} {labels.shape}"
-        raise BadInput(f"{place}: {found}; must be integers, one for each of {len(images)} images")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise BadInput(f"{place}: labels {labels.min()} to {labels.max()}; must be 0 to {num_classes - 1}")
+    return BadInput(f"dataset={name}: {error.filename or place} cannot be read ({error.strerror})")
 
 
 def _kept(dataset: Dataset) -> dict[str, np.ndarray]:
     """What the cache keeps of it."""
     return {
-        **{key: np.asarray(getattr(dataset, key)) for key in (*_ARRAYS, "num_classes")},
+        **{key: np.asarray(getattr(dataset, key)) for key in (*ARRAYS, "num_classes")},
         "digest": np.frombuffer(bytes.fromhex(dataset.digest), np.uint8),
         "train_checksums": checksums(dataset.train_images),
         "notes": np.frombuffer("\n".join(dataset.notes).encode(), np.uint8),
@@ -181,7 +135,7 @@ def _from_cache(name: str, directory: Path, key: str, in_file: bool, label_key: 
     pairs = [(f"{split}_images", f"{split}_labels") for split in ("train", "test")]
     if any(len(kept[a]) != len(kept[b]) for a, b in [*pairs, ("train_labels", "train_checksums")]):
         return None
-    images, labels, test_images, test_labels = (kept[array] for array in _ARRAYS)
+    images, labels, test_images, test_labels = (kept[array] for array in ARRAYS)
     if isinstance(images, np.memmap):
         images = checked(images, kept["train_checksums"])
     classes, same = int(kept["num_classes"]), kept["digest"].tobytes().hex()

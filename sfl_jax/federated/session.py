@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from sfl_jax.federated.optimizers import LocalOptimizer, check_local, check_server
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
@@ -46,7 +46,7 @@ class Link(NamedTuple):
 class Samples(NamedTuple):
     """All training samples, resident on a device: images (N, H, W, C), labels (N,)."""
 
-    images: UInt8[Array | np.ndarray, "*chunks N H W C"]
+    images: Shaped[Array | np.ndarray, "*chunks_N_sample"]
     labels: Int[Array | np.ndarray, "*chunks N"]
 
 

@@ -23,11 +23,12 @@ from sfl_jax.run.state import State
 class Engine(NamedTuple):
     """What computes the rounds: the data on the devices, and compiled programs.
 
-    tried: seconds that were measured of each alternative.
+    held_out: the samples to test on, None where there are none. tried: seconds that were measured of each
+    alternative.
     """
 
     samples: Samples
-    held_out: Samples
+    held_out: Samples | None
     run_round: federated_devices.Rounds
     evaluate: Callable[..., Any]
     tried: dict[Alternative, float]
@@ -68,7 +69,7 @@ def compile_rounds(
     evaluate = federated_devices.Evaluation(
         training.chain, training.preprocess, devices, training.loss, parts.metric
     )
-    held_out = _place_held_out(parts, evaluate, state, placed)
+    held_out = _place_held_out(parts, evaluate, state, placed) if len(data.test_labels) else None
     placed += federated_devices.bytes_placed(held_out)
     first, needed = prepare(parts, state.round) if more else None, {}
     programs = Programs(notes, devices)

@@ -95,7 +95,7 @@ def _send(parts, engine, until, clock, pool, state, previous=None) -> Sent | Non
     outcome = Outcome(loss, diverged, came)
     ended_s = pool.submit(_clock_after, outcome, clock)
     due = after.round % parts.eval_every == 0 or after.round == until
-    tested = engine.evaluate(model.packed, engine.held_out) if due else None
+    tested = engine.evaluate(model.packed, engine.held_out) if due and engine.held_out else None
     tested_s = pool.submit(_clock_after, tested, clock)
     return Sent(prepared, state, after, outcome, tested, began_s, ended_s, tested_s)
 

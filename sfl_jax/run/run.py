@@ -129,7 +129,10 @@ class Run:
         clients = fleet.with_samples([len(share) for share in division])
         planning.check_links(planner, clients)
         profile = models.profile(chain, image_shape, stored_shape=stored)
-        work = optim.Work(local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots)
+        work = optim.Work(
+            local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots,
+            image_bits=8 * data.train_images.dtype.itemsize,
+        )  # fmt: skip
         terms = optim.terms(profile, clients, work)  # pyright: ignore[reportArgumentType] has samples
         training = Training(
             chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged,
@@ -341,6 +344,8 @@ def _divide(data, fleet, partition, seed) -> list[np.ndarray]:
         if len(shares) != len(fleet):
             raise BadInput(f"partition: of {len(shares)} clients; the fleet has {len(fleet)}")
         return shares
+    if partition == "auto" and data.splits:
+        return _divide(data, fleet, data.splits, seed)
     if partition == "auto":
         partition = "iid" if fleet.samples is None else "fleet"
     if partition == "fleet" and fleet.samples is None:

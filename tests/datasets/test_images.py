@@ -41,9 +41,17 @@ def test_channels_have_scales_of_their_own():
     np.testing.assert_allclose(made, IMAGES[:, :, :1].repeat(28, 2) / divisor + offset, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint16])
+def test_floats_are_taken_as_they_are():
+    floats = IMAGES.astype(np.float32) / 7
+    made = jax.jit(preprocessing(32))(floats)
+    assert made.shape == (2, 32, 32, 3)
+    same = jax.jit(preprocessing(28))(floats[:, :, :1].repeat(28, 2))
+    np.testing.assert_array_equal(same, floats[:, :, :1].repeat(28, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16])
 def test_pixels_of_another_range_are_not_divided_as_if_they_were_bytes(dtype):
-    with pytest.raises(BadInput, match=f"^images of {np.dtype(dtype)}: must be uint8, 0 to 255$"):
+    with pytest.raises(BadInput, match=f"^images of {np.dtype(dtype)}: must be uint8, 0 to 255, or floats$"):
         preprocessing(28)(np.ones((2, 28, 28, 1), dtype))
 
 
@@ -54,5 +62,5 @@ def test_what_is_padded_or_resized_evenly_needs_no_word(shape):
 
 @pytest.mark.parametrize(("height", "width"), [(32, 96), (28, 20), (33, 32), (16, 32)])
 def test_images_that_lose_their_proportions_are_said_to(height, width):
-    line = f"--image_size=32: images of {height}x{width} are squeezed to 32x32"
+    line = f"image_size=32: images of {height}x{width} are squeezed to 32x32"
     assert squeezed(32, height, width) == [line]

@@ -1,0 +1,164 @@
+"""Data of one's own: arrays, files of arrays, folders of pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfl_jax.datasets import from_arrays, load
+from sfl_jax.errors import BadInput
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.integers(0, 256, (20, 4, 5, 3), np.uint8), np.arange(20) % 4
+
+
+def test_arrays_are_what_was_given():
+    data = from_arrays(X, Y, X[:6], Y[:6])
+    assert data.num_classes == 4
+    assert data.train_images is X
+    np.testing.assert_array_equal(data.test_images, X[:6])
+    np.testing.assert_array_equal(data.train_labels, Y)
+    assert data.train_labels.dtype == np.int32
+    assert from_arrays(X[::-1], Y, X[:6], Y[:6]).digest != data.digest
+
+
+@pytest.mark.parametrize(
+    ("x", "shape"),
+    [
+        (X[..., 0], (4, 5, 1)),  # grey images get a channel
+        (X.reshape(20, -1), (60,)),
+        (RNG.normal(size=(20, 7)).astype(np.float32), (7,)),
+        (RNG.normal(size=(20, 2, 3, 4, 5)), (2, 3, 4, 5)),
+        (X.tolist(), None),
+    ],
+)
+def test_samples_of_any_shape_and_type(x, shape):
+    if shape is None:
+        with pytest.raises(BadInput, match="images of int64; must be uint8"):
+            from_arrays(x, Y, x, Y)
+        return
+    data = from_arrays(x, Y[:, None], x[:3], Y[:3].astype(np.uint8))
+    assert data.train_images.shape == (20, *shape)
+    assert data.train_images.dtype == np.asarray(x).dtype
+
+
+def test_without_a_test_set_some_are_held_out_and_said():
+    data = from_arrays(X, Y, test_share=0.3)
+    assert data.notes == ("no samples to test on: 6 of 20 are held out",)
+    both = np.concatenate([data.train_images, data.test_images])
+    assert {image.tobytes() for image in both} == {image.tobytes() for image in X}
+    assert len(both) == 20
+    again = from_arrays(X, Y, test_share=0.3)
+    np.testing.assert_array_equal(again.test_images, data.test_images)
+    none = from_arrays(X, Y, test_share=0)
+    assert (len(none.train_labels), len(none.test_labels), none.notes) == (20, 0, ())
+
+
+def nan(x):
+    return np.where(np.arange(x.size).reshape(x.shape) == 7, np.nan, x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"y_train": Y[:-1]},
+            "x_train, y_train: labels of int64 (19,); must be integers",
+        ),
+        ({"y_train": Y - 1}, "x_train, y_train: labels -1 to 2; must be 0 to "),
+        ({"num_classes": 3}, "x_train, y_train: labels 0 to 3; must be 0 to 2"),
+        ({"y_train": np.eye(4)[Y]}, "y_train: of shape (20, 4); must be (N,), a class number a sample"),
+        ({"y_train": Y * 1.0}, "y_train: of float64; must be integers from 0 on"),
+        ({"x_train": nan(X)}, "x_train: has numbers that are not finite"),
+        ({"x_train": np.arange(20)}, "x_train: of shape (20,); must be (N, ...), one row a sample"),
+        ({"x_train": X > 3}, "x_train, y_train: images of bool; must be uint8, 0 to 255, or floats"),
+        ({"x_test": X[:, :3]}, "dataset arrays: images of (4, 5, 3) and (3, 5, 3); must be of one size"),
+        ({"x_test": X / 255}, "dataset arrays: images of uint8 and float64; must be of one type"),
+        ({"y_test": None}, "x_test, y_test: one of them is missing"),
+        (
+            {"x_test": None, "y_test": None, "test_share": 1.0},
+            "test_share=1.0: must be at least 0",
+        ),
+        (
+            {"x_test": None, "y_test": None, "splits": [[0]]},
+            "splits: need x_test and y_test",
+        ),
+        ({"splits": [[0, 1], [20]]}, "splits[1]: indices 20 to 20; must be 0 to 19"),
+        ({"splits": [[0, 1], [1, 2]]}, "splits[1]: has a sample twice, or one that another client has"),
+        ({"splits": [[0, 0]]}, "splits[0]: has a sample twice"),
+        ({"splits": [[0], []]}, "splits[1]: must be integers (n,), the indices of at least one sample"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, line):
+    given = {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y} | changes
+    with pytest.raises(BadInput) as caught:
+        from_arrays(**given)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_arrays(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", x_train=X, y_train=Y, x_test=X[:5], y_test=Y[:5])
+    np.savez(tmp_path / "b.npz", images=X, labels=Y)
+    monkeypatch.chdir(tmp_path)
+    data = load("a.npz")
+    np.testing.assert_array_equal(data.train_images, X)
+    assert (len(data.test_labels), data.name) == (5, "a.npz")
+    assert len(load(str(tmp_path / "b.npz")).test_labels) == 2
+    np.savez(tmp_path / "c.npz", x=X, z=Y)
+    np.savez(tmp_path / "d.npz", x_train=np.array([{}]), y_train=Y)
+    np.savez(tmp_path / "e.npz", x_train=X, y_train=Y[1:])
+    (tmp_path / "f.npz").write_bytes(b"PK nothing")
+    for name, line in (
+        ("c.npz", "dataset=c.npz: has the arrays x, z; needs x_train and y_train"),
+        ("d.npz", "dataset=d.npz: cannot be read as a .npz file of numbers"),
+        ("e.npz", "dataset=e.npz: x_train, y_train: labels of int64 (19,)"),
+        ("f.npz", "dataset=f.npz: cannot be read as a .npz file of numbers"),
+        ("g.npz", "dataset=g.npz: cannot be read as a .npz file of numbers ([Errno 2] No such file"),
+    ):
+        with pytest.raises(BadInput) as caught:
+            load(name)
+        assert str(caught.value).startswith(line)
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+@pytest.mark.parametrize("tested", ["test", "val", None])
+def test_folders_of_pictures(tmp_path, tested):
+    for number, (image, label) in enumerate(zip(X, Y, strict=True)):
+        folder = tmp_path / ("train" if tested else ".") / "dcba"[label]
+        save(folder / f"{number:02}.png", image)
+    if tested:
+        save(tmp_path / tested / "c" / "0.PNG", X[0])
+    (tmp_path / ("train/a" if tested else "a") / "notes.txt").touch()
+    data = load(str(tmp_path))
+    assert data.num_classes == 4
+    assert data.notes[-1] == "4 classes: a, b, c, d"
+    if tested:
+        order = np.argsort(3 - Y, kind="stable")
+        np.testing.assert_array_equal(data.train_images, X[order])
+        np.testing.assert_array_equal(data.train_labels, 3 - Y[order])
+        assert data.test_labels.tolist() == [2]
+    else:
+        assert (len(data.train_labels), len(data.test_labels)) == (18, 2)
+
+
+def test_folders_that_are_no_dataset(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a" / "cats").mkdir(parents=True)
+    save(tmp_path / "b" / "cats" / "0.png", X[0])
+    save(tmp_path / "b" / "dogs" / "1.png", X[0, :3])
+    save(tmp_path / "c" / "cats" / "0.png", X[0])
+    (tmp_path / "c" / "cats" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "d" / "test" / "cats").mkdir(parents=True)
+    for name, reason in (
+        ("empty", "has no folders of pictures, one for each class"),
+        ("a", "no pictures in a; they end in .bmp, .jpeg, .jpg, .png"),
+        ("b", r"pictures of \(4, 5, 3\) and \(3, 5, 3\); make copies of one size"),
+        ("c", "cats/1.png: "),
+        ("d", "has no folder train beside test"),
+    ):
+        with pytest.raises(BadInput, match=rf"^dataset={tmp_path / name}: {reason}"):
+            load(str(tmp_path / name))

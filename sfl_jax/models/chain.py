@@ -84,7 +84,7 @@ class Chain:
         """
         fresh, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), images)
         for index, unit in enumerate(self.units, start=self.first_unit):
-            with units.named_errors(unit, index, x):
+            with units.named_errors(f"unit {units.name(unit, index)}", x):
                 shapes = units.shapes(unit, x)
             fresh.append(units.init(unit, jax.random.fold_in(key, index), x, shapes))
             x = shapes.output

@@ -19,7 +19,6 @@ from jax.extend import core
 from sfl_jax.models import substitutes, traces
 from sfl_jax.models.traces import Path, Program, Whole
 
-SIZES = (2, 3)  # of the batches that are traced: the same axis is that of samples in both
 PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 
 
@@ -52,17 +51,24 @@ class Flow(NamedTuple):
     last: dict[Any, int]
 
 
+def sizes(whole: Whole) -> tuple[int, int]:
+    """Two sizes of a batch. Samples lie along the axis that differs; in a batch of one that might not show."""
+    first = max(2, whole.kinds[0][0][0])
+    return first, 2 * first
+
+
 @functools.lru_cache(maxsize=16)
 def recipe(whole: Whole) -> Recipe:
     """Where a module is cut. It is traced in both modes, in batches of two sizes; all must agree."""
-    programs = [traces.trace(whole, train, batch) for train in (False, True) for batch in SIZES]
+    batches = sizes(whole) * 2
+    modes = (False, False, True, True)
+    programs = [traces.trace(whole, train, batch) for train, batch in zip(modes, batches, strict=True)]
     groups = _groups(list(programs[0].variables), programs[0].modules)
     flows = [flow(program, groups) for program in programs]
     common = frozenset(group for group in groups.values() if all(group in one.uses for one in flows))
-    sizes = (*SIZES, *SIZES)
-    tables = [_found(one, size, common, whole.max_arrays) for one, size in zip(flows, sizes, strict=True)]
+    tables = [_found(one, batch, common, whole.max_arrays) for one, batch in zip(flows, batches, strict=True)]
     cuts = [cut for cut in tables[0] if all(cut in table for table in tables)]
-    cuts = _substantial(_ordered(cuts, tables), tables[0], flows[0], programs[0])
+    cuts = _substantial(_ordered(cuts, tables), tables[0], flows[0])
     owners = {path: _owner(groups[path], cuts, tables, flows) for path in groups}
     return Recipe(tuple(cuts), groups, common, owners)
 
@@ -97,10 +103,16 @@ def flow(program: Program, groups: dict[Path, Any]) -> Flow:
         for variable in equation.outvars:
             sources[variable] = read | ({variable} if is_random and not _is_key(variable) else set())
     for path, atom in program.states.items():
+        own = uses[groups[path]]
         if isinstance(atom, core.Var) and atom in made:
-            uses[groups[path]].append(made[atom])
+            own.append(made[atom])
+        elif isinstance(atom, core.Var):
+            for source in sources.get(atom, frozenset()) - {groups[path]}:  # what makes a state stays with it
+                own += uses[source]
+                uses[source] += own
+    uses = {source: numbers for source, numbers in uses.items() if numbers}
     last |= {atom: len(line) for atom in program.outputs if isinstance(atom, core.Var) and atom in made}
-    return Flow(line, dict(uses), made, last)
+    return Flow(line, uses, made, last)
 
 
 def alive(flow: Flow) -> Iterator[tuple[int, list[Any]]]:
@@ -137,10 +149,10 @@ def _ordered(cuts, tables):
     return kept
 
 
-def _substantial(cuts, table, flow, program):
+def _substantial(cuts, table, flow):
     """The cuts between two units that both multiply."""
     places = [table[cut] for cut in cuts] + [len(flow.line)]
-    works = [number for number, equation in enumerate(flow.line) if _multiplies(equation, flow, program)]
+    works = [number for number, equation in enumerate(flow.line) if _multiplies(equation, flow)]
 
     def has_work(start, stop):
         return bisect.bisect_left(works, start) < bisect.bisect_left(works, stop)
@@ -149,7 +161,7 @@ def _substantial(cuts, table, flow, program):
     return kept if not kept or has_work(0, table[kept[0]]) else kept[1:]
 
 
-def _multiplies(equation, flow, program):
+def _multiplies(equation, flow):
     """Whether an equation has products, or looks something up in a table of parameters."""
     name = equation.primitive.name
     if name == "gather":

@@ -5,6 +5,7 @@ the program. So the size is free; other axes are those of the example.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,9 @@ class Piece(nn.Module):
 def pieces(module: nn.Module, example: PyTree, max_arrays: int = 1) -> tuple[Piece, ...]:
     """The units of a module, cut wherever at most `max_arrays` arrays (B, ...) cross.
 
-    example: arrays, or their shapes, as the module takes them: (B, ...).
+    Args:
+      module: takes the input and perhaps `train`.
+      example: an input, or its shapes and types.
 
     Raises:
       BadInput: the module cannot be traced on the example.
@@ -71,32 +74,45 @@ def pieces(module: nn.Module, example: PyTree, max_arrays: int = 1) -> tuple[Pie
     kinds = tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves)
     frozen = units.hashable(module, 0)
     whole = Whole(frozen, kinds, structure, max_arrays)
-    with units.named_errors(frozen, 0, example):
+    with units.named_errors(f"module {type(module).__name__}", example):
         for train in (False, True):
-            traces.trace(whole, train, cuts.SIZES[0])
+            traces.trace(whole, train, cuts.sizes(whole)[0])
     return tuple(Piece(whole, number, name=name) for number, name in enumerate(_names(whole)))
 
 
-def divided(chain_units: Any, variables: PyTree) -> list[dict[str, PyTree]]:
-    """The variables of a whole module by unit, each by collection."""
+def divided(chain_units: Sequence[nn.Module], variables: PyTree) -> list[dict[str, PyTree]]:
+    """The variables of a whole module by unit, each by collection. BadInput names one that is missing."""
+    whole = _whole_of(chain_units)
+    variables = nn.meta.unbox(variables)
     by_path = dict(zip(traces.paths(variables), jax.tree.leaves(variables), strict=True))
-    return [
-        unflatten_dict({path: by_path[path] for path in _owned(unit.whole, unit.number)})
-        for unit in chain_units
-    ]
+    missing = [path for path in cuts.recipe(whole).owners if path not in by_path]
+    if missing:
+        raise BadInput(f"variables: must have {'/'.join(missing[0])}, as the module has")
+    numbers = range(len(chain_units))
+    return [unflatten_dict({path: by_path[path] for path in _owned(whole, number)}) for number in numbers]
 
 
-def united(chain_units: Any, variables: list[dict[str, PyTree]]) -> PyTree:
+def united(chain_units: Sequence[nn.Module], variables: list[dict[str, PyTree]]) -> PyTree:
     """The inverse of `divided`, for all units of a module."""
-    whole = traces.variables(chain_units[0].whole)
+    whole = traces.variables(_whole_of(chain_units))
     by_path = {}
     for of_unit in variables:
         by_path |= flatten_dict(of_unit)
     return jax.tree.unflatten(jax.tree.structure(whole), [by_path[path] for path in traces.paths(whole)])
 
 
-def normalised(unit: Piece) -> list[int]:
+def _whole_of(chain_units):
+    whole = getattr(chain_units[0], "whole", None) if chain_units else None
+    pieces_of_it = isinstance(whole, Whole) and len(chain_units) == len(cuts.recipe(whole).cuts) + 1
+    if not pieces_of_it:
+        raise BadInput("chain: must be all that Chain.from_module returned")
+    return whole
+
+
+def normalised(unit: nn.Module) -> list[int]:
     """Over how many values, per sample and channel, each batch norm of a piece averages."""
+    if not isinstance(unit, Piece):
+        return []
     program = traces.trace(unit.whole, True, 1)
     return [
         values
@@ -125,7 +141,9 @@ def _slice_for(unit, variables, x, train):
     float_type = _other_type(unit.whole, variables)
     slices = _slices(unit.whole, train, leaves[0].shape[0], float_type)
     if slices is None:
-        raise BadInput(f"unit {name}: a batch of {leaves[0].shape[0]} runs another program than one of 2")
+        raise BadInput(
+            f"unit {name}: a batch of {leaves[0].shape[0]} runs another program than one of the example's"
+        )
     one = slices[unit.number]
     expected = [variable.aval.shape for variable in one.inputs]
     if [leaf.shape for leaf in leaves] != expected:

@@ -94,7 +94,7 @@ def _rows(chain, sample):
         leaves, structure = jax.tree.flatten(sample)
         form = units.kind(units.reference_form(unit))
         try:
-            with units.named_errors(unit, index, sample):
+            with units.named_errors(f"unit {units.name(unit, index)}", sample):
                 rows.append(_trace(form, tuple(leaves), structure, is_first=index == 0))
         except _Uncountable as error:
             raise BadInput(f"unit {units.name(unit, index)}: {error}") from error
@@ -138,12 +138,8 @@ def _trace(unit: nn.Module, leaves: tuple[Any, ...], structure: Any, is_first: b
         _floats(state),
         _floats(kept_of_two) - _floats(kept),
         jax.tree.map(_one_of, output),
-        tuple(values for _, values in normalised) + _of_piece(unit),
+        (*(values for _, values in normalised), *pieces.normalised(unit)),
     )
-
-
-def _of_piece(unit):
-    return tuple(pieces.normalised(unit)) if isinstance(unit, pieces.Piece) else ()
 
 
 def _one_of(batch):

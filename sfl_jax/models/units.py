@@ -147,17 +147,15 @@ class Shapes(NamedTuple):
 
 
 @contextlib.contextmanager
-def named_errors(unit: nn.Module, index: int, x: PyTree) -> Iterator[None]:
-    """While it lasts, any error is a BadInput that names the unit, its input's shape and what is wrong."""
+def named_errors(part: str, x: PyTree) -> Iterator[None]:
+    """While it lasts, any error is a BadInput that names the part, its input's shape and what is wrong."""
     try:
         yield
     except BadInput:
         raise
     except Exception as error:
         said = (str(error).strip().splitlines() or [""])[0]
-        raise BadInput(
-            f"unit {name(unit, index)}: cannot run on {described(x)}: {type(error).__name__}: {said}"
-        ) from error
+        raise BadInput(f"{part}: cannot run on {described(x)}: {type(error).__name__}: {said}") from error
 
 
 def described(x: PyTree) -> str:

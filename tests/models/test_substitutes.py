@@ -16,17 +16,19 @@ from sfl_jax.models import Chain, substitutes
 
 WINDOWS = ("conv_general_dilated", "reduce_window")
 RAGGED = ((1, 2), (0, 1))
-CONVOLUTIONS = [  # of 4 channels, each once: with strides, paddings, dilations and groups in turn
-    nn.Conv(3, (3, 3)),
+CONVOLUTIONS = [  # of 4 channels: strides, paddings, dilations and groups in turn
     nn.Conv(6, (3, 2), strides=(2, 1), padding="VALID", use_bias=False),
     nn.Conv(3, (2, 3), padding=RAGGED),
     nn.Conv(5, (3, 3), strides=2, padding="CIRCULAR", kernel_dilation=2),
-    nn.Conv(3, (1, 1), strides=3),
     nn.Conv(4, (3, 3), strides=2, padding=RAGGED, feature_group_count=4),
-    nn.Conv(8, (3, 3), padding="VALID", feature_group_count=4, kernel_dilation=(1, 2)),
     nn.Conv(6, (3, 3), strides=2, feature_group_count=2),
-    nn.Conv(2, (3, 3), padding=((5, 0), (0, 0)), mask=jnp.tril(jnp.ones((3, 3, 4, 2)))),
     nn.ConvTranspose(3, (2, 2), strides=(2, 2)),
+]
+MORE_CONVOLUTIONS = [
+    nn.Conv(3, (3, 3)),
+    nn.Conv(3, (1, 1), strides=3),
+    nn.Conv(8, (3, 3), padding="VALID", feature_group_count=4, kernel_dilation=(1, 2)),
+    nn.Conv(2, (3, 3), padding=((5, 0), (0, 0)), mask=jnp.tril(jnp.ones((3, 3, 4, 2)))),
     nn.ConvTranspose(5, (3, 4), strides=(2, 3), padding="VALID"),
 ]
 POOLS = {
@@ -36,6 +38,10 @@ POOLS = {
     "mean of pixels": lambda x: nn.avg_pool(x, (3, 3), (1, 2), "SAME", count_include_pad=False),
     "max, one axis": lambda x: nn.max_pool(x[:, 0], (3,), (2,)),
 }
+
+
+def mostly(names, slow):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def normal(*shape):
@@ -79,7 +85,9 @@ def check(function, *arguments):
     assert not finite.are_close(found[0][0], found[0][1])  # each client with its own
 
 
-@pytest.mark.parametrize("module", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "module", [*CONVOLUTIONS, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE_CONVOLUTIONS)]
+)
 def test_convolutions_are_those_of_flax(module):
     with jax.enable_x64(True):
         x = jnp.asarray(normal(2, 5, 6, 4))
@@ -88,7 +96,7 @@ def test_convolutions_are_those_of_flax(module):
         check(module.apply, variables, x)
 
 
-@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("name", mostly(POOLS, slow=("max", "mean")))
 def test_pools_are_those_of_flax_also_where_maxima_are_equal(name):
     with jax.enable_x64(True):
         check(POOLS[name], jnp.asarray(normal(2, 5, 6, 3).round()))
@@ -109,7 +117,7 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name", mostly(BODIES, slow=("jit", "remat", "cond")))
 def test_convolutions_are_replaced_wherever_they_stand(name):
     with jax.enable_x64(True):
         check(BODIES[name], jnp.asarray(normal(1, 3, 2, 3)), jnp.asarray(normal(3, 3, 3, 3)))
@@ -136,25 +144,17 @@ def test_what_cannot_be_replaced_stays(name):
 
 
 class Net(nn.Module):
-    """A network with every layer that is replaced."""
+    """A convolution, pooling and a batch norm."""
 
     dtype: Any = None
-    norm: Any = nn.BatchNorm()
 
     @nn.compact
     def __call__(self, x, train):
         x = nn.max_pool(nn.Conv(3, (3, 3), dtype=self.dtype)(x), (2, 2), (2, 2))
-        return nn.relu(self.norm(x, use_running_average=not train))
+        return nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(x))
 
 
-NORMS = [
-    nn.BatchNorm(momentum=0.7, epsilon=0.1, use_scale=False),
-    nn.BatchNorm(use_bias=False, axis=3, use_fast_variance=False),
-    nn.BatchNorm(axis=1),
-]
-
-
-def run_both(module, x, train):
+def run_both(module, x):
     """(output, gradients, state) of a unit in the product form, and of the module as Flax runs it."""
     chain = Chain([module])
     variables = chain.init(jax.random.key(1), x)
@@ -162,11 +162,11 @@ def run_both(module, x, train):
     params = own.pop("params")
 
     def fast(params):
-        outputs, after = chain.apply(variables._replace(params=(params,)), x, train, jax.random.key(0))
+        outputs, after = chain.apply(variables._replace(params=(params,)), x, True, jax.random.key(0))
         return outputs, chain.unit_variables(after, 0)["batch_stats"]
 
     def flax(params):
-        outputs, after = module.apply({"params": params, **own}, x, train, mutable=["batch_stats"])
+        outputs, after = module.apply({"params": params, **own}, x, True, mutable=["batch_stats"])
         return outputs, after["batch_stats"]
 
     @jax.jit
@@ -180,17 +180,16 @@ def run_both(module, x, train):
     return both(params)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_batch_norm_is_that_of_flax(norm):
-    with jax.enable_x64(True):
-        assert_same(*run_both(Net(norm=norm), jnp.asarray(normal(4, 4, 6, 2)), True))
-
-
-def test_a_net_in_bfloat16_is_that_of_flax():
-    found, expected = run_both(Net(jnp.bfloat16), jnp.asarray(normal(4, 4, 6, 2), jnp.float32), True)
-    assert found[0].dtype == expected[0].dtype
-    assert_same(found, expected, 0.1)
-    assert not finite.are_close(found[0], 2 * expected[0])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("bfloat16", 0.1), pytest.param("float64", 1e-10, marks=pytest.mark.slow)]
+)
+def test_a_net_is_that_of_flax_in_any_float_type(dtype, tolerance):
+    """Outputs, gradients and statistics."""
+    with jax.enable_x64(dtype == "float64"):
+        found, expected = run_both(Net(jnp.dtype(dtype)), jnp.asarray(normal(4, 4, 6, 2), jnp.float32))
+        assert found[0].dtype == expected[0].dtype
+        assert_same(found, expected, tolerance)
+        assert not finite.are_close(found[0], 2 * expected[0])
 
 
 def test_the_form_belongs_to_the_chain_and_its_halves():

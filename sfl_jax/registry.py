@@ -60,6 +60,19 @@ class Registry(Mapping[str, Any]):
                 self._members.setdefault(point.name, point.value)
 
 
+_MODELS = "sfl_jax.models"
+_VARIANTS = ("tiny", "b0", "b1", "b2", "b3", "s", "m", "l", "xl")
+NETWORKS = Registry(
+    "model",
+    {f"efficientnetv2-{variant}": f"{_MODELS}.efficientnet_v2:units" for variant in _VARIANTS}
+    | {
+        "resnet18": f"{_MODELS}.resnet:units",
+        "vgg11": f"{_MODELS}.vgg:units",
+        "vit-tiny": f"{_MODELS}.vit:units",
+        "cnn": f"{_MODELS}.cnn:units",
+        "mlp": f"{_MODELS}.mlp:units",
+    },
+)
 _OPTIM = "sfl_jax.optim"
 METHODS = Registry(
     "method",

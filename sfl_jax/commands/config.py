@@ -12,7 +12,6 @@ from sfl_jax.errors import BadInput
 
 # What models, optim and datasets accept, written out here so that help and refusals need no JAX; a test
 # holds each tuple equal to its registry.
-MODELS = tuple(f"efficientnetv2-{name}" for name in ("tiny", "b0", "b1", "b2", "b3", "s", "m", "l", "xl"))
 ALTERNATING = ("alternating", "regression")
 STARTS = ("equal", "proportional", "random")
 ROUNDINGS = ("need", "nearest")
@@ -64,7 +63,9 @@ def _flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limi
 class Config:
     """The settings of a run. A field's name is its flag's name; units are in the help texts."""
 
-    model: str = _flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=MODELS)
+    model: str = _flag(
+        "efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=tuple(registry.NETWORKS)
+    )
     image_size: int = _flag(
         32,
         NETWORK,

@@ -316,6 +316,8 @@ def _imported(config, chain, image_shape) -> keras_weights.Imported | None:
     """What --init_from names; None where it names nothing."""
     if not config.init_from:
         return None
+    if config.model not in models.VARIANTS:
+        raise BadInput(f"--init_from={config.init_from}: needs --model=efficientnetv2-…, not {config.model}")
     fresh = _fresh(config, chain, image_shape)
     return keras_weights.load(config.init_from, config.model, chain, fresh)
 

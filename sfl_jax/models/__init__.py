@@ -6,6 +6,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.models import efficientnet_v2, layers
 from sfl_jax.models.chain import Chain, Variables
 from sfl_jax.models.profile import Profile, least_normalised, profile
+from sfl_jax.registry import NETWORKS
 
 VARIANTS = efficientnet_v2.VARIANTS
 
@@ -21,19 +22,17 @@ def create(
     dtype: Any = None,
     drop_rate_scale: float = 1.0,
 ) -> Chain:
-    """The chain of an EfficientNetV2 variant.
+    """The chain of a registered network.
 
     Args:
-      name: a key of `VARIANTS`; anything else raises BadInput.
+      name: a name of `registry.NETWORKS`; anything else raises BadInput.
       num_classes: width of the classifier.
-      in_channels: channels of the images; others are refused by the stem.
+      in_channels: channels of the images; EfficientNet's stem refuses others.
       layer_form: "product" or "conv", see `models.layers`; anything else raises BadInput.
       dtype: of the arithmetic, e.g. bfloat16; None follows the inputs. Variables stay as initialised.
       drop_rate_scale: multiplies the published rates of dropout and stochastic depth; 0 drops nothing.
     """
-    if name not in VARIANTS:
-        raise BadInput(f"--model={name}: must be one of {', '.join(VARIANTS)}")
     if layer_form not in layers.FORMS:
-        raise BadInput(f"--layer_form={layer_form}: must be one of {', '.join(layers.FORMS)}")
-    own = efficientnet_v2.units(name, num_classes, in_channels, layer_form, dtype, drop_rate_scale)
-    return Chain(own, layer_form=layer_form)
+        raise BadInput(f"layer_form={layer_form}: must be one of {', '.join(layers.FORMS)}")
+    units = NETWORKS[name](name, num_classes, in_channels, layer_form, dtype, drop_rate_scale)
+    return Chain(units, layer_form=layer_form)

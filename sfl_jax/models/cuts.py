@@ -52,7 +52,7 @@ class Flow(NamedTuple):
 
 
 def sizes(whole: Whole) -> tuple[int, int]:
-    """Two sizes of a batch. Samples lie along the axis that differs; a batch of one might not show it."""
+    """Two sizes of a batch. Samples lie along the axis that differs, which a batch of one might not show."""
     first = max(2, whole.kinds[0][0][0])
     return first, 2 * first
 

@@ -12,6 +12,7 @@ import numpy as np
 from keras.src.applications import efficientnet_v2 as keras_source
 from keras.src.backend.common import dtypes
 
+from sfl_jax import registry
 from sfl_jax.models import efficientnet_v2
 
 MINI = "efficientnetv2-mini"  # the stages of tiny below Keras' head: every kind of unit, quick to compile
@@ -47,7 +48,8 @@ def precision(dtype):
 def mini_variant():
     """While it lasts, `models.create` knows MINI."""
     variant = efficientnet_v2.VARIANTS["efficientnetv2-tiny"]._replace(head_channels=1280)
-    with mock.patch.dict(efficientnet_v2.VARIANTS, {MINI: variant}):
+    known = mock.patch.dict(registry.NETWORKS._members, {MINI: efficientnet_v2.units})
+    with mock.patch.dict(efficientnet_v2.VARIANTS, {MINI: variant}), known:
         yield
 
 

@@ -211,9 +211,9 @@ def test_tiny_has_every_kind_of_unit():
     [
         (
             {"name": "efficientnetv2-b9"},
-            ["--model=efficientnetv2-b9", "efficientnetv2-b0", "efficientnetv2-tiny"],
+            ["model=efficientnetv2-b9", "efficientnetv2-b0", "efficientnetv2-tiny"],
         ),
-        ({"name": "efficientnetv2-b0", "layer_form": "dots"}, ["--layer_form=dots", *layers.FORMS]),
+        ({"name": "efficientnetv2-b0", "layer_form": "dots"}, ["layer_form=dots", *layers.FORMS]),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(arguments, named):

@@ -164,6 +164,17 @@ def test_what_is_shared_stays_together():
     assert (smashed > 0).all()
 
 
+def test_a_state_belongs_to_the_unit_that_writes_it():
+    module, x = whole_nets.Remembering(), jnp.ones((4, 2))
+    chain = Chain.from_module(module, x)
+    whole = float64(jax.eval_shape(functools.partial(module.init, train=False), KEY, x))
+    variables = chain.divide_variables(whole)
+    assert [list(state["/seen"]) for state in variables.batch_stats] == [["mean0"], ["mean1"]]
+    outputs, after = chain.apply(variables, x, True, KEY)
+    expected, seen = module.apply(whole, x, True, mutable=["seen"])
+    assert_close((outputs, chain.unite_variables(after)["seen"]), (expected, seen["seen"]))
+
+
 def test_variables_start_as_the_module_draws_them():
     """Each unit as the whole module with a key of its own would draw it."""
     chain, units, x = masked_chain(is_shared=False)
@@ -210,6 +221,7 @@ def test_a_piece_is_profiled_as_its_module():
     assert profile.parameters.sum() == sum(x.size for x in jax.tree.leaves(case.whole["params"]))
     assert profile.state.sum() == sum(x.size for x in jax.tree.leaves(case.whole["batch_stats"]))
     assert models.least_normalised(case.chain, (8, 8, 1)) == 4
+    assert models.least_normalised(case.chain.split(6)[1], (5,)) is None
 
 
 def test_what_cannot_be_cut_or_run_is_said():

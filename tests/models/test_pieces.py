@@ -14,7 +14,7 @@ from models import whole_nets
 
 from sfl_jax import models
 from sfl_jax.errors import BadInput
-from sfl_jax.models import Chain
+from sfl_jax.models import Chain, Variables
 
 KEY = jax.random.key(2)
 NAMES = {  # the units that a person would name, by their largest module
@@ -151,6 +151,19 @@ def test_a_piece_draws_from_its_own_key():
         assert finite.are_close(server.apply(back, smashed, True, key)[0], whole) == is_same
     with pytest.raises(InvalidRngError):
         client.apply(front, x, True)
+
+
+def test_a_piece_runs_on_devices_that_are_mapped_in_one_way_and_in_another():
+    chain, x = Chain.from_module(whole_nets.Averaging(), jnp.ones((2, 3))), jnp.arange(15.0).reshape(5, 3)
+
+    def run(x):
+        return chain.apply(Variables(({}, {}), ({}, {})), x)[0]
+
+    mesh, own = jax.sharding.Mesh(jax.devices()[:1], ("device",)), jax.sharding.PartitionSpec("device")
+    mapped = jax.pmap(run, devices=jax.devices()[:1])(x[None])  # which traces a batch of five first
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=own, out_specs=own, check_vma=False))(x)
+    np.testing.assert_allclose(mapped[0], run(x), rtol=1e-6)
+    np.testing.assert_allclose(sharded, run(x), rtol=1e-6)
 
 
 def test_what_is_shared_stays_together():

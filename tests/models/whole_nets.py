@@ -188,3 +188,10 @@ class Remembering(nn.Module):
             if train:
                 mean.value = x.mean(0)
         return {"logits": x, "class": x.argmax(1)}
+
+
+class Averaging(nn.Module):
+    """Two products without parameters, and a mean."""
+
+    def __call__(self, x):
+        return (x @ jnp.ones((3, 3))).mean(1, keepdims=True) @ jnp.ones((1, 2))

@@ -109,10 +109,8 @@ def _whole_of(chain_units):
     return whole
 
 
-def normalised(unit: nn.Module) -> list[int]:
+def normalised(unit: Piece) -> list[int]:
     """Over how many values, per sample and channel, each batch norm of a piece averages."""
-    if not isinstance(unit, Piece):
-        return []
     program = traces.trace(unit.whole, True, 1)
     return [
         values

@@ -138,8 +138,13 @@ def _trace(unit: nn.Module, leaves: tuple[Any, ...], structure: Any, is_first: b
         _floats(state),
         _floats(kept_of_two) - _floats(kept),
         jax.tree.map(_one_of, output),
-        (*(values for _, values in normalised), *pieces.normalised(unit)),
+        tuple(_values(unit, normalised)),
     )
+
+
+def _values(unit, normalised):
+    """What batch norms average over. A piece may have traced its whole module, with norms of other pieces."""
+    return pieces.normalised(unit) if isinstance(unit, pieces.Piece) else [values for _, values in normalised]
 
 
 def _one_of(batch):

@@ -166,9 +166,9 @@ def _key():
 
 
 def circumstances() -> tuple[Any, ...]:
-    """Settings of JAX under which a program is another."""
+    """Settings of JAX, and the devices that it maps over, under which a program is another."""
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return jnp.result_type(float), precision
+    return jnp.result_type(float), precision, jax.sharding.get_abstract_mesh()
 
 
 def _typed(dtype, float_type):

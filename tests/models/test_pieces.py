@@ -14,7 +14,7 @@ from models import whole_nets
 
 from sfl_jax import models
 from sfl_jax.errors import BadInput
-from sfl_jax.models import Chain
+from sfl_jax.models import Chain, Variables
 
 KEY = jax.random.key(2)
 NAMES = {  # the units that a person would name, by their largest module
@@ -153,6 +153,19 @@ def test_a_piece_draws_from_its_own_key():
         client.apply(front, x, True)
 
 
+def test_a_piece_runs_on_devices_that_are_mapped_in_one_way_and_in_another():
+    chain, x = Chain.from_module(whole_nets.Averaging(), jnp.ones((2, 3))), jnp.arange(15.0).reshape(5, 3)
+
+    def run(x):
+        return chain.apply(Variables(({}, {}), ({}, {})), x)[0]
+
+    mesh, own = jax.sharding.Mesh(jax.devices()[:1], ("device",)), jax.sharding.PartitionSpec("device")
+    mapped = jax.pmap(run, devices=jax.devices()[:1])(x[None])  # which traces a batch of five first
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=own, out_specs=own, check_vma=False))(x)
+    np.testing.assert_allclose(mapped[0], run(x), rtol=1e-6)
+    np.testing.assert_allclose(sharded, run(x), rtol=1e-6)
+
+
 def test_what_is_shared_stays_together():
     words = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     for is_tied, names in ((True, ["Embed_0", "head"]), (False, ["Embed_0", "Dense_0", "last", "head"])):
@@ -162,6 +175,17 @@ def test_what_is_shared_stays_together():
     chain, variables, x = masked_chain(is_shared=True)
     smashed, _ = chain.split(1)[0].apply(chain.split_variables(variables, 1)[0], x, True, KEY)
     assert (smashed > 0).all()
+
+
+def test_a_state_belongs_to_the_unit_that_writes_it():
+    module, x = whole_nets.Remembering(), jnp.ones((4, 2))
+    chain = Chain.from_module(module, x)
+    whole = float64(jax.eval_shape(functools.partial(module.init, train=False), KEY, x))
+    variables = chain.divide_variables(whole)
+    assert [list(state["/seen"]) for state in variables.batch_stats] == [["mean0"], ["mean1"]]
+    outputs, after = chain.apply(variables, x, True, KEY)
+    expected, seen = module.apply(whole, x, True, mutable=["seen"])
+    assert_close((outputs, chain.unite_variables(after)["seen"]), (expected, seen["seen"]))
 
 
 def test_variables_start_as_the_module_draws_them():
@@ -210,6 +234,7 @@ def test_a_piece_is_profiled_as_its_module():
     assert profile.parameters.sum() == sum(x.size for x in jax.tree.leaves(case.whole["params"]))
     assert profile.state.sum() == sum(x.size for x in jax.tree.leaves(case.whole["batch_stats"]))
     assert models.least_normalised(case.chain, (8, 8, 1)) == 4
+    assert models.least_normalised(case.chain.split(6)[1], (5,)) is None
 
 
 def test_what_cannot_be_cut_or_run_is_said():

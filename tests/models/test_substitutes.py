@@ -22,7 +22,7 @@ CONVOLUTIONS = [  # of 4 channels: strides, paddings, dilations and groups in tu
     nn.Conv(5, (3, 3), strides=2, padding="CIRCULAR", kernel_dilation=2),
     nn.Conv(4, (3, 3), strides=2, padding=RAGGED, feature_group_count=4),
     nn.Conv(6, (3, 3), strides=2, feature_group_count=2),
-    nn.ConvTranspose(3, (2, 2), strides=(2, 2)),
+    nn.ConvTranspose(3, (3, 2), strides=(2, 1)),
 ]
 MORE_CONVOLUTIONS = [
     nn.Conv(3, (3, 3)),
@@ -102,8 +102,8 @@ def test_pools_are_those_of_flax_also_where_maxima_are_equal(name):
         check(POOLS[name], jnp.asarray(normal(2, 5, 6, 3).round()))
 
 
-def conv(x, kernel, layout=("NHWC", "HWIO", "NHWC"), **options):
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout, **options)
+def conv(x, kernel, layout=("NHWC", "HWIO", "NHWC"), padding="SAME", **options):
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=layout, **options)
 
 
 BODIES = {
@@ -114,6 +114,7 @@ BODIES = {
     "channels first": lambda x, k: conv(
         x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1), ("NCHW", "OIHW", "NCHW")
     ),
+    "taps that meet nothing": lambda x, k: conv(x[:, :1], k[..., :2], padding=((2, 0), (0, 2))),
 }
 
 
@@ -126,12 +127,11 @@ def test_convolutions_are_replaced_wherever_they_stand(name):
 STAY = {
     "another precision": functools.partial(conv, precision="highest"),
     "groups of samples": functools.partial(conv, batch_group_count=2),
-    "a cropped image": functools.partial(
-        lax.conv_general_dilated, window_strides=(1, 1), padding=((-1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    ),
+    "a cropped image": functools.partial(conv, padding=((-1, 1), (1, 1))),
     "a large window": lambda x, k: nn.max_pool(x, (10, 9), padding="SAME"),
-    "a window over samples": lambda x, k: nn.max_pool(x[None], (2, 1, 1), padding="SAME"),
+    "a window over channels": lambda x, k: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 1, 1, 2), (1, 1, 1, 1), "VALID"
+    ),
 }  # fmt: skip
 
 
@@ -197,8 +197,8 @@ def test_the_form_belongs_to_the_chain_and_its_halves():
     for form, is_product in (("product", True), ("conv", False)):
         chain = Chain([Net(), Net()], layer_form=form)
         variables = chain.init(jax.random.key(0), x)
-        client, _ = chain.split(1)
-        assert client.layer_form == form
+        client, server = chain.split(1)
+        assert client.layer_form == server.layer_form == form
         front, _ = chain.split_variables(variables, 1)
         assert is_replaced(lambda v, x, c=client: c.apply(v, x), front, x) == is_product
     with pytest.raises(BadInput, match=r"^layer_form=fft: must be one of product, conv$"):

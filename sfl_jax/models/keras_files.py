@@ -58,7 +58,7 @@ class Stored(NamedTuple):
 def opened(path: str) -> Iterator[Stored]:
     """What the file at `path` holds, while the block lasts. BadInput where it cannot be read."""
     if not Path(path).is_file():
-        raise BadInput(f"--init_from={path}: no such file")
+        raise BadInput(f"init_from={path}: no such file")
     _try_to_read(path)
     try:
         with h5py.File(_hdf5(path), "r") as file:
@@ -67,7 +67,7 @@ def opened(path: str) -> Iterator[Stored]:
         raise
     except Exception as error:  # a damaged file can fail in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"--init_from={path}: not a weights file that Keras wrote ({reason})") from error
+        raise BadInput(f"init_from={path}: not a weights file that Keras wrote ({reason})") from error
 
 
 def _try_to_read(path):
@@ -77,9 +77,9 @@ def _try_to_read(path):
     try:
         code = subprocess.run(command, capture_output=True, timeout=patience_s, check=False).returncode
     except subprocess.TimeoutExpired:
-        raise BadInput(f"--init_from={path}: damaged: reading it does not end") from None
+        raise BadInput(f"init_from={path}: damaged: reading it does not end") from None
     if code < 0:
-        raise BadInput(f"--init_from={path}: damaged: reading it crashes")
+        raise BadInput(f"init_from={path}: damaged: reading it crashes")
 
 
 def _hdf5(path):
@@ -114,7 +114,7 @@ def within(outer: Stored, models: Sequence[Stored], where: str) -> Stored:
 
 
 def _stored(file: Any, path: str) -> Stored:
-    where = f"--init_from={path}"
+    where = f"init_from={path}"
     if "layers" in file:
         return _by_class(file, where)
     group = file.get("model_weights", file)

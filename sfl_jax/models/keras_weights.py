@@ -105,7 +105,7 @@ def load(source: Any, model: str, chain: Chain, variables: Variables) -> Importe
     Raises BadInput that names the first variable which is missing, of another shape, not finite or left over.
     """
     source = os.path.expanduser(source) if isinstance(source, str | os.PathLike) else source
-    where = f"--init_from={source}" if isinstance(source, str) else "the Keras model"
+    where = f"init_from={source}" if isinstance(source, str) else "the Keras model"
     places = _places(chain, variables)
     with _layers_of(source, where) as stored:
         layers = _by_name(stored, places)

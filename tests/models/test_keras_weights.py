@@ -319,7 +319,7 @@ def refused(path, line):
     chain, fresh = chain_of()
     with pytest.raises(BadInput, match=line) as error:
         keras_weights.load(path, MINI, chain, fresh)
-    assert str(error.value).startswith(f"--init_from={path}: ")
+    assert str(error.value).startswith(f"init_from={path}: ")
     assert "\n" not in str(error.value)
 
 
@@ -365,7 +365,7 @@ def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkey
         spoilt.write_bytes(damaged(rng, contents[name]))
         found, said = attempt(keras_weights.load, str(spoilt), MINI, chain, fresh)
         if found is None:
-            assert said.startswith(f"--init_from={spoilt}: ")
+            assert said.startswith(f"init_from={spoilt}: ")
             outcomes["refused"] += 1
             continue
         assert jax.tree.structure(found.variables) == jax.tree.structure(fresh)

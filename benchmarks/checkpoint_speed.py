@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfl_jax import models
-from sfl_jax.checkpoints import Checkpoints, Progress
+from sfl_jax.run.checkpoints import Checkpoints, Progress
 
 
 def measured(model, saves):

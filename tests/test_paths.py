@@ -141,7 +141,7 @@ def test_a_home_directory_is_found_from_python_too(tmp_path, monkeypatch):
     assert dataclasses.replace(Config(), fleet="~/a.csv").fleet == f"{tmp_path}/a.csv"
     fleet.write_fleet("~/fleet.csv", fleet.random_fleet(3).with_samples([1, 2, 3]))
     assert len(fleet.read_fleet("~/fleet.csv")) == 3
-    with pytest.raises(BadInput, match=f"^--init_from={tmp_path}/weights.h5: no such file"):
+    with pytest.raises(BadInput, match=f"^init_from={tmp_path}/weights.h5: no such file"):
         keras_weights.load("~/weights.h5", "efficientnetv2-b0", Chain(()), Variables((), ()))
 
 

@@ -176,10 +176,12 @@ def _grid(axes: Sequence[Axis]) -> Grid | None:
 def _is_default(precision):
     """Whether a product computes in this precision when it is asked for none."""
     default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return precision is None or (default in _PRECISIONS and set(precision) == {lax.Precision(default)})
+    if precision is None or default not in _PRECISIONS:
+        return precision is None
+    return precision == (lax.Precision(default),) * 2
 
 
-_PRECISIONS = ("default", "fastest", "high", "highest", "float32", "bfloat16", "tensorfloat32")
+_PRECISIONS = ("default", "high", "highest", "float32", "bfloat16", "tensorfloat32")
 
 
 def _window(compute):

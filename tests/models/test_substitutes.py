@@ -143,6 +143,14 @@ def test_what_cannot_be_replaced_stays(name):
     np.testing.assert_array_equal(fast(x, kernel), STAY[name](x, kernel))
 
 
+def test_a_precision_that_is_set_for_everything_is_kept():
+    with jax.default_matmul_precision("highest"):
+        fast = substitutes.in_product_form(conv)
+        x, kernel = jnp.ones((2, 3, 3, 2)), jnp.ones((3, 3, 2, 2))
+        assert is_replaced(fast, x, kernel)
+        assert "HIGHEST" in str(jax.make_jaxpr(fast)(x, kernel))
+
+
 class Net(nn.Module):
     """A convolution, pooling and a batch norm."""
 

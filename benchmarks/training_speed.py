@@ -1,8 +1,9 @@
 """Local training of sfl_jax against PyTorch, in pairs within one process: python -m benchmarks.training_speed
 
-Peers: timm's EfficientNetV2 in PyTorch, clients one after the other, as rivals simulate them, in its default
-layout, in channels_last and, with --torch_compile, compiled; with --lax_conv also the same network through
-`lax.conv`, vmapped, as plain Flax would compute it. On a GPU all of them run there.
+Peers: timm's EfficientNetV2 in PyTorch, or `torch_networks` for resnet18 and cnn, clients one after the other,
+as rivals simulate them, in its default layout, in channels_last and, with --torch_compile, compiled; with
+--lax_conv also the same network through `lax.conv`, vmapped, as plain Flax would compute it. On a GPU all of
+them run there.
 
 Our side is computed as `launch.train` would choose by measurement, or with --clients_per_chunk as products.
 Prints a table, and with --json keeps it: milliseconds per local step of all K clients, of a whole round of
@@ -33,6 +34,7 @@ from sfl_jax.federated.balance import fill_chunks, places_per_client
 from sfl_jax.federated.round import Model, run_round
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models.layers import FORMS
+from sfl_jax.registry import NETWORKS
 
 CLASSES = 10
 
@@ -70,14 +72,20 @@ def sfl_jax_round(name, clients, batch, size, steps, clients_per_chunk, layer_fo
 def pytorch_steps(name, clients, batch, size, channels_last=True, compiled=False):
     """The same work in PyTorch, clients one after the other, each with weights and momentum of its own."""
     torch, timm = import_timm()
+    from benchmarks import torch_networks
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def one_client():
-        model = timm.create_model(
-            name.replace("efficientnetv2-", "tf_efficientnetv2_"), num_classes=CLASSES, in_chans=1,
-            drop_rate=0.2, drop_path_rate=0.2,
-        )  # fmt: skip
+        if name in torch_networks.NETWORKS:
+            model = torch_networks.NETWORKS[name](CLASSES, 1)
+            model(torch.zeros(2, 1, size, size))  # which tells lazy layers their sizes
+        else:
+            model = timm.create_model(
+                name.replace("efficientnetv2-", "tf_efficientnetv2_"), num_classes=CLASSES, in_chans=1,
+                drop_rate=0.2, drop_path_rate=0.2,
+            )  # fmt: skip
         model = model.to(device, memory_format=layout).train()
         return model, torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
 
@@ -200,7 +208,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default="b0")
+    parser.add_argument("--models", default="b0", help="variants of EfficientNetV2, resnet18 or cnn")
     parser.add_argument("--clients", default="16")
     parser.add_argument("--batches", default="32")
     parser.add_argument("--sizes", default="32")
@@ -220,7 +228,8 @@ def main():
     )
     rows = []
     for name, clients, batch, size in cases:
-        row = compare(f"efficientnetv2-{name}", clients, batch, size, options)
+        known = name if name in NETWORKS else f"efficientnetv2-{name}"
+        row = compare(known, clients, batch, size, options)
         if not rows:
             print("  ".join(row))
         print("  ".join(str(value).rjust(len(key)) for key, value in row.items()), flush=True)

@@ -1,6 +1,6 @@
 """Local training of sfl_jax against PyTorch, in pairs within one process: python -m benchmarks.training_speed
 
-Peers: timm's EfficientNetV2 in PyTorch, or `torch_networks` for resnet18 and cnn, clients one after the other,
+Peers: timm's EfficientNetV2 in PyTorch, for resnet18 and cnn `torch_networks`, clients one after the other,
 as rivals simulate them, in its default layout, in channels_last and, with --torch_compile, compiled; with
 --lax_conv also the same network through `lax.conv`, vmapped, as plain Flax would compute it. On a GPU all of
 them run there.

@@ -56,7 +56,8 @@ class Run:
       local_epochs, batch_size: of a client in a round.
       rate: a factor on the learning rate by round, counted from 0.
       partition: how the training samples are divided: "iid", "dirichlet", "shards", "quantity", "fleet" (by
-        the fleet's column samples), "auto" (fleet where it has that column, else iid), or the indices of each
+        the fleet's column samples), "auto" (the splits of the data, else fleet where it has that column, else
+        iid), or the indices of each
         client's samples.
       preprocess: stored images (B, H, W, C) to what the network takes; by default uint8 becomes -1 to 1.
       variables: to start from; fresh ones where they are left out.

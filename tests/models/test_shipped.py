@@ -1,4 +1,4 @@
-"""Shipped networks but EfficientNet: their published sizes, and what they compute from the same variables."""
+"""Shipped networks but EfficientNet: their published sizes, what they compute, and that they learn."""
 
 import finite
 import jax
@@ -131,11 +131,12 @@ def vit(x, params, stats):
 
 
 ORACLES = {"resnet18": resnet18, "vgg11": vgg11, "cnn": cnn, "mlp": mlp, "vit-tiny": vit}
-
-
-@pytest.mark.parametrize(
+of_each_network = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in ("cnn", "mlp") else pytest.mark.slow) for n in PUBLISHED]
 )
+
+
+@of_each_network
 def test_it_computes_what_is_published(name):
     """In float64, with variables that are none of the initial ones, in both forms, cut anywhere."""
     shape = PUBLISHED[name][0] if name != "vit-tiny" else (32, 32, 3)
@@ -158,3 +159,31 @@ def test_it_computes_what_is_published(name):
             smashed, _ = client.apply(front, images)
             again, _ = server.apply(back, smashed)
             np.testing.assert_allclose(again, found, rtol=1e-12, atol=1e-12)
+
+
+@of_each_network
+def test_a_step_of_two_clients_lowers_the_loss_of_each(name):
+    """In float64, from initial variables, with one gradient in both forms."""
+    rng, channels = np.random.default_rng(1), PUBLISHED[name][0][-1]
+    with jax.enable_x64(True):
+        images, labels = jnp.asarray(rng.normal(size=(2, 4, 8, 8, channels))), jnp.arange(4) % 3
+        chain = models.create(name, 3, channels)
+        one = jax.tree.map(lambda v: jnp.asarray(v, float), chain.init(jax.random.key(0), images[0]))
+        variables = jax.tree.map(lambda v: jnp.stack([v, v]), one)
+
+        def slopes(params, form):
+            def loss_of(params, images):
+                inputs = one._replace(params=params)
+                logits, _ = chain.in_form(form).apply(inputs, images, train=True, key=jax.random.key(0))
+                return -jax.nn.log_softmax(logits)[jnp.arange(4), labels].mean()
+
+            return jax.vmap(jax.value_and_grad(loss_of))(params, images)
+
+        slopes = jax.jit(slopes, static_argnums=1)
+        before, gradients = slopes(variables.params, "product")
+        _, expected = slopes(variables.params, "conv")
+        assert finite.are_close(gradients, expected, rtol=1e-8, atol=1e-10)
+        assert not finite.are_close(gradients, jax.tree.map(lambda g: g[::-1], expected), atol=1e-4)
+        moved = jax.tree.map(lambda p, g: p - 1e-3 * g, variables.params, gradients)
+        after, _ = slopes(moved, "product")
+        assert (after < before).all()

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sfl_jax.errors import BadInput
+
 WIDTH, DEPTH, HEADS, EXPANSION = 192, 12, 3, 4
 SMALL_IMAGE, SMALL_PATCH, PATCH = 64, 4, 16
 EPSILON = 1e-6
@@ -25,6 +27,8 @@ class Embedding(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         side = SMALL_PATCH if max(x.shape[1:3]) <= SMALL_IMAGE else PATCH
         batch, height, width, channels = x.shape
+        if height % side or width % side:
+            raise BadInput(f"images of {height}x{width}: sides must be multiples of {side}, the patch's")
         rows, columns = height // side, width // side
         x = x[:, : rows * side, : columns * side].reshape(batch, rows, side, columns, side, channels)
         x = x.swapaxes(2, 3).reshape(batch, rows * columns, side * side * channels)

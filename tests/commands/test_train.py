@@ -360,6 +360,7 @@ def test_the_table_counts_the_clients_of_all_rounds():
         (["--fleet={fleet}"], r"--clients=600: must be 1, the clients of --fleet="),
         (["--fleet={dead}"], r"dead.csv:2: column uplink_bps: '0'"),
         (["--init_from=nowhere.h5"], r"--init_from=nowhere.h5: no such file"),
+        (["--init_from=x.h5", "--model=cnn"], r"--init_from=x.h5: needs --model=efficientnetv2-…, not cnn"),
         (["--init_from={fleet}"], r"--init_from=.*fleet.csv: not a weights file that Keras wrote"),
         (["--init_from={weights}"], r"--init_from=.*: holds no block2b_expand_conv/kernel; "),
         (["--workdir={file}/run"], r"--workdir=.*cannot be written"),

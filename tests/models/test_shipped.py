@@ -36,6 +36,11 @@ def test_every_registered_network_is_tested():
         models.create("resnet19")
 
 
+def test_pixels_that_no_patch_holds_are_refused():
+    with pytest.raises(BadInput, match=r"^images of 30x32: sides must be multiples of 4"):
+        models.create("vit-tiny", 10, 1).init(jax.random.key(0), jnp.zeros((1, 30, 32, 1)))
+
+
 def test_smashed_data_by_hand():
     smashed = models.profile(models.create("resnet18", 10, 3), (32, 32, 3)).smashed
     maps = [3 * 32**2, *[64 * 32**2] * 3, *[128 * 16**2] * 2, *[256 * 8**2] * 2, *[512 * 4**2] * 2, 512, 0]

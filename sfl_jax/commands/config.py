@@ -115,7 +115,10 @@ class Config:
         at_least=0,
     )
 
-    dataset: str = _flag("mnist", DATA, TRAINING, "a TFDS image classification set; mnist is built in")
+    dataset: str = _flag(
+        "mnist", DATA, TRAINING, "a TFDS image classification set (mnist is built in), a .npz file, or a "
+        "folder of pictures, as ./mine",
+    )  # fmt: skip
     data_dir: str = _flag(
         "", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True, path=True
     )

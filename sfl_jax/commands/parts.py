@@ -61,6 +61,11 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     config, file = division.settle(config)
     devices = federated_devices.choose_devices(config.devices)
     data = datasets.load(config.dataset, config.data_dir or None, len(devices) > 1, config.label_key)
+    if data.train_images.ndim != 4:
+        raise BadInput(
+            f"dataset={config.dataset}: samples of shape {data.train_images.shape[1:]}; "
+            "must be images (H, W, C)"
+        )
     shares = division.divide(config, file, data.train_labels)
     notes = [
         *data.notes,
@@ -68,11 +73,6 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
         *division.notes(config, file, shares, len(data.train_labels)),
         *(() if file is None else planning.doubts(file)),
     ]
-    if data.train_images.ndim != 4:
-        raise BadInput(
-            f"dataset={config.dataset}: samples of shape {data.train_images.shape[1:]}; "
-            "must be images (H, W, C)"
-        )
     image_shape = (config.image_size, config.image_size, data.train_images.shape[-1])
     chain = _chain(config, data.num_classes, image_shape[-1])
     _check_min_cut(config, chain)

@@ -1,6 +1,7 @@
 """Data of your own: arrays, a .npz file of arrays, and folders of images."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _NAMES = (
     ("images", "labels", "test_images", "test_labels"),
     ("x", "y", "x_test", "y_test"),
 )
+# What NumPy raises for files that are missing, damaged, pickled, encrypted or compressed as it cannot read.
+_UNREADABLE = OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -30,7 +33,7 @@ def from_arrays(
     y_test: Any = None,
     *,
     num_classes: int | None = None,
-    splits: Sequence[Any] = (),
+    splits: Sequence[Any] | np.ndarray | None = None,
     test_share: float = TEST_SHARE,
     name: str = "arrays",
 ) -> Dataset:
@@ -58,12 +61,12 @@ def from_arrays(
     check("x_train, y_train", images, labels, classes)
     check("x_test, y_test", test_images, test_labels, classes, least=0)
     if not has_tests and test_share:
-        if splits:
+        if splits is not None and len(splits):
             raise BadInput("splits: need x_test and y_test, or test_share=0: their indices are of x_train")
         images, labels, test_images, test_labels, notes = held_out_of(images, labels, test_share)
     return Dataset(
         images, labels.astype(np.int32), test_images, test_labels.astype(np.int32), classes, name,
-        notes=notes, splits=_checked(splits, len(labels)),
+        notes=notes, splits=_checked(() if splits is None else splits, len(labels)),
     )  # fmt: skip
 
 
@@ -71,11 +74,14 @@ def load_npz(path: Path) -> Dataset:
     """The arrays of a .npz file: x_train, y_train, and x_test, y_test if they are there, or names alike."""
     place = f"dataset={path}"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array, as of np.save")
+        with loaded as file:
             there = file.files
             names = next((each for each in _NAMES if {*each[:2]} <= {*there}), ())
             given = [file[name] if name in there else None for name in names]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except _UNREADABLE as error:
         raise BadInput(f"{place}: cannot be read as a .npz file of numbers ({_line(error)})") from error
     if not given:
         raise BadInput(f"{place}: has the arrays {', '.join(there)}; needs x_train and y_train")
@@ -87,19 +93,28 @@ def load_npz(path: Path) -> Dataset:
 
 def load_folder(path: Path) -> Dataset:
     """Pictures in folders: path/train/CLASS/*.png and path/test/CLASS/*.png, or path/CLASS/*.png alone."""
-    place, children = f"dataset={path}", {child.name: child for child in path.iterdir() if child.is_dir()}
+    place, children = f"dataset={path}", _folders(path)
     tested = next((children[name] for name in ("test", "validation", "val") if name in children), None)
     trained = children.get("train", path)
     if trained == path and tested is not None:
         raise BadInput(f"{place}: has no folder train beside {tested.name}")
-    classes = sorted(child.name for child in trained.iterdir() if child.is_dir())
+    classes = sorted(_folders(trained))
     if not classes:
         raise BadInput(f"{place}: has no folders of pictures, one for each class")
+    if tested is not None and (unknown := sorted(_folders(tested).keys() - {*classes})):
+        raise BadInput(
+            f"{place}: {tested.name} has the class {unknown[0]}; {trained.name} has none of this name"
+        )
     given = [*_read(place, trained, classes), *(_read(place, tested, classes) if tested else ())]
     data = from_arrays(*given, num_classes=len(classes), name=str(path))
     shown = f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
     object.__setattr__(data, "notes", (*data.notes, f"{len(classes)} classes: {shown}"))
     return data
+
+
+def _folders(path):
+    """The folders in a folder by name, without hidden ones."""
+    return {one.name: one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")}
 
 
 def _read(place, folder, classes):
@@ -122,8 +137,16 @@ def _read(place, folder, classes):
     return np.stack(found), np.array(labels, np.int32)
 
 
+def _array(argument, given) -> np.ndarray:
+    """The argument as NumPy takes it: not so ragged lists, or tensors with gradients or on another device."""
+    try:
+        return np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{argument}: NumPy cannot take it as an array ({_line(error)})") from error
+
+
 def _samples(argument, given):
-    array = np.asarray(given)
+    array = _array(argument, given)
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim < 2:
@@ -134,7 +157,7 @@ def _samples(argument, given):
 
 
 def _labels(argument, given):
-    array = np.asarray(given)
+    array = _array(argument, given)
     if array.ndim == 2 and array.shape[1] == 1:  # as Keras has those of CIFAR
         array = array[:, 0]
     if array.ndim != 1:
@@ -158,7 +181,7 @@ def held_out_of(images: Any, labels: Any, share: float) -> tuple[Any, Any, Any, 
 def _checked(splits, samples) -> tuple[np.ndarray, ...]:
     """Index arrays that share no sample. BadInput names the client."""
     owned = np.zeros(samples, bool)
-    indices = tuple(np.asarray(split) for split in splits)
+    indices = tuple(_array(f"splits[{client}]", split) for client, split in enumerate(splits))
     for client, own in enumerate(indices):
         where = f"splits[{client}]"
         if own.ndim != 1 or not len(own) or not np.issubdtype(own.dtype, np.integer):

@@ -99,7 +99,8 @@ def _find(name: str, root: Path, remedy: str) -> Path:
         raise BadInput(
             f"dataset={name}: {parent} holds configs; choose one of {asked['name']}/{{{','.join(configs)}}}"
         )
-    raise BadInput(f"dataset={name}: not found in {parent}; {remedy}")
+    here = f"; for the folder of pictures here write ./{name}" if Path(name).is_dir() else ""
+    raise BadInput(f"dataset={name}: not found in {parent}; {remedy}{here}")
 
 
 def _root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:

@@ -352,6 +352,7 @@ def test_the_table_counts_the_clients_of_all_rounds():
         (["--model=resnet"], r"--model=resnet: must be one of .*efficientnetv2-b0"),
         (["--method=best"], r"--method=best: must be one of exact"),
         (["--dataset=nowhere"], r"--dataset=nowhere: .*tfds build"),
+        (["--dataset={vectors}"], r"--dataset=.*: samples of shape \(7,\); must be images \(H, W, C\)"),
         (["--min_cut=99"], r"--min_cut=99: must be at most 8"),
         (["--clients=70000"], r"--clients=70000: .*60000"),
         (["--server_flops=0"], r"--server_flops=0.0: must be .*above 0"),
@@ -371,10 +372,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, line, tmp_path, cap
     (tmp_path / "fleet.csv").write_text(header + "a,1e9,1e6,1e6,1e9\n")
     (tmp_path / "dead.csv").write_text(header + "a,1e9,0,1e6,1e9\n")
     (tmp_path / "file").write_text("")
+    np.savez(tmp_path / "vectors.npz", x_train=np.zeros((20, 7), np.float32), y_train=np.arange(20) % 2)
     client, _ = models.create("efficientnetv2-tiny").split(3)
     keras_weights.save(str(tmp_path / "weights"), client, client.init(jax.random.key(0), IMAGES))
     places = {name: tmp_path / f"{name}.csv" for name in ("fleet", "dead")}
     places |= {name: tmp_path / name for name in ("file", "weights")}
+    places["vectors"] = tmp_path / "vectors.npz"
     workdir = tmp_path / "run"
     given = [flag.format(**places) for flag in flags]
     assert train.main([*SMALL, f"--workdir={workdir}", *given]) == 2

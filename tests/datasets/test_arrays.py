@@ -85,6 +85,8 @@ def nan(x):
         ({"splits": [[0, 1], [20]]}, "splits[1]: indices 20 to 20; must be 0 to 19"),
         ({"splits": [[0, 1], [1, 2]]}, "splits[1]: has a sample twice, or one that another client has"),
         ({"splits": [[0, 0]]}, "splits[0]: has a sample twice"),
+        ({"x_train": [[1.0, 2.0], [3.0]]}, "x_train: NumPy cannot take it as an array (setting an array"),
+        ({"x_test": None, "y_test": None, "splits": np.array([[0, 1], [2, 3]])}, "splits: need x_test"),
         ({"splits": [[0], []]}, "splits[1]: must be integers (n,), the indices of at least one sample"),
     ],
 )
@@ -108,11 +110,19 @@ def test_a_file_of_arrays(tmp_path, monkeypatch):
     np.savez(tmp_path / "d.npz", x_train=np.array([{}]), y_train=Y)
     np.savez(tmp_path / "e.npz", x_train=X, y_train=Y[1:])
     (tmp_path / "f.npz").write_bytes(b"PK nothing")
+    np.savez_compressed(tmp_path / "h.npz", x_train=X, y_train=Y)
+    damaged = bytearray((tmp_path / "h.npz").read_bytes())
+    damaged[100:140] = b"\xff" * 40
+    (tmp_path / "h.npz").write_bytes(damaged)
+    with (tmp_path / "i.npz").open("wb") as file:
+        np.save(file, X)
     for name, line in (
         ("c.npz", "dataset=c.npz: has the arrays x, z; needs x_train and y_train"),
         ("d.npz", "dataset=d.npz: cannot be read as a .npz file of numbers"),
         ("e.npz", "dataset=e.npz: x_train, y_train: labels of int64 (19,)"),
         ("f.npz", "dataset=f.npz: cannot be read as a .npz file of numbers"),
+        ("h.npz", "dataset=h.npz: cannot be read as a .npz file of numbers (Error -3"),
+        ("i.npz", "dataset=i.npz: cannot be read as a .npz file of numbers (it is a single array"),
         ("g.npz", "dataset=g.npz: cannot be read as a .npz file of numbers ([Errno 2] No such file"),
     ):
         with pytest.raises(BadInput) as caught:
@@ -133,6 +143,7 @@ def test_folders_of_pictures(tmp_path, tested):
     if tested:
         save(tmp_path / tested / "c" / "0.PNG", X[0])
     (tmp_path / ("train/a" if tested else "a") / "notes.txt").touch()
+    (tmp_path / ("train/.hidden" if tested else ".hidden")).mkdir()
     data = load(str(tmp_path))
     assert data.num_classes == 4
     assert data.notes[-1] == "4 classes: a, b, c, d"
@@ -153,12 +164,23 @@ def test_folders_that_are_no_dataset(tmp_path):
     save(tmp_path / "c" / "cats" / "0.png", X[0])
     (tmp_path / "c" / "cats" / "1.png").write_bytes(b"no picture")
     (tmp_path / "d" / "test" / "cats").mkdir(parents=True)
+    save(tmp_path / "e" / "train" / "cats" / "0.png", X[0])
+    save(tmp_path / "e" / "test" / "cows" / "0.png", X[0])
     for name, reason in (
         ("empty", "has no folders of pictures, one for each class"),
         ("a", "no pictures in a; they end in .bmp, .jpeg, .jpg, .png"),
         ("b", r"pictures of \(4, 5, 3\) and \(3, 5, 3\); make copies of one size"),
         ("c", "cats/1.png: "),
         ("d", "has no folder train beside test"),
+        ("e", "test has the class cows; train has none of this name"),
     ):
         with pytest.raises(BadInput, match=rf"^dataset={tmp_path / name}: {reason}"):
             load(str(tmp_path / name))
+
+
+def test_a_folder_here_is_named_with_a_dot(tmp_path, monkeypatch):
+    save(tmp_path / "flowers" / "a" / "0.png", X[0])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"; for the folder of pictures here write \./flowers$"):
+        load("flowers", str(tmp_path / "tfds"))
+    assert len(load("./flowers").train_labels) == 1

@@ -66,7 +66,7 @@ def from_arrays(
         images, labels, test_images, test_labels, notes = held_out_of(images, labels, test_share)
     return Dataset(
         images, labels.astype(np.int32), test_images, test_labels.astype(np.int32), classes, name,
-        notes=notes, splits=_checked(() if splits is None else splits, len(labels)),
+        notes=notes, splits=check_splits("splits", () if splits is None else splits, len(labels)),
     )  # fmt: skip
 
 
@@ -178,12 +178,12 @@ def held_out_of(images: Any, labels: Any, share: float) -> tuple[Any, Any, Any, 
     return images[kept], labels[kept], images[tested], labels[tested], note
 
 
-def _checked(splits, samples) -> tuple[np.ndarray, ...]:
-    """Index arrays that share no sample. BadInput names the client."""
+def check_splits(argument: str, splits: Sequence[Any] | np.ndarray, samples: int) -> tuple[np.ndarray, ...]:
+    """The indices of each client's samples as arrays. BadInput where two share one, or there is none such."""
     owned = np.zeros(samples, bool)
-    indices = tuple(_array(f"splits[{client}]", split) for client, split in enumerate(splits))
+    indices = tuple(_array(f"{argument}[{client}]", split) for client, split in enumerate(splits))
     for client, own in enumerate(indices):
-        where = f"splits[{client}]"
+        where = f"{argument}[{client}]"
         if own.ndim != 1 or not len(own) or not np.issubdtype(own.dtype, np.integer):
             raise BadInput(f"{where}: must be integers (n,), the indices of at least one sample")
         if own.min() < 0 or own.max() >= samples:

@@ -17,6 +17,11 @@ Metric = Callable[[Array, Array], Array]  # logits (B, classes), labels (B,) -> 
 BATCH = 500  # samples of 32x32 at once
 
 
+def batch_of(shape: tuple[int, ...]) -> int:
+    """Samples of an evaluation's batch; samples that are no images (H, W, C) count as small ones."""
+    return batch_at(max(shape[:2])) if len(shape) == 3 else BATCH
+
+
 def accuracy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Bool[Array, " B"]:
     """Whether the largest logit is that of the label."""
     return logits.argmax(-1) == labels

@@ -11,7 +11,7 @@ import jax
 from sfl_jax import planning
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import execution, tuning
-from sfl_jax.federated.evaluation import batch_at
+from sfl_jax.federated.evaluation import batch_of
 from sfl_jax.federated.execution import Alternative, Execution
 from sfl_jax.federated.programs import Programs
 from sfl_jax.federated.session import Samples
@@ -101,7 +101,7 @@ def arguments(parts: Parts, engine: Engine, state: State, prepared: Prepared) ->
 
 def _place_held_out(parts, evaluate, state, placed):
     """The held-out samples on the devices, in batches with which `evaluate` fits into the memory."""
-    batch, images, labels = batch_at(parts.image_shape[0]), parts.data.test_images, parts.data.test_labels
+    batch, images, labels = batch_of(parts.image_shape), parts.data.test_images, parts.data.test_labels
     while True:
         held_out = federated_devices.place_held_out(images, labels, parts.devices, batch)
         needed = tuning.most_bytes(evaluate.bytes_needed(state.model.packed, held_out))

@@ -1,6 +1,7 @@
 """The parts that a run is composed of, and the rule that says its learning rates."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,7 +71,7 @@ class Parts:
     network: str = "network"
     program: str = ""
 
-    @property
+    @functools.cached_property
     def steps_max(self) -> int:
         """Local steps of the longest session."""
         return datasets.max_steps(self.division, self.local_epochs, self.batch_size)

@@ -17,7 +17,7 @@ from sfl_jax.datasets.images import scaled
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import optimizers
-from sfl_jax.federated.evaluation import Metric, accuracy, batch_at
+from sfl_jax.federated.evaluation import Metric, accuracy, batch_of
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.session import Loss, Training, cross_entropy
 from sfl_jax.fleet import Faults, Fleet
@@ -32,7 +32,7 @@ Line = metrics.Round
 
 
 class Evaluated(NamedTuple):
-    """How good the model is on some samples: the mean cross-entropy, and the part that it gets right."""
+    """How good the model is on some samples: its mean loss, and its mean metric."""
 
     loss: float
     accuracy: float
@@ -57,8 +57,7 @@ class Run:
       rate: a factor on the learning rate by round, counted from 0.
       partition: how the training samples are divided: "iid", "dirichlet", "shards", "quantity", "fleet" (by
         the fleet's column samples), "auto" (the splits of the data, else fleet where it has that column, else
-        iid), or the indices of each
-        client's samples.
+        iid), or the indices of each client's samples.
       preprocess: stored images (B, H, W, C) to what the network takes; by default uint8 becomes -1 to 1.
       variables: to start from; fresh ones where they are left out.
       server_optimizer: of the server, an optax transformation of the clients' mean change.
@@ -124,7 +123,9 @@ class Run:
         fresh = functools.partial(_fresh, chain, entering, seed)
         params = jax.eval_shape(fresh).params
         if not isinstance(optimizer, optimizers.LocalOptimizer):
-            optimizers.check_server(optimizer)
+            if not isinstance(optimizer, optax.GradientTransformation):
+                kind = type(optimizer).__name__
+                raise BadInput(f"optimizer: {kind}; must be one of optax, such as optax.sgd(0.05)")
             optimizer = optimizers.of_optax(optimizer, params)
         division = _divide(data, fleet, partition, seed)
         clients = fleet.with_samples([len(share) for share in division])
@@ -232,9 +233,9 @@ class Run:
         """
         _check_positive("rounds", rounds)
         until, ours = self.round + rounds, clock is None
+        cohorts = ((i, cohort_ids(self.parts, i)) for i in range(self.round, until))
+        planning.check_rounds(self.parts.planner, self.parts.fleet, self.parts.terms, cohorts)
         if self.engine is None:
-            cohorts = ((i, cohort_ids(self.parts, i)) for i in range(self.round, until))
-            planning.check_rounds(self.parts.planner, self.parts.fleet, self.parts.terms, cohorts)
             with self._compiling:
                 self.compile()
         assert self.engine is not None
@@ -259,7 +260,7 @@ class Run:
         if images.dtype != self.parts.data.train_images.dtype:
             raise BadInput(f"images: of {images.dtype}; must be {self.parts.data.train_images.dtype}")
         model = federated_devices.on_first(self.state.model).packed
-        size = min(batch_at(max(self.parts.image_shape[:2])), len(images))
+        size = min(batch_of(self.parts.image_shape), len(images))
         filled = np.resize(images, (-(-len(images) // size) * size, *expected))  # whole batches
         logits = [
             np.asarray(_logits(self.parts.training, model, filled[first : first + size]))
@@ -341,10 +342,9 @@ def _given(variables, like) -> models.Variables:
 def _divide(data, fleet, partition, seed) -> list[np.ndarray]:
     """The indices of each client's training samples."""
     if not isinstance(partition, str):
-        shares = [np.asarray(share) for share in partition]
-        if len(shares) != len(fleet):
-            raise BadInput(f"partition: of {len(shares)} clients; the fleet has {len(fleet)}")
-        return shares
+        if len(partition) != len(fleet):
+            raise BadInput(f"partition: of {len(partition)} clients; the fleet has {len(fleet)}")
+        return list(datasets.check_splits("partition", partition, len(data.train_labels)))
     if partition == "auto" and data.splits:
         return _divide(data, fleet, data.splits, seed)
     if partition == "auto":

@@ -1,5 +1,6 @@
 """Saves a `Run` and reads it back, with a fingerprint of each part."""
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from sfl_jax.digests import digest, digest_of_columns
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
+from sfl_jax.files import unfinished
 from sfl_jax.run import metrics
 from sfl_jax.run.checkpoints import Checkpoints, Progress
 from sfl_jax.run.parts import Parts
@@ -26,16 +30,17 @@ def save(
 ) -> None:
     """Write metrics.jsonl and a checkpoint of the state; OSError where the disk does not let it."""
     path.mkdir(parents=True, exist_ok=True)
-    log = metrics.Log(path / LOG)
-    for line in lines:
-        log.write(line)
-    log.sync()
+    with unfinished(path / f".{LOG}.part") as part:  # what was saved before stays whole until it is replaced
+        with contextlib.closing(metrics.Log(part)) as log:
+            for line in lines:
+                log.write(line)
+            log.sync()
+        part.replace(path / LOG)
     chosen = dataclasses.asdict(parts.execution)
     progress = Progress(
         state.round, state.simulated_s, wall_s, compile_s, log.bytes, log.sha256, chosen,
-        fingerprints(parts), {},
+        fingerprints(parts, state.round), {},
     )  # fmt: skip
-    log.close()
     checkpoints = Checkpoints(path / "checkpoints", keep=1)
     checkpoints.save(federated_devices.on_first(state.model), progress)
     checkpoints.wait()
@@ -49,27 +54,27 @@ def read(path: Path, parts: Parts) -> tuple[Checkpoints, Progress, list[metrics.
     progress = checkpoints.newest(log.read_bytes() if log.is_file() else b"")
     if progress is None:
         raise BadInput(f"{path}: no run is saved here")
-    now = fingerprints(parts)
+    now = fingerprints(parts, progress.round)
     if differ := [name for name in now if now[name] != progress.inputs.get(name)]:
         raise BadInput(f"{path}: was saved with another {' and another '.join(differ)}")
     return checkpoints, progress, logged(str(path))[: progress.round] if progress.round else []
 
 
-def fingerprints(parts: Parts) -> dict[str, str]:
-    """What tells each part of a run from another."""
+def fingerprints(parts: Parts, rounds: int) -> dict[str, str]:
+    """What tells each part of a run from another; of the rate, in the rounds that are done."""
     training = parts.training
     model = model_like(training, parts.image_shape)
     like = jax.eval_shape(lambda model: model.variables, model)
     variables = [(jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in _leaves(like)]
-    state = jax.eval_shape(training.optimizer.init, like.params)
-    of_server = jax.tree.map(lambda x: (x.shape, str(x.dtype)), model.server_state)
     return {
         "chain": described(training.chain.in_form("conv").units, variables),
         "data": parts.data.digest,
         "partition": digest(parts.division),
+        "preprocess": described(training.preprocess),
         "fleet": digest_of_columns(parts.fleet.columns()),
-        "optimizer": described(jax.tree.structure(state)),
-        "server_optimizer": described(of_server),
+        "optimizer": described(_behaviour(training.optimizer, like.params)),
+        "server_optimizer": described(_behaviour(training.server_optimizer, like.params)),
+        "rate": described([f"{parts.rate(round):.6g}" for round in range(rounds)]),
         "loss": described(training.loss),
         "metric": described(parts.metric),
         "planner": described(parts.planner),
@@ -80,6 +85,23 @@ def fingerprints(parts: Parts) -> dict[str, str]:
         "seed": str(parts.seed),
         "rivals": ",".join(parts.rivals),
     }
+
+
+def _behaviour(optimizer, params) -> list[str]:
+    """The form of an optimiser's state, and two of its updates: its rates are nowhere else to be seen.
+
+    The updates are those of parameters of the same names and numbers of axes, each of size 2.
+    """
+    if optimizer is None:
+        return []
+    small = jax.tree.map(lambda x: jnp.ones((2,) * x.ndim, x.dtype), params)
+    state, said = optimizer.init(small), [str(jax.tree.structure(jax.eval_shape(optimizer.init, params)))]
+    update = jax.jit(optimizer.update)
+    for size in (0.5, 0.25):
+        updates, state = update(jax.tree.map(lambda x, s=size: s * x, small), state, small)
+        numbers = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(updates)])
+        said += sorted({f"{number:.4g}" for number in numbers.tolist()})
+    return said
 
 
 def described(*things: Any) -> str:

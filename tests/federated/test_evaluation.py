@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfl_jax.federated.evaluation import BATCH, batch_at, evaluate, in_batches
+from sfl_jax.federated.evaluation import BATCH, batch_at, batch_of, evaluate, in_batches
 from sfl_jax.federated.evaluation import accuracy as accuracy_of
 from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.session import cross_entropy
@@ -79,5 +79,6 @@ def test_what_fills_a_batch_up_is_no_sample():
 
 def test_an_evaluation_takes_fewer_of_larger_images():
     assert [batch_at(size) for size in (8, 32, 64, 224, 4096)] == [BATCH, BATCH, 125, 10, 1]
+    assert [batch_of(shape) for shape in ((28, 64, 3), (784,), (65, 192))] == [125, BATCH, BATCH]
     pixels = np.array([batch_at(size) * size**2 for size in (33, 64, 224)])
     assert (pixels <= BATCH * 32**2).all()

@@ -83,7 +83,7 @@ def test_an_evaluation_takes_the_batches_that_the_memory_holds(compiled, monkeyp
             asked.append(held_out.labels.shape[1])
             return 2 * asked[-1]
 
-    monkeypatch.setattr(engines, "batch_at", lambda image_size: len(built.data.test_labels))
+    monkeypatch.setattr(engines, "batch_of", lambda shape: len(built.data.test_labels))
     monkeypatch.setattr(tuning, "budget_bytes", lambda asked, devices, placed: budget)
     held_out = engines._place_held_out(built, Evaluation(), start(built), 0)
     assert asked == batches

@@ -167,6 +167,11 @@ def test_a_saved_run_goes_on_bitwise(done, tmp_path):
         ("data", dataclasses.replace(DATA, train_labels=DATA.train_labels[::-1].copy(), digest="")),
         ("fleet", sfl.fleet.random_fleet(9, seed=1)),
         ("optimizer", optax.adam(0.1)),
+        ("optimizer", optax.sgd(0.31, momentum=0.5)),
+        ("optimizer", optax.sgd(0.3, momentum=0.6)),
+        ("server_optimizer", optax.sgd(0.9)),
+        ("rate", lambda round: 1.0 - 0.5 * round),
+        ("preprocess", lambda images: images / 255),
         ("planner", sfl.Planner(server_flops=2e6)),
         ("faults", sfl.Faults(jitter=0.1)),
         ("cohort_size", 2),
@@ -190,6 +195,10 @@ def test_a_part_that_differs_is_named(done, name, other, tmp_path_factory):
         ({"scheme": "sfl_v9"}, "scheme=sfl_v9: must be one of sfl, fl"),
         ({"optimizer": optax.scale(1.0)}, "optimizer: its updates point uphill"),
         ({"partition": [np.arange(3)]}, "partition: of 1 clients; the fleet has 9"),
+        (
+            {"partition": [np.zeros(1, int)] * 9},
+            "partition[1]: has a sample twice, or one that another client has",
+        ),
         ({"partition": "fleet"}, "partition=fleet: needs a fleet with samples"),
         ({"variables": sfl.models.Variables((), ())}, "variables: must be those of the chain"),
         ({"planner": sfl.Planner(min_cut=3)}, "min_cut=3: must be at most 2, the units of the chain"),
@@ -255,3 +264,29 @@ def test_loss_and_metric_are_parts(done):
     assert run.evaluate() == pytest.approx((lines[-1].test_loss, two), rel=1e-5)
     assert two > (logits.argmax(1) == DATA.test_labels).mean()
     assert lines[1].train_loss < lines[0].train_loss
+
+
+def test_a_save_that_ends_early_leaves_the_one_before(done, tmp_path, monkeypatch):
+    run = make()
+    trained(run, 1)
+    run.save(tmp_path)
+    trained(run, 1)
+
+    def full(self, line):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Log, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            run.save(tmp_path)
+    assert sfl.Run.restore(tmp_path, **given()).round == 1
+    run.save(tmp_path)
+    assert sfl.Run.restore(tmp_path, **given()).round == 2
+
+
+def test_later_rounds_are_checked_before_they_begin(monkeypatch):
+    run, asked = make(), []
+    trained(run, 1)
+    monkeypatch.setattr(sfl.planning, "check_rounds", lambda *given: asked.append(list(given[-1])))
+    run.rounds(2)
+    assert [round for round, _ in asked[0]] == [1, 2]

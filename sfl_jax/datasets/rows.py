@@ -9,7 +9,8 @@ from jaxtyping import UInt8, UInt32
 from sfl_jax.errors import BadInput
 
 
-class CheckedRows(np.memmap):
+# Types of newer NumPy give `__module__` a constant, which a subclass cannot have.
+class CheckedRows(np.memmap):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A mapped array that is indexed along its first axis. Only those rows are read and held against
     their checksums; BadInput where one differs.
     """

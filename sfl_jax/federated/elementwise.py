@@ -8,6 +8,9 @@ The answer is read from the traced program of the transformation, with the real 
 is a proof: what cannot be followed counts as "no".
 """
 
+# pyright: reportPrivateImportUsage=false
+# Newer releases of JAX export `jax.extend.core.ClosedJaxpr` without saying so in their types.
+
 import functools
 from typing import Any, NamedTuple
 

@@ -5,6 +5,9 @@ therefore traced. Each operation that `products` or `pools` can compute is repla
 others stay as they are. The replaced operations have a gradient, but no forward derivative.
 """
 
+# pyright: reportPrivateImportUsage=false
+# Newer releases of JAX export `jax.extend.core.ClosedJaxpr` without saying so in their types.
+
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,5 +1,8 @@
 """A whole Flax module as one flat program: what depends on what, in the order in which it was written."""
 
+# pyright: reportPrivateImportUsage=false
+# Newer releases of JAX export `jax.extend.core.ClosedJaxpr` without saying so in their types.
+
 import dataclasses
 import functools
 from typing import Any, NamedTuple

@@ -51,7 +51,7 @@ class Factored(NamedTuple):
         compute, up, down, model = self.coefficients
         for index in range(number):
             flop, up_bits, down_bits, model_bits, work, needed_bytes = rows[index]
-            fixed_s = compute * flop + up * up_bits + down * down_bits + model * model_bits
+            fixed_s = jnp.asarray(compute * flop + up * up_bits + down * down_bits + model * model_bits)
             allowed = needed_bytes <= self.memory_bytes
             if self.joules is not None:
                 per_flop, per_bit, per_model_bit, budget = self.joules

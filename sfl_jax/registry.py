@@ -95,3 +95,14 @@ PARTITIONS = Registry(
 )
 _OPTIMIZERS = "sfl_jax.federated.optimizers"
 OPTIMIZERS = Registry("optimizer", {name: f"{_OPTIMIZERS}:{name}" for name in ("sgd", "adam")})
+_SCHEMES = "sfl_jax.schemes"
+SCHEMES = Registry(
+    "scheme",
+    {
+        "sfl": f"{_SCHEMES}.sfl:Sfl",
+        "sfl_v2": f"{_SCHEMES}.sfl_v2:SflV2",
+        "psl": f"{_SCHEMES}.psl:Psl",
+        "sl": f"{_SCHEMES}.sl:Sl",
+        "fl": f"{_SCHEMES}.sfl:Fl",
+    },
+)

@@ -9,7 +9,7 @@ import pytest
 from sfl_jax import registry
 from sfl_jax.errors import BadInput
 
-ALL = (registry.NETWORKS, registry.METHODS, registry.PARTITIONS, registry.OPTIMIZERS)
+ALL = (registry.NETWORKS, registry.METHODS, registry.PARTITIONS, registry.OPTIMIZERS, registry.SCHEMES)
 
 
 @pytest.mark.parametrize("members", ALL, ids=lambda members: members.kind)

@@ -11,6 +11,7 @@ FLOORS = (  # a room imports what stands in floors below its own
     {"registry", "files", "paths"},
     {"optim", "models", "datasets", "fleet"},
     {"federated"},
+    {"schemes"},
     {"planning"},
     {"run"},
     {"commands"},

@@ -115,7 +115,8 @@ def map_round(training: Training, devices: Sequence[Any], size: int, samples_sta
     What it takes is placed already: samples whole on each device where they stay, else see `place_clients`.
     The model given is donated.
     """
-    body = functools.partial(run_round, training, size)
+    round_of = run_round if training.scheme is None else training.scheme.run_round
+    body = functools.partial(round_of, training, size)
     if len(devices) == 1:
         return jax.jit(functools.partial(body, None), donate_argnums=0)
     samples_axis = None if samples_stay else 0

@@ -12,15 +12,18 @@ from jaxtyping import Array, Float, Int, Key
 
 from sfl_jax.federated.elementwise import may_join
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
-from sfl_jax.federated.session import Assignment, Samples, Training, run_session
+from sfl_jax.federated.session import Assignment, Samples, Training, run_session, together
 from sfl_jax.models import Variables
 
 
 class Model(NamedTuple):
-    """What outlives a round: the global variables, and the state of the server's optimiser."""
+    """What outlives a round: the global variables, the state of the server's optimiser of rounds, and what
+    the scheme keeps, as the optimiser states of units of which there is one copy.
+    """
 
     packed: PackedVariables
     server_state: Any = ()
+    kept: Any = ()
 
     @classmethod
     def of(cls, variables: Variables, server_state: Any = ()) -> "Model":
@@ -89,20 +92,34 @@ def run_round(
         sums, ids = lax.psum((sums, own.reshape(-1)), axis_name)
         diverged = ids - 1
     totals, like = (sums.variables, sums.loss), (model.packed, sums.loss)
-    mean, loss = jax.tree.map(lambda x, old: _narrow(x / sums.weight.astype(x.dtype), old), totals, like)
-    new = _server_step(training.server_optimizer, model, mean)
+    mean, loss = jax.tree.map(lambda x, old: narrow(x / sums.weight.astype(x.dtype), old), totals, like)
+    return taken(training, model, Model(mean), loss, diverged, previous)
+
+
+def taken(
+    training: Training,
+    model: Model,
+    trained: Model,
+    loss: Float[Array, ""],
+    diverged: Int[Array, " K"],
+    previous: Outcome | None,
+) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
+    """What `run_round` returns of a round that began with `model` and whose clients made `trained`."""
+    new = _server_step(training.server_optimizer, model, trained.packed)._replace(kept=trained.kept)
     sound = _finite(new)
-    taken = sound if training.skip_diverged else sound & (diverged < 0).all()
+    is_taken = sound if training.skip_diverged else sound & (diverged < 0).all()
     if previous is not None:
-        taken &= ~previous.is_last(training)
+        is_taken &= ~previous.is_last(training)
     # Not a select, which XLA would compile, with all that it depends on, for every leaf.
-    new = lax.cond(taken, lambda: new, lambda: model)
+    new = lax.cond(is_taken, lambda: new, lambda: model)
     return new, jnp.where(sound, loss, jnp.nan), diverged
 
 
 def start_model(training: Training, variables: Variables) -> Model:
     """The model before the first round."""
     model, optimizer = Model.of(variables), training.server_optimizer
+    if training.scheme is not None:
+        model = model._replace(kept=training.scheme.start(training, variables))
     if optimizer is None:
         return model
     return model._replace(server_state=optimizer.init(_for_server(optimizer, model.packed.params)))
@@ -115,7 +132,8 @@ def _server_step(optimizer, model, mean):
     gradients = jax.tree.map(jnp.subtract, params, target)
     updates, state = optimizer.update(gradients, model.server_state, params)
     params: Any = optax.apply_updates(params, updates)
-    return Model(mean._replace(params=params if isinstance(params, Packed) else pack(params)), state)
+    packed = mean._replace(params=params if isinstance(params, Packed) else pack(params))
+    return Model(packed, state, model.kept)
 
 
 def _for_server(optimizer, params: Packed) -> Any:
@@ -147,15 +165,15 @@ def sum_of_sessions(
         trained, loss = (
             _alone(session, chunk, round_key, learning_rate)
             if clients_per_chunk == 1
-            else session(chunk, round_key, learning_rate, jax.vmap)
+            else session(chunk, round_key, learning_rate, together)
         )
         weight = jax.vmap(_if_finite)(chunk.weight, (trained, loss))
-        new = Sums(jax.tree.map(_change, trained, start), loss, weight=jnp.ones_like(weight))
+        new = Sums(jax.tree.map(change, trained, start), loss, weight=jnp.ones_like(weight))
         diverged = jnp.where(weight == chunk.weight, -1, chunk.client)
         return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
 
     like = Sums(start, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), like)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
     sums, diverged = lax.scan(run_chunk, zeros, chunks)
     return sums, diverged.reshape(-1)
 
@@ -176,7 +194,7 @@ def _alone(session, chunk, *rest):
 
 @jax.jit  # traced once for a shape
 def _weighted_sum(weights, values):
-    values = values.astype(_wide(values.dtype))
+    values = values.astype(wide(values.dtype))
     weights = weights.astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
     # By the values and not by their client's weight: LLVM would make a loop for each set of weights above 0.
     weighted = weights * jnp.where(jnp.isfinite(values), values, 0)
@@ -184,18 +202,18 @@ def _weighted_sum(weights, values):
     return functools.reduce(jnp.add, (weighted[k] for k in range(len(weighted))))
 
 
-def _wide(type):
+def wide(type):
     """The type in which numbers of `type` are added up."""
     return jnp.promote_types(type, jnp.float32)
 
 
-def _change(after, before):
+def change(after, before):
     """What is averaged of a variable: an integer's change, since a float would not hold every integer."""
     signed = _signed(before.dtype)
     return after if signed is None else after.astype(signed) - before.astype(signed)
 
 
-def _narrow(mean, before):
+def narrow(mean, before):
     """The variable whose mean, or mean change, that is, in its type; integers and bools are rounded."""
     signed = _signed(before.dtype)
     if signed is None:

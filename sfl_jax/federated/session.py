@@ -6,8 +6,9 @@ compiles nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,11 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from sfl_jax.federated import crossing
+from sfl_jax.federated.crossing import Links
 from sfl_jax.federated.optimizers import LocalOptimizer, check_local, check_server
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.models import Chain, Variables
-
-# Folded into the key of a step for the link: a number that no unit has, then the direction.
-LINK, UP, DOWN = 2**31, 0, 1
-
 
 Loss = Callable[[Array, Array], Array]  # logits (B, classes), labels (B,) -> (B,)
 
@@ -31,16 +30,6 @@ def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -
     """Cross-entropy of each sample, in the default float type or wider, whatever the logits' type."""
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.result_type(float)))
     return optax.softmax_cross_entropy_with_integer_labels(wide, labels)
-
-
-class Link(NamedTuple):
-    """What happens at the cut: `up` to smashed data (B, ...), `down` to its gradient, of the same shape.
-
-    Both also take a key, which is that of the client's step and of the direction.
-    """
-
-    up: Callable[[Array, Key[Array, ""]], Array]
-    down: Callable[[Array, Key[Array, ""]], Array]
 
 
 class Samples(NamedTuple):
@@ -58,6 +47,8 @@ class Assignment(NamedTuple):
     weight: its part of the mean; 0 leaves it out exactly.
     steps: local steps that it runs, at most S.
     batches: (S, B) sample indices of every step.
+    turn: when it is served, counted from 0, where a scheme serves clients one after the other.
+    codec: which of the links of `Training` it uses, where there are several.
     """
 
     client: Int[Array | np.ndarray, "*K"]
@@ -65,34 +56,65 @@ class Assignment(NamedTuple):
     weight: Float[Array | np.ndarray, "*K"]
     steps: Int[Array | np.ndarray, "*K"]
     batches: Int[Array | np.ndarray, "*K S B"]
+    turn: Int[Array | np.ndarray, "*K"] | None = None
+    codec: Int[Array | np.ndarray, "*K"] | None = None
+
+
+class Scheme(Protocol):
+    """How a round is trained; static under jit."""
+
+    def start(self, training: Any, variables: Variables) -> Any:
+        """What survives a round beside the variables, before the first."""
+        ...
+
+    def run_round(self, *arguments: Any) -> Any:
+        """As `round.run_round`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What stays the same for a whole run; static under jit.
 
-    optimizer: of the local steps; the rate of a round is a factor on its updates.
-    preprocess: uint8 images (B, H, W, C) -> float images of the network's size. link: acts where something
-    crosses: not at cut 0, where images go up as they are, nor at cut L. None is the identity, which leaves no
-    trace in the compiled program. server_optimizer: takes variables - mean as a gradient,
-    once a round (Reddi et al., arXiv 2003.00295); None takes
-      the mean itself, which is federated averaging. skip_diverged: whether a round goes on without the
-      clients whose numbers are not finite; otherwise it changes nothing. loss: of each sample.
+    Attributes:
+      optimizer: of the local steps; the rate of a round is a factor on its updates.
+      preprocess: uint8 images (B, H, W, C) -> float images of the network's size.
+      link: acts where something crosses: not at cut 0, where images go up as they are, nor at cut L. None is
+        the identity, which leaves no trace in the compiled program. Of several, each client uses the one that
+        its `Assignment.codec` says.
+      server_optimizer: takes variables - mean as a gradient, once a round (Reddi et al., arXiv 2003.00295);
+        None takes the mean itself, which is federated averaging.
+      skip_diverged: whether a round goes on without the clients whose numbers are not finite; otherwise it
+        changes nothing.
+      loss: of each sample.
+      scheme: whose copy of a unit a step uses, and in which order; None is SplitFed V1.
+      tail_units: the last units that the client holds too, so that labels never leave it.
 
-    Raises BadInput where an optimiser is none.
+    Raises:
+      BadInput: an optimiser that is none.
     """
 
     chain: Chain
     optimizer: LocalOptimizer
     preprocess: Callable[[Array], Array]
-    link: Link | None = None
+    link: Links = None
     server_optimizer: optax.GradientTransformation | None = None
     skip_diverged: bool = False
     loss: Loss = cross_entropy
+    scheme: Scheme | None = None
+    tail_units: int = 0
+
+    @property
+    def tail(self) -> int:
+        """The first of the units that end at the client again; L where there are none."""
+        return len(self.chain) - self.tail_units
 
     def __post_init__(self):
         check_local(self.optimizer)
         check_server(self.server_optimizer)
+
+
+together = functools.partial(jax.vmap, axis_name=crossing.CLIENTS)
 
 
 def run_session(
@@ -106,10 +128,11 @@ def run_session(
 ) -> tuple[PackedVariables, Float[Array, "*K"]]:
     """(the variables after the client's steps from `start`, mean training loss of these steps).
 
-    With `each=jax.vmap` those of all clients of `assignment`, step by step together: there are as many as in
+    With `each=together` those of all clients of `assignment`, step by step together: there are as many as in
     the longest session. Steps beyond a client's own change nothing, bitwise.
     """
     optimizer, loop_steps = training.optimizer, assignment.steps.max()
+    axis = crossing.CLIENTS if each is together else None
     first = start.params if optimizer.may_join(start.params.layouts) else start.params.unpack()
 
     def begin(one):
@@ -134,7 +157,7 @@ def run_session(
         def loss_of(params):
             units = params.unpack() if isinstance(params, Packed) else params
             now = Variables(units, old_stats.unpack())
-            return batch_loss(training, now, images, labels, one.cut, key)
+            return batch_loss(training, now, images, labels, one.cut, key, one.codec, axis)
 
         (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         _, state = optimizer.update(gradients, state, params)
@@ -156,40 +179,8 @@ def run_session(
     return each(end)(assignment, lax.fori_loop(0, loop_steps, steps_of_all, each(begin)(assignment)))
 
 
-def batch_loss(training, variables, images, labels, cut, key):
-    """(mean loss of the batch, new batch-norm statistics)."""
-    logits, updated = training.chain.apply(
-        variables, images, train=True, key=key, at_boundary=_crossing(training.link, cut, key)
-    )
+def batch_loss(training, variables, images, labels, cut, key, codec=None, axis=None):
+    """(mean loss of a client's batch, new batch-norm statistics); codec, axis: see `crossing.hook`."""
+    at_boundary = crossing.hook(training.link, training.tail, cut, codec, key, axis)
+    logits, updated = training.chain.apply(variables, images, train=True, key=key, at_boundary=at_boundary)
     return training.loss(logits, labels).mean(), updated.batch_stats
-
-
-def _over_leaves(function, tree, key):
-    """`function` of every array that crosses; from the second on, each has a key of its own."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = [key, *(jax.random.fold_in(key, place) for place in range(1, len(leaves)))]
-    return jax.tree.unflatten(structure, map(function, leaves, keys))
-
-
-def _crossing(link, cut, key):
-    """A hook for `Chain.apply`: what enters unit `cut` goes through the link, and so does its gradient."""
-    if link is None:
-        return None
-
-    # The keys are arguments: JAX does not let a custom gradient close over what it traces.
-    @jax.custom_vjp
-    def send(x, up_key, down_key):
-        return _over_leaves(link.up, x, up_key)
-
-    def answer(down_key, gradient):
-        return _over_leaves(link.down, gradient, down_key), None, None
-
-    send.defvjp(lambda x, up_key, down_key: (_over_leaves(link.up, x, up_key), down_key), answer)
-    up_key, down_key = (
-        jax.random.fold_in(jax.random.fold_in(key, LINK), direction) for direction in (UP, DOWN)
-    )
-
-    def at_boundary(unit, x):
-        return x if unit == 0 else lax.cond(unit == cut, send, lambda x, *_: x, x, up_key, down_key)
-
-    return at_boundary

@@ -153,8 +153,8 @@ def test_a_round_of_any_cuts_equals_that_of_the_protocol(x64, optimizer):
 
 
 # NOISY, but a gradient whose key has a large number comes down as NaN.
-BREAKING = rounds.NOISY._replace(
-    down=lambda g, key: jnp.where(rounds.number(key) > 0.95, jnp.nan, rounds.NOISY.down(g, key))
+BREAKING = dataclasses.replace(
+    rounds.NOISY, down=lambda g, key: jnp.where(rounds.number(key) > 0.95, jnp.nan, rounds.NOISY.down(g, key))
 )
 
 

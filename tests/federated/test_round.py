@@ -12,8 +12,9 @@ import pytest
 from federated import rounds
 
 from sfl_jax.federated import devices
+from sfl_jax.federated.crossing import Link
 from sfl_jax.federated.round import Model, _finite, normalised, run_round, start_model
-from sfl_jax.federated.session import Link, batch_loss
+from sfl_jax.federated.session import batch_loss
 from sfl_jax.models import Chain
 from sfl_jax.run import metrics
 

@@ -1,0 +1,34 @@
+"""`sfl` and `fl`: every client has a copy of every unit, and all are averaged at the end of the round."""
+
+import dataclasses
+from typing import Any
+
+from sfl_jax.schemes.scheme import CHUNKS, DEADLINE, SEVERAL_DEVICES, Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Sfl(Scheme):
+    """SplitFed V1 (Thapa et al., arXiv 2004.12088): the server holds a replica of its half for each client.
+
+    With an identity codec the numbers are those of federated averaging, whatever the cuts are.
+    """
+
+    name = "sfl"
+
+    @property
+    def clock(self) -> str:
+        return "session"
+
+    @property
+    def allows(self) -> frozenset[str]:
+        return frozenset((DEADLINE, SEVERAL_DEVICES, CHUNKS))
+
+    def engine(self) -> Any:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fl(Sfl):
+    """Federated averaging (McMahan et al., arXiv 1602.05629): every client keeps the whole network."""
+
+    name = "fl"

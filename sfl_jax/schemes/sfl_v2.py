@@ -1,0 +1,118 @@
+"""`sfl_v2`: clients have their own halves, and the server has one half for all of them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sfl_jax.errors import BadInput
+from sfl_jax.federated.packing import PackedVariables
+from sfl_jax.federated.round import Model, taken, wide
+from sfl_jax.federated.session import Training
+from sfl_jax.models import Variables
+from sfl_jax.schemes import turns
+from sfl_jax.schemes.copies import chosen, copies, states, step, variables
+from sfl_jax.schemes.scheme import Scheme, is_own
+
+ORDERS = ("client", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class SflV2(Scheme):
+    """SplitFed V2 (Thapa et al., arXiv 2004.12088): the server's half learns from one client after the other.
+
+    At the end of a round a unit becomes the mean of the copies of the clients that held it and, with the
+    weight of the others, of the shared copy. With one client it is plain SGD.
+
+    Attributes:
+      order: "client": a client's whole session, then the next, as the authors' code does. "step": a step of
+        each client in turn, as their text says. Both follow an order that is drawn every round.
+      keeps_state: whether the optimiser's state of the shared copies outlives the round.
+
+    Raises:
+      BadInput: an order that is none.
+    """
+
+    order: str = "client"
+    keeps_state: bool = True
+
+    name = "sfl_v2"
+    has_order = True
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise BadInput(f"server_order={self.order}: must be one of {', '.join(ORDERS)}")
+
+    @property
+    def clock(self) -> str:
+        return "in_turn" if self.order == "client" else "lockstep"
+
+    def start(self, training: Training, variables: Variables) -> Any:
+        return states(training, PackedVariables.of(variables)) if self.keeps_state else ()
+
+    def run_round(
+        self, training, size, axis_name, model, samples, work, round_key, rate, previous=None
+    ) -> Any:
+        """As `federated.round.run_round`, for one device.
+
+        Memory: three models with order "client"; a model for each client of the round with "step".
+        """
+        if self.order == "client":
+            return turns.run_round(
+                training, model, samples, work, round_key, rate, previous, has_own=True,
+                keeps=self.keeps_state,
+            )  # fmt: skip
+        return self._step_by_step(training, model, samples, work, round_key, rate, previous)
+
+    def _step_by_step(self, training, model, samples, work, round_key, rate, previous):
+        """Row k of a unit's copies is that of client k; the last row is the shared one."""
+        like, units, clients = model.packed, range(len(training.chain)), len(work.client)
+        fresh = copies(like, states(training, like))
+        server = copies(like, model.kept) if self.keeps_state else fresh
+        rows = jax.tree.map(
+            lambda own, shared: jnp.concatenate([jnp.broadcast_to(own, (clients, *own.shape)), shared[None]]),
+            fresh, server,
+        )  # fmt: skip
+        longest = work.batches.shape[1]
+        steps = jnp.arange(longest)
+        when = jnp.where(steps < work.steps[:, None], steps * clients + work.turn[:, None], longest * clients)
+        turn_order = jnp.argsort(when.reshape(-1))
+
+        def of_turn(turn, carry):
+            rows, losses, is_sound = carry
+            place, index = jnp.divmod(turn_order[turn], longest)
+            one = jax.tree.map(lambda x: x[place], work)
+            held = [jnp.where(is_own(training, one.cut, unit), place, clients) for unit in units]
+            now = tuple(
+                jax.tree.map(lambda x, row=row: x[row], of) for of, row in zip(rows, held, strict=True)
+            )
+            new, loss, sound = step(training, like, now, samples, one, index, round_key, rate)
+            sound &= is_sound[place]
+            new = chosen(sound, new, now)
+            rows = tuple(
+                jax.tree.map(lambda x, y, row=row: x.at[row].set(y), of, own)
+                for of, own, row in zip(rows, new, held, strict=True)
+            )
+            losses = losses.at[place].add(jnp.where(sound, loss, 0))
+            return rows, losses, is_sound.at[place].set(sound)
+
+        begin = rows, jnp.zeros(clients, jnp.result_type(float)), jnp.ones(clients, bool)
+        rows, losses, is_sound = lax.fori_loop(0, work.steps.sum(), of_turn, begin)
+        weight = jnp.where(is_sound, work.weight, 0)
+        total = weight.sum()
+        mean = []
+        for unit, (of, before) in enumerate(zip(rows, turns.by_unit(like), strict=True)):
+            own = jnp.where(is_own(training, work.cut, unit), weight, 0)
+            changes = jax.tree.map(jax.vmap(turns.change, (0, None)), of[:2], before)
+            sums = jax.tree.map(
+                lambda x, own=own: jnp.tensordot(own.astype(wide(x.dtype)), x[:-1].astype(wide(x.dtype)), 1),
+                changes,
+            )
+            shared = jax.tree.map(lambda x: x[-1], changes)
+            mean.append(turns.mixed(sums, own.sum(), shared, before, total))
+        kept = jax.tree.map(lambda x: x[-1], tuple(of.state for of in rows)) if self.keeps_state else ()
+        loss = (weight * losses / jnp.maximum(work.steps, 1)).sum() / total
+        diverged = jnp.where(is_sound, -1, work.client)
+        return taken(training, model, Model(variables(mean, like), kept=kept), loss, diverged, previous)

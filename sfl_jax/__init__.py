@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfl_jax import datasets, fleet, models, optim, planning
+    from sfl_jax import datasets, fleet, models, optim, planning, schemes
     from sfl_jax.federated.execution import Execution
     from sfl_jax.fleet import Faults
     from sfl_jax.models import Chain
@@ -23,6 +23,7 @@ __all__ = [
     "models",
     "optim",
     "planning",
+    "schemes",
 ]
 
 # Imported when they are asked for: JAX takes a second, and help and refusals do without it.

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sfl_jax.commands import flags
-from sfl_jax.commands.config import RANDOM, Config
+from sfl_jax.commands.config import Config
+from sfl_jax.commands.rules import RANDOM
 from sfl_jax.commands.screen import Screen, first_line_of_plan, screen
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 

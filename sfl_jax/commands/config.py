@@ -1,72 +1,58 @@
 """Every setting of every command: one frozen dataclass, and the rules that refuse senseless values."""
 
 import dataclasses
-import math
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from sfl_jax import paths, registry
+from sfl_jax.commands import rules
+from sfl_jax.commands.fields import (
+    DATA,
+    DATALESS,
+    FILES,
+    FLEET,
+    LARGEST_INT,
+    LEARNING,
+    MACHINE,
+    NETWORK,
+    PLANNING,
+    PROCESSES,
+    RUNNING,
+    SCHEME,
+    TRAINING,
+    allowed,
+    flag,
+    has_type,
+    is_path,
+    is_within,
+)
+from sfl_jax.commands.rules import CLIENTS, RANDOM
 from sfl_jax.errors import BadInput
 
 # What models, optim and datasets accept, written out here so that help and refusals need no JAX; a test
 # holds each tuple equal to its registry.
-ALTERNATING = ("alternating", "regression")
-STARTS = ("equal", "proportional", "random")
 ROUNDINGS = ("need", "nearest")
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
+ORDERS = ("client", "step")
+BATCHES = ("separate", "joined")
 AUTO = "auto"
 PARTITIONS = (AUTO, *registry.PARTITIONS)
-RANDOM, CLIENTS = "random", 100  # the fleet without a file, and how many it has unless --clients says it
 LAYER_FORMS = ("product", "conv")
 EXECUTIONS = ("vmap", "map")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
 SCHEDULES = ("constant", "cosine")
 
-# Commands that take a flag, and the headings of --help.
-TRAINING = ("train", "compare")
-RUNNING = (*TRAINING, "report")
-PLANNING = (*TRAINING, "plan")
-DATALESS = ("plan", "compare")  # compare with --plan_only, where no dataset says so
-NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
-MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"
-HARMLESS = (MACHINE, PROCESSES, FILES)
-
-# Flags of plans alone, and what holds in training.
-_SAID = "the dataset says it"
-_IN_TRAINING = {
-    "image_channels": _SAID, "num_classes": _SAID, "samples_per_client": _SAID, "stored_size": _SAID,
-    "bits_per_float": "it is 32",
-}  # fmt: skip
-
-_OF_PARTITIONS = {"dirichlet_alpha": ("dirichlet", "quantity"), "shards_per_client": ("shards",)}
-
-LARGEST_INT = 2**31 - 1
-
-
-def _flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limits: Any) -> Any:
-    """A field with what a flag needs; limits: choices, at_least, at_most, above, below. open: the value
-    that leaves the choice to the run. hints: what to say of a wrong value that others know.
-
-    harmless: whether a run may go on with another value. It may where that changes no numbers but for
-    rounding, as under some headings, and where it names a file whose contents are compared.
-    """
-    metadata = {"group": group, "commands": commands, "help": text, "harmless": group in HARMLESS}
-    return dataclasses.field(default=default, metadata=metadata | limits)
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of a run. A field's name is its flag's name; units are in the help texts."""
 
-    model: str = _flag(
-        "efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=tuple(registry.NETWORKS)
-    )
-    image_size: int = _flag(
+    model: str = flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=tuple(registry.NETWORKS))
+    image_size: int = flag(
         32,
         NETWORK,
         PLANNING,
@@ -74,25 +60,25 @@ class Config:
         at_least=8,
         at_most=4096,
     )
-    image_channels: int = _flag(
+    image_channels: int = flag(
         1, NETWORK, DATALESS, "channels of an image: 1 is grey, 3 is colour", at_least=1, at_most=4096
     )
-    num_classes: int = _flag(10, NETWORK, DATALESS, "classes that the network tells apart", at_least=1)
-    layer_form: str = _flag(
+    num_classes: int = flag(10, NETWORK, DATALESS, "classes that the network tells apart", at_least=1)
+    layer_form: str = flag(
         AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which way is faster",
         choices=(AUTO, *LAYER_FORMS), open=AUTO,
     )  # fmt: skip
-    compute_dtype: str = _flag(
+    compute_dtype: str = flag(
         "float32", NETWORK, TRAINING, "number type in which the layers compute", choices=DTYPES
     )
-    matmul_precision: str = _flag(
+    matmul_precision: str = flag(
         "default",
         NETWORK,
         TRAINING,
         "how exactly a GPU or TPU multiplies float32 numbers",
         choices=PRECISIONS,
     )
-    drop_rate_scale: float = _flag(
+    drop_rate_scale: float = flag(
         0.0,
         NETWORK,
         PLANNING,
@@ -100,14 +86,14 @@ class Config:
         at_least=0,
         at_most=1,
     )
-    init_from: str = _flag(
+    init_from: str = flag(
         "",
         NETWORK,
         TRAINING,
         "Keras weights to start from: .weights.h5, .h5 or .keras; empty: random weights",
         path=True,
     )
-    head_init_scale: float = _flag(
+    head_init_scale: float = flag(
         0.0,
         NETWORK,
         TRAINING,
@@ -115,21 +101,21 @@ class Config:
         at_least=0,
     )
 
-    dataset: str = _flag(
+    dataset: str = flag(
         "mnist", DATA, TRAINING, "a TFDS image classification set (mnist is built in), a .npz file, or a "
         "folder of pictures, as ./mine",
     )  # fmt: skip
-    data_dir: str = _flag(
+    data_dir: str = flag(
         "", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True, path=True
     )
-    label_key: str = _flag(
+    label_key: str = flag(
         "", DATA, TRAINING, "which of several class labels to learn; empty: label, or the only one"
     )
-    partition: str = _flag(
+    partition: str = flag(
         AUTO, DATA, TRAINING, "how the samples are divided among the clients; auto: fleet where the file of "
         "--fleet has the column samples, else iid", choices=PARTITIONS,
     )  # fmt: skip
-    dirichlet_alpha: float = _flag(
+    dirichlet_alpha: float = flag(
         0.5,
         DATA,
         TRAINING,
@@ -138,10 +124,10 @@ class Config:
         above=0,
         at_most=1e6,
     )
-    min_samples: int = _flag(
+    min_samples: int = flag(
         1, DATA, TRAINING, "samples that every client gets at least, under every partition", at_least=1
     )
-    shards_per_client: int = _flag(
+    shards_per_client: int = flag(
         2,
         DATA,
         TRAINING,
@@ -149,14 +135,14 @@ class Config:
         at_least=1,
     )
 
-    clients: int = _flag(
+    clients: int = flag(
         0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
     )
-    cohort_size: int = _flag(
+    cohort_size: int = flag(
         10, FLEET, PLANNING, "clients that take part in a round; a plan says how long such rounds last, "
         "beside one of all clients", at_least=1,
     )  # fmt: skip
-    fleet: str = _flag(
+    fleet: str = flag(
         RANDOM,
         FLEET,
         PLANNING,
@@ -164,25 +150,25 @@ class Config:
         harmless=True,
         path=True,
     )
-    server_flops: float = _flag(2e10, FLEET, PLANNING, "compute of the server, FLOP/s; 20G is 2e10", above=0)
-    method: str = _flag(
+    server_flops: float = flag(2e10, FLEET, PLANNING, "compute of the server, FLOP/s; 20G is 2e10", above=0)
+    method: str = flag(
         "exact",
         FLEET,
         PLANNING,
         "how cuts and shares of the server are chosen",
         choices=tuple(registry.METHODS),
     )
-    starts: str = _flag(
+    starts: str = flag(
         "equal", FLEET, PLANNING, "where alternating and regression start; several may be given "
         "with commas between (equal, proportional, random), the best result is kept",
     )  # fmt: skip
-    recall: bool = _flag(
+    recall: bool = flag(
         False,
         FLEET,
         PLANNING,
         "let alternating and regression bring a client back to the server that left it and now ends last",
     )
-    barrier: str = _flag(
+    barrier: str = flag(
         "session",
         FLEET,
         PLANNING,
@@ -190,11 +176,11 @@ class Config:
         "before and after the server works",
         choices=BARRIERS,
     )
-    rounding: str = _flag(
+    rounding: str = flag(
         "need", FLEET, PLANNING, "how regression makes a cut whole: the neighbour that needs less server, or "
         "the nearest", choices=ROUNDINGS,
     )  # fmt: skip
-    links: str = _flag(
+    links: str = flag(
         "fixed",
         FLEET,
         PLANNING,
@@ -202,11 +188,11 @@ class Config:
         "change every round",
         choices=LINKS,
     )
-    coherence_s: float = _flag(
+    coherence_s: float = flag(
         0.0, FLEET, PLANNING, "seconds that a fade lasts under --links=fading; rates are means over the "
         "fades that a transfer sees; 0: over all", at_least=0,
     )  # fmt: skip
-    band: str = _flag(
+    band: str = flag(
         "fixed",
         FLEET,
         PLANNING,
@@ -214,7 +200,7 @@ class Config:
         "parts of an uplink and a downlink band (separate)",
         choices=BANDS,
     )
-    drop_probability: float = _flag(
+    drop_probability: float = flag(
         0.0,
         FLEET,
         TRAINING,
@@ -222,7 +208,7 @@ class Config:
         at_least=0,
         at_most=1,
     )
-    jitter: float = _flag(
+    jitter: float = flag(
         0.0,
         FLEET,
         TRAINING,
@@ -230,7 +216,7 @@ class Config:
         at_least=0,
         at_most=1e6,
     )
-    deadline_factor: float = _flag(
+    deadline_factor: float = flag(
         0.0,
         FLEET,
         TRAINING,
@@ -238,17 +224,17 @@ class Config:
         "wait for everybody",
         at_least=0,
     )
-    stored_size: int = _flag(
+    stored_size: int = flag(
         0, FLEET, DATALESS, "side of the images as clients hold them, which go up at cut 0, in pixels; 0: as "
         "--image_size", at_least=0, at_most=65536,
     )  # fmt: skip
-    min_cut: int = _flag(
+    min_cut: int = flag(
         1, FLEET, PLANNING, "units that every client keeps to itself; 0 lets its images leave it", at_least=0
     )
-    samples_per_client: int = _flag(
+    samples_per_client: int = flag(
         600, FLEET, DATALESS, "samples of every client of the random fleet", at_least=1
     )
-    bits_per_float: int = _flag(
+    bits_per_float: int = flag(
         32,
         FLEET,
         DATALESS,
@@ -256,7 +242,7 @@ class Config:
         at_least=1,
         at_most=64,
     )
-    target_round_s: float = _flag(
+    target_round_s: float = flag(
         0.0,
         FLEET,
         ("plan",),
@@ -264,10 +250,36 @@ class Config:
         at_least=0,
     )
 
-    rounds: int = _flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
-    local_epochs: int = _flag(1, LEARNING, PLANNING, "epochs that a client trains in a round", at_least=1)
-    batch_size: int = _flag(32, LEARNING, PLANNING, "samples in a local step", at_least=1)
-    optimizer: str = _flag(
+    scheme: str = flag(
+        "sfl", SCHEME, PLANNING, "who holds, updates and averages which half: sfl (SplitFed V1), sfl_v2 "
+        "(SplitFed V2), psl (parallel split learning), sl (split learning), fl (no split)",
+        choices=tuple(registry.SCHEMES),
+    )  # fmt: skip
+    server_order: str = flag(
+        "client", SCHEME, PLANNING, "with sfl_v2, whom the server serves next: client: a client's whole "
+        "session, then the next; step: one step of each client in turn", choices=ORDERS,
+    )  # fmt: skip
+    server_batch: str = flag(
+        "separate", SCHEME, TRAINING, "with psl, what the server's units see: separate: a batch of each "
+        "client; joined: one batch of all clients", choices=BATCHES,
+    )  # fmt: skip
+    max_cut: int = flag(
+        -1, SCHEME, PLANNING, "with psl, the units from which on all clients share one copy, and the largest "
+        "cut; -1: all units", at_least=-1,
+    )  # fmt: skip
+    tail_units: int = flag(
+        0, SCHEME, PLANNING, "the last units, which the client holds too, so that labels never leave it; 0: "
+        "none", at_least=0,
+    )  # fmt: skip
+    keep_server_state: bool = flag(
+        True, SCHEME, TRAINING, "with sfl_v2, psl and sl, let the optimiser state of shared units outlive "
+        "the round",
+    )  # fmt: skip
+
+    rounds: int = flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
+    local_epochs: int = flag(1, LEARNING, PLANNING, "epochs that a client trains in a round", at_least=1)
+    batch_size: int = flag(32, LEARNING, PLANNING, "samples in a local step", at_least=1)
+    optimizer: str = flag(
         "adam",
         LEARNING,
         PLANNING,
@@ -275,31 +287,31 @@ class Config:
         choices=tuple(registry.OPTIMIZERS),
         hints={"adamw": "adam with --weight_decay is AdamW"},
     )
-    learning_rate: float = _flag(
+    learning_rate: float = flag(
         0.002,
         LEARNING,
         TRAINING,
         "learning rate of the local steps; 0.002 suits adam, 0.05 suits sgd",
         above=0,
     )
-    momentum: float = _flag(
+    momentum: float = flag(
         0.9, LEARNING, PLANNING, "momentum of sgd; decay of the first moment of adam", at_least=0, below=1
     )
-    weight_decay: float = _flag(0.0, LEARNING, TRAINING, "weight decay of the local steps", at_least=0)
-    learning_rate_schedule: str = _flag(
+    weight_decay: float = flag(0.0, LEARNING, TRAINING, "weight decay of the local steps", at_least=0)
+    learning_rate_schedule: str = flag(
         "cosine",
         LEARNING,
         TRAINING,
         "how the learning rate changes over the rounds; cosine falls to 0",
         choices=SCHEDULES,
     )
-    warmup_rounds: int = _flag(
+    warmup_rounds: int = flag(
         4, LEARNING, TRAINING, "rounds in which the learning rate rises to its full value", at_least=0
     )
-    server_learning_rate: float = _flag(
+    server_learning_rate: float = flag(
         1.0, LEARNING, TRAINING, "multiplies the clients' mean change before the model takes it", above=0
     )
-    server_momentum: float = _flag(
+    server_momentum: float = flag(
         0.5,
         LEARNING,
         TRAINING,
@@ -307,13 +319,13 @@ class Config:
         at_least=0,
         below=1,
     )
-    on_divergence: str = _flag(
+    on_divergence: str = flag(
         "stop", LEARNING, TRAINING, "what to do when a client's loss or update is not finite",
         choices=("stop", "skip_client"), harmless=True,
     )  # fmt: skip
-    seed: int = _flag(0, LEARNING, PLANNING, "seed of all that is random", at_least=0)
+    seed: int = flag(0, LEARNING, PLANNING, "seed of all that is random", at_least=0)
 
-    clients_per_chunk: int = _flag(
+    clients_per_chunk: int = flag(
         0,
         MACHINE,
         TRAINING,
@@ -321,68 +333,68 @@ class Config:
         at_least=0,
         open=0,
     )
-    execution: str = _flag(
+    execution: str = flag(
         AUTO, MACHINE, TRAINING, "vmap: a device computes the clients of a chunk at once; "
         "map: one after the other; auto measures which is faster",
         choices=(AUTO, *EXECUTIONS), open=AUTO,
     )  # fmt: skip
-    memory_budget_gib: float = _flag(
+    memory_budget_gib: float = flag(
         0.0, MACHINE, TRAINING, "memory of a device that rounds may take, GiB; 0: what is free", at_least=0
     )
-    devices: int = _flag(0, MACHINE, TRAINING, "devices to use in each process; 0: all", at_least=0)
-    deterministic: bool = _flag(
+    devices: int = flag(0, MACHINE, TRAINING, "devices to use in each process; 0: all", at_least=0)
+    deterministic: bool = flag(
         False, MACHINE, TRAINING, "get the same bits in every run on a GPU too, which is slower"
     )
-    compilation_cache: bool = _flag(
+    compilation_cache: bool = flag(
         True, MACHINE, PLANNING, "keep compiled programs in the user's cache directory"
     )
-    num_processes: int = _flag(
+    num_processes: int = flag(
         0,
         PROCESSES,
         ("train",),
         "processes of the run; 0: as SLURM, Open MPI, a TPU pod or GKE says, else 1",
         at_least=0,
     )
-    process_id: int = _flag(
+    process_id: int = flag(
         -1, PROCESSES, ("train",), "number of this process, counted from 0; -1: as found", at_least=-1
     )
-    coordinator_address: str = _flag(
+    coordinator_address: str = flag(
         "", PROCESSES, ("train",), "host:port at which process 0 can be reached; empty: as found"
     )
-    join_timeout_s: int = _flag(
+    join_timeout_s: int = flag(
         300, PROCESSES, ("train",), "seconds to wait for the other processes at the start", at_least=1
     )
-    heartbeat_timeout_seconds: int = _flag(
+    heartbeat_timeout_seconds: int = flag(
         100, PROCESSES, ("train",), "seconds of silence after which a process counts as dead", at_least=1
     )
 
-    workdir: str = _flag("runs/demo", FILES, RUNNING, "directory of the run", path=True)
-    eval_every: int = _flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
-    checkpoint_every_rounds: int = _flag(
+    workdir: str = flag("runs/demo", FILES, RUNNING, "directory of the run", path=True)
+    eval_every: int = flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
+    checkpoint_every_rounds: int = flag(
         0, FILES, TRAINING, "rounds between checkpoints; 0: by time alone", at_least=0
     )
-    checkpoint_every_s: float = _flag(
+    checkpoint_every_s: float = flag(
         300.0, FILES, TRAINING, "seconds between checkpoints; 0: by rounds alone", at_least=0
     )
-    keep: int = _flag(2, FILES, TRAINING, "checkpoints to keep", at_least=1)
-    on_write_error: str = _flag(
+    keep: int = flag(2, FILES, TRAINING, "checkpoints to keep", at_least=1)
+    on_write_error: str = flag(
         "stop", FILES, TRAINING, "what to do when the disk fails", choices=("stop", "continue")
     )
-    allow_config_change: bool = _flag(
+    allow_config_change: bool = flag(
         False, FILES, TRAINING, "go on with a run that was made with other settings"
     )
-    output: str = _flag(
+    output: str = flag(
         "plan.json", FILES, ("plan",), "file of the plan; a .csv is written beside it", path=True
     )
-    plan_only: bool = _flag(
+    plan_only: bool = flag(
         False, FILES, ("compare",), "train nothing: compare the plans of all methods over many fleets"
     )
-    plot: bool = _flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
+    plot: bool = flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if _is_path(field) and isinstance(value, str):
+            if is_path(field) and isinstance(value, str):
                 object.__setattr__(self, field.name, paths.expand(f"--{field.name}", value))
 
     def to_dict(self) -> dict[str, Any]:
@@ -399,7 +411,7 @@ class Config:
         for name, value in values.items():
             if name not in known:
                 raise BadInput(f"config: no setting is called {name}")
-            if not _has_type(value, type(known[name].default)):
+            if not has_type(value, type(known[name].default)):
                 raise BadInput(f"--{name}={value}: must be {allowed(known[name])}")
         config = cls(**values)
         validate(config, command)
@@ -433,20 +445,6 @@ def fields_of(command: str) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(Config) if command in field.metadata["commands"]]
 
 
-def allowed(field: dataclasses.Field[Any]) -> str:
-    """What a field may hold, in words: "an integer, at least 1"."""
-    if "choices" in field.metadata:
-        return f"one of {', '.join(field.metadata['choices'])}"
-    kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
-    return ", ".join(filter(None, [kind[type(field.default)], bounds(field)]))
-
-
-def bounds(field: dataclasses.Field[Any]) -> str:
-    """The bounds of a number, in words: "at least 8 and at most 4096"; empty where there are none."""
-    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
-    return " and ".join(f"{words[key]} {field.metadata[key]:g}" for key in words if key in field.metadata)
-
-
 def validate(config: Config, command: str = "train") -> None:
     """Raise BadInput for the first senseless setting: its line names the flag, the value and what is allowed.
 
@@ -456,100 +454,16 @@ def validate(config: Config, command: str = "train") -> None:
         value = getattr(config, field.name)
         if type(value) is str:
             paths.check_text(f"--{field.name}", value)
-        if not _within(value, field.metadata):
+        if not is_within(value, field.metadata):
             hint = field.metadata.get("hints", {}).get(str(value).lower())
             more = f"; {hint}" if hint else ""
             raise BadInput(f"--{field.name}={value}: must be {allowed(field)}{more}")
         if type(value) is int and value > LARGEST_INT:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")
-        if type(value) is str and _is_path(field):
+        if type(value) is str and is_path(field):
             paths.check_path(f"--{field.name}", value)
 
-    taken = {field.name for field in fields_of(command)}
-    known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
-    in_cohorts = "cohort_size" in taken and not config.plan_only
-    # The default makes way for smaller fleets, see `division.settle`.
-    in_cohorts = in_cohorts and config.cohort_size != Config.cohort_size
-    if in_cohorts and 0 < known < config.cohort_size:
-        raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={known}")
-    for name, partitions in _OF_PARTITIONS.items():
-        value = getattr(config, name)
-        if "partition" in taken and value != getattr(Config, name) and config.partition not in partitions:
-            needed = " or ".join(f"--partition={partition}" for partition in partitions)
-            raise BadInput(f"--{name}={value}: needs {needed}")
-    if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
-        raise BadInput(
-            f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"
-        )
-    if config.coordinator_address and not re.fullmatch(r"\S+:\d{1,5}", config.coordinator_address):
-        raise BadInput(f"--coordinator_address={config.coordinator_address}: must be host:port")
-    if 0 < config.deadline_factor < 1:
-        raise BadInput(f"--deadline_factor={config.deadline_factor:g}: must be 0, or at least 1")
-    # The default makes way for shorter runs, see `experiment.learning_rate`.
-    if "warmup_rounds" in taken and config.rounds < config.warmup_rounds != Config.warmup_rounds:
-        raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
-    if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
-        raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
-    if config.fleet != RANDOM and config.samples_per_client != Config.samples_per_client:
-        raise BadInput(
-            f"--samples_per_client={config.samples_per_client}: is of the random fleet;"
-            f" --fleet={config.fleet} says the samples of each client"
-        )
-    if "output" in taken and pathlib.Path(config.output).suffix != ".json":
-        raise BadInput(f"--output={config.output}: must end in .json")
-    if (
-        "target_round_s" in taken
-        and config.target_round_s
-        and (config.method, config.barrier, config.band) != ("exact", "session", "fixed")
-    ):
-        raise BadInput(
-            f"--target_round_s={config.target_round_s}: needs"
-            " --method=exact, --barrier=session and --band=fixed"
-        )
-    if not set(config.starts.split(",")) <= set(STARTS):
-        raise BadInput(f"--starts={config.starts}: must be some of {', '.join(STARTS)}, with commas between")
-    if config.starts != Config.starts and config.method not in ALTERNATING:
-        raise BadInput(f"--starts={config.starts}: needs --method=alternating or --method=regression")
-    if config.recall and config.method not in ALTERNATING:
-        raise BadInput("--recall=true: needs --method=alternating or --method=regression")
-    if config.coherence_s and config.links != "fading":
-        raise BadInput(f"--coherence_s={config.coherence_s:g}: needs --links=fading")
-    if config.rounding != Config.rounding and config.method != "regression":
-        raise BadInput(f"--rounding={config.rounding}: needs --method=regression")
-    if config.plan_only and config.band != "fixed":
-        raise BadInput(f"--band={config.band}: must be fixed with --plan_only, which compares every method")
-    for name, holds in _IN_TRAINING.items():
-        value, training = getattr(config, name), command == "compare" and not config.plan_only
-        if training and value != getattr(Config, name):
-            raise BadInput(f"--{name}={value}: needs --plan_only; in training {holds}")
-    if config.method == "work_conserving" and config.barrier != "session":
-        raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
-    if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
-        raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
-    for name in ("dataset", "workdir"):
-        if name in taken and not getattr(config, name).strip():
-            raise BadInput(f"--{name}=: must not be empty")
-
-
-def _is_path(field: dataclasses.Field[Any]) -> bool:
-    return field.metadata.get("path", False)
-
-
-def _has_type(value: Any, kind: type) -> bool:
-    """Whether a value may stand for a setting: an integer may be a number, true is no integer."""
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _within(value: Any, limits: Mapping[str, Any]) -> bool:
-    if "choices" in limits:
-        return value in limits["choices"]
-    if isinstance(value, str | bool):
-        return True
-    return (
-        math.isfinite(value)
-        and limits.get("at_least", -math.inf) <= value <= limits.get("at_most", math.inf)
-        and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
-    )
+    rules.check(config, command, {field.name for field in fields_of(command)})
 
 
 def as_flags(text: str) -> str:

@@ -7,7 +7,8 @@ from jaxtyping import Int
 
 from sfl_jax import datasets
 from sfl_jax import fleet as fleets
-from sfl_jax.commands.config import AUTO, CLIENTS, RANDOM, Config
+from sfl_jax.commands.config import AUTO, Config
+from sfl_jax.commands.rules import CLIENTS, RANDOM
 from sfl_jax.errors import BadInput
 
 

@@ -11,7 +11,8 @@ from absl import flags
 
 from sfl_jax import __version__, paths
 from sfl_jax.commands import helping, preset, surroundings
-from sfl_jax.commands.config import Config, allowed, as_flags, fields_of
+from sfl_jax.commands.config import Config, as_flags, fields_of
+from sfl_jax.commands.fields import allowed
 from sfl_jax.commands.interruption import INTERRUPTED, interruption
 from sfl_jax.errors import BadInput
 

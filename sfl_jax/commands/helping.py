@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sfl_jax.commands import preset
-from sfl_jax.commands.config import bounds, fields_of
+from sfl_jax.commands.config import fields_of
+from sfl_jax.commands.fields import bounds
 from sfl_jax.commands.program import program
 
 SHORT, FULL = {"--help", "-help", "-h", "--helpshort"}, {"--helpfull", "-helpfull"}

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfl_jax import datasets, fleet, models, optim, planning
+from sfl_jax import datasets, fleet, models, optim, planning, registry, schemes
 from sfl_jax.commands import division
-from sfl_jax.commands.config import AUTO, DATA, FLEET, HARMLESS, RANDOM, Config, fields_of, validate
+from sfl_jax.commands.config import AUTO, Config, fields_of, validate
+from sfl_jax.commands.fields import DATA, FLEET, HARMLESS
+from sfl_jax.commands.rules import RANDOM
 from sfl_jax.datasets.images import preprocessing, squeezed
 from sfl_jax.digests import digest, digest_of_columns
 from sfl_jax.errors import BadInput
-from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated import optimizers
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.packing import plain
@@ -26,6 +27,7 @@ from sfl_jax.federated.session import Training
 from sfl_jax.fleet import Faults
 from sfl_jax.models import keras_weights
 from sfl_jax.planning import Planned, Planner
+from sfl_jax.run import suiting
 from sfl_jax.run.checkpoints import Checkpoints, Progress
 from sfl_jax.run.parts import Parts, Say, cosine, silent
 from sfl_jax.run.state import model_like
@@ -59,7 +61,8 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     validate(config)
     say(f"reading {config.dataset}")
     config, file = division.settle(config)
-    devices = federated_devices.choose_devices(config.devices)
+    own_scheme = scheme(config)
+    devices = suiting.devices_for(own_scheme, config.devices)
     data = datasets.load(config.dataset, config.data_dir or None, len(devices) > 1, config.label_key)
     if data.train_images.ndim != 4:
         raise BadInput(
@@ -76,7 +79,11 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     image_shape = (config.image_size, config.image_size, data.train_images.shape[-1])
     chain = _chain(config, data.num_classes, image_shape[-1])
     _check_min_cut(config, chain)
+    own_scheme.check(len(chain))
     own_planner, clients = planner(config), division.clients(config, file)
+    faults = Faults(config.drop_probability, config.jitter, config.deadline_factor)
+    suiting.check_faults(own_scheme, faults)
+    suiting.check_steps(own_scheme, shares, config.batch_size)
     clients = clients.with_samples([len(share) for share in shares])
     planning.check_links(own_planner, clients)
     say(f"counting the work of the {len(chain)} units of {config.model}")
@@ -95,10 +102,9 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
         notes += _classifier(config, imported, data.num_classes)
     parts = Parts(
         data, shares, clients, profile, terms, _training(config, chain, scaling),
-        functools.partial(_initial, config, chain, image_shape), own_planner,
-        Faults(config.drop_probability, config.jitter, config.deadline_factor), image_shape,
+        functools.partial(_initial, config, chain, image_shape), own_scheme, own_planner, faults, image_shape,
         config.cohort_size, config.local_epochs, config.batch_size, rate(config), config.eval_every,
-        config.seed, execution(config), devices,
+        config.seed, suiting.execution_for(own_scheme, execution(config), config.cohort_size), devices,
         network=f"{config.model} at {config.image_size}", program=_program(config),
     )  # fmt: skip
     return Built(config, parts, scaling, init_digest, tuple(notes))
@@ -194,12 +200,26 @@ def read_fleet(config: Config, file: fleet.Fleet | None = None) -> fleet.Fleet:
     return clients
 
 
+def scheme(config: Config) -> schemes.Scheme:
+    """Whose copy of a unit a step uses, with the options that it has."""
+    options = {
+        "order": config.server_order,
+        "server_batch": config.server_batch,
+        "most": None if config.max_cut < 0 else config.max_cut,
+        "keeps_state": config.keep_server_state,
+    }
+    has = {field.name for field in dataclasses.fields(registry.SCHEMES[config.scheme])}
+    own = {name: value for name, value in options.items() if name in has}
+    return schemes.create(config.scheme, tail_units=config.tail_units, **own)
+
+
 def planner(config: Config) -> Planner:
     """How rounds are planned."""
-    return Planner(
+    own = Planner(
         config.method, config.server_flops, config.min_cut, config.barrier, tuple(config.starts.split(",")),
         config.recall, config.rounding, config.links, config.coherence_s, config.band, config.seed,
     )  # fmt: skip
+    return suiting.planner_for(scheme(config), own)
 
 
 def execution(config: Config) -> Execution:
@@ -258,6 +278,7 @@ def _training(config, chain, scaling):
     return Training(
         chain, optimizer(config), preprocessing(config.image_size, *scaling),
         server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
+        scheme=scheme(config).engine(), tail_units=config.tail_units,
     )  # fmt: skip
 
 

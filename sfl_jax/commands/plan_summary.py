@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from sfl_jax import __version__, optim
-from sfl_jax.commands.config import ALTERNATING, RANDOM, Config
+from sfl_jax.commands.config import Config
 from sfl_jax.commands.division import idle_columns
+from sfl_jax.commands.rules import ALTERNATING, RANDOM
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.planning import TOGETHER, Gains, Planned, any_schedule_bound_s, binding, doubts, floor, seconds
 

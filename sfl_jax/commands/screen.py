@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sfl_jax.commands.config import CLIENTS, RANDOM, Config, as_flags
+from sfl_jax.commands.config import Config, as_flags
+from sfl_jax.commands.rules import CLIENTS, RANDOM
 
 TICK_S = 1.0  # between two looks at the clock
 SILENT_S = 4.0  # what is going on is said again after it, where there is no terminal

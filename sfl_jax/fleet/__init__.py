@@ -3,7 +3,7 @@
 from sfl_jax.fleet.clients import Fleet, random_fleet
 from sfl_jax.fleet.faults import Delays, Faults
 from sfl_jax.fleet.files import read_fleet, write_fleet
-from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, slowdowns
+from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, order, slowdowns
 
 __all__ = [
     "Delays",
@@ -13,6 +13,7 @@ __all__ = [
     "availability",
     "cohort",
     "fading_rates",
+    "order",
     "random_fleet",
     "read_fleet",
     "slowdowns",

@@ -13,6 +13,7 @@ class Purpose(IntEnum):
     FADING = 4
     AVAILABILITY = 5
     SLOWDOWN = 6
+    ORDER = 7
 
 
 def generator(seed: int, purpose: Purpose, round: int, number: int = 0) -> np.random.Generator:

@@ -25,6 +25,11 @@ def cohort(seed: int, round: int, clients: int, size: int) -> Int64[np.ndarray, 
     return np.sort(chosen).astype(np.int64)
 
 
+def order(seed: int, round: int, clients: int) -> Int64[np.ndarray, " K"]:
+    """When each of the clients of a round is served, counted from 0; drawn from (seed, round) alone."""
+    return generator(seed, Purpose.ORDER, round).permutation(clients).astype(np.int64)
+
+
 def availability(
     seed: int, round: int, ids: Sequence[int] | Int[np.ndarray, " K"], drop_probability: float
 ) -> Bool[np.ndarray, " K"]:

@@ -15,6 +15,7 @@ from sfl_jax.federated.session import Training
 from sfl_jax.fleet import Faults, Fleet
 from sfl_jax.models import Profile, Variables
 from sfl_jax.planning import Planner
+from sfl_jax.schemes import Scheme
 
 RIVALS = ("no_split", "common_cut")  # whose clocks run beside the plan's
 Say = Callable[[str], None]  # is told what is being done, for a person who waits
@@ -38,6 +39,7 @@ class Parts:
       fleet: the clients, with their samples. profile, terms: the costs of the network, and of each client.
       training: the network, the optimisers, and what prepares images.
       initial: makes the variables before the first round.
+      scheme: whose copy of a unit a step uses, and who waits for whom.
       planner, faults: how rounds are planned, and what goes wrong in them.
       image_shape: (H, W, C) of what enters the network.
       cohort_size, local_epochs, batch_size: of every round. rate: the learning rate by round.
@@ -55,6 +57,7 @@ class Parts:
     terms: optim.Terms
     training: Training
     initial: Callable[[], Variables]
+    scheme: Scheme
     planner: Planner
     faults: Faults
     image_shape: tuple[int, ...]

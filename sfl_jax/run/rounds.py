@@ -41,7 +41,8 @@ def prepare(parts: Parts, round: int) -> Prepared:
     # A client that does not come keeps its place, so that nothing compiles, and does nothing in it.
     weights = np.where(comers.came, clients.samples, 0).astype(np.float32)
     steps = np.where(comers.came, steps, 0).astype(np.int32)
-    assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices)
+    turn = fleet.order(parts.seed, round, len(ids)).astype(np.int32) if parts.scheme.has_order else None
+    assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices, turn)
     rival_s = {name: _round_s(parts, terms, name, delayed, present) for name in parts.rivals}
     return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round))
 

@@ -1,6 +1,5 @@
 """`Run`: the parts of a training put together, and what can be done with it."""
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfl_jax import datasets, models, optim, planning
+from sfl_jax import datasets, models, optim, planning, schemes
 from sfl_jax.datasets.images import scaled
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
@@ -22,7 +21,7 @@ from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.session import Loss, Training, cross_entropy
 from sfl_jax.fleet import Faults, Fleet
 from sfl_jax.planning import Planned, Planner
-from sfl_jax.run import loop, metrics, saving
+from sfl_jax.run import loop, metrics, saving, suiting
 from sfl_jax.run.engine import Engine, compile_rounds
 from sfl_jax.run.parts import Parts, Say, always, silent
 from sfl_jax.run.rounds import cohort, cohort_ids
@@ -50,7 +49,8 @@ class Run:
       data: the samples, as of `sfl_jax.datasets.from_arrays` or `load`.
       fleet: the clients, as of `sfl_jax.fleet.random_fleet` or `read_fleet`.
       optimizer: of the local steps, an optax transformation with its learning rate.
-      scheme: "sfl"; or "fl", in which every client keeps the whole network.
+      scheme: whose copy of a unit a step uses: "sfl", "sfl_v2", "psl", "sl" or "fl", or one of
+        `sfl_jax.schemes` with options of its own.
       planner: how each round is planned.
       cohort_size: clients that take part in a round; all where it is left out.
       local_epochs, batch_size: of a client in a round.
@@ -81,7 +81,7 @@ class Run:
         data: datasets.Dataset,
         fleet: Fleet,
         optimizer: optax.GradientTransformation | optimizers.LocalOptimizer,
-        scheme: str = "sfl",
+        scheme: str | schemes.Scheme = "sfl",
         planner: Planner = Planner(),  # noqa: B008 frozen
         cohort_size: int | None = None,
         local_epochs: int = 1,
@@ -109,10 +109,11 @@ class Run:
             raise BadInput(
                 f"cohort_size={cohort_size}: must be at most {len(fleet)}, the clients of the fleet"
             )
-        if scheme not in SCHEMES:
-            raise BadInput(f"scheme={scheme}: must be one of {', '.join(SCHEMES)}")
-        if scheme == "fl":
-            planner = dataclasses.replace(planner, method="no_split")
+        scheme = schemes.create(scheme)
+        scheme.check(len(chain))
+        suiting.check_faults(scheme, faults)
+        planner = suiting.planner_for(scheme, planner)
+        execution = suiting.execution_for(scheme, execution, cohort_size)
         if planner.min_cut > len(chain):
             raise BadInput(f"min_cut={planner.min_cut}: must be at most {len(chain)}, the units of the chain")
         if execution.layer_form != "auto":
@@ -128,6 +129,7 @@ class Run:
                 raise BadInput(f"optimizer: {kind}; must be one of optax, such as optax.sgd(0.05)")
             optimizer = optimizers.of_optax(optimizer, params)
         division = _divide(data, fleet, partition, seed)
+        suiting.check_steps(scheme, division, batch_size)
         clients = fleet.with_samples([len(share) for share in division])
         planning.check_links(planner, clients)
         profile = models.profile(chain, image_shape, stored_shape=stored)
@@ -138,13 +140,13 @@ class Run:
         terms = optim.terms(profile, clients, work)  # pyright: ignore[reportArgumentType] has samples
         training = Training(
             chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged,
-            loss=loss,
+            loss=loss, scheme=scheme.engine(), tail_units=scheme.tail_units,
         )  # fmt: skip
         initial = fresh if variables is None else functools.partial(_given, variables, jax.eval_shape(fresh))
         parts = Parts(
-            data, division, clients, profile, terms, training, initial, planner, faults, image_shape,
+            data, division, clients, profile, terms, training, initial, scheme, planner, faults, image_shape,
             cohort_size, local_epochs, batch_size, rate, eval_every, seed, execution,
-            federated_devices.choose_devices(devices), tuple(rivals), metric, _name(chain, image_shape),
+            suiting.devices_for(scheme, devices), tuple(rivals), metric, _name(chain, image_shape),
         )  # fmt: skip
         self._use(parts)
 
@@ -315,9 +317,6 @@ class Run:
         run._stopwatch = metrics.Stopwatch(progress.wall_s)
         run._compiling = metrics.CompileClock(progress.compile_s)
         return run
-
-
-SCHEMES = ("sfl", "fl")
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -77,6 +77,7 @@ def fingerprints(parts: Parts, rounds: int) -> dict[str, str]:
         "rate": described([f"{parts.rate(round):.6g}" for round in range(rounds)]),
         "loss": described(training.loss),
         "metric": described(parts.metric),
+        "scheme": described(parts.scheme),
         "planner": described(parts.planner),
         "faults": described(parts.faults),
         "cohort_size": str(parts.cohort_size),

@@ -61,6 +61,10 @@ class Psl(Scheme):
     def allows(self) -> frozenset[str]:
         return frozenset((CHUNKS,)) if self.server_batch == "separate" else frozenset()
 
+    @property
+    def needs_equal_steps(self) -> bool:
+        return self.server_batch == "joined"
+
     def check(self, units: int) -> None:
         super().check(units)
         if self.max_cut(units) > units:

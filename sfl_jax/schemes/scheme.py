@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import numpy as np
 from jaxtyping import Array, Int
 
 from sfl_jax.errors import BadInput
@@ -40,6 +39,11 @@ class Scheme:
         """
         return frozenset()
 
+    @property
+    def needs_equal_steps(self) -> bool:
+        """Whether all clients of a round must be there and take the same number of steps."""
+        return False
+
     def check(self, units: int) -> None:
         """BadInput where the scheme does not suit a network of so many units."""
         if not 0 <= self.tail_units < units:
@@ -48,7 +52,7 @@ class Scheme:
             )
 
     def max_cut(self, units: int) -> int:
-        """The largest cut that a plan may choose beside `units`, which leaves nothing to the server."""
+        """The largest cut that a plan may choose."""
         return units
 
     def engine(self) -> Any:
@@ -63,8 +67,3 @@ class Scheme:
 def is_own(training: Training, cut: Int[Array, "*K"], unit: int) -> Array:
     """Whether the client holds the unit: below its cut, or in the tail."""
     return (unit < cut) | (unit >= training.tail)
-
-
-def drawn_order(generator: np.random.Generator, clients: int) -> Int[np.ndarray, " K"]:
-    """When each client is served, counted from 0."""
-    return generator.permutation(clients).astype(np.int32)

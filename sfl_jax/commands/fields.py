@@ -1,0 +1,66 @@
+"""What a flag is made of: a field of `Config` with its help, its limits and the commands that take it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Commands that take a flag, and the headings of --help.
+TRAINING = ("train", "compare")
+RUNNING = (*TRAINING, "report")
+PLANNING = (*TRAINING, "plan")
+DATALESS = ("plan", "compare")  # compare with --plan_only, where no dataset says so
+NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
+SCHEME = "scheme"
+MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"
+HARMLESS = (MACHINE, PROCESSES, FILES)
+
+LARGEST_INT = 2**31 - 1
+
+
+def flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limits: Any) -> Any:
+    """A field with what a flag needs; limits: choices, at_least, at_most, above, below. open: the value
+    that leaves the choice to the run. hints: what to say of a wrong value that others know.
+
+    harmless: whether a run may go on with another value. It may where that changes no numbers but for
+    rounding, as under some headings, and where it names a file whose contents are compared.
+    """
+    metadata = {"group": group, "commands": commands, "help": text, "harmless": group in HARMLESS}
+    return dataclasses.field(default=default, metadata=metadata | limits)
+
+
+def allowed(field: dataclasses.Field[Any]) -> str:
+    """What a field may hold, in words: "an integer, at least 1"."""
+    if "choices" in field.metadata:
+        return f"one of {', '.join(field.metadata['choices'])}"
+    kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
+    return ", ".join(filter(None, [kind[type(field.default)], bounds(field)]))
+
+
+def bounds(field: dataclasses.Field[Any]) -> str:
+    """The bounds of a number, in words: "at least 8 and at most 4096"; empty where there are none."""
+    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
+    return " and ".join(f"{words[key]} {field.metadata[key]:g}" for key in words if key in field.metadata)
+
+
+def is_path(field: dataclasses.Field[Any]) -> bool:
+    """Whether the field holds a path."""
+    return field.metadata.get("path", False)
+
+
+def has_type(value: Any, kind: type) -> bool:
+    """Whether a value may stand for a setting: an integer may be a number, true is no integer."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def is_within(value: Any, limits: Mapping[str, Any]) -> bool:
+    """Whether a value is one that a field with these limits may hold."""
+    if "choices" in limits:
+        return value in limits["choices"]
+    if isinstance(value, str | bool):
+        return True
+    return (
+        math.isfinite(value)
+        and limits.get("at_least", -math.inf) <= value <= limits.get("at_most", math.inf)
+        and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
+    )

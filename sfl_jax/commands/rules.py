@@ -1,0 +1,105 @@
+"""What must hold between settings: each refusal names the flag, its value and what is allowed."""
+
+import pathlib
+import re
+from collections.abc import Collection
+from typing import Any
+
+from sfl_jax.commands.fields import LARGEST_INT
+from sfl_jax.errors import BadInput
+
+# What models, optim and datasets accept, written out so that help and refusals need no JAX; a test holds
+# each equal to what is accepted.
+ALTERNATING = ("alternating", "regression")
+STARTS = ("equal", "proportional", "random")
+RANDOM, CLIENTS = "random", 100  # the fleet without a file, and how many it has unless --clients says it
+
+# Flags of plans alone, and what holds in training.
+_SAID = "the dataset says it"
+_IN_TRAINING = {
+    "image_channels": _SAID, "num_classes": _SAID, "samples_per_client": _SAID, "stored_size": _SAID,
+    "bits_per_float": "it is 32",
+}  # fmt: skip
+
+# Flags that need one of some values of another.
+_NEEDS = {
+    "dirichlet_alpha": ("partition", ("dirichlet", "quantity")),
+    "shards_per_client": ("partition", ("shards",)),
+    "server_order": ("scheme", ("sfl_v2",)),
+    "server_batch": ("scheme", ("psl",)),
+    "max_cut": ("scheme", ("psl",)),
+    "keep_server_state": ("scheme", ("sfl_v2", "psl", "sl")),
+}
+# Flags whose other values need one of the schemes that end with everybody's session.
+_OF_SESSIONS = {"barrier": "session", "band": "fixed", "deadline_factor": 0.0}
+
+
+def check(config: Any, command: str, taken: Collection[str]) -> None:
+    """Raises BadInput for settings that make no sense together, among the flags that the command takes."""
+    default = type(config)
+    known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
+    in_cohorts = "cohort_size" in taken and not config.plan_only
+    # The default makes way for smaller fleets, see `division.settle`.
+    in_cohorts = in_cohorts and config.cohort_size != default.cohort_size
+    if in_cohorts and 0 < known < config.cohort_size:
+        raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={known}")
+    for name, (other, values) in _NEEDS.items():
+        value = getattr(config, name)
+        if other in taken and value != getattr(default, name) and getattr(config, other) not in values:
+            needed = " or ".join(f"--{other}={known}" for known in values)
+            raise BadInput(f"--{name}={value}: needs {needed}")
+    for name, value in _OF_SESSIONS.items():
+        if getattr(config, name) != value and config.scheme not in ("sfl", "fl"):
+            raise BadInput(f"--{name}={getattr(config, name)}: needs --scheme=sfl or --scheme=fl")
+    if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
+        raise BadInput(
+            f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"
+        )
+    if config.coordinator_address and not re.fullmatch(r"\S+:\d{1,5}", config.coordinator_address):
+        raise BadInput(f"--coordinator_address={config.coordinator_address}: must be host:port")
+    if 0 < config.deadline_factor < 1:
+        raise BadInput(f"--deadline_factor={config.deadline_factor:g}: must be 0, or at least 1")
+    # The default makes way for shorter runs, see `experiment.learning_rate`.
+    if "warmup_rounds" in taken and config.rounds < config.warmup_rounds != default.warmup_rounds:
+        raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
+    if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
+        raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
+    if config.fleet != RANDOM and config.samples_per_client != default.samples_per_client:
+        raise BadInput(
+            f"--samples_per_client={config.samples_per_client}: is of the random fleet;"
+            f" --fleet={config.fleet} says the samples of each client"
+        )
+    if "output" in taken and pathlib.Path(config.output).suffix != ".json":
+        raise BadInput(f"--output={config.output}: must end in .json")
+    if (
+        "target_round_s" in taken
+        and config.target_round_s
+        and (config.method, config.barrier, config.band) != ("exact", "session", "fixed")
+    ):
+        raise BadInput(
+            f"--target_round_s={config.target_round_s}: needs"
+            " --method=exact, --barrier=session and --band=fixed"
+        )
+    if not set(config.starts.split(",")) <= set(STARTS):
+        raise BadInput(f"--starts={config.starts}: must be some of {', '.join(STARTS)}, with commas between")
+    if config.starts != default.starts and config.method not in ALTERNATING:
+        raise BadInput(f"--starts={config.starts}: needs --method=alternating or --method=regression")
+    if config.recall and config.method not in ALTERNATING:
+        raise BadInput("--recall=true: needs --method=alternating or --method=regression")
+    if config.coherence_s and config.links != "fading":
+        raise BadInput(f"--coherence_s={config.coherence_s:g}: needs --links=fading")
+    if config.rounding != default.rounding and config.method != "regression":
+        raise BadInput(f"--rounding={config.rounding}: needs --method=regression")
+    if config.plan_only and config.band != "fixed":
+        raise BadInput(f"--band={config.band}: must be fixed with --plan_only, which compares every method")
+    for name, holds in _IN_TRAINING.items():
+        value, training = getattr(config, name), command == "compare" and not config.plan_only
+        if training and value != getattr(default, name):
+            raise BadInput(f"--{name}={value}: needs --plan_only; in training {holds}")
+    if config.method == "work_conserving" and config.barrier != "session":
+        raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
+    if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
+        raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
+    for name in ("dataset", "workdir"):
+        if name in taken and not getattr(config, name).strip():
+            raise BadInput(f"--{name}=: must not be empty")

@@ -1,6 +1,6 @@
-"""Image classification sets, their division among clients, and the batches of a round."""
+"""Sets of images or of other samples, their division among clients, and the batches of a round."""
 
-from sfl_jax.datasets.arrays import check_splits, from_arrays
+from sfl_jax.datasets.arrays import as_stored, check_splits, from_arrays
 from sfl_jax.datasets.batches import batches, max_steps, session_steps
 from sfl_jax.datasets.dataset import Dataset
 from sfl_jax.datasets.loading import load
@@ -8,6 +8,7 @@ from sfl_jax.datasets.partition import partition
 
 __all__ = [
     "Dataset",
+    "as_stored",
     "batches",
     "check_splits",
     "from_arrays",

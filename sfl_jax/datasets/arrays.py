@@ -1,5 +1,6 @@
 """Data of your own: arrays, a .npz file of arrays, and folders of images."""
 
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -8,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sfl_jax.datasets.dataset import Dataset, check
-from sfl_jax.datasets.pictures import Unusable, picture
+from sfl_jax.datasets.dataset import MOST_AXES, Dataset, check, is_float
+from sfl_jax.datasets.pictures import Unusable, picture, without_warnings
 from sfl_jax.errors import BadInput
 
 TEST_SHARE = 0.1  # of the samples, where nothing else says what to test on
@@ -40,8 +41,9 @@ def from_arrays(
     """A data set of arrays.
 
     Args:
-      x_train, x_test: samples of any shape (N, ...): uint8, which is scaled to -1..1, or floats, which are
-        taken as they are. Images without channels (N, H, W) get one.
+      x_train, x_test: samples of any shape (N, ...), taken as they are. uint8 are pixels, which a run scales
+        to -1..1; of shape (N, H, W) they are grey images and get a channel. Floats, bfloat16 too, are not
+        scaled. Other integers are tokens (N, T) or, where they are signed, (N, T, F); they are kept as int32.
       y_train, y_test: labels (N,), integers from 0 on.
       num_classes: as many as the largest label says, if left out.
       splits: the indices of each client's training samples.
@@ -84,7 +86,9 @@ def load_npz(path: Path) -> Dataset:
     except _UNREADABLE as error:
         raise BadInput(f"{place}: cannot be read as a .npz file of numbers ({_line(error)})") from error
     if not given:
-        raise BadInput(f"{place}: has the arrays {', '.join(there)}; needs x_train and y_train")
+        raise BadInput(
+            f"{place}: has the arrays {', '.join(there)}; needs x_train and y_train, the labels to learn"
+        )
     try:
         return from_arrays(*given, name=str(path))
     except BadInput as error:
@@ -92,49 +96,96 @@ def load_npz(path: Path) -> Dataset:
 
 
 def load_folder(path: Path) -> Dataset:
-    """Pictures in folders: path/train/CLASS/*.png and path/test/CLASS/*.png, or path/CLASS/*.png alone."""
-    place, children = f"dataset={path}", _folders(path)
+    """Pictures in folders: path/train/CLASS/*.png and path/test/CLASS/*.png, or path/CLASS/*.png alone.
+
+    BadInput names the file or the folder that cannot be used.
+    """
+    try:
+        return _of_folder(path)
+    except OSError as error:
+        place = error.filename or path
+        raise BadInput(
+            f"dataset={path}: {place} cannot be read ({error.strerror or _line(error)})"
+        ) from error
+
+
+def _of_folder(path):
+    place, children = f"dataset={path}", _folders(path, path)
     tested = next((children[name] for name in ("test", "validation", "val") if name in children), None)
     trained = children.get("train", path)
     if trained == path and tested is not None:
         raise BadInput(f"{place}: has no folder train beside {tested.name}")
-    classes = sorted(_folders(trained))
+    classes = sorted(_folders(path, trained))
     if not classes:
         raise BadInput(f"{place}: has no folders of pictures, one for each class")
-    if tested is not None and (unknown := sorted(_folders(tested).keys() - {*classes})):
+    if tested is not None and (unknown := sorted(_folders(path, tested).keys() - {*classes})):
         raise BadInput(
             f"{place}: {tested.name} has the class {unknown[0]}; {trained.name} has none of this name"
         )
-    given = [*_read(place, trained, classes), *(_read(place, tested, classes) if tested else ())]
+    given = [*_read(path, trained, classes), *(_read(path, tested, classes) if tested else ())]
     data = from_arrays(*given, num_classes=len(classes), name=str(path))
     shown = f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
     object.__setattr__(data, "notes", (*data.notes, f"{len(classes)} classes: {shown}"))
     return data
 
 
-def _folders(path):
-    """The folders in a folder by name, without hidden ones."""
-    return {one.name: one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")}
+def _inside(root, folder):
+    """What a folder holds, without what is hidden. BadInput for a link that leads nowhere."""
+    inside = sorted(one for one in folder.iterdir() if not one.name.startswith("."))
+    for one in inside:
+        if one.is_symlink() and not one.exists():
+            raise BadInput(
+                f"dataset={root}: {one.relative_to(root)} is a link to {os.readlink(one)}, which is not there"
+            )
+    return inside
 
 
-def _read(place, folder, classes):
+def _folders(root, folder):
+    """The folders in a folder by name."""
+    return {one.name: one for one in _inside(root, folder) if one.is_dir()}
+
+
+def _read(root, folder, classes):
     """(pictures, labels) of the folders of classes, in the order of their names."""
     found: list[np.ndarray] = []
     labels: list[int] = []
+    endings = ", ".join(sorted(_PICTURES))
+    there = _folders(root, folder)
     for label, name in enumerate(classes):
-        files = sorted(one for one in (folder / name).glob("*") if one.suffix.lower() in _PICTURES)
+        if name not in there:
+            continue  # what is tested need not have every class
+        files = [one for one in _inside(root, there[name]) if one.suffix.lower() in _PICTURES]
+        if not files:
+            where = there[name].relative_to(root)
+            raise BadInput(
+                f"dataset={root}: no pictures in {where}; they end in {endings}; or remove the folder"
+            )
         for file in files:
-            try:
-                found.append(picture(file.read_bytes(), None))
-            except (Unusable, OSError) as error:
-                raise BadInput(f"{place}: {name}/{file.name}: {_line(error)}") from error
+            found.append(_pixels(root, file))
             if found[-1].shape != found[0].shape:
-                shapes = f"{found[0].shape} and {found[-1].shape}"
-                raise BadInput(f"{place}: pictures of {shapes}; make copies of one size and kind")
+                shapes = f"of {found[-1].shape}, others are of {found[0].shape}"
+                raise BadInput(
+                    f"dataset={root}: {file.relative_to(root)}: {shapes}; make copies of one size and kind"
+                )
             labels.append(label)
     if not found:
-        raise BadInput(f"{place}: no pictures in {folder.name}; they end in {', '.join(sorted(_PICTURES))}")
+        raise BadInput(f"dataset={root}: no pictures in {folder.name}; they end in {endings}")
     return np.stack(found), np.array(labels, np.int32)
+
+
+def _pixels(root, file):
+    """A picture. Pillow raises nearly anything for one that is damaged."""
+    try:
+        with without_warnings():
+            return picture(file.read_bytes(), None)
+    except MemoryError:
+        raise
+    except Exception as error:
+        said = _line(error)
+        if not isinstance(error, Unusable):
+            reason = "it is none that Pillow knows" if "cannot identify" in said else said
+            said = f"cannot be read as a picture ({reason}); mend or remove it"
+        raise BadInput(f"dataset={root}: {file.relative_to(root)}: {said}") from error
 
 
 def _array(argument, given) -> np.ndarray:
@@ -146,13 +197,40 @@ def _array(argument, given) -> np.ndarray:
 
 
 def _samples(argument, given):
-    array = _array(argument, given)
-    if array.ndim == 3:
+    array = _taken(_array(argument, given))
+    if array.dtype == np.uint8 and array.ndim == 3:
         array = array[..., None]
     if array.ndim < 2:
         raise BadInput(f"{argument}: of shape {array.shape}; must be (N, ...), one row a sample")
-    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+    if array.dtype == np.dtype("V2"):
+        raise BadInput(f"{argument}: of {array.dtype}; files of NumPy lose bfloat16: save it as float32")
+    if is_float(array.dtype) and not np.isfinite(array).all():
         raise BadInput(f"{argument}: has numbers that are not finite")
+    return array
+
+
+def _taken(array: np.ndarray) -> np.ndarray:
+    """Tokens as int32; whatever else as it is, and integers that are none, which `check` refuses."""
+    most_axes = {"i": MOST_AXES, "u": 2}.get(array.dtype.kind, 0)  # unsigned ones with more are pictures
+    if array.dtype == np.uint8 or array.ndim > most_axes:
+        return array
+    limits = np.iinfo(np.int32)
+    fits = not array.size or (array.min() >= limits.min and array.max() <= limits.max)
+    return array.astype(np.int32, copy=False) if fits else array
+
+
+def as_stored(argument: str, given: Any, stored: np.ndarray) -> np.ndarray:
+    """Samples (N, ...) for a network that learns from `stored`, which were given to `from_arrays` likewise.
+
+    BadInput where they are of another type or shape.
+    """
+    array, shape = _taken(_array(argument, given)), stored.shape[1:]
+    if array.dtype == np.uint8 and (*array.shape[1:], 1) == shape:
+        array = array[..., None]
+    if array.shape[1:] != shape or not len(array):
+        raise BadInput(f"{argument}: of shape {array.shape}; must be (N, {', '.join(map(str, shape))})")
+    if array.dtype != stored.dtype:
+        raise BadInput(f"{argument}: of {array.dtype}; must be {stored.dtype}")
     return array
 
 
@@ -160,6 +238,11 @@ def _labels(argument, given):
     array = _array(argument, given)
     if array.ndim == 2 and array.shape[1] == 1:  # as Keras has those of CIFAR
         array = array[:, 0]
+    if array.ndim == 2:
+        raise BadInput(
+            f"{argument}: of shape {array.shape}; must be (N,), a class number a sample: give one column, "
+            f"such as {argument}[:, 0], or {argument}.argmax(1) where a row has a 1 at its class"
+        )
     if array.ndim != 1:
         raise BadInput(f"{argument}: of shape {array.shape}; must be (N,), a class number a sample")
     if not np.issubdtype(array.dtype, np.integer):

@@ -9,6 +9,7 @@ from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
 
 ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
+MOST_AXES = 3  # of tokens: integers of more axes are pictures whose range cannot be known
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Dataset:
     """Images, or other samples, and labels; those for training may stay in a file, see `CheckedRows`.
 
     Attributes:
-      train_images, test_images: (N, ...), uint8 or floats, of one type and size; images are (N, H, W, C).
-        There may be no test images.
+      train_images, test_images: (N, ...), of one type and size: pixels of uint8, floats, or tokens of int32;
+        images are (N, H, W, C). There may be no test images.
       train_labels, test_labels: (N,) int32 in [0, num_classes).
       num_classes: number of classes.
       name: as asked for.
@@ -53,10 +54,17 @@ class Dataset:
             object.__setattr__(self, "digest", digest(getattr(self, name) for name in ARRAYS))
 
 
+def is_float(dtype: np.dtype) -> bool:
+    """Whether JAX computes with such floats. NumPy does not count bfloat16 among them."""
+    return dtype.name == "bfloat16" or (np.issubdtype(dtype, np.floating) and dtype.itemsize <= 8)
+
+
 def check(place: str, images: np.ndarray, labels: np.ndarray, num_classes: int, least: int = 1) -> None:
     """Refuses what would be computed with as if it were of these types and shapes."""
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise BadInput(f"{place}: images of {images.dtype}; must be uint8, 0 to 255, or floats")
+    is_tokens = images.dtype == np.int32 and images.ndim <= MOST_AXES
+    if images.dtype != np.uint8 and not is_float(images.dtype) and not is_tokens:
+        allowed = "must be uint8, 0 to 255, floats, or integer tokens (N, T)"
+        raise BadInput(f"{place}: images of {images.dtype} {images.shape}; {allowed}")
     if images.ndim < 2 or len(images) < least:
         raise BadInput(f"{place}: images of shape {images.shape}; must be (N, ...), N at least {least}")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):

@@ -28,7 +28,7 @@ def squeezed(image_size: int, height: int, width: int) -> list[str]:
 
 
 def scaled(images: Array) -> Array:
-    """Images as a network takes them, of their own size: uint8 becomes -1 to 1, floats stay as they are."""
+    """Samples as a network takes them: uint8 becomes -1 to 1; floats, and tokens, stay as they are."""
     if images.dtype != jnp.uint8:
         return images
     return images.astype(jnp.result_type(float)) / 127.5 - 1.0

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +52,17 @@ def load(
       BadInput: not there, not to be read, damaged, in a format that needs TensorFlow, no image classification
         set, images of several sizes, or a Python module is missing.
     """
-    if name.endswith(".npz"):
-        return load_npz(Path(name).expanduser())
-    if name.startswith(_PATHS) and Path(name).expanduser().is_dir():
-        return load_folder(Path(name).expanduser())
+    own = _own(name)
+    if own and label_key:
+        raise BadInput(f"label_key={label_key}: is for TFDS sets; dataset={name} has one label a sample")
+    if own:
+        return load_npz(own) if name.endswith(".npz") else load_folder(own)
     if name == "mnist" and data_dir is None:
         directory, remedy = _EMBEDDED, "install sfl_jax again"
     else:
         root = _root(name, data_dir)
-        command = f"(TensorFlow needed): tfds build {name} --data_dir={root} --file_format=array_record"
-        directory = _find(name, root, f"prepare it {command}")
-        remedy = f"prepare it again {command} --overwrite"
+        directory = _find(name, root, f"prepare it: {_preparing(name, root)}")
+        remedy = f"remove {directory} and prepare it again: {_preparing(name, root)}"
     try:
         key = contents(directory)
     except OSError as error:
@@ -72,6 +73,28 @@ def load(
         write_cache(directory, key, _kept(dataset), label_key)
         kept = (_from_cache(name, directory, key, in_file, label_key) if in_file else None) or dataset
     return kept
+
+
+def _preparing(name: str, root: Path) -> str:
+    """How to prepare a set. TensorFlow is needed for that alone; `tfds build` would need Apache Beam too."""
+    install = ".venv/bin/python -m pip install -c constraints.txt tensorflow"
+    python = f"TFDS_DATA_DIR={shlex.quote(str(root))} .venv/bin/python"
+    call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+    return f'{install} && {python} -c "import tensorflow_datasets as tfds; {call}"'
+
+
+def _own(name: str) -> Path | None:
+    """The .npz file or the folder of pictures that is asked for, None where it is the name of a set."""
+    is_file = name.endswith(".npz")
+    if not (is_file or name.startswith(_PATHS)):
+        return None
+    try:
+        path = Path(name).expanduser()
+        return path if is_file or path.is_dir() else None
+    except OSError as error:
+        raise _unreadable(name, Path(name), error) from error
+    except RuntimeError as error:
+        raise BadInput(f"dataset={name}: there is no such home directory") from error
 
 
 def _find(name: str, root: Path, remedy: str) -> Path:
@@ -100,7 +123,11 @@ def _find(name: str, root: Path, remedy: str) -> Path:
             f"dataset={name}: {parent} holds configs; choose one of {asked['name']}/{{{','.join(configs)}}}"
         )
     here = f"; for the folder of pictures here write ./{name}" if Path(name).is_dir() else ""
-    raise BadInput(f"dataset={name}: not found in {parent}; {remedy}{here}")
+    others = sorted({path.relative_to(root).parts[0] for path in root.glob("*/*/features.json")})
+    there = f" ({root} has {', '.join(others[:9])})" if others else ""
+    if next(root.glob("*/features.json"), None):
+        raise BadInput(f"dataset={name}: {root} is a set itself; give the directory above, {root.parent}")
+    raise BadInput(f"dataset={name}: not found in {parent}{there}; {remedy}{here}")
 
 
 def _root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:

@@ -1,6 +1,9 @@
 """A stored picture to pixels of 8 bits a channel, as TensorFlow decodes it."""
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,11 +25,21 @@ def picture(encoded: bytes, channels: int | None) -> UInt8[np.ndarray, "H W C"]:
     colour, alpha is dropped, or added where the channels ask for it.
 
     Raises:
-      Unusable: floats, 32-bit integers, or a number of channels that no picture has.
+      Unusable: floats, 32-bit integers, a number of channels that no picture has, or too many pixels.
     """
     from PIL import Image
 
-    with Image.open(io.BytesIO(encoded)) as image:
+    most = Image.MAX_IMAGE_PIXELS
+    try:
+        opened = Image.open(io.BytesIO(encoded))
+    except Image.DecompressionBombError as error:  # of more than twice as many
+        raise Unusable(
+            f"pictures of more than {most} pixels, which is the most; make them smaller"
+        ) from error
+    with opened as image:
+        if most is not None and image.width * image.height > most:
+            size = f"{image.width}x{image.height} pixels"
+            raise Unusable(f"pictures of {size}; at most {most} in all; make them smaller")
         # Up to version 10 Pillow opens a 16-bit PNG in a mode of 32 bits.
         if image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -37,3 +50,13 @@ def picture(encoded: bytes, channels: int | None) -> UInt8[np.ndarray, "H W C"]:
             raise Unusable(f"pictures of {channels} channels; must be 1 to 4")
         array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array if array.ndim == 3 else array[..., None]
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """While it lasts, Pillow does not warn of large pictures, which `picture` refuses. Not for threads."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield

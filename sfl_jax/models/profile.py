@@ -78,9 +78,9 @@ class _Row(NamedTuple):
 
 
 def _sample(image_shape):
-    """The shapes and types of one sample."""
+    """The shapes and types of one sample. Work is counted in float32, whatever the type of its floats."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(image_shape)):
-        return image_shape
+        return jax.tree.map(lambda leaf: _counted(leaf.shape, leaf), image_shape)
     return jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
 
 
@@ -149,7 +149,11 @@ def _values(unit, normalised):
 
 def _one_of(batch):
     """The shape of one sample. Work is counted in float32, whatever a unit computes in."""
-    return jax.ShapeDtypeStruct(batch.shape[1:], jnp.float32 if _is_float(batch) else batch.dtype)
+    return _counted(batch.shape[1:], batch)
+
+
+def _counted(shape, x):
+    return jax.ShapeDtypeStruct(shape, jnp.float32 if _is_float(x) else x.dtype)
 
 
 def _cotangent(x):

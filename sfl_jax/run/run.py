@@ -22,7 +22,7 @@ from sfl_jax.federated.session import Loss, Training, cross_entropy
 from sfl_jax.fleet import Faults, Fleet
 from sfl_jax.planning import Planned, Planner
 from sfl_jax.run import loop, metrics, saving, suiting
-from sfl_jax.run.engine import Engine, compile_rounds
+from sfl_jax.run.engine import Engine, compile_rounds, entering_network
 from sfl_jax.run.parts import Parts, Say, always, silent
 from sfl_jax.run.rounds import cohort, cohort_ids
 from sfl_jax.run.state import State, is_held, resume, start
@@ -58,7 +58,8 @@ class Run:
       partition: how the training samples are divided: "iid", "dirichlet", "shards", "quantity", "fleet" (by
         the fleet's column samples), "auto" (the splits of the data, else fleet where it has that column, else
         iid), or the indices of each client's samples.
-      preprocess: stored images (B, H, W, C) to what the network takes; by default uint8 becomes -1 to 1.
+      preprocess: stored samples (B, ...) to what the network takes; by default uint8 becomes -1 to 1, and
+        floats and tokens stay as they are.
       variables: to start from; fresh ones where they are left out.
       server_optimizer: of the server, an optax transformation of the clients' mean change.
       faults: what goes wrong with clients.
@@ -119,7 +120,7 @@ class Run:
         if execution.layer_form != "auto":
             chain = chain.in_form(execution.layer_form)
         stored = data.train_images.shape[1:]
-        entering = jax.eval_shape(preprocess, jax.ShapeDtypeStruct((1, *stored), data.train_images.dtype))
+        entering = entering_network(preprocess, data, 1)
         image_shape = entering.shape[1:]
         fresh = functools.partial(_fresh, chain, entering, seed)
         params = jax.eval_shape(fresh).params
@@ -132,7 +133,8 @@ class Run:
         suiting.check_steps(scheme, division, batch_size)
         clients = fleet.with_samples([len(share) for share in division])
         planning.check_links(planner, clients)
-        profile = models.profile(chain, image_shape, stored_shape=stored)
+        sample = jax.ShapeDtypeStruct(image_shape, entering.dtype)
+        profile = models.profile(chain, sample, stored_shape=stored)
         work = optim.Work(
             local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots,
             image_bits=8 * data.train_images.dtype.itemsize,
@@ -254,16 +256,11 @@ class Run:
             raise
 
     def predict(self, images: Any) -> np.ndarray:
-        """Logits (N, classes) of stored images (N, H, W, C), in inference mode."""
-        images = np.asarray(images)
-        expected = self.parts.data.train_images.shape[1:]
-        if images.shape[1:] != expected or not len(images):
-            raise BadInput(f"images: of shape {images.shape}; must be (N, {', '.join(map(str, expected))})")
-        if images.dtype != self.parts.data.train_images.dtype:
-            raise BadInput(f"images: of {images.dtype}; must be {self.parts.data.train_images.dtype}")
+        """Logits (N, classes) of samples (N, ...) as they were given to train on, in inference mode."""
+        images = datasets.as_stored("images", images, self.parts.data.train_images)
         model = federated_devices.on_first(self.state.model).packed
         size = min(batch_of(self.parts.image_shape), len(images))
-        filled = np.resize(images, (-(-len(images) // size) * size, *expected))  # whole batches
+        filled = np.resize(images, (-(-len(images) // size) * size, *images.shape[1:]))  # whole batches
         logits = [
             np.asarray(_logits(self.parts.training, model, filled[first : first + size]))
             for first in range(0, len(filled), size)

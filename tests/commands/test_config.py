@@ -193,13 +193,14 @@ def test_frozen():
 
 def test_choices_are_those_of_the_registries():
     from sfl_jax import models, optim
+    from sfl_jax.commands import rules
     from sfl_jax.federated import execution
     from sfl_jax.models import layers
     from sfl_jax.planning import planner
 
     assert {name for name in registry.NETWORKS if name.startswith("eff")} == set(models.VARIANTS)
     assert config_lib.BARRIERS == optim.BARRIERS
-    assert config_lib.STARTS == optim.STARTS
+    assert rules.STARTS == optim.STARTS
     assert config_lib.ROUNDINGS == optim.ROUNDINGS
     assert config_lib.LINKS == planner.LINKS
     assert config_lib.BANDS == planner.BANDS

@@ -351,7 +351,7 @@ def test_the_table_counts_the_clients_of_all_rounds():
     [
         (["--model=resnet"], r"--model=resnet: must be one of .*efficientnetv2-b0"),
         (["--method=best"], r"--method=best: must be one of exact"),
-        (["--dataset=nowhere"], r"--dataset=nowhere: .*tfds build"),
+        (["--dataset=nowhere"], r"--dataset=nowhere: .*tfds\.builder"),
         (["--dataset={vectors}"], r"--dataset=.*: samples of shape \(7,\); must be images \(H, W, C\)"),
         (["--min_cut=99"], r"--min_cut=99: must be at most 8"),
         (["--clients=70000"], r"--clients=70000: .*60000"),

@@ -57,6 +57,10 @@ ELSEWHERE = {
     "matmul_precision": "commands/test_accelerators.py", "deterministic": "commands/test_accelerators.py",
     "init_from": "below", "dataset": "below", "data_dir": "below", "label_key": "datasets/test_loading.py",
     **dict.fromkeys(("starts", "recall", "rounding", "band"), "planning/test_planner.py"),
+    **dict.fromkeys(
+        ("scheme", "server_order", "server_batch", "max_cut", "tail_units", "keep_server_state"),
+        "commands/test_schemes.py",
+    ),
     "on_divergence": "run/test_loop.py",
     "memory_budget_gib": "federated/test_tuning.py", "devices": "federated/test_devices.py",
     "compilation_cache": "commands/test_compilation_cache.py",

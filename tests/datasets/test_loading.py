@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +114,8 @@ def test_embedded_mnist_is_the_whole_of_mnist(mnist_twice):
 
 
 def test_images_are_those_that_tfds_decodes(mnist_twice):
-    source = tfds.builder_from_directory(_EMBEDDED).as_data_source("test")
+    builder: Any = tfds.builder_from_directory(_EMBEDDED)
+    source = builder.as_data_source("test")
     for dataset in mnist_twice:
         for i in (0, 1, 4095, 4096, 9999):  # both sides of a chunk's edge
             np.testing.assert_array_equal(dataset.test_images[i], source[i]["image"])
@@ -253,7 +255,8 @@ def test_large_jpegs_are_decoded_in_threads_in_order(tmp_path):
     noise = pictures(9, (200, 200, 3)) // 8
     images = np.minimum(images, 220) + noise
     prepare(tmp_path, {"train": examples(images, kind="JPEG"), "test": examples(images[:3], kind="JPEG")})
-    source = tfds.builder_from_directory(tmp_path / "tiny" / "1.0.0").as_data_source("train")
+    builder: Any = tfds.builder_from_directory(tmp_path / "tiny" / "1.0.0")
+    source = builder.as_data_source("train")
     dataset = load("tiny", tmp_path)
     for i in range(9):
         np.testing.assert_array_equal(dataset.train_images[i], source[i]["image"])
@@ -383,7 +386,8 @@ def raising(error, cause=None):
 )
 def test_what_is_missing_here_is_not_laid_to_the_data(tmp_path, monkeypatch, error, words):
     prepare(tmp_path, {"train": examples(pictures(2)), "test": examples(pictures(2))})
-    builder = tfds.core.read_only_builder.ReadOnlyBuilder
+    core: Any = tfds.core
+    builder = core.read_only_builder.ReadOnlyBuilder
     causes = (
         [(error, None)] if isinstance(error, OSError) else [(error, None), (RuntimeError("in TFDS"), error)]
     )
@@ -393,7 +397,7 @@ def test_what_is_missing_here_is_not_laid_to_the_data(tmp_path, monkeypatch, err
                 patch.setattr(*where, raising(raised, cause))
                 with pytest.raises(BadInput, match=f"{tmp_path}/tiny/1.0.0.* {words}") as caught:
                     load("tiny", tmp_path)
-            assert ("tfds build" in str(caught.value)) == ("damaged" in words)
+            assert ("download_and_prepare" in str(caught.value)) == ("damaged" in words)
     check_equal(load("tiny", tmp_path), pictures(2), pictures(2))
 
 
@@ -453,7 +457,7 @@ def test_without_a_home_directory_the_flag_is_named(tmp_path, monkeypatch):
         ),
         (
             {"test_images": np.ones((3, 2, 2, 1), np.int64)},
-            "test: images of int64; must be uint8",
+            r"test: images of int64 \(3, 2, 2, 1\); must be uint8",
         ),
         ({"train_images": np.ones(3, np.uint8)}, r"train: images of shape \(3,\); must be \(N, ...\)"),
         ({"test_images": np.ones((3, 4, 2, 1), np.uint8)}, r"images of \(2, 2, 1\) and \(4, 2, 1\)"),
@@ -493,6 +497,14 @@ def test_finds_configs_and_the_newest_version(tmp_path, monkeypatch):
     check_equal(load("tiny"), new, new)
 
 
+def preparing(name, root):
+    call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+    return (
+        ".venv/bin/python -m pip install -c constraints.txt tensorflow && "
+        f'TFDS_DATA_DIR={root} .venv/bin/python -c "import tensorflow_datasets as tfds; {call}"'
+    )
+
+
 @pytest.mark.parametrize("name", ["cifar10", "tiny:9.9.9", "tiny/none", "mnist/x", "mnist"])
 def test_missing_set_names_the_directory_and_the_command(tmp_path, name):
     prepare(tmp_path, {"train": examples(pictures(3)), "test": examples(pictures(3))})
@@ -501,8 +513,17 @@ def test_missing_set_names_the_directory_and_the_command(tmp_path, name):
             load(name, root)
         message = str(caught.value)
         assert message.startswith(f"dataset={name}: not found in {root}")
-        assert message.endswith(f"tfds build {name} --data_dir={root} --file_format=array_record")
+        assert (f"({root} has tiny)" in message) == (root == tmp_path)
+        assert message.endswith(preparing(name, root))
         assert "\n" not in message
+
+
+def test_a_set_given_as_the_directory_of_sets_is_said_to_be_one(tmp_path):
+    prepare(tmp_path, {"train": examples(pictures(3)), "test": examples(pictures(3))})
+    with pytest.raises(
+        BadInput, match=rf"{tmp_path}/tiny is a set itself; give the directory above, {tmp_path}$"
+    ):
+        load("tiny", tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/../b", "a/b/c", "a b", "a:1", "x\n", "/etc/none", "é"])
@@ -579,7 +600,8 @@ def test_damaged_sets_are_refused_in_one_line_with_the_remedy(tmp_path, damage, 
     with pytest.raises(BadInput, match=reason) as caught:
         load("tiny", tmp_path)
     message = str(caught.value)
-    assert message.endswith(f"tfds build tiny --data_dir={tmp_path} --file_format=array_record --overwrite")
+    directory = tmp_path / "tiny" / "1.0.0"
+    assert message.endswith(f"; remove {directory} and prepare it again: {preparing('tiny', tmp_path)}")
     assert "\n" not in message
 
 

@@ -192,7 +192,7 @@ def test_a_part_that_differs_is_named(done, name, other, tmp_path_factory):
     [
         ({"cohort_size": 10}, "cohort_size=10: must be at most 9, the clients of the fleet"),
         ({"cohort_size": 0}, "cohort_size=0: must be an integer, at least 1"),
-        ({"scheme": "sfl_v9"}, "scheme=sfl_v9: must be one of sfl, fl"),
+        ({"scheme": "sfl_v9"}, "scheme=sfl_v9: must be one of sfl, sfl_v2, psl, sl, fl"),
         ({"optimizer": optax.scale(1.0)}, "optimizer: its updates point uphill"),
         ({"partition": [np.arange(3)]}, "partition: of 1 clients; the fleet has 9"),
         (

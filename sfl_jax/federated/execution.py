@@ -170,7 +170,8 @@ def _seconds_of_unit(chain, index, x, clients, device):
             return sum(jnp.square(leaf).mean(dtype=jnp.float32) for leaf in jax.tree.leaves(y))
 
         def step(index, now):
-            return jax.tree.map(lambda v, g: v - 1e-3 * g, now, jax.grad(size, (0, 1))(*now, index))
+            gradients = jax.grad(size, (0, 1), allow_int=True)(*now, index)
+            return jax.tree.map(_moved, now, gradients)
 
         return lax.fori_loop(0, STEPS, step, (params, x))
 
@@ -182,6 +183,11 @@ def _seconds_of_unit(chain, index, x, clients, device):
         jax.block_until_ready(run(variables, x, keys))
         times.append(time.perf_counter() - begun)
     return min(times) / STEPS / clients
+
+
+def _moved(value, gradient):
+    """The value a step later; tokens and masks have no gradient, and stay."""
+    return value if gradient.dtype == jax.dtypes.float0 else value - 1e-3 * gradient
 
 
 def remembered(path: Path, key: Sequence[Any]) -> tuple[Alternative, dict[Alternative, float]] | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from sfl_jax import planning
 from sfl_jax.datasets import Dataset
@@ -17,7 +16,6 @@ from sfl_jax.federated.evaluation import batch_of
 from sfl_jax.federated.execution import Alternative, Execution
 from sfl_jax.federated.programs import Programs
 from sfl_jax.federated.session import Samples
-from sfl_jax.models import units
 from sfl_jax.run.parts import Parts, Say, silent
 from sfl_jax.run.rounds import Prepared, prepare
 from sfl_jax.run.state import State
@@ -58,8 +56,8 @@ def compile_rounds(
 
     def seconds(one):
         say(f"measuring {one}")
-        timed = _taking_floats(own.chain.in_form(one.layer_form), parts.profile, images)
-        return execution.seconds_per_client(*timed, one.clients_per_chunk, devices[0])
+        chain = own.chain.in_form(one.layer_form)
+        return execution.seconds_per_client(chain, parts.profile, images, one.clients_per_chunk, devices[0])
 
     placed = federated_devices.bytes_placed(state.model)
     free = tuning.budget_bytes(parts.execution, devices, placed)
@@ -105,23 +103,6 @@ def entering_network(preprocess: Any, data: Dataset, batch: int) -> Any:
     """The shape and the type of a batch that enters the network. float64 is float32 to JAX by default."""
     shape, dtype = data.train_images.shape[1:], jax.dtypes.canonicalize_dtype(data.train_images.dtype)
     return jax.eval_shape(preprocess, jax.ShapeDtypeStruct((batch, *shape), dtype))
-
-
-def _taking_floats(chain, profile, x):
-    """(chain, profile, its input) from the first unit on that takes floats. Units are timed with the
-    gradient by their input, which tokens have not.
-    """
-    first = 0
-    while first < len(chain) and not all(map(_is_float, jax.tree.leaves(x))):
-        x = units.shapes(chain.units[first], x).output
-        first += 1
-    counts = ("forward_macs", "backward_macs", "parameters")
-    later = profile._replace(**{count: getattr(profile, count)[first:] for count in counts})
-    return chain.split(first)[1], later, x
-
-
-def _is_float(leaf):
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _place_held_out(parts, evaluate, state, placed):

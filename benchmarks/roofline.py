@@ -22,7 +22,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from benchmarks.training_speed import CLASSES, ceiling_flops, seconds, sfl_jax_round
+from benchmarks.torch_peers import CLASSES
+from benchmarks.training_speed import ceiling_flops, seconds, sfl_jax_round
 from sfl_jax import models
 from sfl_jax.federated.packing import pack
 from sfl_jax.federated.session import cross_entropy

@@ -55,6 +55,7 @@ def train(config: Config) -> int:
             config.heartbeat_timeout_seconds,
             words=as_flags,
         )
+        accelerators.use_cores(config)
         accelerators.find()
         if not processes.is_alone():
             stop.wait_for_others()

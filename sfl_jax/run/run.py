@@ -117,6 +117,8 @@ class Run:
         execution = suiting.execution_for(scheme, execution, cohort_size)
         if planner.min_cut > len(chain):
             raise BadInput(f"min_cut={planner.min_cut}: must be at most {len(chain)}, the units of the chain")
+        if devices != 1 and schemes.SEVERAL_DEVICES in scheme.allows:
+            federated_devices.cores_as_devices(cohort_size)
         if execution.layer_form != "auto":
             chain = chain.in_form(execution.layer_form)
         stored = data.train_images.shape[1:]

@@ -58,7 +58,7 @@ def evaluate(
 
     Under `axis_name` these are some of the samples, and the means are those of all devices'.
     """
-    variables = packed.unpack()
+    chain, variables = chain.alone(), packed.unpack()
 
     def add_batch(sums, batch):
         images, labels = batch

@@ -119,6 +119,7 @@ def seconds_per_client(
 
     images: (B, H, W, C), of the network's float type; only its shape counts.
     """
+    chain = chain.alone() if clients_per_chunk == 1 else chain
     inputs = _inputs(chain, images)
     macs = profile.forward_macs + profile.backward_macs
     kinds: dict[Any, list[int]] = {}

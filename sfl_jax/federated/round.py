@@ -161,12 +161,11 @@ def sum_of_sessions(
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
     def run_chunk(sums, chunk):
-        session = functools.partial(run_session, training, start, samples)
-        trained, loss = (
-            _alone(session, chunk, round_key, learning_rate)
-            if clients_per_chunk == 1
-            else session(chunk, round_key, learning_rate, together)
-        )
+        if clients_per_chunk == 1:
+            session = functools.partial(run_session, training.alone(), start, samples)
+            trained, loss = _alone(session, chunk, round_key, learning_rate)
+        else:
+            trained, loss = run_session(training, start, samples, chunk, round_key, learning_rate, together)
         weight = jax.vmap(_if_finite)(chunk.weight, (trained, loss))
         new = Sums(jax.tree.map(change, trained, start), loss, weight=jnp.ones_like(weight))
         diverged = jnp.where(weight == chunk.weight, -1, chunk.client)

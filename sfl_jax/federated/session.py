@@ -109,6 +109,10 @@ class Training:
         """The first of the units that end at the client again; L where there are none."""
         return len(self.chain) - self.tail_units
 
+    def alone(self) -> "Training":
+        """The same, for clients that are computed one at a time."""
+        return dataclasses.replace(self, chain=self.chain.alone())
+
     def __post_init__(self):
         check_local(self.optimizer)
         check_server(self.server_optimizer)

@@ -44,7 +44,7 @@ class Chain:
     layer_form: str = "product"
 
     def __post_init__(self):
-        if self.layer_form not in layers.FORMS:
+        if self.layer_form not in (*layers.FORMS, layers.ALONE):
             raise BadInput(f"layer_form={self.layer_form}: must be one of {', '.join(layers.FORMS)}")
         numbered = enumerate(self.units, start=self.first_unit)
         object.__setattr__(self, "units", tuple(units.hashable(unit, index) for index, unit in numbered))
@@ -149,6 +149,10 @@ class Chain:
         """The same network with its layers computed in this form, see `layers.FORMS`."""
         own = [units.in_form(unit, layer_form) for unit in self.units]
         return dataclasses.replace(self, units=own, layer_form=layer_form)
+
+    def alone(self) -> "Chain":
+        """The same network as it is computed for one client at a time."""
+        return self.in_form(layers.ALONE) if self.layer_form == layers.FORMS[0] else self
 
     def _randomness(self, key, samples):
         """[(rngs, factors of stochastic depth)] of units. Drawn together, since each draw of its own would

@@ -1,10 +1,11 @@
 """Convolutions, batch norm and squeeze-excite, in a form that stays fast when clients are vmapped.
 
 `vmap` over per-client convolution weights makes grouped convolutions, which XLA runs in naive loops on CPU
-and poorly on GPU. Each convolution therefore has two forms with equal results:
+and poorly on GPU. Each convolution therefore has forms with equal results:
 
 - `product`: matrix products and shifted sums, see `products`; a client axis becomes a batch axis of them.
-- `conv`: `lax.conv_general_dilated`, the reference, from which costs are traced.
+- `conv`: `lax.conv_general_dilated`, the reference, from which costs are traced;
+- `alone`: what `product` becomes where a device computes one client at a time, see `convolutions`.
 
 Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C).
 """
@@ -19,11 +20,12 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import core, lax
 
-from sfl_jax.models import products
+from sfl_jax.models import convolutions, products
 
 BN_MOMENTUM = 0.9
 BN_EPSILON = 1e-3
 FORMS = ("product", "conv")
+ALONE = "alone"  # what "product" becomes where a client is computed alone
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
@@ -81,7 +83,8 @@ class Conv(nn.Module):
         x, kernel = promote_dtype(x, self.param("kernel", kernel_init, shape), dtype=self.dtype)
         if self.form == "conv":
             return _lax_conv(x, kernel, self.stride)
-        return products.convolution(x, kernel, self.stride)
+        convolution = convolutions.convolution if self.form == ALONE else products.convolution
+        return convolution(x, kernel, self.stride)
 
 
 class DepthwiseConv(nn.Module):

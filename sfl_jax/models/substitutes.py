@@ -18,19 +18,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from sfl_jax.models import pools, products
+from sfl_jax.models import convolutions, pools, products
 from sfl_jax.models.taps import Axis, Grid, dilated, is_usable
 
 Replacement = Callable[[core.JaxprEqn], Callable[..., Any] | None]
 MOST_TAPS = 81  # of a pooling window that is computed by shifts: each tap is an operation
 
 
-def in_product_form(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of pytrees of arrays with every convolution and window replaced that can be."""
+def in_product_form(function: Callable[..., Any], alone: bool = False) -> Callable[..., Any]:
+    """The function of pytrees of arrays with every convolution and window replaced that can be; alone: as
+    fits a client that is computed alone.
+    """
+    other = functools.partial(substitute, alone=alone)
 
     def run(*arguments):
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        outputs = evaluate(program, *jax.tree.leaves(arguments))
+        outputs = evaluate(program, *jax.tree.leaves(arguments), other=other)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return run
@@ -64,31 +67,31 @@ def read(values: dict[Any, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, core.Literal) else values[atom]
 
 
-def substitute(equation: core.JaxprEqn) -> Callable[..., Any] | None:
+def substitute(equation: core.JaxprEqn, alone: bool = False) -> Callable[..., Any] | None:
     """A faster function for an equation; None where there is none."""
     if equation.primitive.name in _WITH_BODIES:
-        return _with_new_bodies(equation)
+        return _with_new_bodies(equation, alone)
     make = _SUBSTITUTES.get(equation.primitive.name)
-    return make(equation) if make and all(map(_is_float, equation.invars)) else None
+    return make(equation, alone) if make and all(map(_is_float, equation.invars)) else None
 
 
 def _is_float(atom):
     return jnp.issubdtype(atom.aval.dtype, jnp.floating)
 
 
-def _with_new_bodies(equation):
+def _with_new_bodies(equation, alone):
     """The same equation around rewritten programs."""
     old = equation.params
-    params = {key: _rewritten(value) for key, value in old.items()}
+    params = {key: _rewritten(value, alone) for key, value in old.items()}
     if all(params[key] is old[key] for key in old):
         return None
     return functools.partial(equation.primitive.bind, **equation.primitive.get_bind_params(params))
 
 
-def _rewritten(value):
+def _rewritten(value, alone):
     """A parameter with its programs in the product form; the same object where nothing changes."""
     if isinstance(value, tuple) and any(isinstance(part, core.ClosedJaxpr) for part in value):
-        parts = tuple(map(_rewritten, value))
+        parts = tuple(_rewritten(part, alone) for part in value)
         return parts if any(a is not b for a, b in zip(parts, value, strict=True)) else value
     is_closed = isinstance(value, core.ClosedJaxpr)
     if not (is_closed or isinstance(value, core.Jaxpr)):
@@ -96,7 +99,8 @@ def _rewritten(value):
     program = value if is_closed else core.ClosedJaxpr(value, ())
     if not _has_substitute(program.jaxpr):
         return value
-    new = jax.make_jaxpr(functools.partial(evaluate, program))(*program.in_avals)
+    other = functools.partial(substitute, alone=alone)
+    new = jax.make_jaxpr(functools.partial(evaluate, program, other=other))(*program.in_avals)
     if is_closed:
         return new
     return value if new.consts else new.jaxpr
@@ -121,7 +125,7 @@ def bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
                 yield part
 
 
-def _convolution(equation):
+def _convolution(equation, alone):
     numbers, params = equation.params["dimension_numbers"], equation.params
     left, right = (atom.aval for atom in equation.invars)
     grid = _convolution_grid(params, left.shape, right.shape)
@@ -129,7 +133,8 @@ def _convolution(equation):
         return None
     kernel_order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
     groups, is_dilated = params["feature_group_count"], math.prod(params["lhs_dilation"]) > 1
-    one = products.transposed if is_dilated else products.convolution_on
+    plain = convolutions.convolution_on if alone and groups == 1 else products.convolution_on
+    one = products.transposed if is_dilated else plain
 
     def run(x, kernel):
         x, kernel = _image(x, numbers.lhs_spec), _flat(jnp.transpose(kernel, kernel_order), 0)
@@ -188,7 +193,7 @@ _PRECISIONS = ("default", "high", "highest", "float32", "bfloat16", "tensorfloat
 
 
 def _window(compute):
-    def make(equation):
+    def make(equation, alone):
         params = equation.params
         names = ("window_dimensions", "window_strides", "padding", "window_dilation")
         details = zip(equation.invars[0].aval.shape, *(params[name] for name in names), strict=True)

@@ -199,7 +199,7 @@ def apply(
 
     if layer_form == "conv" or isinstance(unit, OwnUnit):
         return run(variables, x, rngs)  # pyright: ignore[reportReturnType]
-    return substitutes.in_product_form(run)(variables, x, rngs)
+    return substitutes.in_product_form(run, layer_form == layers.ALONE)(variables, x, rngs)
 
 
 def batch_norm_values(found: list[tuple[tuple[str, ...], int]]) -> Any:

@@ -370,5 +370,5 @@ def _shown(going, done, until, shows):
 
 @functools.partial(jax.jit, static_argnames="training")
 def _logits(training, packed, images):
-    logits, _ = training.chain.apply(packed.unpack(), training.preprocess(images))
+    logits, _ = training.chain.alone().apply(packed.unpack(), training.preprocess(images))
     return logits

@@ -68,6 +68,7 @@ class SflV2(Scheme):
 
     def _step_by_step(self, training, model, samples, work, round_key, rate, previous):
         """Row k of a unit's copies is that of client k; the last row is the shared one."""
+        training = training.alone()
         like, units, clients = model.packed, range(len(training.chain)), len(work.client)
         fresh = copies(like, states(training, like))
         server = copies(like, model.kept) if self.keeps_state else fresh

@@ -30,6 +30,7 @@ def run_round(
     round; else all units have one copy. keeps: whether the states of the single copies outlive the round.
     Memory: three models, however many clients there are.
     """
+    training = training.alone()
     like, units = model.packed, range(len(training.chain))
     fresh = copies(like, states(training, like))
     server = copies(like, model.kept) if keeps else fresh

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfl_jax import datasets, fleet, models, optim, planning, schemes
+    from sfl_jax import codecs, datasets, fleet, models, optim, planning, schemes
     from sfl_jax.federated.execution import Execution
     from sfl_jax.fleet import Faults
     from sfl_jax.models import Chain
@@ -18,6 +18,7 @@ __all__ = [
     "Faults",
     "Planner",
     "Run",
+    "codecs",
     "datasets",
     "fleet",
     "models",

@@ -106,3 +106,16 @@ SCHEMES = Registry(
         "fl": f"{_SCHEMES}.sfl:Fl",
     },
 )
+_CODECS = "sfl_jax.codecs"
+CODECS = Registry(
+    "codec",
+    {
+        "float32": f"{_CODECS}.rounded:Float32",
+        "bfloat16": f"{_CODECS}.rounded:BFloat16",
+        "float16": f"{_CODECS}.rounded:Float16",
+        "int8": f"{_CODECS}.quantised:Int8",
+        "int4": f"{_CODECS}.quantised:Int4",
+        "topk": f"{_CODECS}.topk:TopK",
+        "gaussian": f"{_CODECS}.gaussian:Gaussian",
+    },
+)

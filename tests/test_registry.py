@@ -9,7 +9,10 @@ import pytest
 from sfl_jax import registry
 from sfl_jax.errors import BadInput
 
-ALL = (registry.NETWORKS, registry.METHODS, registry.PARTITIONS, registry.OPTIMIZERS, registry.SCHEMES)
+ALL = (
+    registry.NETWORKS, registry.METHODS, registry.PARTITIONS, registry.OPTIMIZERS, registry.SCHEMES,
+    registry.CODECS,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("members", ALL, ids=lambda members: members.kind)
@@ -45,7 +48,8 @@ def test_members_are_added_by_name_and_by_other_packages(monkeypatch):
 def test_names_are_known_without_jax():
     program = (
         "import sys; from sfl_jax.commands import config; from sfl_jax import registry;"
-        "print(*registry.METHODS, *registry.NETWORKS, *registry.PARTITIONS); sys.exit('jax' in sys.modules)"
+        "print(*registry.METHODS, *registry.NETWORKS, *registry.PARTITIONS, *registry.CODECS);"
+        "sys.exit('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.split()[0]) == (0, "exact")

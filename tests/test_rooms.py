@@ -9,7 +9,7 @@ PACKAGE = Path(sfl_jax.__file__).parent
 FLOORS = (  # a room imports what stands in floors below its own
     {"errors", "digests"},
     {"registry", "files", "paths"},
-    {"optim", "models", "datasets", "fleet"},
+    {"optim", "models", "datasets", "fleet", "codecs"},
     {"federated"},
     {"schemes"},
     {"planning"},

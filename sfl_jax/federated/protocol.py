@@ -213,12 +213,12 @@ class Session:
     def top(self, features: Any) -> Any:
         """The gradient of what left the server's last unit. Keeps the loss."""
         if not self.tail.copies:
-            self.loss, gradient = jax.value_and_grad(mean_cross_entropy)(features, self.labels)
+            self.loss, gradient = _loss_and_gradient(features, self.labels)
             return gradient
         key = jax.random.fold_in(link_key(self.key, DOWN), TAIL)
         features = self.wire.send(FEATURES_DOWN, _each(self.world.down, features, key))
         logits = self.tail.forward(features, self.key)
-        self.loss, gradient = jax.value_and_grad(mean_cross_entropy)(logits, self.labels)
+        self.loss, gradient = _loss_and_gradient(logits, self.labels)
         key = jax.random.fold_in(link_key(self.key, UP), TAIL)
         return self.wire.send(GRADIENT_UP, _each(self.world.up, self.tail.backward(gradient), key))
 
@@ -331,6 +331,9 @@ def mean_cross_entropy(
     """The mean of -log softmax(logits) at the labels."""
     picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=1) - picked).mean()
+
+
+_loss_and_gradient = jax.jit(jax.value_and_grad(mean_cross_entropy))
 
 
 @functools.partial(jax.jit, static_argnames=("unit", "mutable"))

@@ -5,6 +5,17 @@ protocol sends: smashed data and labels up, the gradient of the smashed data dow
 variables down before a session and up after it. Nothing is compiled as a whole, and everything is plain data:
 Flax modules, arrays, an optimiser used as optax says. It imports no code of the compiled round, which tests
 hold equal to it.
+
+With a tail of n units (the U-shape) the client also holds the last n units, and no label leaves it. A step
+then has four messages: smashed data up, features down, the gradient of the features up, that of the smashed
+data down. A cut of L - n or more leaves nothing to the server and is the same as cut L.
+
+The link acts on smashed data and their gradient where both sides hold units below the tail: not at cut 0, not
+at cut L. At the tail it acts on features and their gradient at every cut below L - n. `up` acts on what goes
+up, `down` on what comes down.
+
+Here are the parts, and the schemes `sfl` and `fl` (`sfl` with every cut L). The other schemes are in
+`protocol_schemes`.
 """
 
 import collections
@@ -22,9 +33,10 @@ from jaxtyping import Array, Float, Int, Key
 
 MODEL_DOWN, MODEL_UP = "model_down", "model_up"
 SMASHED_UP, LABELS_UP, GRADIENT_DOWN = "smashed_up", "labels_up", "gradient_down"
-KINDS = (MODEL_DOWN, SMASHED_UP, LABELS_UP, GRADIENT_DOWN, MODEL_UP)  # of messages
-# Folded into the key of a step for the link, then the direction.
-LINK, UP, DOWN = 2**31, 0, 1
+FEATURES_DOWN, GRADIENT_UP = "features_down", "gradient_up"  # with a tail
+KINDS = (MODEL_DOWN, SMASHED_UP, LABELS_UP, FEATURES_DOWN, GRADIENT_UP, GRADIENT_DOWN, MODEL_UP)
+# Folded into the key of a step for the link, then the direction, then, at the tail alone, the boundary.
+LINK, UP, DOWN, TAIL = 2**31, 0, 1, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +45,7 @@ class World:
 
     units: of the whole network. variables: of each unit, by collection, as Flax takes them.
     optimizer: with its learning rate. preprocess: images (B, H, W, C) as they lie there to the network's
-    input. key: of the round. up, down: what the link does to smashed data and to their gradient, given a key
+    input. key: of the round. up, down: what the link does to what goes up and to what comes down, given a key
     too.
     """
 
@@ -79,100 +91,184 @@ class Wire:
 
 
 class Copy:
-    """One party's copy of a unit: its variables and the state of its optimiser."""
+    """One party's copy of a unit: its variables and the state of its optimiser (None: a fresh one).
 
-    def __init__(self, world: World, index: int):
+    `forward` and `backward` compute what a step would change, `update` changes it.
+    """
+
+    def __init__(self, world: World, index: int, state: Any = None):
         self.unit, self.index, self.variables = world.units[index], index, dict(world.variables[index])
-        self.optimizer = world.optimizer
-        self.state = self.optimizer.init(self.variables["params"])
+        self.preprocess, self.optimizer = world.preprocess, world.optimizer
+        self.state = self.optimizer.init(self.variables["params"]) if state is None else state
 
     def forward(self, x: Any, step_key: Key[Array, ""]) -> Any:
-        """The unit's output. Keeps what `backward` needs, and the new state of the unit."""
+        """The unit's output; unit 0 takes images as they lie there. Keeps what `backward` needs."""
         key = unit_key(step_key, self.index)
         kept = {name: tree for name, tree in self.variables.items() if name != "params"}
 
         def run(params, x):
             return _apply(self.unit, {"params": params} | kept, x, key, tuple(kept))
 
-        output, self.pullback, new = jax.vjp(run, self.variables["params"], x, has_aux=True)
-        self.variables |= new
+        x = self.preprocess(x) if self.index == 0 else x
+        output, self.pullback, self.collections = jax.vjp(run, self.variables["params"], x, has_aux=True)
         return output
 
     def backward(self, gradient: Any) -> Any:
-        """The gradient of the unit's input; takes a step of its parameters."""
-        params = self.variables["params"]
-        own, of_input = self.pullback(gradient)
-        self.variables["params"], self.state = _step(self.optimizer, own, self.state, params)
+        """The gradient of the unit's input. Keeps that of its parameters."""
+        self.gradient, of_input = self.pullback(gradient)
         return of_input
+
+    def update(self) -> None:
+        """Takes the step: parameters by the gradient, other collections as `forward` found them."""
+        params, self.state = _step(self.optimizer, self.gradient, self.state, self.variables["params"])
+        self.variables = self.variables | self.collections | {"params": params}
 
 
 class Party:
-    """Who holds the units [first, last)."""
+    """Who holds these copies of neighbouring units, perhaps none."""
 
-    def __init__(self, world: World, first: int, last: int):
-        self.copies = [Copy(world, index) for index in range(first, last)]
-        self.preprocess = world.preprocess
-
-    @property
-    def variables(self) -> list[dict[str, Any]]:
-        """Those of its units."""
-        return [copy.variables for copy in self.copies]
-
-    def receive(self, variables: Sequence[dict[str, Any]]) -> None:
-        """Take the variables of its units from a message."""
-        for copy, own in zip(self.copies, variables, strict=True):
-            copy.variables = dict(own)
+    def __init__(self, copies: Sequence[Copy]):
+        self.copies = copies
 
     def forward(self, x: Any, step_key: Key[Array, ""]) -> Any:
-        """The output of the last unit. Unit 0 takes images as they lie there."""
+        """The output of the last unit."""
         now: Any = x
         for copy in self.copies:
-            now = copy.forward(self.preprocess(now) if copy.index == 0 else now, step_key)
+            now = copy.forward(now, step_key)
         return now
 
     def backward(self, gradient: Any) -> Any:
-        """The gradient of what entered the first unit; every unit takes its step."""
+        """The gradient of what entered the first unit."""
         now: Any = gradient
         for copy in reversed(self.copies):
             now = copy.backward(now)
         return now
 
-    def finish(self, logits: Array, labels: Int[Array | np.ndarray, " B"]) -> tuple[Array, float]:
-        """Takes a step from logits; (the gradient of what entered the first unit, the loss)."""
-        loss, gradient = jax.value_and_grad(mean_cross_entropy)(logits, labels)
-        return self.backward(gradient), float(loss)
+
+def server_span(units: int, cut: int, tail_units: int = 0) -> range:
+    """The numbers of the units at the server, of a network of so many units."""
+    top = units - tail_units
+    return range(cut, top) if cut < top else range(units, units)
 
 
-def run_session(world: World, work: Work, wire: Wire | None = None) -> tuple[list[dict[str, Any]], float]:
+class Session:
+    """One client's work in a round, with the copies of all units that it uses, whoever holds them.
+
+    A step is `up`, the server's forward pass, `top`, the server's backward pass, `down`. None of them changes
+    a variable.
+
+    Attributes:
+      copies: of each unit. The server holds those in `span`, the client the others.
+      losses: of the steps that were taken.
+      diverged: whether it was left out after a bad step (in `protocol_schemes`).
+    """
+
+    def __init__(self, world: World, work: Work, copies: Sequence[Copy], tail_units: int, wire: Wire):
+        self.world, self.work, self.wire, self.copies = world, work, wire, list(copies)
+        self.span = server_span(len(world.units), work.cut, tail_units)
+        self.losses: list[float] = []
+        self.diverged = False
+
+    @property
+    def client(self) -> Party:
+        """What the client holds below the cut."""
+        return Party(self.copies[: self.span.start])
+
+    @property
+    def server(self) -> Party:
+        """What the server holds."""
+        return Party(self.copies[self.span.start : self.span.stop])
+
+    @property
+    def tail(self) -> Party:
+        """What the client holds above the server's units."""
+        return Party(self.copies[self.span.stop :])
+
+    @property
+    def variables(self) -> list[dict[str, Any]]:
+        """Those of each unit."""
+        return [copy.variables for copy in self.copies]
+
+    def carry(self, kind: str) -> None:
+        """The variables of the client's units cross, both halves in one message."""
+        own = [*self.client.copies, *self.tail.copies]
+        for copy, arrived in zip(own, self.wire.send(kind, [copy.variables for copy in own]), strict=True):
+            copy.variables = dict(arrived)
+
+    def up(self, step: int) -> Any:
+        """What enters the server's first unit at this step, or the logits where it has none."""
+        key = jax.random.fold_in(jax.random.fold_in(self.world.key, self.work.client), step)
+        rows = self.work.batches[step]
+        self.key, self.labels = key, self.world.labels[rows]
+        smashed = self.client.forward(self.world.images[rows], key)
+        if not self.span:
+            return smashed
+        if self.client.copies:
+            smashed = _each(self.world.up, smashed, link_key(key, UP))
+        smashed = self.wire.send(SMASHED_UP, smashed)
+        if not self.tail.copies:
+            self.labels = self.wire.send(LABELS_UP, self.labels)
+        return smashed
+
+    def top(self, features: Any) -> Any:
+        """The gradient of what left the server's last unit. Keeps the loss."""
+        if not self.tail.copies:
+            self.loss, gradient = _loss_and_gradient(features, self.labels)
+            return gradient
+        key = jax.random.fold_in(link_key(self.key, DOWN), TAIL)
+        features = self.wire.send(FEATURES_DOWN, _each(self.world.down, features, key))
+        logits = self.tail.forward(features, self.key)
+        self.loss, gradient = _loss_and_gradient(logits, self.labels)
+        key = jax.random.fold_in(link_key(self.key, UP), TAIL)
+        return self.wire.send(GRADIENT_UP, _each(self.world.up, self.tail.backward(gradient), key))
+
+    def down(self, gradient: Any) -> None:
+        """The gradient of what entered the server's first unit goes to the client."""
+        if self.span and self.client.copies:
+            coded = _each(self.world.down, gradient, link_key(self.key, DOWN))
+            gradient = self.wire.send(GRADIENT_DOWN, coded)
+        self.client.backward(gradient)
+
+    def compute(self, step: int) -> None:
+        """A step, up to the updates."""
+        features = self.server.forward(self.up(step), self.key)
+        self.down(self.server.backward(self.top(features)))
+
+    def update(self, copies: Sequence[Copy]) -> None:
+        """The step counts, and these copies take it."""
+        self.losses.append(float(self.loss))
+        for copy in copies:
+            copy.update()
+
+    def mean_loss(self) -> float:
+        """That of the steps taken, 0 of none."""
+        return float(np.mean(self.losses)) if self.losses else 0.0
+
+
+def run_session(
+    world: World, work: Work, wire: Wire | None = None, tail_units: int = 0
+) -> tuple[list[dict[str, Any]], float]:
     """(the variables of each unit after the session, the mean loss of its steps, 0 of none).
 
-    The client holds the units before the cut. The server holds a replica of the others for this client.
+    The client holds the units before the cut and the tail. The server holds a replica of the others for this
+    client.
     """
-    wire, last = wire or Wire(), len(world.units)
-    client, server = Party(world, 0, work.cut), Party(world, work.cut, last)
-    client.receive(wire.send(MODEL_DOWN, client.variables))
-    losses = []
-    for step, rows in enumerate(work.batches):
-        key = jax.random.fold_in(jax.random.fold_in(world.key, work.client), step)
-        images, labels = world.images[rows], world.labels[rows]
-        if work.cut == last:
-            _, loss = client.finish(client.forward(images, key), labels)
-        elif work.cut == 0:
-            stored, known = wire.send(SMASHED_UP, images), wire.send(LABELS_UP, labels)
-            _, loss = server.finish(server.forward(stored, key), known)
-        else:
-            coded = _each(world.up, client.forward(images, key), link_key(key, UP))
-            smashed, known = wire.send(SMASHED_UP, coded), wire.send(LABELS_UP, labels)
-            gradient, loss = server.finish(server.forward(smashed, key), known)
-            coded = wire.send(GRADIENT_DOWN, gradient)
-            client.backward(_each(world.down, coded, link_key(key, DOWN)))
-        losses.append(loss)
-    variables = wire.send(MODEL_UP, client.variables) + server.variables
-    return variables, float(np.mean(losses)) if losses else 0.0
+    copies = [Copy(world, index) for index in range(len(world.units))]
+    session = Session(world, work, copies, tail_units, wire or Wire())
+    session.carry(MODEL_DOWN)
+    for step in range(len(work.batches)):
+        session.compute(step)
+        session.update(copies)
+    session.carry(MODEL_UP)
+    return session.variables, session.mean_loss()
 
 
 def run_round(
-    world: World, works: Sequence[Work], skip_diverged: bool = False, wire: Wire | None = None
+    world: World,
+    works: Sequence[Work],
+    skip_diverged: bool = False,
+    wire: Wire | None = None,
+    tail_units: int = 0,
 ) -> tuple[list[dict[str, Any]], float, list[int]]:
     """(the weighted mean of each unit over the clients, that of their losses, the clients that diverged).
 
@@ -180,23 +276,36 @@ def run_round(
     `skip_diverged` the variables then stay as they were, as they do where nobody is left, with loss NaN.
     """
     came = [work for work in works if work.weight > 0]
-    results = [(work, *run_session(world, work, wire)) for work in came]
-    sound = [one for one in results if _is_finite(one[1:])]
-    diverged = [work.client for work, *one in results if not _is_finite(one)]
+    results = [(work, *run_session(world, work, wire, tail_units)) for work in came]
+    sound = [one for one in results if is_finite(one[1:])]
+    diverged = [work.client for work, *one in results if not is_finite(one)]
+    return average(world, sound, diverged, skip_diverged)
+
+
+def average(
+    world: World,
+    sound: Sequence[tuple[Work, Sequence[dict[str, Any]], float]],
+    diverged: list[int],
+    skip_diverged: bool,
+) -> tuple[list[dict[str, Any]], float, list[int]]:
+    """The end of a round: what `run_round` returns, from (work, variables, loss) of the sound clients."""
     total = sum(work.weight for work, *_ in sound)
-    loss = sum(work.weight * loss for work, _, loss in sound) / total if sound else np.nan
+    weights = [work.weight / total for work, *_ in sound]
+    loss = sum(w * loss for w, (*_, loss) in zip(weights, sound, strict=True)) if sound else np.nan
     if not sound or (diverged and not skip_diverged):
         return list(world.variables), loss, diverged
+    return weighted_mean([list(variables) for _, variables, _ in sound], weights), loss, diverged
+
+
+def weighted_mean(trees: Sequence[Any], weights: Sequence[float]) -> Any:
+    """The sum of weight times tree, computed in float64. Integers are rounded."""
 
     def mean(*leaves):
-        exact = sum(
-            work.weight / total * np.asarray(leaf, np.float64)
-            for (work, *_), leaf in zip(sound, leaves, strict=True)
-        )
+        exact = sum(w * np.asarray(leaf, np.float64) for w, leaf in zip(weights, leaves, strict=True))
         is_integer = jnp.issubdtype(leaves[0].dtype, jnp.integer)
         return jnp.asarray(np.round(exact) if is_integer else exact, leaves[0].dtype)
 
-    return jax.tree.map(mean, *(variables for _, variables, _ in sound)), loss, diverged
+    return jax.tree.map(mean, *trees)
 
 
 def _each(link, arrays, key):
@@ -224,6 +333,9 @@ def mean_cross_entropy(
     return (jax.nn.logsumexp(logits, axis=1) - picked).mean()
 
 
+_loss_and_gradient = jax.jit(jax.value_and_grad(mean_cross_entropy))
+
+
 @functools.partial(jax.jit, static_argnames=("unit", "mutable"))
 def _apply(unit, variables, x, key, mutable):
     return unit.apply(variables, x, train=True, rngs={"params": key, "drop": key}, mutable=list(mutable))
@@ -235,5 +347,6 @@ def _step(optimizer, gradients, state, params):
     return optax.apply_updates(params, updates), state
 
 
-def _is_finite(tree):
+def is_finite(tree: Any) -> bool:
+    """Whether all numbers are."""
     return all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(tree))

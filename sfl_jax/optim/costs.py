@@ -115,7 +115,7 @@ class Terms(NamedTuple):
     @property
     def has_codecs(self) -> bool:
         """Whether there is more than one column for a cut."""
-        return self.options is not None and len(self.options.cut) > self.options.cut[-1] + 1
+        return self.options is not None and len(self.options.cut) > int(self.options.cut[-1]) + 1
 
     def columns(self, cuts: ArrayLike, codecs: ArrayLike = 0) -> NDArray[np.int32]:
         """The columns of cuts and codecs, of any shape; a codec at cut 0 or L makes no difference."""
@@ -125,7 +125,7 @@ class Terms(NamedTuple):
         places = np.zeros((cut[-1] + 1, codec.max() + 1), np.int32)
         places[cut, codec] = np.arange(len(cut))
         places[-1] = len(cut) - 1
-        return places[cuts, codecs]
+        return places[np.asarray(cuts), np.asarray(codecs)]
 
     def chosen(self, columns: ArrayLike) -> CutsAndCodecs:
         """The cuts and codecs of columns, of any shape."""

@@ -102,8 +102,9 @@ def solve_arrays(
 ) -> Solution:
     """The pure twin of `solve` under the session barrier, for jit and vmap: a flag instead of Infeasible.
 
-    Its cuts are columns of the costs: with several codecs, see `Terms.chosen`.  Arrays must be float64 (`jax.enable_x64(True)`), or the bound would prove nothing. curves: for
-    regression, relaxed(terms, fit_curves(terms)). Nothing else is checked.
+    Its cuts are columns of the costs: with several codecs, see `Terms.chosen`. Arrays must be float64
+    (`jax.enable_x64(True)`), or the bound would prove nothing. curves: for regression,
+    relaxed(terms, fit_curves(terms)). Nothing else is checked.
     """
     if jnp.result_type(float) != jnp.float64:
         raise BadInput("solve_arrays runs in float32 here; call it under jax.enable_x64(True)")

@@ -49,7 +49,7 @@ def at_full_speed(terms: Terms, columns: NDArray[np.integer], server_flops: floa
 
 
 def tabled(terms: Terms, server_flops: float, parts_at: Callable[..., Any]) -> Any:
-    """What `parts_at` gives for every column, as (K, C) tables, inf where a client may not have the column."""
+    """What `parts_at` gives for every column, in tables (K, C) with inf where a client may not have it."""
     clients, count = terms.shape
     tables = []
     for column in range(count):

@@ -85,9 +85,11 @@ class Wire(NamedTuple):
 def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] | None = None) -> Terms:
     """The factored costs of a fleet that trains a profiled chain.
 
-    wires: what crosses the cut, by name of the codec; with several, a column is a cut and a codec, and codecs
-    are counted in this order. Without, numbers of `bits_per_float` cross.  An epoch is floor(D/B) batches; a client with D < B fills one batch. Labels go up wherever
-    something is left to the server. BadInput names the rate, count or client that makes no sense.
+    wires: what crosses the cut, by name of the codec. With several, a column is a cut and a codec, which are
+    counted in this order. Without, numbers of `bits_per_float` cross.
+
+    An epoch is floor(D/B) batches; a client with D < B fills one batch. Labels go up wherever something is
+    left to the server. BadInput names the rate, count, client or codec that makes no sense.
     """
     _check_work(work, len(profile.forward_macs))
     _check_fleet(fleet)
@@ -192,7 +194,7 @@ def _check_work(work: Work, units: int) -> None:
         raise BadInput(f"min_cut={work.min_cut}: the chain has {units} units; choose 0 to {units}")
     if work.max_cut is not None and not work.min_cut <= work.max_cut <= units:
         raise BadInput(
-            f"max_cut={work.max_cut}: the chain has {units} units; choose {work.min_cut}, which is min_cut, to {units}"
+            f"max_cut={work.max_cut}: the chain has {units} units; choose {work.min_cut} (min_cut) to {units}"
         )
 
 
@@ -203,7 +205,7 @@ def _check_wires(wires: Mapping[str, Wire], units: int) -> None:
         for field, bits in zip(Wire._fields, wire, strict=True):
             if np.shape(bits) != (units + 1,):
                 raise BadInput(
-                    f"wires[{name}].{field} has shape {np.shape(bits)}; it must be ({units + 1},), a number for each cut"
+                    f"wires[{name}].{field} has shape {np.shape(bits)}; it must be ({units + 1},), by cut"
                 )
             inner = np.asarray(bits)[1:units]
             if not (np.isfinite(inner) & (inner >= 0)).all():

@@ -141,6 +141,8 @@ class _Search:
             if base_s + floors.sum() >= self.enough_s:
                 return None
             open_ &= base_s + floors.sum() + self.more_s(alone_s, least_s, floors) < self.enough_s
+            if not open_.any(axis=1).all():
+                return None
             highest = self.largest(np.where(open_, seconds, 0.0).max(axis=1) for seconds in self.kinds)
             ceilings = np.maximum(np.minimum(ceilings, highest), floors)
             values = self.largest(seconds[self.rows, cheapest] for seconds in self.kinds)
@@ -154,14 +156,16 @@ class _Search:
         """A bound on the box, whose floors and ceilings it moves: all values of the maxima, one by one, which
         cost most above their floors if every client has the column that costs least alone."""
         bound_s, alone_s = base_s + floors.sum(), np.where(open_, self.alone_s, np.inf)
-        for one in np.argsort(floors - values)[:_TRIED]:
+        for one in np.argsort(floors - values)[:_TRIED].tolist():
             others_s = base_s + floors.sum() - floors[one]
             tried = self.order(one).tried(
                 alone_s, float(floors[one]), float(ceilings[one]), self.enough_s - others_s
             )
             kind, weights = self.maxima[one]
             within = np.where(weights[:, None] * self.kinds[kind] <= tried.value, alone_s, np.inf)
-            self.offer(self.columns[self.rows, within.argmin(axis=1)])
+            chosen = within.argmin(axis=1)
+            if np.isfinite(within[self.rows, chosen]).all():
+                self.offer(self.columns[self.rows, chosen])
             bound_s = max(bound_s, others_s + tried.least_s)
             if bound_s >= self.enough_s:
                 break

@@ -93,6 +93,10 @@ class _Search:
         if its_s < self.best_s:
             self.best, self.best_s = columns, its_s
 
+    def is_point(self, box: _Box) -> bool:
+        """Whether to halve the box would change nothing."""
+        return bool((box.ceilings - box.floors).sum() <= 0.5 * TOLERANCE * self.best_s)
+
     def run(self) -> Least:
         ceilings = self.largest(seconds.max(axis=1) for seconds in self.kinds)
         size, each = self.alone_s.size, len(self.maxima)
@@ -103,6 +107,8 @@ class _Search:
             self.compact(root[1])
             boxes = [(root[0].bound_s, next(count), root[0])]
         while boxes and boxes[0][0] < self.enough_s and elements < _ELEMENTS:
+            if self.is_point(boxes[0][2]):
+                break  # no bound can be better, which is where a round is longer than its maxima
             for floors, ceilings in _halves(heapq.heappop(boxes)[2]):
                 left = self.narrowed(floors, ceilings)
                 looked, elements = looked + 1, elements + self.alone_s.size * each

@@ -14,7 +14,7 @@ FLOAT32 = optim.Wire(PROFILE.smashed * 32, PROFILE.smashed * 32)
 INT8 = optim.Wire(PROFILE.smashed * 8 + 32, PROFILE.smashed * 8 + 32)
 # Less up, more down: which one is best depends on the client's links.
 LOPSIDED = optim.Wire(PROFILE.smashed * 4, PROFILE.smashed * 60)
-WORK = optim.Work(batch_size=64, min_cut=0)
+WORK = optim.Work(batch_size=64)
 BARRIERS = ("session", *optim.CLOCKS)
 
 
@@ -43,20 +43,20 @@ def test_columns_are_cuts_and_codecs_and_nothing_is_encoded_at_the_ends():
 
 
 def test_one_codec_gives_the_plans_of_none_bit_for_bit():
-    for seed, barrier in itertools.product(range(3), BARRIERS):
+    for seed, barrier in itertools.product(range(2), BARRIERS):
         plain, coded = terms_of(seed), terms_of(seed, wires={"float32": FLOAT32})
         for mine, other in zip(jax.tree.leaves(plain), jax.tree.leaves(coded), strict=True):
             np.testing.assert_array_equal(mine, other)
         for method in optim.STAGED_METHODS if barrier != "session" else optim.METHODS:
             mine, other = (optim.solve(terms, 1e9, method, barrier, KEY) for terms in (plain, coded))
             for field, expected in zip(mine, other, strict=True):
-                np.testing.assert_array_equal(field, expected)
+                assert np.array_equal(field, expected, equal_nan=True)
             assert mine.codecs.tolist() == [0, 0, 0]
 
 
 def pairs(wires):
     """Every vector of (cut, codec) pairs, as columns of terms made for one codec at a time."""
-    each = [(cut, name) for cut in range(4) for name in wires]
+    each = [(cut, name) for cut in range(1, 4) for name in wires]
     return itertools.product(each, repeat=3)
 
 

@@ -10,7 +10,7 @@ works w FLOP a step for it, at full speed F. Nobody gets a share of the server.
 - lockstep: max m + sum over steps of (max u + sum w / F + max d) + max n, over clients that have a step left.
 
 What is proven of `exact`, for every barrier: no columns end a round by the plan's bound. handover is optimal.
-The others are to some 1e-9, relative, unless the search of in_turn or lockstep gives up after some seconds. That
+The others are to some 1e-9, relative, unless the search of in_turn or lockstep gives up after seconds. That
 holds in lockstep where clients have at most 32 different numbers of steps. With more, or if the search gave
 up, steps are put into fewer groups for the bound: in each group a client's seconds are added up before the
 maximum is taken, which is never more than the sum of the steps' maxima. The plan is the best one found; its

@@ -2,7 +2,9 @@
 
 from sfl_jax.optim.alternating import STARTS
 from sfl_jax.optim.bandwidth import BandPlan, solve_bandwidth
-from sfl_jax.optim.costs import Costs, Seconds, Terms, Work, samples_processed, terms
+from sfl_jax.optim.clocks import CLOCKS, round_seconds
+from sfl_jax.optim.clocks import METHODS as STAGED_METHODS
+from sfl_jax.optim.costs import Costs, CutsAndCodecs, Seconds, Terms
 from sfl_jax.optim.infeasible import servable
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
@@ -10,10 +12,11 @@ from sfl_jax.optim.regression import ROUNDINGS, Curve, Fit, fit_curves, relaxed
 from sfl_jax.optim.replay import at_bands, session_ends_s, slower
 from sfl_jax.optim.serving import any_schedule_bound_s, solve_serving
 from sfl_jax.optim.solve import BARRIERS, METHODS, solve, solve_arrays
-from sfl_jax.optim.staged import STAGED_METHODS
+from sfl_jax.optim.work import Wire, Work, samples_processed, terms
 
 __all__ = [
     "BARRIERS",
+    "CLOCKS",
     "METHODS",
     "ROUNDINGS",
     "STAGED_METHODS",
@@ -21,6 +24,7 @@ __all__ = [
     "BandPlan",
     "Costs",
     "Curve",
+    "CutsAndCodecs",
     "Fit",
     "Infeasible",
     "Plan",
@@ -29,11 +33,13 @@ __all__ = [
     "Server",
     "Solution",
     "Terms",
+    "Wire",
     "Work",
     "any_schedule_bound_s",
     "at_bands",
     "fit_curves",
     "relaxed",
+    "round_seconds",
     "samples_processed",
     "sensitivity",
     "servable",

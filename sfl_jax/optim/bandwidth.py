@@ -44,6 +44,7 @@ class BandPlan(NamedTuple):
     round_s: float
     bound_s: float  # proven: no cuts, shares and bands end a round by then
     iterations: int
+    codecs: Cuts  # (K,) place among the names
 
     @property
     def gap(self) -> float:
@@ -100,7 +101,8 @@ def solve_bandwidth(
             "no plan serves every client: their energy budgets together need more than the whole uplink band"
         )
     shares, *hz = parts * budgets[:, None]
-    return BandPlan(cuts, shares, hz[0], hz[-1], ends, float(round_s), float(bound_s), _ROUNDS)
+    cuts, codecs = terms.chosen(cuts)
+    return BandPlan(cuts, shares, hz[0], hz[-1], ends, float(round_s), float(bound_s), _ROUNDS, codecs)
 
 
 def _least_parts(terms: Terms, energy: Energy, reference: float) -> Floats:

@@ -8,7 +8,10 @@ from sfl_jax.optim.plan import Infeasible
 
 
 def why_infeasible(costs: Costs | Terms, server_flops: float, present, cut: int | None = None) -> Infeasible:
-    """The error naming every present client that no cut serves; with `cut`, that this cut does not serve."""
+    """The error naming every present client that no cut serves; with `cut`, that this one does not serve.
+
+    cut: of options, the column.
+    """
     usable = servable(costs, server_flops)
     lost = present & ~(usable.any(axis=1) if cut is None else usable[:, cut])
     named = tuple(int(client) for client in np.flatnonzero(lost))
@@ -16,13 +19,13 @@ def why_infeasible(costs: Costs | Terms, server_flops: float, present, cut: int 
 
 
 def servable(costs: Costs | Terms, server_flops: float) -> Bool[np.ndarray, "K C"]:
-    """Which cuts serve which clients, whatever the others do."""
+    """Which cuts, or columns of options, serve which clients, whatever the others do."""
     clients, count = costs.shape
     return np.stack([_usable(costs, server_flops, np.full(clients, one)) for one in range(count)], axis=1)
 
 
 def most_open_cut(costs: Costs | Terms, server_flops: float, present) -> int:
-    """The cut that serves most of the present clients."""
+    """The cut, or column of options, that serves most of the present clients."""
     return int(np.argmax((servable(costs, server_flops) & present[:, None]).sum(axis=0)))
 
 
@@ -32,7 +35,9 @@ def _usable(costs: Costs | Terms, server_flops: float, cuts):
 
 
 def _reason(costs: Costs | Terms, server_flops: float, client: int, cut: int | None) -> str:
-    where = "every cut" if cut is None else f"cut {cut}"
+    where = (
+        "every cut" if cut is None else f"cut {costs.chosen(cut).cut if isinstance(costs, Terms) else cut}"
+    )
     cuts = np.arange(costs.shape[1]) if cut is None else np.array([cut])
     one = costs.take([client])
     fixed_s, work, allowed = (part[0, cuts] for part in (one.costs() if isinstance(one, Terms) else one))
@@ -49,7 +54,7 @@ def _forbidden(one: Terms, cuts, where: str) -> str:
     """Which of the masks forbids all these cuts to the one client."""
     cuts = cuts[one.permitted[cuts]]
     if not len(cuts):
-        return f"min_cut forbids {where}"
+        return f"min_cut or max_cut forbids {where}"
     has, needs = one.memory_bytes[0], one.needed_bytes[cuts]
     if (needs > has).all():
         return f"{where} needs {needs.min():.4g} bytes of memory or more, it has {has:.4g}"

@@ -20,6 +20,7 @@ class Server(NamedTuple):
     bound_flops: float  # nothing below can be enough
     cuts: Cuts  # (K,)
     shares: Floats  # (K,) FLOP/s, sum at most server_flops
+    codecs: Cuts  # (K,) place among the names
 
 
 def smallest_server(costs: Costs | Terms, round_s: float, present: ArrayLike | None = None) -> Server:
@@ -50,9 +51,9 @@ def smallest_server(costs: Costs | Terms, round_s: float, present: ArrayLike | N
     shares, cuts = np.where(here, shares, 0.0), np.where(here, cuts, np.int32(count - 1))
     total = float(shares.sum())
     # Rounded up, so that w / s really is no more than what is left of the round.
-    return Server(
-        total * (1 + 2 * rounding(clients)), total * (1 - rounding(clients)), cuts, shares * (1 + SLACK)
-    )
+    error = rounding(clients)
+    cuts, codecs = costs.chosen(cuts) if isinstance(costs, Terms) else (cuts, np.zeros_like(cuts))
+    return Server(total * (1 + 2 * error), total * (1 - error), cuts, shares * (1 + SLACK), codecs)
 
 
 class Sensitivity(NamedTuple):
@@ -72,6 +73,7 @@ def sensitivity(costs: Costs | Terms, plan: Plan) -> Sensitivity:
     last = ~busy & (plan.client_s > 0) & (plan.client_s >= plan.round_s * (1 - 1e-12))
     if last.any() or not busy.any():
         return Sensitivity(0.0, last / max(last.sum(), 1))
-    _, work, _ = costs.at(plan.cuts)
+    columns = costs.columns(plan.cuts, plan.codecs) if isinstance(costs, Terms) else plan.cuts
+    _, work, _ = costs.at(columns)
     steep = np.divide(plan.shares**2, work, out=np.zeros(len(work)), where=busy)
     return Sensitivity(float(1 / steep.sum()), steep / steep.sum())

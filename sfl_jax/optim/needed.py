@@ -19,6 +19,7 @@ from sfl_jax.optim.costs import Floats, Terms
 def needed_cuts(terms: Terms) -> NDArray[np.int32]:
     """Cuts, ascending, among which there is a best one for every client, whatever the time and the server.
 
+    Of several codecs: columns of options, to which all this applies alike.
     A cut is dropped only where those that replace it are open to every client that it is open to: they take
     no more memory than it does, or than every client has. Where energy is budgeted, one cut must replace it.
     """

@@ -17,11 +17,12 @@ class Plan(NamedTuple):
     """
 
     cuts: NDArray[np.int32]  # (K,); of absent clients: L
-    shares: NDArray[np.float64]  # (K,) FLOP/s, 0 where nothing is on the server; NaN under the staged barrier
+    shares: NDArray[np.float64]  # (K,) FLOP/s, 0 where nothing is on the server; NaN except for sessions
     client_s: NDArray[np.float64]  # (K,) whole session, 0 of absent clients
     round_s: float
     bound_s: float
     iterations: int
+    codecs: NDArray[np.int32] = np.zeros(0, np.int32)  # (K,) place among the names; solvers always say it
 
     @property
     def gap(self) -> float:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sfl_jax.errors import BadInput
 from sfl_jax.optim.alternating import alternating
 from sfl_jax.optim.costs import Floats, Terms
 from sfl_jax.optim.plan import Chosen
@@ -97,7 +98,18 @@ FAMILIES: dict[str, tuple[Callable, tuple[tuple[float, ...], ...]]] = {
 
 
 def fit_curves(terms: Terms) -> tuple[Curve, ...]:
-    """A network's curves per sample over the cuts min_cut..L, each with every family's fit, best first."""
+    """A network's curves per sample over the cuts min_cut..L, each with every family's fit, best first.
+
+    Up to max_cut if there is one. BadInput refuses several codecs, for their columns are no curve, and
+    gradients that take other bits than smashed data: there is one curve for both.
+    """
+    if terms.has_codecs:
+        raise BadInput("method=regression: fits one curve over the cuts; choose one codec, or another method")
+    labels = (terms.up_bits - terms.down_bits)[1:-1]
+    if len(labels) and np.ptp(labels) > 1e-9 * terms.up_bits.max():
+        raise BadInput(
+            "method=regression: smashed data and gradients take different bits; choose one codec for both"
+        )
     cuts = np.flatnonzero(terms.permitted)
     values = (terms.forward_flop, terms.backward_flop, terms.model_bits, terms.down_bits)
     rows = zip(QUANTITIES, values, strict=True)
@@ -120,7 +132,9 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
     """
     last = terms.shape[1] - 1
     cuts = np.arange(last * SAMPLES_PER_UNIT + 1) / SAMPLES_PER_UNIT
-    forward, backward, model, smashed = (np.maximum(curve.chosen(cuts), 0.0) for curve in curves)
+    open_to = np.flatnonzero(terms.permitted)
+    inside = np.minimum(cuts, open_to[-1])
+    forward, backward, model, smashed = (np.maximum(curve.chosen(inside), 0.0) for curve in curves)
     label_bits = np.where(terms.up_bits > 0, terms.up_bits - terms.down_bits, 0.0)[1:last].max(initial=0.0)
     total = terms.forward_flop[-1] + terms.backward_flop[-1]
     continuous = terms._replace(
@@ -131,7 +145,8 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
         down_bits=smashed,
         model_bits=model,
         needed_bytes=np.interp(cuts, np.arange(last + 1), terms.needed_bytes),
-        permitted=cuts >= np.argmax(terms.permitted),
+        permitted=(cuts >= open_to[0]) & (cuts <= open_to[-1]),
+        options=None,
     )
     for name in ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits"):
         for end in (0, -1):

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from sfl_jax.optim.bandwidth import BandPlan
+from sfl_jax.optim.clocks import CLOCKS, round_seconds
 from sfl_jax.optim.costs import Terms
 from sfl_jax.optim.plan import Plan
 from sfl_jax.optim.serving import ends_s, sessions
@@ -42,15 +43,19 @@ def session_ends_s(
 
     gate_s: under the staged barrier, when the server begins without those whose smashed data have not come.
     It begins earlier once all have; without a gate it waits for those that are here, and for nobody else.
+    In turn, by handover and in lockstep there is no gate, and every session ends with the round.
     """
     here = np.ones(len(plan.cuts), bool) if here is None else here
+    columns = terms.columns(plan.cuts, plan.codecs)
     if barrier == "staged":
-        parts = terms.seconds(plan.cuts, np.full(len(plan.cuts), server_flops))
+        parts = terms.seconds(columns, np.full(len(columns), server_flops))
         arrived = here & (parts.before_server <= gate_s)
         waits = not arrived.all() and np.isfinite(gate_s)
         begins_s = gate_s if waits else parts.before_server[arrived].max(initial=0)
         return np.where(arrived, begins_s + parts.server[arrived].sum() + parts.after_server, np.inf)
+    if barrier in CLOCKS:
+        return np.where(here, round_seconds(terms, columns, server_flops, barrier, here), np.inf)
     if np.isnan(plan.shares).any():
-        return np.where(here, ends_s(sessions(terms, server_flops, plan.cuts), here), np.inf)
-    whole = np.sum(at_bands(terms, plan).seconds(plan.cuts, plan.shares), axis=0)
+        return np.where(here, ends_s(sessions(terms, server_flops, columns), here), np.inf)
+    whole = np.sum(at_bands(terms, plan).seconds(columns, plan.shares), axis=0)
     return np.where(here, whole, np.inf)

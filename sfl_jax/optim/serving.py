@@ -46,7 +46,7 @@ class Sessions(NamedTuple):
 
 
 def sessions(terms: Terms, server_flops: float, cuts: ArrayLike) -> Sessions:
-    """The sessions of each client at its own cut (K,), or of all at one."""
+    """The sessions of each client at its own cut (or column of options) (K,), or of all at one."""
     cuts = np.broadcast_to(cuts, terms.shape[0])
     with np.errstate(divide="ignore", invalid="ignore"):
         whole = terms.seconds(cuts, np.full(len(cuts), server_flops))
@@ -149,12 +149,15 @@ def solve_serving(terms: Terms, server_flops: float, present: ArrayLike | None =
         raise why_infeasible(terms, server_flops, here)
     columns = [sessions(terms, server_flops, cut) for cut in range(count)]
     allowed = np.stack([terms.at(np.full(clients, cut))[2] for cut in range(count)], axis=1)
-    starts = solve(terms, server_flops, present=here).cuts, _least_work(columns, allowed, bound_s)
+    best = solve(terms, server_flops, present=here)
+    starts = terms.columns(best.cuts, best.codecs), _least_work(columns, allowed, bound_s)
     tried = [_improved(columns, allowed, start, here, _MOST_JOBS // len(starts)) for start in starts]
     cuts, ends, _ = min(tried, key=lambda each: each[1].max(initial=0.0))
-    cuts, ends = np.where(here, cuts, count - 1).astype(np.int32), ends * (1 + _SAFE)
+    cuts, codecs = terms.chosen(np.where(here, cuts, count - 1))
+    ends = ends * (1 + _SAFE)
     looks = sum(each[2] for each in tried)
-    return Plan(cuts, np.full(clients, np.nan), ends, float(ends.max(initial=0.0)), bound_s, looks)
+    shares = np.full(clients, np.nan)
+    return Plan(cuts, shares, ends, float(ends.max(initial=0.0)), bound_s, looks, codecs)
 
 
 def _least_work(columns, allowed, bound_s) -> Int[np.ndarray, " K"]:

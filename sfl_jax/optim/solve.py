@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike
 from sfl_jax import registry
 from sfl_jax.errors import BadInput
 from sfl_jax.optim.alternating import STARTS
+from sfl_jax.optim.clocks import CLOCKS, solve_clock
+from sfl_jax.optim.clocks import METHODS as STAGED_METHODS
 from sfl_jax.optim.costs import Costs, Terms
 from sfl_jax.optim.exact import exact
 from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
@@ -18,7 +20,6 @@ from sfl_jax.optim.needed import needed_cuts
 from sfl_jax.optim.plan import Options, Plan, Solution
 from sfl_jax.optim.regression import ROUNDINGS, fit_curves, relaxed
 from sfl_jax.optim.shares import optimal_shares, shares_by
-from sfl_jax.optim.staged import STAGED_METHODS, solve_staged
 from sfl_jax.optim.table import MANY, Needed
 
 METHODS = tuple(name for name in registry.METHODS if name != "work_conserving")  # which has shares that vary
@@ -44,7 +45,9 @@ def solve(
     random key, for random_cut and random starts.  starts: of alternating and regression, the best of
     equal, proportional, random.  recall: they call back who left the server and ends last; `alternating`
     then is optimal.  rounding: how regression makes continuous cuts whole, see `regression.py`.
-    regression and the staged barrier need Terms.
+    barrier: "session", or one of the clocks of `clocks.py`, which also says what is proven of each: "staged",
+    "in_turn", "handover", "lockstep".  regression and the clocks need Terms. With several codecs a plan
+    chooses options: common_cut is the best one for all, random_cut any of them, and regression is refused.
 
     Runs on the CPU in float64 whatever the process's default device and precision are. Infeasible
     names the clients that the method cannot serve; BadInput what makes no sense.
@@ -54,9 +57,9 @@ def solve(
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
     if here.shape != (clients,):
         raise BadInput(f"present has shape {here.shape}; it must be ({clients},), a bool for each client")
-    if barrier == "staged":
+    if barrier in CLOCKS:
         assert isinstance(costs, Terms)
-        return solve_staged(costs, server_flops, method, key, here)
+        return _in_options(costs, solve_clock(costs, server_flops, method, barrier, key, here))
     curves = (
         relaxed(costs, fit_curves(costs)) if method == "regression" and isinstance(costs, Terms) else None
     )
@@ -73,9 +76,16 @@ def solve(
     if not plan.feasible:
         cut = {"no_split": lambda: count - 1, "common_cut": lambda: most_open_cut(costs, server_flops, here)}
         raise why_infeasible(costs, float(server_flops), here, cut[method]() if method in cut else None)
-    return Plan(
-        plan.cuts, plan.shares, plan.client_s, float(plan.round_s), float(plan.bound_s), int(plan.iterations)
-    )
+    numbers = float(plan.round_s), float(plan.bound_s), int(plan.iterations)
+    return _in_options(costs, Plan(plan.cuts, plan.shares, plan.client_s, *numbers))
+
+
+def _in_options(costs: Costs | Terms, plan: Plan) -> Plan:
+    """The plan with the cuts and codecs of its columns."""
+    if isinstance(costs, Costs):
+        return plan._replace(codecs=np.zeros_like(plan.cuts))
+    cuts, codecs = costs.chosen(plan.cuts)
+    return plan._replace(cuts=cuts, codecs=codecs)
 
 
 def solve_arrays(
@@ -92,8 +102,9 @@ def solve_arrays(
 ) -> Solution:
     """The pure twin of `solve` under the session barrier, for jit and vmap: a flag instead of Infeasible.
 
-    Arrays must be float64 (`jax.enable_x64(True)`), or the bound would prove nothing. curves: for
-    regression, relaxed(terms, fit_curves(terms)). Nothing else is checked.
+    Its cuts are columns of the costs: with several codecs, see `Terms.chosen`. Arrays must be float64
+    (`jax.enable_x64(True)`), or the bound would prove nothing. curves: for regression,
+    relaxed(terms, fit_curves(terms)). Nothing else is checked.
     """
     if jnp.result_type(float) != jnp.float64:
         raise BadInput("solve_arrays runs in float32 here; call it under jax.enable_x64(True)")
@@ -151,13 +162,13 @@ def _check(
 ) -> None:
     if method not in METHODS:
         raise BadInput(f"method={method}: choose one of {', '.join(METHODS)}")
-    if barrier not in BARRIERS:
-        raise BadInput(f"barrier={barrier}: choose one of {', '.join(BARRIERS)}")
-    if barrier == "staged" and method not in STAGED_METHODS:
+    if barrier not in ("session", *CLOCKS):
+        raise BadInput(f"barrier={barrier}: choose one of session, {', '.join(CLOCKS)}")
+    if barrier in CLOCKS and method not in STAGED_METHODS:
         raise BadInput(
-            f"method={method} is not for barrier=staged; choose one of {', '.join(STAGED_METHODS)}"
+            f"method={method} is not for barrier={barrier}; choose one of {', '.join(STAGED_METHODS)}"
         )
-    if not isinstance(costs, Terms) and (barrier == "staged" or method == "regression"):
+    if not isinstance(costs, Terms) and (barrier in CLOCKS or method == "regression"):
         raise BadInput(
             f"method={method}, barrier={barrier} needs Terms; Costs do not say what each second is for"
         )

@@ -10,18 +10,16 @@ tried no round is shorter than the first t after the one plus f of the other: in
 is no better are skipped, the others halved.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from sfl_jax.optim.costs import Floats, Terms
-from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
-from sfl_jax.optim.plan import Plan
-from sfl_jax.optim.shares import SLACK, rounding
+from sfl_jax.optim.costs import Floats, Seconds, Terms
+from sfl_jax.optim.maxima import Least
+from sfl_jax.optim.shares import rounding
 
-STAGED_METHODS = ("exact", "common_cut", "random_cut", "no_split")
 _TOLERANCE = 1e-9
 _BATCH_ELEMENTS = 1 << 21
 
@@ -35,57 +33,43 @@ class Stages(NamedTuple):
 
 
 def stages(terms: Terms, server_flops: float) -> Stages:
-    """What every (client, cut) pair spends at each stage of a staged round."""
-    clients, count = terms.shape
-    columns = []
-    for cut in range(count):
-        cuts = np.full(clients, cut)
-        seconds = terms.seconds(cuts, np.full(clients, server_flops))
-        allowed = terms.at(cuts)[2] & np.isfinite(seconds.server)
-        parts = seconds.before_server, seconds.server, seconds.after_server
-        columns.append([np.where(allowed, part, np.inf) for part in parts])
-    return Stages(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
+    """What every (client, column) pair spends at each stage of a staged round."""
+    return tabled(terms, server_flops, stages_at)
 
 
-def solve_staged(terms: Terms, server_flops: float, method: str, key, present) -> Plan:
-    """A plan under the staged barrier; shares are NaN, for the server works for one client at a time."""
+def stages_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Stages:
+    """What each client spends at each stage at its own column (K,)."""
+    seconds = at_full_speed(terms, columns, server_flops)
+    return Stages(seconds.before_server, seconds.server, seconds.after_server)
+
+
+def at_full_speed(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Seconds:
+    """Each client's seconds at its own column (K,) with the whole server to itself."""
+    return terms.seconds(columns, np.full(terms.shape[0], server_flops))
+
+
+def tabled(terms: Terms, server_flops: float, parts_at: Callable[..., Any]) -> Any:
+    """What `parts_at` gives for every column, in tables (K, C) with inf where a client may not have it."""
     clients, count = terms.shape
-    all_stages = stages(terms, server_flops)
-    open_to = np.isfinite(all_stages.before_s)
-    if (present & ~open_to.any(axis=1)).any():
-        raise why_infeasible(terms, server_flops, present)
-    cuts = np.full(clients, count - 1, np.int32)
-    bound_s, tried = 0.0, 0
-    if present.any():
-        here = Stages(*(part[present] for part in all_stages))
-        best, bound_s, tried = optimal_cuts(here)
-        if method == "exact":
-            cuts[present] = best
-        elif method == "common_cut":
-            cuts[present] = _common_cut(here)
-        elif method == "random_cut":
-            cuts = _random_cut(open_to, key)
-    cuts = np.where(present, cuts, np.int32(count - 1)).astype(np.int32)
-    rows = np.arange(clients)
-    if (present & ~open_to[rows, cuts]).any():
-        cut = count - 1 if method == "no_split" else most_open_cut(terms, server_flops, present)
-        raise why_infeasible(terms, server_flops, present, cut)
-    mine = Stages(*(np.where(present, part[rows, cuts], 0.0) for part in all_stages))
-    # Every sum rounded up.
-    up = 1 + 2 * rounding(clients)
-    return Plan(
-        cuts=cuts,
-        shares=np.full(clients, np.nan),
-        client_s=(mine.before_s + mine.serving_s + mine.after_s) * (1 + SLACK),
-        round_s=float(round_seconds(mine)) * up if present.any() else 0.0,
-        bound_s=float(bound_s),
-        iterations=tried,
-    )
+    tables = []
+    for column in range(count):
+        columns = np.full(clients, column)
+        parts = parts_at(terms, columns, server_flops)
+        allowed = terms.at(columns)[2] & np.isfinite(parts.serving_s)
+        tables.append(type(parts)(*(np.where(allowed, part, np.inf) for part in parts)))
+    return type(tables[0])(*(np.stack(parts, axis=1) for parts in zip(*tables, strict=True)))
 
 
 def round_seconds(chosen: Stages) -> float:
     """The staged round of one cut per client, (K,) each."""
     return chosen.before_s.max() + chosen.serving_s.sum() + chosen.after_s.max()
+
+
+def optimum(costs: Stages) -> Least:
+    """The columns with the shortest staged round, and the bound."""
+    columns, bound_s, tried = optimal_cuts(costs)
+    mine = Stages(*(part[np.arange(len(columns)), columns] for part in costs))
+    return Least(columns, round_seconds(mine), bound_s, tried)
 
 
 def optimal_cuts(costs: Stages) -> tuple[NDArray[np.int64], float, int]:
@@ -165,14 +149,3 @@ class _Order:
         """Each client's cut with the least server work within both barriers."""
         within = (self.costs.before_s <= before_s) & (self.costs.after_s <= after_s)
         return np.where(within, self.costs.serving_s, np.inf).argmin(axis=1)
-
-
-def _common_cut(costs: Stages) -> int:
-    rounds_s = costs.before_s.max(axis=0) + costs.serving_s.sum(axis=0) + costs.after_s.max(axis=0)
-    return int(rounds_s.argmin()) if np.isfinite(rounds_s).any() else len(rounds_s) - 1
-
-
-def _random_cut(open_to, key) -> NDArray[np.int64]:
-    draws = np.asarray(jax.random.uniform(key, (len(open_to),)))
-    chosen = np.minimum((draws * open_to.sum(axis=1)).astype(int), open_to.sum(axis=1) - 1)
-    return (np.cumsum(open_to, axis=1) == chosen[:, None] + 1).argmax(axis=1)

@@ -1,0 +1,254 @@
+"""The clocks of rounds in which clients wait for each other: plans for them, and the round of given columns.
+
+Client k downloads its model half in m seconds and uploads it in n, once. In each of S steps it takes u
+seconds to compute forward and send smashed data, and d to receive gradients and compute backward. The server
+works w FLOP a step for it, at full speed F. Nobody gets a share of the server.
+
+- staged: max (m + S u) + sum S w / F + max (S d + n), see `staged.py`.
+- in_turn: max m + sum S (u + w / F + d) + max n. One client's steps, then the next one's.
+- handover: sum m + S (u + w / F + d) + n. One client's whole session, then the next one's.
+- lockstep: max m + sum over steps of (max u + sum w / F + max d) + max n, over clients that have a step left.
+
+What is proven of `exact`, for every barrier: no columns end a round by the plan's bound. handover is optimal.
+The others are to some 1e-9, relative, unless the search of in_turn or lockstep gives up after seconds. That
+holds in lockstep where clients have at most 32 different numbers of steps. With more, or if the search gave
+up, steps are put into fewer groups for the bound: in each group a client's seconds are added up before the
+maximum is taken, which is never more than the sum of the steps' maxima. The plan is the best one found; its
+gap says the rest.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+from numpy.typing import ArrayLike, NDArray
+
+from sfl_jax.errors import BadInput
+from sfl_jax.optim import maxima, staged
+from sfl_jax.optim.costs import Floats, Terms
+from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
+from sfl_jax.optim.maxima import Least, Maximum
+from sfl_jax.optim.plan import Plan
+from sfl_jax.optim.shares import SLACK, optimal_shares, rounding
+
+METHODS = ("exact", "common_cut", "random_cut", "no_split")
+_GROUPS = (32, 4)  # of steps, at most: what is searched first, and what then if that did not end
+
+
+class Parts(NamedTuple):
+    """Seconds of all steps together; (K, C) with inf where forbidden, or (K,) of one column each."""
+
+    model_down_s: Floats
+    forward_s: Floats  # on the client, and the smashed data's way up
+    serving_s: Floats  # of the whole server
+    backward_s: Floats  # the gradient's way down, and on the client
+    model_up_s: Floats
+
+
+class Clock(NamedTuple):
+    """How a round is counted under a barrier.
+
+    table: (terms, server FLOP/s) to a NamedTuple of (K, C) seconds.  round_s: such a tuple of (K,), and the
+    steps (K,), to the round.  optimum: the table and the steps to the best columns and the bound.
+    """
+
+    table: Callable[[Terms, float], Any]
+    round_s: Callable[[Any, Floats], float]
+    optimum: Callable[[Any, Floats], Least]
+
+
+def solve_clock(terms: Terms, server_flops: float, method: str, barrier: str, key, present) -> Plan:
+    """A plan by one of METHODS under a barrier of CLOCKS, in columns; shares are NaN, as nobody has one.
+
+    Infeasible names the present (K,) clients that the method cannot serve.
+    """
+    clients, count = terms.shape
+    clock = CLOCKS[barrier]
+    table = clock.table(terms, server_flops)
+    open_to = np.isfinite(table[0])
+    if (present & ~open_to.any(axis=1)).any():
+        raise why_infeasible(terms, server_flops, present)
+    columns = np.full(clients, count - 1, np.int32)
+    best = Least(columns, 0.0, 0.0, 0)
+    if present.any():
+        here, steps = type(table)(*(part[present] for part in table)), terms.steps[present]
+        best = clock.optimum(here, steps)
+        if method == "exact":
+            columns[present] = best.columns
+        elif method == "common_cut":
+            columns[present] = _common(here, steps, clock)
+        elif method == "random_cut":
+            columns = _random(open_to, key)
+    columns = np.where(present, columns, np.int32(count - 1)).astype(np.int32)
+    rows = np.arange(clients)
+    if (present & ~open_to[rows, columns]).any():
+        column = count - 1 if method == "no_split" else most_open_cut(terms, server_flops, present)
+        raise why_infeasible(terms, server_flops, present, column)
+    mine = type(table)(*(np.where(present, part[rows, columns], 0.0) for part in table))
+    up = 1 + 2 * rounding(clients)  # every sum rounded up
+    return Plan(
+        cuts=columns,
+        shares=np.full(clients, np.nan),
+        client_s=np.sum(mine, axis=0) * (1 + SLACK),
+        round_s=float(clock.round_s(mine, np.where(present, terms.steps, 0.0))) * up,
+        bound_s=float(best.bound_s),
+        iterations=best.looked,
+    )
+
+
+def round_seconds(
+    terms: Terms,
+    columns: ArrayLike,
+    server_flops: float,
+    barrier: str,
+    present: Bool[np.ndarray, " K"] | None = None,
+) -> float:
+    """The round in seconds of given columns (K,), which are the cuts if there is one codec.
+
+    Of the session barrier: with the shares that are best for them.  Clients that are slower than planned:
+    `round_seconds(slower(terms, slowdown), ...)`.  Whether a client may have its column is not looked at.
+    BadInput names a barrier that is not there, and columns of another shape.
+    """
+    clients = terms.shape[0]
+    columns = np.asarray(columns)
+    if columns.shape != (clients,):
+        raise BadInput(
+            f"columns have shape {columns.shape}; it must be ({clients},), a column for each client"
+        )
+    here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
+    if barrier == "session":
+        return _session_s(terms.take(here), columns[here], server_flops)
+    if barrier not in CLOCKS:
+        raise BadInput(f"barrier={barrier}: choose one of session, {', '.join(CLOCKS)}")
+    if not here.any():
+        return 0.0
+    some, mine = terms.take(here), columns[here]
+    part = staged.stages_at if barrier == "staged" else parts_at
+    return float(CLOCKS[barrier].round_s(part(some, mine, server_flops), some.steps))
+
+
+def parts_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Parts:
+    """The parts of each client's round at its own column (K,)."""
+    seconds = staged.at_full_speed(terms, columns, server_flops)
+    return Parts(
+        seconds.model_down,
+        seconds.client_forward + seconds.smashed_up,
+        seconds.server,
+        seconds.gradient_down + seconds.client_backward,
+        seconds.model_up,
+    )
+
+
+def _session_s(terms, columns, server_flops):
+    fixed_s, server_flop, _ = terms.at(columns)
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.enable_x64(True), jax.default_device(cpu):
+        present = np.ones(len(fixed_s), bool)
+        return float(optimal_shares(fixed_s, server_flop, np.float64(server_flops), present)[2])
+
+
+def _table(terms, server_flops):
+    return staged.tabled(terms, server_flops, parts_at)
+
+
+def _steps_s(parts):
+    return parts.forward_s + parts.serving_s + parts.backward_s
+
+
+def _in_turn_s(parts, steps):
+    return parts.model_down_s.max() + _steps_s(parts).sum() + parts.model_up_s.max()
+
+
+def _in_turn(table, steps):
+    every = np.ones((1, len(steps)))
+    ends = [Maximum(table.model_down_s, every), Maximum(table.model_up_s, every)]
+    return _search(table, _steps_s(table), ends, lambda parts: _in_turn_s(parts, steps))
+
+
+def _handover(table, steps):
+    whole_s = np.sum(table, axis=0)
+    columns = whole_s.argmin(axis=1)
+    round_s = float(whole_s.min(axis=1).sum())
+    return Least(columns, round_s, round_s * (1 - 4 * rounding(len(steps))), 1)
+
+
+def _lockstep_s(parts, steps):
+    """Sorted by steps, longest first, the clients active at a step are a prefix: a running maximum."""
+    order = np.argsort(-steps, kind="stable")
+    in_order = steps[order]
+    lasts = in_order - np.append(in_order[1:], 0.0)  # steps with just the clients up to this one
+    active = in_order > 0
+    forward_s, backward_s = (
+        np.maximum.accumulate(np.divide(part[order], in_order, out=np.zeros(len(steps)), where=active))
+        @ lasts
+        for part in (parts.forward_s, parts.backward_s)
+    )
+    return parts.model_down_s.max() + forward_s + parts.serving_s.sum() + backward_s + parts.model_up_s.max()
+
+
+def _lockstep(table, steps):
+    """The best of two searches, and the better bound: true groups first, then few if that did not end."""
+    every, kinds_of_steps, found = np.ones((1, len(steps))), len(np.unique(steps)), []
+    for most in _GROUPS:
+        weights = _groups(steps, most) / steps
+        kinds = [
+            Maximum(table.model_down_s, every),
+            Maximum(table.forward_s, weights),
+            Maximum(table.backward_s, weights),
+            Maximum(table.model_up_s, every),
+        ]
+        one = _search(table, table.serving_s, kinds, lambda parts: _lockstep_s(parts, steps))
+        found.append(one)
+        if kinds_of_steps <= _GROUPS[-1] or one.bound_s >= one.round_s * (1 - 2 * maxima.TOLERANCE):
+            break
+    best = min(found, key=lambda one: one.round_s)
+    bound_s, looked = max(one.bound_s for one in found), sum(one.looked for one in found)
+    return best._replace(bound_s=bound_s, looked=looked)
+
+
+def _groups(steps, most: int) -> Floats:
+    """How many of its steps (K,) a client has in each group (G, K): one for each number, but `most`."""
+    edges = np.unique(steps)
+    if len(edges) > most:
+        edges = edges[np.linspace(0, len(edges) - 1, most + 1).round().astype(int)[1:]]
+    before = np.append(0.0, edges[:-1])
+    return np.clip(steps - before[:, None], 0.0, (edges - before)[:, None])
+
+
+def _search(table, alone_s, kinds, round_s) -> Least:
+    """From the best common column, and what is best for each client by itself."""
+    rows = np.arange(len(alone_s))
+    common = [np.full(len(rows), one) for one in np.flatnonzero(np.isfinite(alone_s).all(axis=0))]
+    starts = [*common, np.sum(table, axis=0).argmin(axis=1), alone_s.argmin(axis=1)]
+
+    def of(columns):
+        return float(round_s(Parts(*(part[rows, columns] for part in table))))
+
+    return maxima.least(kinds, alone_s, starts, of)
+
+
+def _common(table, steps, clock) -> int:
+    """The best column for all; the last where none serves all."""
+    every = [type(table)(*(part[:, one] for part in table)) for one in range(table[0].shape[1])]
+    rounds_s = np.array([clock.round_s(one, steps) if np.isfinite(one[0]).all() else np.inf for one in every])
+    return int(rounds_s.argmin()) if np.isfinite(rounds_s).any() else len(rounds_s) - 1
+
+
+def _random(open_to, key) -> NDArray[np.int64]:
+    draws = np.asarray(jax.random.uniform(key, (len(open_to),)))
+    chosen = np.minimum((draws * open_to.sum(axis=1)).astype(int), open_to.sum(axis=1) - 1)
+    return (np.cumsum(open_to, axis=1) == chosen[:, None] + 1).argmax(axis=1)
+
+
+CLOCKS = {
+    "staged": Clock(
+        staged.stages,
+        lambda stages, steps: staged.round_seconds(stages),
+        lambda stages, steps: staged.optimum(stages),
+    ),
+    "in_turn": Clock(_table, _in_turn_s, _in_turn),
+    "handover": Clock(_table, lambda parts, steps: np.sum(parts), _handover),
+    "lockstep": Clock(_table, _lockstep_s, _lockstep),
+}

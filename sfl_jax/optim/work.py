@@ -1,0 +1,226 @@
+"""What every client does in a round, and the terms that this makes of a fleet and a profiled chain.
+
+Convention: FLOP = 2 x multiply-accumulates, backward work as traced (never "twice the forward").
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sfl_jax.errors import BadInput
+from sfl_jax.optim.costs import CutsAndCodecs, Energy, Floats, Terms
+
+_FLOP_PER_MAC = 2
+_TRAINING_FLOAT_BYTES = 4
+_HEADROOM = 1e6  # for sums over clients, and for what is tried with faster ones
+_PER_CUT = ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits")
+
+
+class Profile(Protocol):
+    """Cost of every unit of a chain of L units, per sample; NumPy int64."""
+
+    @property
+    def forward_macs(self) -> NDArray[np.int64]: ...  # (L,)
+    @property
+    def backward_macs(self) -> NDArray[np.int64]: ...  # (L,)
+    @property
+    def parameters(self) -> NDArray[np.int64]: ...  # (L,)
+    @property
+    def state(self) -> NDArray[np.int64]: ...  # (L,)
+    @property
+    def activations(self) -> NDArray[np.int64]: ...  # (L,) floats kept for the backward pass
+    @property
+    def smashed(self) -> NDArray[np.int64]: ...  # (L+1,) floats that cross cut l; the image at 0, 0 at L
+
+
+class Fleet(Protocol):
+    """K clients: float64 rates, int64 samples; the last four only where an energy budget is set."""
+
+    @property
+    def flops(self) -> Floats: ...  # (K,) FLOP/s
+    @property
+    def uplink_bps(self) -> Floats: ...  # (K,) bit/s
+    @property
+    def downlink_bps(self) -> Floats: ...  # (K,) bit/s
+    @property
+    def memory_bytes(self) -> Floats: ...  # (K,)
+    @property
+    def samples(self) -> NDArray[np.int64]: ...  # (K,)
+    @property
+    def cycles_per_s(self) -> Floats | None: ...
+    @property
+    def kappa(self) -> Floats | None: ...  # J s^2 per cycle^3
+    @property
+    def transmit_w(self) -> Floats | None: ...
+    @property
+    def energy_j(self) -> Floats | None: ...  # budget of one round
+
+
+class Work(NamedTuple):
+    """What every client does in a round, and how large the messages are."""
+
+    local_epochs: int = 1
+    batch_size: int = 32
+    bits_per_float: int = 32  # smashed data and its gradient, where no codec says it
+    model_bits_per_float: int = 32
+    label_bits: int = 32
+    image_bits: int = 8  # per image element where raw uint8 images go up (cut 0)
+    min_cut: int = 1
+    max_cut: int | None = None  # None: the number of units
+    optimizer_slots: int = 1  # floats of optimiser state per parameter: 0 SGD, 1 momentum, 2 Adam
+
+
+class Wire(NamedTuple):
+    """What a codec makes of a sample's smashed data and of its gradient, in bits; (L+1,) each, by cut.
+
+    What is said of cuts 0 and L does not count: nothing is encoded there.
+    """
+
+    up_bits: ArrayLike
+    down_bits: ArrayLike
+
+
+def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] | None = None) -> Terms:
+    """The factored costs of a fleet that trains a profiled chain.
+
+    wires: what crosses the cut, by name of the codec. With several, a column is a cut and a codec, which are
+    counted in this order. Without, numbers of `bits_per_float` cross.
+
+    An epoch is floor(D/B) batches; a client with D < B fills one batch. Labels go up wherever something is
+    left to the server. BadInput names the rate, count, client or codec that makes no sense.
+    """
+    _check_work(work, len(profile.forward_macs))
+    _check_fleet(fleet)
+    forward, backward = (
+        _before(macs) * _FLOP_PER_MAC for macs in (profile.forward_macs, profile.backward_macs)
+    )
+    options, up_bits, down_bits = _crossing(profile, work, wires)
+    parameters, state = _before(profile.parameters), _before(profile.state)
+    # Parameters, their gradients and the optimiser's state; activations of one batch.
+    floats = parameters * (2 + work.optimizer_slots) + state + work.batch_size * _before(profile.activations)
+    cut = options.cut
+    made = Terms(
+        samples=samples_processed(fleet.samples, work),
+        steps=samples_processed(fleet.samples, work) / work.batch_size,
+        flops=fleet.flops,
+        uplink_bps=fleet.uplink_bps,
+        downlink_bps=fleet.downlink_bps,
+        memory_bytes=fleet.memory_bytes,
+        energy=_energy(fleet),
+        forward_flop=forward[cut],
+        backward_flop=backward[cut],
+        work_flop=((forward[-1] - forward) + (backward[-1] - backward))[cut],
+        up_bits=up_bits,
+        down_bits=down_bits,
+        model_bits=((parameters + state) * work.model_bits_per_float)[cut],
+        needed_bytes=(floats * _TRAINING_FLOAT_BYTES)[cut],
+        permitted=(cut >= work.min_cut) & (cut <= (cut[-1] if work.max_cut is None else work.max_cut)),
+        options=options,
+    )
+    _check_range(made)
+    return made
+
+
+def _crossing(
+    profile: Profile, work: Work, wires: Mapping[str, Wire] | None
+) -> tuple[CutsAndCodecs, Floats, Floats]:
+    """The columns, and for each the bits that go up and down per sample: labels too, and images at cut 0."""
+    sent, units = profile.smashed.astype(np.float64), len(profile.forward_macs)
+    if wires is None:
+        wires = {"": Wire(sent * work.bits_per_float, sent * work.bits_per_float)}
+    _check_wires(wires, units)
+    between = np.arange(1, units)
+    cut = np.concatenate([[0], np.repeat(between, len(wires)), [units]]).astype(np.int32)
+    codec = np.concatenate([[0], np.tile(np.arange(len(wires)), len(between)), [0]]).astype(np.int32)
+    up_bits, down_bits = (
+        np.array([getattr(wire, name) for wire in wires.values()], np.float64)[codec, cut]
+        for name in Wire._fields
+    )
+    up_bits = up_bits + work.label_bits
+    up_bits[0] = sent[0] * work.image_bits + work.label_bits
+    up_bits[-1] = 0.0
+    down_bits[[0, -1]] = 0.0
+    return CutsAndCodecs(cut, codec), up_bits, down_bits
+
+
+def samples_processed(samples: ArrayLike, work: Work) -> Floats:
+    """Samples a client with `samples` of its own runs in a round, all epochs together; (K,)."""
+    batches = np.maximum(np.asarray(samples) // work.batch_size, 1).astype(np.float64)
+    return work.local_epochs * batches * work.batch_size
+
+
+def _before(per_unit) -> Floats:
+    """Sums over units [0, l) for l = 0..L."""
+    return np.concatenate([[0], np.cumsum(per_unit)]).astype(np.float64)
+
+
+def _energy(fleet: Fleet) -> Energy | None:
+    if fleet.energy_j is None:
+        return None
+    parts = {name: getattr(fleet, name) for name in ("cycles_per_s", "kappa", "transmit_w")}
+    missing = [name for name, value in parts.items() if value is None]
+    if missing:
+        raise BadInput(f"fleet: energy_j is given without {', '.join(missing)}; give all four or none")
+    cycles_per_s, kappa, transmit_w = parts.values()
+    # kappa * (cycles/s)^2 per cycle, and cycles/s over FLOP/s cycles per FLOP.
+    with np.errstate(over="ignore", invalid="ignore"):  # said by _check_range
+        return Energy(kappa * cycles_per_s**3 / fleet.flops, transmit_w, fleet.energy_j)
+
+
+def _check_range(terms: Terms) -> None:
+    """Numbers that are possible one by one can still make times or energies beyond float64."""
+    most = terms._replace(**{name: getattr(terms, name).max(keepdims=True) for name in _PER_CUT})
+    with np.errstate(over="ignore", invalid="ignore"):
+        fixed_s, server_flop, _ = most.at(0)
+        spent = fixed_s + server_flop + most.joules(0)
+        spent = _HEADROOM * (spent + terms.flops + terms.uplink_bps + terms.downlink_bps)
+    if not np.isfinite(spent).all():
+        client = int(np.argmin(np.isfinite(spent)))
+        raise BadInput(
+            f"fleet: client {client} has samples, rates or power that make times or energies beyond float64"
+        )
+
+
+def _check_work(work: Work, units: int) -> None:
+    least = dict.fromkeys(
+        ("local_epochs", "batch_size", "bits_per_float", "model_bits_per_float", "image_bits"), 1
+    )
+    for name, smallest in (least | {"label_bits": 0, "optimizer_slots": 0, "min_cut": 0}).items():
+        if not getattr(work, name) >= smallest:
+            raise BadInput(f"{name}={getattr(work, name)}: choose at least {smallest}")
+    if work.min_cut > units:
+        raise BadInput(f"min_cut={work.min_cut}: the chain has {units} units; choose 0 to {units}")
+    if work.max_cut is not None and not work.min_cut <= work.max_cut <= units:
+        raise BadInput(
+            f"max_cut={work.max_cut}: the chain has {units} units; choose {work.min_cut} (min_cut) to {units}"
+        )
+
+
+def _check_wires(wires: Mapping[str, Wire], units: int) -> None:
+    if not wires:
+        raise BadInput("wires is empty; give the bits of one codec at least, or None")
+    for name, wire in wires.items():
+        for field, bits in zip(Wire._fields, wire, strict=True):
+            if np.shape(bits) != (units + 1,):
+                raise BadInput(
+                    f"wires[{name}].{field} has shape {np.shape(bits)}; it must be ({units + 1},), by cut"
+                )
+            inner = np.asarray(bits)[1:units]
+            if not (np.isfinite(inner) & (inner >= 0)).all():
+                raise BadInput(f"wires[{name}].{field} must be finite numbers of 0 or more, not {bits}")
+
+
+def _check_fleet(fleet: Fleet) -> None:
+    rules = dict.fromkeys(("flops", "uplink_bps", "downlink_bps", "samples"), "above 0") | {
+        "memory_bytes": "0 or more"
+    }
+    for name, rule in rules.items():
+        if getattr(fleet, name) is None:
+            raise BadInput(f"fleet: {name} is missing; costs need it of every client")
+        values = np.asarray(getattr(fleet, name))
+        bad = ~(values > 0) if rule == "above 0" else ~(values >= 0)
+        if bad.any():
+            client = int(np.argmax(bad))
+            raise BadInput(f"fleet: client {client} has {name}={values[client]}; it must be {rule}")

@@ -82,7 +82,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     own_scheme.check(len(chain))
     own_planner, clients = planner(config), division.clients(config, file)
     faults = Faults(config.drop_probability, config.jitter, config.deadline_factor)
-    suiting.check_faults(own_scheme, faults)
+    suiting.check_faults(own_scheme, faults, config.on_divergence == "skip_client")
     suiting.check_steps(own_scheme, shares, config.batch_size)
     clients = clients.with_samples([len(share) for share in shares])
     planning.check_links(own_planner, clients)

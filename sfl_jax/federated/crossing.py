@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Key
 
 # Folded into the key of a step for the link: a number that no unit has, then the direction.
 LINK, UP, DOWN = 2**31, 0, 1
-TAIL = 1  # folded into the keys of the second boundary, before the units that end at the client again
+TAIL = 2**31  # folded into the keys of the second boundary, before the units that end at the client again
 CLIENTS = "clients"  # the axis of a chunk's clients
 
 

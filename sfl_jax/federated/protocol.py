@@ -36,7 +36,7 @@ SMASHED_UP, LABELS_UP, GRADIENT_DOWN = "smashed_up", "labels_up", "gradient_down
 FEATURES_DOWN, GRADIENT_UP = "features_down", "gradient_up"  # with a tail
 KINDS = (MODEL_DOWN, SMASHED_UP, LABELS_UP, FEATURES_DOWN, GRADIENT_UP, GRADIENT_DOWN, MODEL_UP)
 # Folded into the key of a step for the link, then the direction, then, at the tail alone, the boundary.
-LINK, UP, DOWN, TAIL = 2**31, 0, 1, 1
+LINK, UP, DOWN, TAIL = 2**31, 0, 1, 2**31
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Run:
             )
         scheme = schemes.create(scheme)
         scheme.check(len(chain))
-        suiting.check_faults(scheme, faults)
+        suiting.check_faults(scheme, faults, skip_diverged)
         planner = suiting.planner_for(scheme, planner)
         execution = suiting.execution_for(scheme, execution, cohort_size)
         if planner.min_cut > len(chain):

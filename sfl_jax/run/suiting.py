@@ -50,8 +50,12 @@ def execution_for(scheme: Scheme, execution: Execution, cohort_size: int) -> Exe
     return dataclasses.replace(execution, clients_per_chunk=size, mode=mode)
 
 
-def check_faults(scheme: Scheme, faults: Faults) -> None:
+def check_faults(scheme: Scheme, faults: Faults, skip_diverged: bool) -> None:
     """BadInput for a fault that the scheme cannot train with."""
+    if skip_diverged and scheme.needs_equal_steps:
+        raise BadInput(
+            "on_divergence=skip_client: server_batch=joined needs every client, so that none can be left out"
+        )
     if faults.deadline_factor and DEADLINE not in scheme.allows:
         raise BadInput(
             f"deadline_factor={faults.deadline_factor:g}: scheme={scheme.name} has no deadline, since a late "

@@ -62,8 +62,10 @@ class Lockstep:
         def attempt(carry):
             _, is_sound, *_ = carry
             takes_part = is_sound & (index < work.steps)
-            loss, stats, own, of_shared = self._gradients(index, shared, rows, work, takes_part)
+            (loss, stats, entering), own, of_shared = self._gradients(index, shared, rows, work, takes_part)
+            # In a joined batch one client spoils all losses. So who is to blame is looked for there first.
             fine = jax.vmap(all_finite)((loss, own, stats)) | ~takes_part
+            fine = jnp.where((entering | ~takes_part).all(), fine, entering | ~takes_part)
             return fine.all(), is_sound & fine, loss, stats, own, of_shared
 
         shapes = jax.eval_shape(attempt, (jnp.array(False), is_sound))
@@ -93,20 +95,22 @@ class Lockstep:
         return sums, chosen(takes_part, new, rows), losses, is_sound
 
     def _gradients(self, index, shared, rows, work, takes_part):
-        """(losses (K,), new statistics by unit (K, ...), gradients of the rows (K, ...), the sum over clients
-        of those of the shared copies).
+        """(what `_forward` returns, the gradients of rows (K, ...), the sum over clients of those of shared
+        copies).
         """
 
         def loss_of(own, of_shared):
-            losses, stats = self._forward(index, own, of_shared, shared, rows, work, takes_part)
-            return jnp.where(takes_part, losses, 0).sum(), (losses, stats)
+            outputs = self._forward(index, own, of_shared, shared, rows, work, takes_part)
+            return jnp.where(takes_part, outputs[0], 0).sum(), outputs
 
         params = tuple(unit.params for unit in rows), tuple(unit.params for unit in shared)
-        (_, (losses, stats)), gradients = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(*params)
-        return losses, stats, *gradients
+        (_, outputs), gradients = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(*params)
+        return outputs, *gradients
 
     def _forward(self, index, own, of_shared, shared, rows, work, takes_part):
-        """(the loss of each client, the new statistics of every unit, by client)."""
+        """(the loss of each client, the new statistics of every unit, whether what enters the shared units is
+        finite), all by client.
+        """
         training, chain = self.training, self.training.chain
         most, tail = training.tail - sum(self.shared_at), training.tail
         images, labels, keys = jax.vmap(
@@ -143,6 +147,7 @@ class Lockstep:
             return crossed(most, one, y, key) if most < tail else y, new
 
         x, head_stats = of_clients(run_head, own[:most], own_stats[:most], images, keys, work)
+        entering = jax.vmap(all_finite)(x)
         # Who takes no part may have numbers that are not finite; another's stand in for them.
         x = jax.tree.map(lambda leaf: chosen(takes_part, leaf, leaf[jnp.argmax(takes_part)][None]), x)
         if self.is_joined and shared:
@@ -161,7 +166,7 @@ class Lockstep:
 
         logits, end_stats = of_clients(run_end, own[most:], own_stats[most:], x, keys, work)
         losses = jax.vmap(lambda logits, labels: training.loss(logits, labels).mean())(logits, labels)
-        return losses, (*head_stats, *middle_stats, *end_stats)
+        return losses, (*head_stats, *middle_stats, *end_stats), entering
 
     def _places(self, is_shared):
         return [place for place, shared in enumerate(self.shared_at) if shared == is_shared]

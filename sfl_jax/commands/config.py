@@ -271,6 +271,14 @@ class Config:
         0, SCHEME, PLANNING, "the last units, which the client holds too, so that labels never leave it; 0: "
         "none", at_least=0,
     )  # fmt: skip
+    codec: str = flag(
+        "float32", SCHEME, PLANNING, "what is done to smashed data at the cut: float32 (nothing), bfloat16, "
+        "float16, int8, int4, topk:PART, gaussian:NORM,SIGMA; of several, with + between, the plan chooses "
+        "for every client",
+    )  # fmt: skip
+    codec_down: str = flag(
+        "", SCHEME, PLANNING, "the same for the gradient of smashed data; empty: as --codec"
+    )
     keep_server_state: bool = flag(
         True, SCHEME, TRAINING, "with sfl_v2, psl and sl, let the optimiser state of shared units outlive "
         "the round",

@@ -27,7 +27,7 @@ from sfl_jax.federated.session import Training
 from sfl_jax.fleet import Faults
 from sfl_jax.models import keras_weights
 from sfl_jax.planning import Planned, Planner
-from sfl_jax.run import suiting
+from sfl_jax.run import suiting, wires
 from sfl_jax.run.checkpoints import Checkpoints, Progress
 from sfl_jax.run.parts import Parts, Say, cosine, silent
 from sfl_jax.run.state import model_like
@@ -89,7 +89,8 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     say(f"counting the work of the {len(chain)} units of {config.model}")
     profile = models.profile(chain, image_shape, stored_shape=data.train_images.shape[1:])
     notes += division.single_values(config, shares, models.least_normalised(chain, image_shape))
-    terms = optim.terms(profile, clients, work(config, data.train_images.dtype))  # pyright: ignore[reportArgumentType] has samples
+    own_work = work(config, data.train_images.dtype, len(chain))
+    terms = optim.terms(profile, clients, own_work, _wires(config, profile))  # pyright: ignore[reportArgumentType] has samples
     _check_rounds(config, own_planner, clients, terms)
     # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
     if progress is not None and _weights_are_gone(config, progress):
@@ -178,13 +179,15 @@ def read_terms(
         config.model, config.num_classes, config.image_channels, drop_rate_scale=config.drop_rate_scale
     )
     _check_min_cut(config, chain)
+    scheme(config).check(len(chain))
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(_compile_plan, config, clients, len(chain))
         stored = config.stored_size or config.image_size
         sizes = [(side, side, config.image_channels) for side in (config.image_size, stored)]
         profile = models.profile(chain, *sizes)
         compiled.result()
-    terms = optim.terms(profile, clients, work(config))  # pyright: ignore[reportArgumentType] has samples
+    own_work = work(config, units=len(chain))
+    terms = optim.terms(profile, clients, own_work, _wires(config, profile))  # pyright: ignore[reportArgumentType] has samples
     return clients, profile, planning.linked(planner(config), clients, terms)
 
 
@@ -242,8 +245,10 @@ def settled(before: Mapping[str, Any]) -> Execution:
     return Execution(before["layer_form"], before["clients_per_chunk"], before["execution"])
 
 
-def work(config: Config, stored: Any = np.uint8) -> optim.Work:
-    """What each client does in a round, as its costs need it. stored: the type of its images' numbers."""
+def work(config: Config, stored: Any = np.uint8, units: int | None = None) -> optim.Work:
+    """What each client does in a round, as its costs need it. stored: the type of its images' numbers. units:
+    of the network, where the scheme has a largest cut.
+    """
     return optim.Work(
         config.local_epochs,
         config.batch_size,
@@ -251,7 +256,21 @@ def work(config: Config, stored: Any = np.uint8) -> optim.Work:
         min_cut=config.min_cut,
         optimizer_slots=optimizer(config).slots,
         image_bits=8 * np.dtype(stored).itemsize,
+        max_cut=None if units is None else scheme(config).max_cut(units),
+        tail_units=0 if units is None else config.tail_units,
     )
+
+
+def codec_pairs(config: Config) -> Any:
+    """(codec of smashed data, codec of their gradient) of each choice."""
+    return wires.pairs(config.codec.split("+"), config.codec_down or None)
+
+
+def _wires(config, profile):
+    """The bits that cross the cut; None where --bits_per_float says them."""
+    if (config.codec, config.codec_down) == ("float32", ""):
+        return None
+    return wires.wires(codec_pairs(config), profile)
 
 
 def optimizer(config: Config) -> optimizers.LocalOptimizer:
@@ -278,7 +297,7 @@ def _training(config, chain, scaling):
     return Training(
         chain, optimizer(config), preprocessing(config.image_size, *scaling),
         server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
-        scheme=scheme(config).engine(), tail_units=config.tail_units,
+        scheme=scheme(config).engine(), tail_units=config.tail_units, link=wires.links(codec_pairs(config)),
     )  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def _whole_server(planned: Planned, name: str) -> str:
         return " (with waiting for it)"
     if name != "server" or np.isnan(planned.plan.shares).any():
         return ""
-    _, work, _ = planned.terms.at(planned.plan.cuts)
+    _, work, _ = planned.terms.at(planned.terms.columns(planned.plan.cuts, planned.plan.codecs))
     return f" (with its share; {work.mean() / planned.planner.server_flops:.2g} s with the whole server)"
 
 

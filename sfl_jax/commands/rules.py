@@ -48,6 +48,11 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         if other in taken and value != getattr(default, name) and getattr(config, other) not in values:
             needed = " or ".join(f"--{other}={known}" for known in values)
             raise BadInput(f"--{name}={value}: needs {needed}")
+    coded = (config.codec, config.codec_down) != ("float32", "")
+    if coded and config.bits_per_float != default.bits_per_float:
+        raise BadInput(
+            f"--bits_per_float={config.bits_per_float}: --codec={config.codec} says how many bits are sent"
+        )
     for name, value in _OF_SESSIONS.items():
         if getattr(config, name) != value and config.scheme not in ("sfl", "fl"):
             raise BadInput(f"--{name}={getattr(config, name)}: needs --scheme=sfl or --scheme=fl")

@@ -27,6 +27,7 @@ class Profile(NamedTuple):
     state: (L,) batch-norm statistics and other state.
     activations: (L,) floats that training keeps for the backward pass.
     smashed: (L+1,) floats that cross cut l: the stored image at 0, nothing at L.
+    shapes: (L+1,) the shapes of the arrays that cross cut l, of one sample.
     """
 
     names: tuple[str, ...]
@@ -36,6 +37,7 @@ class Profile(NamedTuple):
     state: np.ndarray
     activations: np.ndarray
     smashed: np.ndarray
+    shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
 
 def profile(chain: Chain, image_shape: PyTree, stored_shape: tuple[int, ...] | None = None) -> Profile:
@@ -54,7 +56,9 @@ def profile(chain: Chain, image_shape: PyTree, stored_shape: tuple[int, ...] | N
     counts = ("forward_macs", "backward_macs", "parameters", "state", "activations")
     counted = {count: np.array([getattr(row, count) for row in rows], np.int64) for count in counts}
     names = tuple(units.name(unit, index) for index, unit in enumerate(chain.units, start=chain.first_unit))
-    return Profile(names=names, smashed=np.array([*inputs, 0], np.int64), **counted)
+    crossing = [sample, *(row.output for row in rows[:-1]), ()]
+    shapes = tuple(tuple(leaf.shape for leaf in jax.tree.leaves(tree)) for tree in crossing)
+    return Profile(names=names, smashed=np.array([*inputs, 0], np.int64), shapes=shapes, **counted)
 
 
 def least_normalised(chain: Chain, image_shape: PyTree) -> int | None:

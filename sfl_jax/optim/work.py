@@ -69,6 +69,7 @@ class Work(NamedTuple):
     image_bits: int = 8  # per image element where raw uint8 images go up (cut 0)
     min_cut: int = 1
     max_cut: int | None = None  # None: the number of units
+    tail_units: int = 0  # the last units, which the client holds too
     optimizer_slots: int = 1  # floats of optimiser state per parameter: 0 SGD, 1 momentum, 2 Adam
 
 
@@ -78,8 +79,8 @@ class Wire(NamedTuple):
     What is said of cuts 0 and L does not count: nothing is encoded there.
     """
 
-    up_bits: ArrayLike
-    down_bits: ArrayLike
+    up_bits: NDArray[np.float64]
+    down_bits: NDArray[np.float64]
 
 
 def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] | None = None) -> Terms:
@@ -100,7 +101,13 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
     parameters, state = _before(profile.parameters), _before(profile.state)
     # Parameters, their gradients and the optimiser's state; activations of one batch.
     floats = parameters * (2 + work.optimizer_slots) + state + work.batch_size * _before(profile.activations)
-    cut = options.cut
+    cut, top = options.cut, len(profile.forward_macs) - work.tail_units
+    whole = forward[-1] + backward[-1]
+    # Whoever leaves something to the server holds the tail too.
+    forward, backward, parameters, state, floats = (
+        amounts + np.where(np.arange(len(amounts)) < top, amounts[-1] - amounts[top], 0.0)
+        for amounts in (forward, backward, parameters, state, floats)
+    )
     made = Terms(
         samples=samples_processed(fleet.samples, work),
         steps=samples_processed(fleet.samples, work) / work.batch_size,
@@ -111,12 +118,14 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
         energy=_energy(fleet),
         forward_flop=forward[cut],
         backward_flop=backward[cut],
-        work_flop=((forward[-1] - forward) + (backward[-1] - backward))[cut],
+        work_flop=(whole - forward - backward)[cut],
         up_bits=up_bits,
         down_bits=down_bits,
         model_bits=((parameters + state) * work.model_bits_per_float)[cut],
         needed_bytes=(floats * _TRAINING_FLOAT_BYTES)[cut],
-        permitted=(cut >= work.min_cut) & (cut <= (cut[-1] if work.max_cut is None else work.max_cut)),
+        permitted=(cut >= work.min_cut)
+        & (cut <= (cut[-1] if work.max_cut is None else work.max_cut))
+        & ((cut < top) | (cut == cut[-1])),
         options=options,
     )
     _check_range(made)
@@ -138,10 +147,15 @@ def _crossing(
         np.array([getattr(wire, name) for wire in wires.values()], np.float64)[codec, cut]
         for name in Wire._fields
     )
-    up_bits = up_bits + work.label_bits
-    up_bits[0] = sent[0] * work.image_bits + work.label_bits
-    up_bits[-1] = 0.0
-    down_bits[[0, -1]] = 0.0
+    up_bits[0], down_bits[0] = sent[0] * work.image_bits, 0.0
+    if work.tail_units:  # features come down and their gradient goes up, instead of labels
+        top = units - work.tail_units
+        features = [(wire.up_bits[top], wire.down_bits[top]) for wire in wires.values()]
+        gradient, down = np.array(features, np.float64)[codec].T
+        up_bits, down_bits = up_bits + gradient, down_bits + down
+    else:
+        up_bits = up_bits + work.label_bits
+    up_bits[-1] = down_bits[-1] = 0.0
     return CutsAndCodecs(cut, codec), up_bits, down_bits
 
 
@@ -187,11 +201,15 @@ def _check_work(work: Work, units: int) -> None:
     least = dict.fromkeys(
         ("local_epochs", "batch_size", "bits_per_float", "model_bits_per_float", "image_bits"), 1
     )
-    for name, smallest in (least | {"label_bits": 0, "optimizer_slots": 0, "min_cut": 0}).items():
+    for name, smallest in (
+        least | {"label_bits": 0, "optimizer_slots": 0, "min_cut": 0, "tail_units": 0}
+    ).items():
         if not getattr(work, name) >= smallest:
             raise BadInput(f"{name}={getattr(work, name)}: choose at least {smallest}")
     if work.min_cut > units:
         raise BadInput(f"min_cut={work.min_cut}: the chain has {units} units; choose 0 to {units}")
+    if work.tail_units >= units:
+        raise BadInput(f"tail_units={work.tail_units}: the chain has {units} units; choose 0 to {units - 1}")
     if work.max_cut is not None and not work.min_cut <= work.max_cut <= units:
         raise BadInput(
             f"max_cut={work.max_cut}: the chain has {units} units; choose {work.min_cut} (min_cut) to {units}"

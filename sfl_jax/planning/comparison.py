@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 def schemes(barrier: str) -> tuple[str, ...]:
     """What can be compared under a barrier, exact first."""
-    return optim.STAGED_METHODS if barrier == "staged" else (*optim.METHODS, *_OPTIONS)
+    return optim.STAGED_METHODS if barrier in optim.CLOCKS else (*optim.METHODS, *_OPTIONS)
 
 
 def plan_of(

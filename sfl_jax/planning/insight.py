@@ -177,7 +177,7 @@ def seconds(planned: Planned) -> optim.Seconds:
     plan = planned.plan
     terms = optim.at_bands(planned.terms, plan)
     shares = np.where(np.isnan(plan.shares), planned.planner.server_flops, plan.shares)
-    parts = terms.seconds(plan.cuts, shares)
+    parts = terms.seconds(terms.columns(plan.cuts, plan.codecs), shares)
     if planned.planner.method == WORK_CONSERVING:
         others = parts.before_server + parts.after_server
         parts = parts._replace(server=np.where(parts.server > 0, plan.client_s - others, 0.0))

@@ -56,7 +56,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("method", METHODS), ("barrier", optim.BARRIERS), ("rounding", optim.ROUNDINGS),
+            ("method", METHODS), ("barrier", ("session", *optim.CLOCKS)), ("rounding", optim.ROUNDINGS),
             ("links", LINKS), ("band", BANDS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:

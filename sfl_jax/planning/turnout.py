@@ -50,14 +50,15 @@ def _finish_s(planner, terms, plan, delays, present, deadline_s):
         return plan.client_s + late_s
     staged, gate_s = planner.barrier == "staged", math.inf
     if staged:
-        planned = terms.seconds(plan.cuts, np.full(len(plan.cuts), planner.server_flops))
+        columns = terms.columns(plan.cuts, plan.codecs)
+        planned = terms.seconds(columns, np.full(len(plan.cuts), planner.server_flops))
         gate_s = planned.before_server[present].max(initial=0) + (deadline_s - plan.round_s)
     terms, cuts = optim.slower(terms, delays.slowdown).take(present), plan.cuts[present]
-    own = plan._replace(cuts=cuts, shares=plan.shares[present])
+    own = plan._replace(cuts=cuts, shares=plan.shares[present], codecs=plan.codecs[present])
     if isinstance(own, optim.BandPlan):
         own = own._replace(uplink_hz=own.uplink_hz[present], downlink_hz=own.downlink_hz[present])
     stays = delays.stays[present]
     ends_s = optim.session_ends_s(terms, own, planner.server_flops, planner.barrier, stays, gate_s)
     finish_s = np.full(len(plan.cuts), math.inf)
-    finish_s[present] = ends_s + (0 if staged else late_s)
+    finish_s[present] = ends_s + (0 if planner.barrier in optim.CLOCKS else late_s)
     return finish_s

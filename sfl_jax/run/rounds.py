@@ -43,6 +43,8 @@ def prepare(parts: Parts, round: int) -> Prepared:
     steps = np.where(comers.came, steps, 0).astype(np.int32)
     turn = fleet.order(parts.seed, round, len(ids)).astype(np.int32) if parts.scheme.has_order else None
     assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices, turn)
+    if isinstance(parts.training.link, tuple):
+        assignments = assignments._replace(codec=plan.codecs.astype(np.int32))
     rival_s = {name: _round_s(parts, terms, name, delayed, present) for name in parts.rivals}
     return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round))
 

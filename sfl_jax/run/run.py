@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sfl_jax import datasets, models, optim, planning, schemes
+from sfl_jax import codecs, datasets, models, optim, planning, schemes
 from sfl_jax.datasets.images import scaled
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
@@ -21,7 +21,7 @@ from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.session import Loss, Training, cross_entropy
 from sfl_jax.fleet import Faults, Fleet
 from sfl_jax.planning import Planned, Planner
-from sfl_jax.run import loop, metrics, saving, suiting
+from sfl_jax.run import loop, metrics, saving, suiting, wires
 from sfl_jax.run.engine import Engine, compile_rounds, entering_network
 from sfl_jax.run.parts import Parts, Say, always, silent
 from sfl_jax.run.rounds import cohort, cohort_ids
@@ -51,6 +51,9 @@ class Run:
       optimizer: of the local steps, an optax transformation with its learning rate.
       scheme: whose copy of a unit a step uses: "sfl", "sfl_v2", "psl", "sl" or "fl", or one of
         `sfl_jax.schemes` with options of its own.
+      codec: what is done to smashed data at the cut, and to their gradient: a name such as "int8" or
+        "topk:0.1", or one of `sfl_jax.codecs`. Of several the planner chooses for every client.
+      codec_down: that of the gradient alone.
       planner: how each round is planned.
       cohort_size: clients that take part in a round; all where it is left out.
       local_epochs, batch_size: of a client in a round.
@@ -83,6 +86,8 @@ class Run:
         fleet: Fleet,
         optimizer: optax.GradientTransformation | optimizers.LocalOptimizer,
         scheme: str | schemes.Scheme = "sfl",
+        codec: str | codecs.Codec | Sequence[str | codecs.Codec] = "float32",
+        codec_down: str | codecs.Codec | None = None,
         planner: Planner = Planner(),  # noqa: B008 frozen
         cohort_size: int | None = None,
         local_epochs: int = 1,
@@ -139,12 +144,14 @@ class Run:
         profile = models.profile(chain, sample, stored_shape=stored)
         work = optim.Work(
             local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots,
-            image_bits=8 * data.train_images.dtype.itemsize,
+            image_bits=8 * data.train_images.dtype.itemsize, max_cut=scheme.max_cut(len(chain)),
+            tail_units=scheme.tail_units,
         )  # fmt: skip
-        terms = optim.terms(profile, clients, work)  # pyright: ignore[reportArgumentType] has samples
+        chosen = wires.pairs(codec, codec_down)
+        terms = optim.terms(profile, clients, work, wires.wires(chosen, profile))  # pyright: ignore[reportArgumentType] has samples
         training = Training(
             chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged,
-            loss=loss, scheme=scheme.engine(), tail_units=scheme.tail_units,
+            loss=loss, scheme=scheme.engine(), tail_units=scheme.tail_units, link=wires.links(chosen),
         )  # fmt: skip
         initial = fresh if variables is None else functools.partial(_given, variables, jax.eval_shape(fresh))
         parts = Parts(

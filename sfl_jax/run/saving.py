@@ -78,6 +78,7 @@ def fingerprints(parts: Parts, rounds: int) -> dict[str, str]:
         "loss": described(training.loss),
         "metric": described(parts.metric),
         "scheme": described(parts.scheme),
+        "codec": described(training.link),
         "planner": described(parts.planner),
         "faults": described(parts.faults),
         "cohort_size": str(parts.cohort_size),

@@ -1,0 +1,43 @@
+"""What crosses the cut under each codec: bits for plans and clocks, and links for training."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sfl_jax import codecs, models, optim
+from sfl_jax.codecs import Codec, Float32
+from sfl_jax.federated.crossing import Link, Links
+
+
+def pairs(
+    up: str | Codec | Sequence[str | Codec], down: str | Codec | None = None
+) -> tuple[tuple[Codec, Codec], ...]:
+    """(codec of smashed data, codec of their gradient) of each choice; `down` is that of all, or as `up`."""
+    several = (up,) if isinstance(up, str | Codec) else tuple(up)
+    made = [codecs.create(one) for one in several]
+    return tuple((one, one if down is None else codecs.create(down)) for one in made)
+
+
+def wires(chosen: Sequence[tuple[Codec, Codec]], profile: models.Profile) -> Mapping[str, optim.Wire]:
+    """The bits of a sample at each cut, by the name of the codec of smashed data."""
+
+    def bits(codec):
+        return np.array([sum(map(codec.bits, shapes)) for shapes in profile.shapes], np.float64)
+
+    return {str(up): optim.Wire(bits(up), bits(down)) for up, down in chosen}
+
+
+def links(chosen: Sequence[tuple[Codec, Codec]]) -> Links:
+    """What training does at the cut; None where nothing is done."""
+    first, *others = (_link(*pair) for pair in chosen)
+    return (first, *others) if others else first
+
+
+def _link(up, down):
+    if isinstance(up, Float32) and isinstance(down, Float32):
+        return None
+    return Link(*(_unchanged if isinstance(codec, Float32) else codec.transmit for codec in (up, down)))
+
+
+def _unchanged(x, key):
+    return x

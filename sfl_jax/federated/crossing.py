@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Key
 
@@ -32,8 +33,8 @@ Links = Link | None | tuple[Link | None, ...]  # several: one for each codec tha
 def hook(
     links: Links,
     tail: int,
-    cut: Int[Array, ""],
-    codec: Int[Array, ""] | None,
+    cut: Int[Array | np.ndarray, ""] | int,
+    codec: Int[Array | np.ndarray, ""] | int | None,
     key: Key[Array, ""],
     axis: str | None = None,
 ) -> Callable[[int, Any], Any] | None:
@@ -58,7 +59,7 @@ def hook(
         for number, link in enumerate(several):
             if link is None:
                 continue
-            uses = cut < tail
+            uses = jnp.asarray(cut < tail)
             if codec is not None:
                 uses &= codec == number
             up, down = (_fold(_fold(key, LINK), direction) for direction in (UP, DOWN))

@@ -54,7 +54,9 @@ def _finish_s(planner, terms, plan, delays, present, deadline_s):
         planned = terms.seconds(columns, np.full(len(plan.cuts), planner.server_flops))
         gate_s = planned.before_server[present].max(initial=0) + (deadline_s - plan.round_s)
     terms, cuts = optim.slower(terms, delays.slowdown).take(present), plan.cuts[present]
-    own = plan._replace(cuts=cuts, shares=plan.shares[present], codecs=plan.codecs[present])
+    own = plan._replace(
+        cuts=cuts, shares=plan.shares[present], codecs=plan.codecs[present[: len(plan.codecs)]]
+    )
     if isinstance(own, optim.BandPlan):
         own = own._replace(uplink_hz=own.uplink_hz[present], downlink_hz=own.downlink_hz[present])
     stays = delays.stays[present]

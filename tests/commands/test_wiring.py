@@ -58,7 +58,10 @@ ELSEWHERE = {
     "init_from": "below", "dataset": "below", "data_dir": "below", "label_key": "datasets/test_loading.py",
     **dict.fromkeys(("starts", "recall", "rounding", "band"), "planning/test_planner.py"),
     **dict.fromkeys(
-        ("scheme", "server_order", "server_batch", "max_cut", "tail_units", "keep_server_state"),
+        (
+            *("scheme", "server_order", "server_batch", "max_cut", "tail_units", "keep_server_state"),
+            *("codec", "codec_down"),
+        ),
         "commands/test_schemes.py",
     ),
     "on_divergence": "run/test_loop.py",

@@ -530,8 +530,8 @@ def test_the_link_acts_on_both_boundaries_with_keys_of_their_own(world):
     up, down = jax.random.fold_in(of_link, 0), jax.random.fold_in(of_link, 1)
     cut_up, tail_down, tail_up, cut_down = (
         ("up", (BATCH, 4), up),
-        ("down", (BATCH, 3), jax.random.fold_in(down, 1)),
-        ("up", (BATCH, 3), jax.random.fold_in(up, 1)),
+        ("down", (BATCH, 3), jax.random.fold_in(down, 2**31)),
+        ("up", (BATCH, 3), jax.random.fold_in(up, 2**31)),
         ("down", (BATCH, 4), down),
     )
     for cut, tail_units, expected in (

@@ -1,0 +1,79 @@
+"""--scheme and --codec from the command line."""
+
+import json
+
+import pytest
+from commands import small_world
+
+from sfl_jax.commands import flags, parts, plan, train
+from sfl_jax.errors import BadInput
+from sfl_jax.schemes.psl import Psl
+from sfl_jax.schemes.sfl import Sfl
+from sfl_jax.schemes.sfl_v2 import SflV2
+from sfl_jax.schemes.sl import Sl
+
+FLAGS = [
+    *small_world.FLAGS[:5],
+    "--batch_size=4",
+    "--server_flops=1e12",
+    *small_world.FLAGS[9:],
+    "--rounds=2",
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "scheme"),
+    [
+        (
+            ["--scheme=sfl_v2", "--server_order=step", "--nokeep_server_state"],
+            SflV2(order="step", keeps_state=False),
+        ),
+        (["--scheme=psl", "--max_cut=3", "--server_batch=joined"], Psl(most=3, server_batch="joined")),
+        (["--scheme=sl", "--tail_units=1"], Sl(tail_units=1)),
+        ([], Sfl()),
+    ],
+)  # fmt: skip
+def test_a_scheme_is_what_its_flags_say(given, scheme):
+    assert parts.scheme(flags.parse([*FLAGS, *given], "train")) == scheme
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--server_order=step"], "--server_order=step: needs --scheme=sfl_v2"),
+        (["--max_cut=3"], "--max_cut=3: needs --scheme=psl"),
+        (["--scheme=sl", "--barrier=staged"], "--barrier=staged: needs --scheme=sfl or --scheme=fl"),
+        (["--scheme=psl", "--deadline_factor=2"], "--deadline_factor=2.0: needs --scheme=sfl or --scheme=fl"),
+        (["--scheme=sflv2"], "--scheme=sflv2: must be one of sfl, sfl_v2, psl, sl, fl"),
+    ],
+)
+def test_flags_of_another_scheme_are_refused(given, line):
+    with pytest.raises(BadInput) as caught:
+        flags.parse([*FLAGS, *given], "train")
+    assert str(caught.value) == line
+
+
+def test_a_run_in_turn_with_a_codec_stops_and_goes_on_and_says_what_it_did(tmp_path, capfd):
+    given = [*FLAGS, "--scheme=sfl_v2", "--codec=int8", f"--workdir={tmp_path}"]
+    with small_world.world():
+        assert train.main(given) == 0
+        assert train.main(given) == 0
+        assert train.main([*given, "--codec=int4"]) == 2
+    said = capfd.readouterr()
+    assert "--codec=int4 (was int8)" in said.err
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_plan_is_under_the_clock_of_the_scheme(tmp_path, capfd):
+    rounds_s = {}
+    for scheme, codec in (("sfl", "float32"), ("sfl", "int8"), ("sl", "float32"), ("psl", "float32")):
+        output = tmp_path / f"{scheme}-{codec}.json"
+        done = plan.main([
+            "--model=efficientnetv2-tiny", "--clients=12", "--cohort_size=12", "--server_flops=1e12",
+            f"--scheme={scheme}", f"--codec={codec}", f"--output={output}",
+        ])  # fmt: skip
+        assert done == 0, capfd.readouterr().err
+        rounds_s[scheme, codec] = json.loads(output.read_text())["round_s"]
+    assert rounds_s["sfl", "int8"] <= rounds_s["sfl", "float32"] < rounds_s["sl", "float32"]

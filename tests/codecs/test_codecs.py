@@ -24,7 +24,7 @@ SPECS = (
 )
 BY_CHANCE = ("int8", "int4", "gaussian:2,0.5")
 SHAPES = ((3, 4, 5, 3), (1, 7), (5,), (2, 300), (2, 0))
-KEY = jax.random.key(3)
+KEY, SLOW = jax.random.key(3), pytest.mark.slow
 of_all = pytest.mark.parametrize("spec", SPECS)
 of_chance = pytest.mark.parametrize("spec", BY_CHANCE)
 of_integers = pytest.mark.parametrize(("spec", "limit"), [("int8", 127), ("int4", 7)])
@@ -112,8 +112,12 @@ def agree(spec, found, wanted):
 @of_all
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [(shape, np.float32) for shape in SHAPES]
-    + [(SHAPES[0], kind) for kind in (np.float64, ml_dtypes.bfloat16, np.float16)],
+    [
+        (SHAPES[0], np.float32),
+        (SHAPES[0], ml_dtypes.bfloat16),
+        *(pytest.param(shape, np.float32, marks=SLOW) for shape in SHAPES[1:]),
+        *(pytest.param(SHAPES[0], kind, marks=SLOW) for kind in (np.float64, np.float16)),
+    ],
 )
 def test_what_arrives_is_what_numpy_says(spec, shape, kind):
     with jax.enable_x64(kind is np.float64):
@@ -206,7 +210,10 @@ def test_clients_together_are_clients_one_by_one(spec):
         assert not np.array_equal(together, np.stack([send(x, keys[0]) for x in xs]))
 
 
-@pytest.mark.parametrize("step", [0, 1, -1, 0.3, -0.3, 1 / 512, 126 + 2 / 3, -127, 1 - 2**-24])
+@pytest.mark.parametrize(
+    "step",
+    [0.3, -127, *(pytest.param(x, marks=SLOW) for x in (0, 1, -1, -0.3, 1 / 512, 126 + 2 / 3, 1 - 2**-24))],
+)
 def test_the_mean_over_all_dithers_is_the_number(step):
     """Not to a statistical error: all 2²³ dithers that there are."""
 
@@ -263,8 +270,17 @@ def test_whole_steps_arrive_as_they_are(spec, limit, odd):
 
 
 @of_all
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 38])
+@pytest.mark.parametrize(
+    ("bad", "place"),
+    [
+        (np.nan, 38),
+        (np.inf, 0),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in [(np.nan, 0), (np.inf, 38), (-np.inf, 0), (-np.inf, 38)]
+        ),
+    ],
+)
 def test_a_sample_that_is_not_finite_stays_so_alone(spec, bad, place):
     good = normal((3, 39))
     found = arrived(spec, good.at[1, place].set(bad))

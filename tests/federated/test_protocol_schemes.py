@@ -309,6 +309,7 @@ def test_sfl_v2_shares_what_is_at_the_server(world, by, tail_units):
     assert_differ(*(found.variables for found in results))
 
 
+@pytest.mark.slow
 def test_psl_of_a_server_that_holds_everything_is_sgd_on_large_batches(world):
     """Of the mean gradient and the mean statistics of all, or literally one batch of all samples."""
     works = cohort()
@@ -353,6 +354,7 @@ def test_psl_shares_units_from_the_largest_cut_to_the_tail(world, tail_units):
     assert_differ(found, lockstep(world, works, lambda i: 1 <= i < top))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail_units", [0, 1])
 def test_joined_batches_are_separate_ones_where_samples_do_not_meet(world, tail_units):
     """Units from 2 on have no statistics and no random numbers. Batches of unequal sizes."""
@@ -380,6 +382,7 @@ def test_a_link_makes_every_scheme_depend_on_the_cuts(world):
             assert_same(*(scheme(world, cohort(cuts), ORDER).variables for cuts in ((1, 1, 1), (1, 2, 1))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_absent_client_is_no_client(world, scheme):
     works = cohort((1, 3, 2))
@@ -392,6 +395,7 @@ def test_an_absent_client_is_no_client(world, scheme):
     assert np.isnan(nobody.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_client_whose_first_step_is_bad_is_no_client(world, scheme):
     works = cohort((1, 3, 2))
@@ -428,6 +432,7 @@ def test_a_bad_gradient_of_a_shared_unit_blames_all(world, scheme):
     assert found.diverged == [10, 11, 12]
 
 
+@pytest.mark.slow
 def test_a_later_bad_step_is_the_end_of_a_client(world):
     """What it shared before stays. It is in no mean: what it held alone is lost."""
     cuts = (1, 3, 2)
@@ -452,6 +457,7 @@ def test_a_later_bad_step_is_the_end_of_a_client(world):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_gradient_that_breaks_on_its_way_down_is_undone_at_the_server(world, scheme):
     """Its loss is finite, and so are the gradients at the server."""
@@ -601,6 +607,7 @@ def test_the_bytes_of_its_messages(world, scheme, tail_units):
     assert set(expected) <= set(protocol.KINDS)
 
 
+@pytest.mark.slow
 def test_the_client_half_of_sl_comes_and_goes_before_the_next_client(world):
     wire = Wire()
     run_sl(world, cohort((1, 1, 1), steps=(1, 1, 0)), ORDER, wire=wire)

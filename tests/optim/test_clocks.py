@@ -170,6 +170,7 @@ def test_absent_clients_cost_nothing(barrier):
     assert optim.round_seconds(terms, plan.cuts, 1e9, barrier, np.zeros(5, bool)) == 0
 
 
+@pytest.mark.slow
 def test_no_cut_is_above_max_cut():
     work = optim.Work(max_cut=2)
     terms = terms_of(5, work=work)

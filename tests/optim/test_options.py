@@ -42,6 +42,7 @@ def test_columns_are_cuts_and_codecs_and_nothing_is_encoded_at_the_ends():
     assert chosen.codec.tolist() == [0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_one_codec_gives_the_plans_of_none_bit_for_bit():
     for seed, barrier in itertools.product(range(2), BARRIERS):
         plain, coded = terms_of(seed), terms_of(seed, wires={"float32": FLOAT32})

@@ -51,9 +51,9 @@ def run_of(samples, *first, **changes):
     ("samples", "first", "bits"),
     [
         (TOKENS, Words(), 32),
-        (TOKENS.astype(np.uint16), Words(), 32),  # kept as int32
-        (SERIES.astype(np.float32), Filters(), 32),
-        (SERIES, Filters(), 64),
+        pytest.param(TOKENS.astype(np.uint16), Words(), 32, marks=pytest.mark.slow),  # kept as int32
+        pytest.param(SERIES.astype(np.float32), Filters(), 32, marks=pytest.mark.slow),
+        pytest.param(SERIES, Filters(), 64, marks=pytest.mark.slow),
         (SERIES.astype(ml_dtypes.bfloat16), Filters(), 16),
     ],
 )
@@ -85,6 +85,7 @@ def test_the_same_numbers_cost_and_learn_the_same_in_both_forms():
     assert words.backward_macs.tolist() == [0, 0, 48]
 
 
+@pytest.mark.slow
 def test_a_whole_module_of_tokens_is_cut_by_itself():
     whole = nn.Sequential([nn.Embed(18, 8), lambda x: x.mean(1), nn.Dense(8), nn.relu, nn.Dense(3)])
     chain = sfl.Chain.from_module(whole, TOKENS[:2].astype(np.int32))

@@ -114,6 +114,7 @@ def test_bits_of_a_plan_are_those_of_the_messages():
     assert len(chain) == 3
 
 
+@pytest.mark.slow
 def test_training_sends_what_the_codec_says():
     """A compiled round of sfl against the protocol whose link is the codec."""
     codec = codecs.create("int8")

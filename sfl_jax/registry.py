@@ -119,3 +119,14 @@ CODECS = Registry(
         "gaussian": f"{_CODECS}.gaussian:Gaussian",
     },
 )
+
+# Names that are no members, for the same reason: help and refusals read them without JAX.
+STARTS = ("equal", "proportional", "random")  # of alternating
+ROUNDINGS = ("need", "nearest")  # of regression
+BARRIERS = ("session", "staged")
+LINKS = ("fixed", "shannon", "fading")
+BANDS = ("fixed", "pooled", "separate")
+SERVER_ORDERS = ("client", "step")  # of sfl_v2
+SERVER_BATCHES = ("separate", "joined")  # of psl
+LAYER_FORMS = ("product", "conv")
+EXECUTIONS = ("vmap", "map")

@@ -47,7 +47,7 @@ class Line(NamedTuple):
 def run(config, data, clients, scaling=BLACK_TO_WHITE, initial=None) -> list[Line]:
     """The rounds of `config`. clients: its fleet without samples; initial: parameters, if not fresh ones."""
     parts = datasets.partition(
-        data.train_labels, config.clients, scheme=config.partition, alpha=config.dirichlet_alpha,
+        data.train_labels, config.clients, name=config.partition, alpha=config.dirichlet_alpha,
         shards_per_client=config.shards_per_client, seed=config.seed, min_samples=config.min_samples,
     )  # fmt: skip
     clients = clients.with_samples([len(part) for part in parts])

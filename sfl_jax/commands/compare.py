@@ -1,4 +1,4 @@
-"""Every scheme's simulated clock over one training; with --plan_only, every method's plans over sweeps of
+"""Every method's simulated clock over one training; with --plan_only, every method's plans over sweeps of
 the fleet and the server, and under misjudged costs.
 """
 
@@ -20,7 +20,7 @@ from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # What the command writes, and what is in every such file.
 PLAN_FILES = {"methods.csv": b"sweep,value,fleet,", "methods.png": PNG_MARK, "errors.png": PNG_MARK}
-CLOCK_FILES = {"schemes.csv": b"round,test_accuracy,", "schemes.png": PNG_MARK}
+CLOCK_FILES = {"clocks.csv": b"round,test_accuracy,", "clocks.png": PNG_MARK}
 _SWEEPS = {
     "server_flops": "server compute",
     "clients": "number of clients",
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Train and write schemes.csv and .png; with --plan_only methods.csv, methods.png and errors.png."""
+    """Train and write clocks.csv and .png; with --plan_only methods.csv, methods.png and errors.png."""
     ensure_writable(config.workdir, "workdir", config.workdir)
     for name, mark in (PLAN_FILES if config.plan_only else CLOCK_FILES).items():
         ensure_ours(Path(config.workdir, name), mark, "workdir", config.workdir)
@@ -95,7 +95,7 @@ def _said(rows: Iterable[Any], say: Screen) -> list[Any]:
 
 
 def compare_clocks(config: Config) -> int:
-    """One training, and the clock of every scheme beside its accuracy."""
+    """One training, and the clock of every method beside its accuracy."""
     from sfl_jax.commands import report, train
 
     code = train.train(config)
@@ -133,20 +133,20 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def methods_table(rows: Sequence[Any]) -> str:
-    """Each scheme's round over the optimum: the mean and the worst of all cases of a sweep."""
+    """Each method's round over the optimum: the mean and the worst of all cases of a sweep."""
     titles = [_SWEEPS.get(name, name) for name in _sweeps(rows)]
     lines = [
         "round over the optimum, mean (worst) of all cases; 1.000 is optimal",
         f"  {'varied:':<22}" + "".join(f"{title:>22}" for title in titles),
     ]
-    for scheme in dict.fromkeys(row.scheme for row in rows):
+    for method in dict.fromkeys(row.method for row in rows):
         cells = []
         for sweep in _sweeps(rows):
             ratios = [
-                row.round_s / row.optimum_s for row in rows if (row.scheme, row.sweep) == (scheme, sweep)
+                row.round_s / row.optimum_s for row in rows if (row.method, row.sweep) == (method, sweep)
             ]
             cells.append(f"{sum(ratios) / len(ratios):.3f} ({max(ratios):.3f})")
-        lines.append(f"  {scheme:<22}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(f"  {method:<22}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ _AXES = {
 
 
 def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
-    """Each scheme's round over the optimum in every sweep: mean over the fleets, and the range of them."""
+    """Each method's round over the optimum in every sweep: mean over the fleets, and the range of them."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     for sweep, axes in zip(_AXES, figure.subplots(2, 2, sharey=True).flat, strict=True):
         _draw_sweep(axes, sweep, [row for row in rows if row.sweep == sweep])
@@ -55,20 +55,20 @@ def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
 def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
     """How much longer kept plans last than plans made on the true costs, over all draws."""
     rows = [row for row in rows if row.sweep == "error"]
-    schemes = [name for name in _STYLES if name in {row.scheme for row in rows if np.isfinite(row.round_s)}]
+    methods = [name for name in _STYLES if name in {row.method for row in rows if np.isfinite(row.round_s)}]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for error, axes in zip(ERRORS, figure.subplots(1, 2, sharey=True), strict=True):
         ratios = [
-            [row.round_s / row.optimum_s for row in rows if (row.scheme, row.value) == (scheme, error)]
-            for scheme in schemes
+            [row.round_s / row.optimum_s for row in rows if (row.method, row.value) == (method, error)]
+            for method in methods
         ]
         drawn = axes.boxplot(
             ratios, orientation="horizontal", whis=(5, 95), showfliers=False, patch_artist=True, widths=0.6
         )
-        for box, median, scheme in zip(drawn["boxes"], drawn["medians"], schemes, strict=True):
-            box.set(facecolor=_STYLES[scheme][0], alpha=0.5)
+        for box, median, method in zip(drawn["boxes"], drawn["medians"], methods, strict=True):
+            box.set(facecolor=_STYLES[method][0], alpha=0.5)
             median.set(color="black")
-        axes.set_yticks(np.arange(len(schemes)) + 1, schemes)
+        axes.set_yticks(np.arange(len(methods)) + 1, methods)
         axes.set_xscale("log")
         axes.set(title=f"rates off by up to {error:.0%}", xlabel="round of the plan kept / planned anew")
         _plain(axes.xaxis)
@@ -83,7 +83,7 @@ def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
 def write_clocks(
     path: Path, accuracies: Sequence[float | None], clocks: Mapping[str, np.ndarray], config: Config
 ) -> None:
-    """Test accuracy against the simulated time of every scheme that can serve all clients."""
+    """Test accuracy against the simulated time of every method that can serve all clients."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     draw_clocks(figure.subplots(), accuracies, clocks, config)
     _save(figure, path)
@@ -106,7 +106,7 @@ def draw_clocks(
             label=f"{name}, {seconds[-1]:,.1f} s" + (" (this plan)" if own else ""),
         )  # fmt: skip
     axes.set(
-        title=f"One training of {config.model} on {config.dataset}, every scheme's clock",
+        title=f"One training of {config.model} on {config.dataset}, every method's clock",
         xlabel="simulated time, s",
         ylabel="test accuracy, %",
         xscale="log",
@@ -118,14 +118,14 @@ def draw_clocks(
 
 def _draw_sweep(axes: Axes, sweep: str, rows: Sequence[Row]) -> None:
     title, label = _AXES[sweep]
-    for scheme in (name for name in _STYLES if name in {row.scheme for row in rows}):
-        mine = [row for row in rows if row.scheme == scheme]
+    for method in (name for name in _STYLES if name in {row.method for row in rows}):
+        mine = [row for row in rows if row.method == method]
         values = np.unique([row.value for row in mine])
         ratios = np.array([[r.round_s / r.optimum_s for r in mine if r.value == value] for value in values])
         ratios[~np.isfinite(ratios)] = np.nan
-        colour, dashes = _STYLES[scheme]
-        width = 4.0 if scheme == "exact" else 1.5  # others lie on it
-        axes.plot(values, ratios.mean(axis=1), color=colour, linestyle=dashes, linewidth=width, label=scheme)
+        colour, dashes = _STYLES[method]
+        width = 4.0 if method == "exact" else 1.5  # others lie on it
+        axes.plot(values, ratios.mean(axis=1), color=colour, linestyle=dashes, linewidth=width, label=method)
         axes.fill_between(
             values, ratios.min(axis=1), ratios.max(axis=1), color=colour, alpha=0.1, linewidth=0
         )

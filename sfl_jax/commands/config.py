@@ -30,18 +30,8 @@ from sfl_jax.commands.fields import (
 from sfl_jax.commands.rules import CLIENTS, RANDOM
 from sfl_jax.errors import BadInput
 
-# What models, optim and datasets accept, written out here so that help and refusals need no JAX; a test
-# holds each tuple equal to its registry.
-ROUNDINGS = ("need", "nearest")
-BARRIERS = ("session", "staged")
-LINKS = ("fixed", "shannon", "fading")
-BANDS = ("fixed", "pooled", "separate")
-ORDERS = ("client", "step")
-BATCHES = ("separate", "joined")
 AUTO = "auto"
 PARTITIONS = (AUTO, *registry.PARTITIONS)
-LAYER_FORMS = ("product", "conv")
-EXECUTIONS = ("vmap", "map")
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
 SCHEDULES = ("constant", "cosine")
@@ -66,7 +56,7 @@ class Config:
     num_classes: int = flag(10, NETWORK, DATALESS, "classes that the network tells apart", at_least=1)
     layer_form: str = flag(
         AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which way is faster",
-        choices=(AUTO, *LAYER_FORMS), open=AUTO,
+        choices=(AUTO, *registry.LAYER_FORMS), open=AUTO,
     )  # fmt: skip
     compute_dtype: str = flag(
         "float32", NETWORK, TRAINING, "number type in which the layers compute", choices=DTYPES
@@ -174,11 +164,11 @@ class Config:
         PLANNING,
         "session: every client goes through its round by itself; staged: all wait for each other "
         "before and after the server works",
-        choices=BARRIERS,
+        choices=registry.BARRIERS,
     )
     rounding: str = flag(
         "need", FLEET, PLANNING, "how regression makes a cut whole: the neighbour that needs less server, or "
-        "the nearest", choices=ROUNDINGS,
+        "the nearest", choices=registry.ROUNDINGS,
     )  # fmt: skip
     links: str = flag(
         "fixed",
@@ -186,7 +176,7 @@ class Config:
         PLANNING,
         "fixed: the rates of the fleet; shannon: rates by distance; fading: rates by distance that "
         "change every round",
-        choices=LINKS,
+        choices=registry.LINKS,
     )
     coherence_s: float = flag(
         0.0, FLEET, PLANNING, "seconds that a fade lasts under --links=fading; rates are means over the "
@@ -198,7 +188,7 @@ class Config:
         PLANNING,
         "how clients share bandwidth: equal parts (fixed); best parts of one band (pooled); best "
         "parts of an uplink and a downlink band (separate)",
-        choices=BANDS,
+        choices=registry.BANDS,
     )
     drop_probability: float = flag(
         0.0,
@@ -257,11 +247,11 @@ class Config:
     )  # fmt: skip
     server_order: str = flag(
         "client", SCHEME, PLANNING, "with sfl_v2, whom the server serves next: client: a client's whole "
-        "session, then the next; step: one step of each client in turn", choices=ORDERS,
+        "session, then the next; step: one step of each client in turn", choices=registry.SERVER_ORDERS,
     )  # fmt: skip
     server_batch: str = flag(
         "separate", SCHEME, TRAINING, "with psl, what the server's units see: separate: a batch of each "
-        "client; joined: one batch of all clients", choices=BATCHES,
+        "client; joined: one batch of all clients", choices=registry.SERVER_BATCHES,
     )  # fmt: skip
     max_cut: int = flag(
         -1, SCHEME, PLANNING, "with psl, the units from which on all clients share one copy, and the largest "
@@ -344,7 +334,7 @@ class Config:
     execution: str = flag(
         AUTO, MACHINE, TRAINING, "vmap: a device computes the clients of a chunk at once; "
         "map: one after the other; auto measures which is faster",
-        choices=(AUTO, *EXECUTIONS), open=AUTO,
+        choices=(AUTO, *registry.EXECUTIONS), open=AUTO,
     )  # fmt: skip
     memory_budget_gib: float = flag(
         0.0, MACHINE, TRAINING, "memory of a device that rounds may take, GiB; 0: what is free", at_least=0

@@ -54,7 +54,7 @@ def divide(
     return datasets.partition(
         labels,
         config.clients,
-        scheme=config.partition,
+        name=config.partition,
         alpha=config.dirichlet_alpha,
         shards_per_client=config.shards_per_client,
         min_samples=config.min_samples,

@@ -1,4 +1,4 @@
-"""report.html of a run, done or not: what it reached, on every scheme's clock, and with which settings."""
+"""report.html of a run, done or not: what it reached, on every method's clock, and with which settings."""
 
 import dataclasses
 import sys
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: Config) -> int:
-    """Write the page of the run in the workdir, with the clock of every scheme."""
+    """Write the page of the run in the workdir, with the clock of every method."""
     with screen(f"reading the run in {config.workdir}") as say:
         from sfl_jax.commands import accelerators
 
@@ -60,7 +60,7 @@ def write(workdir: str, parts: Any) -> str:
 def clocks(
     workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The simulated seconds after each round by scheme: the run's own first, as `lines` have them, and then
+    """The simulated seconds after each round by method: the run's own first, as `lines` have them, and then
     those of `rivals`, or all.
 
     BadInput where the plans made now are not those of the run: then other settings or inputs held in it.
@@ -87,7 +87,7 @@ def ensure_page_is_ours(workdir: str) -> None:
 
 
 def _write(workdir, clocks_of):
-    """(the clocks on the page, a line where those of other schemes are left out)"""
+    """(the clocks on the page, a line where those of other methods are left out)"""
     from sfl_jax.commands import parts, report_page
     from sfl_jax.commands.workdir import described
     from sfl_jax.run import recording
@@ -98,7 +98,7 @@ def _write(workdir, clocks_of):
         found = clocks_of(lines)
     except BadInput as error:
         found = _own_clock(parts.planner(run), lines)
-        note = f"other schemes' clocks are left out: {as_flags(str(error))}"
+        note = f"other methods' clocks are left out: {as_flags(str(error))}"
     ensure_page_is_ours(workdir)
     with whole_file(Path(workdir) / NAME) as file:
         file.write(report_page.page(run, environment, lines, found, note).encode(errors="xmlcharrefreplace"))
@@ -108,13 +108,13 @@ def _write(workdir, clocks_of):
 def _own_clock(planner, lines):
     import numpy as np
 
-    from sfl_jax.run.clocks import own_scheme
+    from sfl_jax.run.clocks import own_method
 
-    return {own_scheme(planner): np.array([line.simulated_s for line in lines], float)}
+    return {own_method(planner): np.array([line.simulated_s for line in lines], float)}
 
 
 def table(clocks: Mapping[str, Any], deadline_factor: float) -> str:
-    """The simulated time of every scheme, (R,) seconds after each round, the run's own first."""
+    """The simulated time of every method, (R,) seconds after each round, the run's own first."""
     own_s, *_ = (seconds[-1] for seconds in clocks.values())
     own, *_ = clocks
     rows = [
@@ -122,7 +122,7 @@ def table(clocks: Mapping[str, Any], deadline_factor: float) -> str:
         for name, seconds in clocks.items()
     ]
     note = words.whose_accuracy(deadline_factor)
-    return f"simulated time of every scheme\n{words.columns(rows)}\n  {note}"
+    return f"simulated time of every method\n{words.columns(rows)}\n  {note}"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def page(
     clocks: Mapping[str, np.ndarray],
     note: str = "",
 ) -> str:
-    """The page. `clocks` are simulated seconds after each round by scheme, (R,), the run's own first; `note`
+    """The page. `clocks` are simulated seconds after each round by method, (R,), the run's own first; `note`
     says what of them is left out.
     """
     title = f"{config.model} on {config.dataset}"

@@ -7,11 +7,9 @@ from typing import Any
 
 from sfl_jax.commands.fields import LARGEST_INT
 from sfl_jax.errors import BadInput
+from sfl_jax.registry import STARTS
 
-# What models, optim and datasets accept, written out so that help and refusals need no JAX; a test holds
-# each equal to what is accepted.
 ALTERNATING = ("alternating", "regression")
-STARTS = ("equal", "proportional", "random")
 RANDOM, CLIENTS = "random", 100  # the fleet without a file, and how many it has unless --clients says it
 
 # Flags of plans alone, and what holds in training.

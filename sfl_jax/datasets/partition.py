@@ -13,7 +13,7 @@ def partition(
     labels: Int[np.ndarray, " N"],
     clients: int,
     *,
-    scheme: str = "iid",
+    name: str = "iid",
     alpha: float = 0.5,
     shards_per_client: int = 2,
     min_samples: int = 1,
@@ -22,7 +22,7 @@ def partition(
 ) -> list[Int[np.ndarray, " _"]]:
     """Which samples each client owns: disjoint, `min_samples` or more each; covering all, except under fleet.
 
-    Schemes:
+    Names:
       iid: a random order cut into parts whose sizes differ by at most one.
       dirichlet: each class is divided in proportions of its own, drawn from Dirichlet(alpha) over clients
         (Yurochkin et al., arXiv 1905.12022).
@@ -43,10 +43,10 @@ def partition(
       K sorted int64 arrays of indices into `labels`; the same for the same arguments.
 
     Raises:
-      BadInput: unknown scheme; more clients (or shards, or `samples`, or clients × min_samples) than there
+      BadInput: an unknown name; more clients (or shards, or `samples`, or clients × min_samples) than there
         are labels; alpha or a count not positive; fewer `samples` than min_samples.
     """
-    PARTITIONS[scheme]  # refuses names of none
+    PARTITIONS[name]  # refuses names of none
     if not 1 <= clients <= len(labels):
         raise BadInput(f"clients={clients}: must be 1 to {len(labels)}, the number of training samples")
     if not 0 < alpha < np.inf:
@@ -56,15 +56,15 @@ def partition(
             f"min_samples={min_samples}: must be 1 to {len(labels) // clients}"
             f" for {clients} clients and {len(labels)} samples"
         )
-    pieces = clients * shards_per_client if scheme == "shards" else clients
+    pieces = clients * shards_per_client if name == "shards" else clients
     if not clients <= pieces <= len(labels):
         raise BadInput(
             f"shards_per_client={shards_per_client}: must be 1 to {len(labels) // clients}"
             f" for {clients} clients and {len(labels)} samples"
         )
-    rng = np.random.default_rng([seed, PARTITIONS.names().index(scheme)])
+    rng = np.random.default_rng([seed, PARTITIONS.names().index(name)])
     asked = Asked(labels, clients, rng, alpha, shards_per_client, min_samples, samples)
-    owner = PARTITIONS[scheme](asked)
+    owner = PARTITIONS[name](asked)
     order = np.argsort(owner, kind="stable")
     counts = np.bincount(owner + 1, minlength=clients + 1)  # the first are nobody's
     return np.split(order, np.cumsum(counts)[:-1])[1:]

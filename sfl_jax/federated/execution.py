@@ -23,8 +23,9 @@ from sfl_jax.federated.balance import chunk_size
 from sfl_jax.files import whole_file
 from sfl_jax.models import Chain, Profile, units
 from sfl_jax.models.layers import FORMS
+from sfl_jax.registry import EXECUTIONS as MODES
 
-AUTO, MODES = "auto", ("vmap", "map")
+AUTO = "auto"
 UNITS = 2  # kinds of units that are timed
 CHUNKS = 1, 2, 4, 8, 16
 WORSE, FAR_WORSE = 1.15, 2.0  # times as slow

@@ -20,11 +20,12 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import core, lax
 
+from sfl_jax import registry
 from sfl_jax.models import convolutions, products
 
 BN_MOMENTUM = 0.9
 BN_EPSILON = 1e-3
-FORMS = ("product", "conv")
+FORMS = registry.LAYER_FORMS
 ALONE = "alone"  # what "product" becomes where a client is computed alone
 
 

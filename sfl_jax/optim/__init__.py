@@ -1,6 +1,5 @@
 """The training-latency minimisation problem: from costs to a plan with a proven bound."""
 
-from sfl_jax.optim.alternating import STARTS
 from sfl_jax.optim.bandwidth import BandPlan, solve_bandwidth
 from sfl_jax.optim.clocks import CLOCKS, round_seconds
 from sfl_jax.optim.clocks import METHODS as STAGED_METHODS
@@ -8,11 +7,12 @@ from sfl_jax.optim.costs import Costs, CutsAndCodecs, Seconds, Terms
 from sfl_jax.optim.infeasible import servable
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
-from sfl_jax.optim.regression import ROUNDINGS, Curve, Fit, fit_curves, relaxed
+from sfl_jax.optim.regression import Curve, Fit, fit_curves, relaxed
 from sfl_jax.optim.replay import at_bands, session_ends_s, slower
 from sfl_jax.optim.serving import any_schedule_bound_s, solve_serving
-from sfl_jax.optim.solve import BARRIERS, METHODS, solve, solve_arrays
+from sfl_jax.optim.solve import METHODS, solve, solve_arrays
 from sfl_jax.optim.work import Wire, Work, samples_processed, terms
+from sfl_jax.registry import BARRIERS, ROUNDINGS, STARTS
 
 __all__ = [
     "BARRIERS",

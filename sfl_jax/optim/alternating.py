@@ -8,7 +8,7 @@ there, and no cut would let it with less, else it would have taken that; the one
 would need more than is left. So to end any sooner takes more than the server has (`exact.py`: need(T) > F).
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from sfl_jax.optim.plan import Chosen
 from sfl_jax.optim.shares import SLACK, optimal_shares, rounding
 from sfl_jax.optim.table import FEW, least, sweep, table
 
-Start = Literal["equal", "proportional", "random"]
-STARTS: tuple[str, ...] = get_args(Start)
 _STEPS = 100
 _LAST = 1 - 1e-12  # of the round: who ends by then does not hold it up
 

@@ -22,7 +22,6 @@ from sfl_jax.optim.plan import Chosen
 from sfl_jax.optim.table import FEW, least, table
 
 SAMPLES_PER_UNIT = 16
-ROUNDINGS = ("need", "nearest")
 _NO_SHARE = 1e30  # more than any share, for every second
 QUANTITIES = ("forward_flop", "backward_flop", "model_bits", "smashed_bits")
 

@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike
 
 from sfl_jax import registry
 from sfl_jax.errors import BadInput
-from sfl_jax.optim.alternating import STARTS
 from sfl_jax.optim.clocks import CLOCKS, solve_clock
 from sfl_jax.optim.clocks import METHODS as STAGED_METHODS
 from sfl_jax.optim.costs import Costs, Terms
@@ -18,12 +17,12 @@ from sfl_jax.optim.exact import exact
 from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
 from sfl_jax.optim.needed import needed_cuts
 from sfl_jax.optim.plan import Options, Plan, Solution
-from sfl_jax.optim.regression import ROUNDINGS, fit_curves, relaxed
+from sfl_jax.optim.regression import fit_curves, relaxed
 from sfl_jax.optim.shares import optimal_shares, shares_by
 from sfl_jax.optim.table import MANY, Needed
+from sfl_jax.registry import ROUNDINGS, STARTS
 
 METHODS = tuple(name for name in registry.METHODS if name != "work_conserving")  # which has shares that vary
-BARRIERS = ("session", "staged")
 _BLOCK = 16  # more than are needed of any EfficientNetV2 whose clients have the memory
 
 

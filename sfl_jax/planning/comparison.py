@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """How one scheme does in one case, a line of the CSV. Not finite where it cannot serve every client.
+    """How one method does in one case, a line of the CSV. Not finite where it cannot serve every client.
 
     sweep: server_flops (value in FLOP/s), clients, uplink (times as fast), heterogeneity (see `spread`), or
       error (largest relative error of the costs that the plan was made on; `draw` numbers the draws).
@@ -51,43 +51,43 @@ class Row(NamedTuple):
     value: float
     fleet: int
     draw: int
-    scheme: str
+    method: str
     round_s: float
     optimum_s: float
     bound_s: float
     iterations: int
 
 
-def schemes(barrier: str) -> tuple[str, ...]:
+def methods(barrier: str) -> tuple[str, ...]:
     """What can be compared under a barrier, exact first."""
     return optim.STAGED_METHODS if barrier in optim.CLOCKS else (*optim.METHODS, *_OPTIONS)
 
 
 def plan_of(
-    scheme: str,
+    method: str,
     terms: optim.Terms,
     server_flops: float,
     barrier: str,
     key: jax.Array,
     present: Bool[np.ndarray, " K"] | None = None,
 ) -> optim.Plan | None:
-    """The plan of one scheme; None where it cannot serve every client."""
-    method, options = scheme.split(",")[0], _OPTIONS.get(scheme, {})
+    """The plan of one method; None where it cannot serve every client."""
+    name, options = method.split(",")[0], _OPTIONS.get(method, {})
     try:
-        return optim.solve(terms, server_flops, method, barrier, key, present, **options)
+        return optim.solve(terms, server_flops, name, barrier, key, present, **options)
     except optim.Infeasible:
         return None
 
 
 def sweeps(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Row]:
-    """Every scheme in every case of `cases`."""
+    """Every method in every case of `cases`."""
     key = round_key(planner.seed, 0)
     for case in cases(planner, fleets):
         of_case = case.terms, case.server_flops, planner.barrier, key, case.present
         best = plan_of("exact", *of_case)
-        for scheme in schemes(planner.barrier):
-            plan = plan_of(scheme, *of_case)
-            yield Row(*case[:3], 0, scheme, *_numbers(plan, best))
+        for method in methods(planner.barrier):
+            plan = plan_of(method, *of_case)
+            yield Row(*case[:3], 0, method, *_numbers(plan, best))
 
 
 def cases(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Case]:
@@ -123,12 +123,12 @@ def errors(planner: Planner, terms: optim.Terms, draws: int = DRAWS) -> Iterator
     """
     key = round_key(planner.seed, 0)
     plans = {
-        scheme: plan_of(scheme, terms, planner.server_flops, planner.barrier, key)
-        for scheme in schemes(planner.barrier)
+        method: plan_of(method, terms, planner.server_flops, planner.barrier, key)
+        for method in methods(planner.barrier)
     }
     plans = {
-        scheme: plan and plan._replace(shares=whole_shares(scheme, plan, planner.server_flops))
-        for scheme, plan in plans.items()
+        method: plan and plan._replace(shares=whole_shares(method, plan, planner.server_flops))
+        for method, plan in plans.items()
     }
     rng = np.random.default_rng(planner.seed)
     for error in ERRORS:
@@ -140,17 +140,17 @@ def errors(planner: Planner, terms: optim.Terms, draws: int = DRAWS) -> Iterator
                 }
             )
             best = plan_of("exact", true, planner.server_flops, planner.barrier, key)
-            for scheme, plan in plans.items():
+            for method, plan in plans.items():
                 kept = plan and plan._replace(round_s=kept_round_s(plan, true, planner))
-                yield Row("error", error, 0, draw, scheme, *_numbers(kept, best))
+                yield Row("error", error, 0, draw, method, *_numbers(kept, best))
 
 
-def whole_shares(scheme: str, plan: optim.Plan, server_flops: float) -> Float64[np.ndarray, " K"]:
+def whole_shares(method: str, plan: optim.Plan, server_flops: float) -> Float64[np.ndarray, " K"]:
     """A plan's shares, and what they leave of the server: equal under equal_shares, else in proportion."""
     busy, given = plan.shares > 0, plan.shares.sum()
     if not given > 0:  # nobody needs a share, or the barrier knows none
         return plan.shares
-    if scheme == "equal_shares":
+    if method == "equal_shares":
         return np.where(busy, server_flops / len(plan.shares), 0.0)
     return plan.shares * max(server_flops / given, 1.0)
 

@@ -11,10 +11,8 @@ from jaxtyping import Bool, Int64
 from sfl_jax import fleet as fleets
 from sfl_jax import optim
 from sfl_jax.errors import BadInput
-from sfl_jax.registry import METHODS
+from sfl_jax.registry import BANDS, LINKS, METHODS
 
-LINKS = ("fixed", "shannon", "fading")
-BANDS = ("fixed", "pooled", "separate")
 # Folded into the seed's key, each for a purpose: no index of a unit, which the network folds into it.
 PLAN, TRAINING = 2**32 - 1, 2**32 - 2
 _NAMED = 3  # clients that an error names

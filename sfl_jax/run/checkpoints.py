@@ -41,7 +41,7 @@ _UNFINISHED = re.compile(r"\.\d{6,}\.(part|old)(\..+)?")  # names of what was be
 class Progress(NamedTuple):
     """What a run has reached, besides its model.
 
-    round: rounds done. simulated_s: every scheme's clock. wall_s, compile_s: clocks of the machine.
+    round: rounds done. simulated_s: every planning method's clock. wall_s, compile_s: clocks of the machine.
     log_bytes, log_sha256: how much of metrics.jsonl belongs to these rounds, and its digest.
     settings: the flags of the run. inputs: digests of what its flags name. network: what else says which
     network the model is of, and what it is given: num_classes, image_channels, input_scaling.

@@ -12,8 +12,8 @@ from sfl_jax.run.parts import Parts
 from sfl_jax.run.rounds import cohort
 
 
-def own_scheme(planner: Planner) -> str:
-    """What the scheme of a run is called beside the others."""
+def own_method(planner: Planner) -> str:
+    """What the method of a run is called beside the others."""
     name = planner.method
     if planner.band != "fixed":
         name += f", {planner.band} band"
@@ -29,25 +29,25 @@ def own_scheme(planner: Planner) -> str:
 def clocks(
     parts: Parts, rounds: int, rivals: Sequence[str] | None = None
 ) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Simulated seconds at the end of each of a run's rounds, by scheme; the run's own plan comes first, and
+    """Simulated seconds at the end of each of a run's rounds, by method; the run's own plan comes first, and
     then `rivals`, or all.
 
-    Without deadlines training is the same under every scheme, so its plans are all that a clock needs. With
+    Without deadlines training is the same under every method, so its plans are all that a clock needs. With
     them it is not, since who comes in time depends on the plan: these are the clocks alone then.
     """
     planner, factor = parts.planner, parts.faults.deadline_factor
-    name = own_scheme(planner)
-    others = comparison.schemes(planner.barrier) if rivals is None else rivals
-    names = [name, *(scheme for scheme in others if scheme != name)]
+    name = own_method(planner)
+    others = comparison.methods(planner.barrier) if rivals is None else rivals
+    names = [name, *(method for method in others if method != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
     for round in range(rounds):
         ids, clients, terms = cohort(parts, round)
         key, delayed = planning.round_key(planner.seed, round), parts.faults.delays(parts.seed, round, ids)
         own, present, _ = planning.serve(planner, clients, terms, round)
         plans: list[Any] = [own]
-        for scheme in names[1:]:
+        for method in names[1:]:
             plans.append(
-                comparison.plan_of(scheme, terms, planner.server_flops, planner.barrier, key, present)
+                comparison.plan_of(method, terms, planner.server_flops, planner.barrier, key, present)
             )
         for index, plan in enumerate(plans):
             if plan is not None:

@@ -356,9 +356,7 @@ def _divide(data, fleet, partition, seed) -> list[np.ndarray]:
         partition = "iid" if fleet.samples is None else "fleet"
     if partition == "fleet" and fleet.samples is None:
         raise BadInput("partition=fleet: needs a fleet with samples")
-    return datasets.partition(
-        data.train_labels, len(fleet), scheme=partition, samples=fleet.samples, seed=seed
-    )
+    return datasets.partition(data.train_labels, len(fleet), name=partition, samples=fleet.samples, seed=seed)
 
 
 def _name(chain, image_shape) -> str:

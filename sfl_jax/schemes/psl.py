@@ -12,12 +12,11 @@ from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Model, change, narrow, taken, wide
 from sfl_jax.federated.session import Training
 from sfl_jax.models import Variables
+from sfl_jax.registry import SERVER_BATCHES
 from sfl_jax.schemes.copies import copies, states, variables
 from sfl_jax.schemes.lockstep import Lockstep
 from sfl_jax.schemes.scheme import CHUNKS, Scheme
 from sfl_jax.schemes.turns import by_unit
-
-BATCHES = ("separate", "joined")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Psl(Scheme):
     name = "psl"
 
     def __post_init__(self):
-        if self.server_batch not in BATCHES:
-            raise BadInput(f"server_batch={self.server_batch}: must be one of {', '.join(BATCHES)}")
+        if self.server_batch not in SERVER_BATCHES:
+            raise BadInput(f"server_batch={self.server_batch}: must be one of {', '.join(SERVER_BATCHES)}")
         if self.most is not None and self.most < 0:
             raise BadInput(f"max_cut={self.most}: must be at least 0")
 

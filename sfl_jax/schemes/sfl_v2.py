@@ -12,11 +12,10 @@ from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Model, taken, wide
 from sfl_jax.federated.session import Training
 from sfl_jax.models import Variables
+from sfl_jax.registry import SERVER_ORDERS
 from sfl_jax.schemes import turns
 from sfl_jax.schemes.copies import chosen, copies, states, step, variables
 from sfl_jax.schemes.scheme import Scheme, is_own
-
-ORDERS = ("client", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,8 @@ class SflV2(Scheme):
     has_order = True
 
     def __post_init__(self):
-        if self.order not in ORDERS:
-            raise BadInput(f"server_order={self.order}: must be one of {', '.join(ORDERS)}")
+        if self.order not in SERVER_ORDERS:
+            raise BadInput(f"server_order={self.order}: must be one of {', '.join(SERVER_ORDERS)}")
 
     @property
     def clock(self) -> str:

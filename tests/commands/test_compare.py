@@ -1,4 +1,4 @@
-"""launch.compare: one training with every scheme's clock, and plans without any training."""
+"""launch.compare: one training with every method's clock, and plans without any training."""
 
 import csv
 import json
@@ -26,42 +26,42 @@ def table(path):
 def test_one_training_and_every_clock(tmp_path, capsys):
     small = ["--clients=600", "--cohort_size=2", "--rounds=3", "--eval_every=2", "--clients_per_chunk=2"]
     assert compare.main([*TINY, *small, f"--workdir={tmp_path}"]) == 0
-    rows = table(tmp_path / "schemes.csv")
+    rows = table(tmp_path / "clocks.csv")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [int(row["round"]) for row in rows] == [line["round"] for line in lines] == [1, 2, 3]
     assert [float(row["exact_s"]) for row in rows] == pytest.approx([line["simulated_s"] for line in lines])
     assert rows[0]["test_accuracy"] == ""
     assert float(rows[2]["test_accuracy"]) == lines[2]["test_accuracy"]
-    for scheme in comparison.schemes("session"):
-        seconds = np.array([float(row[f"{scheme}_s"]) for row in rows])
+    for method in comparison.methods("session"):
+        seconds = np.array([float(row[f"{method}_s"]) for row in rows])
         assert (seconds >= [line["simulated_s"] * (1 - 1e-9) for line in lines]).all()
-    assert (tmp_path / "schemes.png").read_bytes()[:8] == PNG
+    assert (tmp_path / "clocks.png").read_bytes()[:8] == PNG
     out = capsys.readouterr().out
     assert "no_split" in out
-    assert f"written: {tmp_path / 'schemes.csv'}" in out
+    assert f"written: {tmp_path / 'clocks.csv'}" in out
 
 
 def test_plans_without_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "DRAWS", 3)
     monkeypatch.setattr(comparison, "RANDOM_FLEETS", 2)
     few = ("exact", "alternating", "no_split")  # each is compiled
-    monkeypatch.setattr(comparison, "schemes", lambda barrier: few)
+    monkeypatch.setattr(comparison, "methods", lambda barrier: few)
     errors = comparison.errors
     monkeypatch.setattr(comparison, "errors", lambda *given: errors(*given, draws=3))
     assert compare.main([*TINY, "--plan_only", "--clients=6", f"--workdir={tmp_path}"]) == 0
     rows = table(tmp_path / "methods.csv")
     assert list(rows[0]) == list(comparison.Row._fields)
-    schemes = len(comparison.schemes("session"))
-    assert sum(row["sweep"] == "error" for row in rows) == 2 * 3 * schemes
+    methods = len(comparison.methods("session"))
+    assert sum(row["sweep"] == "error" for row in rows) == 2 * 3 * methods
     swept = [row for row in rows if row["sweep"] == "server_flops"]
-    assert len(swept) == len(comparison.FACTORS) * comparison.RANDOM_FLEETS * schemes
+    assert len(swept) == len(comparison.FACTORS) * comparison.RANDOM_FLEETS * methods
     for name in ("methods.png", "errors.png"):
         assert (tmp_path / name).read_bytes()[:8] == PNG
     for name, mark in compare.PLAN_FILES.items():  # a second time its own files are replaced
         files.ensure_ours(tmp_path / name, mark, "workdir", "w")
     assert sorted(os.listdir(tmp_path)) == ["errors.png", "methods.csv", "methods.png"]
     ratio = max(
-        float(row["round_s"]) / float(row["optimum_s"]) for row in swept if row["scheme"] == "no_split"
+        float(row["round_s"]) / float(row["optimum_s"]) for row in swept if row["method"] == "no_split"
     )
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("no_split"))
     assert f"({ratio:.3f})" in line
@@ -93,8 +93,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("schemes.csv", []),
-        ("schemes.png", []),
+        ("clocks.csv", []),
+        ("clocks.png", []),
         *((n, ["--plan_only"]) for n in ("methods.csv", "errors.png")),
     ],
 )

@@ -73,7 +73,7 @@ def test_flags_reach_the_data(monkeypatch):
     ):
         config = dataclasses.replace(SMALL, clients=20, partition=scheme, seed=4, **flags)
         shares = division.divide(*division.settle(config), labels)
-        expected = datasets.partition(labels, 20, scheme=scheme, seed=4, **named)
+        expected = datasets.partition(labels, 20, name=scheme, seed=4, **named)
         for part, other in zip(shares, expected, strict=True):
             np.testing.assert_array_equal(part, other)
 

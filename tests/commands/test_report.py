@@ -69,7 +69,7 @@ def made(workdir, capsys):
     return Page((workdir / "report.html").read_text()), said.out
 
 
-def test_training_leaves_a_page_and_the_command_adds_every_scheme(run, capsys):
+def test_training_leaves_a_page_and_the_command_adds_every_method(run, capsys):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = Page((run / "report.html").read_text())
     page, out = made(run, capsys)
@@ -82,7 +82,7 @@ def test_training_leaves_a_page_and_the_command_adds_every_scheme(run, capsys):
         assert {"--seed", "seed=7"} & {text for tag, text in one.texts if tag == "code"}
     assert {"no_split", "common_cut"} <= first.rows().keys()
     assert "greedy" not in first.rows()
-    assert set(comparison.schemes("session")) - {"exact"} <= page.rows().keys()
+    assert set(comparison.methods("session")) - {"exact"} <= page.rows().keys()
     assert f"written: {run / 'report.html'}" in out
     assert re.search(r"no_split +\d", out)
 
@@ -176,7 +176,7 @@ def test_of_other_inputs_no_clock_is_made_but_that_of_the_run_is_shown(name, rea
     rows = page.rows()
     assert rows["exact (this plan)"] == f"{last['simulated_s']:,.1f} s"
     assert "no_split" not in rows
-    note = rf"other schemes' clocks are left out: .*{reason}"
+    note = rf"other methods' clocks are left out: .*{reason}"
     assert re.search(note, said.out)
     assert any(re.match(note, text) for tag, text in page.texts)
 
@@ -195,7 +195,7 @@ def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeyp
     [("fleet", "has other contents now"), ("settings", "its rounds were planned with other")],
 )
 def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
-    """The clocks of every scheme in a table, and the experiment as it was."""
+    """The clocks of every method in a table, and the experiment as it was."""
     config, _ = workdirs.described(str(run))
     with changed(run, name):
         if name == "fleet":
@@ -204,12 +204,12 @@ def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
         config = dataclasses.replace(workdirs.described(str(run))[0], allow_config_change=True)
         with pytest.raises(BadInput, match=reason):
             compare.compare_clocks(config)
-    assert not (run / "schemes.csv").exists()
+    assert not (run / "clocks.csv").exists()
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.5])
 def test_whose_accuracy_it_is_depends_on_who_may_be_late(factor, run, tmp_path, capsys):
-    """With a deadline other clients come in time under other schemes."""
+    """With a deadline other clients come in time under other methods."""
     written = json.loads((run / "config.json").read_text())
     written["deadline_factor"] = factor
     (tmp_path / "config.json").write_text(json.dumps(written))

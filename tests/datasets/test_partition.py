@@ -9,7 +9,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.registry import PARTITIONS as REGISTERED
 
 ALL = tuple(REGISTERED)
-SCHEMES = tuple(scheme for scheme in ALL if scheme != "fleet")  # which divides all, by a rule of its own
+NAMES = tuple(name for name in ALL if name != "fleet")  # which divides all, by a rule of its own
 
 
 def balanced(samples, classes=10):
@@ -31,20 +31,20 @@ def sizes(parts):
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
     clients=st.integers(1, 60),
-    scheme=st.sampled_from(SCHEMES),
+    name=st.sampled_from(NAMES),
     alpha=st.sampled_from([1e-300, 1e-6, 0.1, 1.0, 1e9]),
     shards=st.integers(1, 3),
     least=st.integers(1, 9),
     seed=st.integers(0, 2**64 - 1),
 )
 def test_parts_are_disjoint_complete_sorted_and_of_a_least_size(
-    labels, clients, scheme, alpha, shards, least, seed
+    labels, clients, name, alpha, shards, least, seed
 ):
     labels = np.array(labels)
-    clients = min(clients, len(labels) // max(least, shards if scheme == "shards" else 1))
+    clients = min(clients, len(labels) // max(least, shards if name == "shards" else 1))
     if not clients:
         return
-    asked = {"scheme": scheme, "alpha": alpha, "shards_per_client": shards, "seed": seed}
+    asked = {"name": name, "alpha": alpha, "shards_per_client": shards, "seed": seed}
     asked["min_samples"] = least
     parts = partition(labels, clients, **asked)
     assert len(parts) == clients
@@ -58,16 +58,16 @@ def test_flags_offer_every_scheme():
     assert (AUTO, *ALL) == PARTITIONS
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_seed_matters(scheme):
+@pytest.mark.parametrize("name", NAMES)
+def test_seed_matters(name):
     labels = balanced(500)
-    one, other = (partition(labels, 5, scheme=scheme, seed=seed) for seed in (1, 2))
+    one, other = (partition(labels, 5, name=name, seed=seed) for seed in (1, 2))
     assert not np.array_equal(np.concatenate(one), np.concatenate(other))
 
 
-@pytest.mark.parametrize("scheme", ["iid", "dirichlet", "quantity"])
-def test_who_gets_a_sample_has_nothing_to_do_with_its_place(scheme):
-    parts = partition(np.zeros(10_000, int), 2, scheme=scheme, alpha=5.0)
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "quantity"])
+def test_who_gets_a_sample_has_nothing_to_do_with_its_place(name):
+    parts = partition(np.zeros(10_000, int), 2, name=name, alpha=5.0)
     for part in parts:
         assert part.mean() == pytest.approx(5000, abs=5 * 2887 / np.sqrt(len(part)))
 
@@ -82,7 +82,7 @@ def test_iid_has_equal_sizes_and_every_client_sees_every_class():
 def test_dirichlet_shares_of_a_class_follow_the_distribution():
     """Mean 1/K, variance (1/K)(1 - 1/K) / (alpha K + 1), independent from class to class."""
     clients, alpha, labels = 20, 0.3, balanced(200_000, classes=200)
-    shares = class_shares(labels, partition(labels, clients, scheme="dirichlet", alpha=alpha))
+    shares = class_shares(labels, partition(labels, clients, name="dirichlet", alpha=alpha))
     assert shares.mean() == pytest.approx(1 / clients, rel=1e-9)
     spread = (1 - 1 / clients) / clients / (alpha * clients + 1)
     assert shares.var() == pytest.approx(spread, rel=0.15)
@@ -94,7 +94,7 @@ def test_dirichlet_shares_of_a_class_follow_the_distribution():
 def test_alpha_is_a_dial_from_unlike_to_alike():
     labels = balanced(10_000)
     largest = [
-        class_shares(labels, partition(labels, 10, scheme="dirichlet", alpha=alpha)).max(0).mean()
+        class_shares(labels, partition(labels, 10, name="dirichlet", alpha=alpha)).max(0).mean()
         for alpha in (0.01, 0.1, 1, 10, 1000)
     ]
     assert largest == sorted(largest, reverse=True)
@@ -104,7 +104,7 @@ def test_alpha_is_a_dial_from_unlike_to_alike():
 
 def test_shards_give_each_client_few_classes_and_equal_sizes():
     labels = balanced(6000)
-    parts = partition(labels, 100, scheme="shards", shards_per_client=2)
+    parts = partition(labels, 100, name="shards", shards_per_client=2)
     assert set(sizes(parts)) == {60}
     classes = [len(np.unique(labels[part])) for part in parts]
     assert max(classes) <= 2
@@ -113,7 +113,7 @@ def test_shards_give_each_client_few_classes_and_equal_sizes():
 
 def test_quantity_skews_sizes_and_not_classes():
     labels = balanced(100_000)
-    parts = partition(labels, 20, scheme="quantity", alpha=0.5)
+    parts = partition(labels, 20, name="quantity", alpha=0.5)
     share = sizes(parts) / len(labels)
     assert share.std() == pytest.approx(np.sqrt(0.05 * 0.95 / 11), rel=0.5)
     mixed = np.array(
@@ -122,9 +122,9 @@ def test_quantity_skews_sizes_and_not_classes():
     assert abs(mixed - 0.1).max() < 0.03
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_as_many_clients_as_samples_get_one_each(scheme):
-    parts = partition(balanced(50), 50, scheme=scheme, alpha=0.01, shards_per_client=1)
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_clients_as_samples_get_one_each(name):
+    parts = partition(balanced(50), 50, name=name, alpha=0.01, shards_per_client=1)
     assert set(sizes(parts)) == {1}
 
 
@@ -133,7 +133,7 @@ def test_as_many_clients_as_samples_get_one_each(scheme):
 )
 def test_a_fleet_owns_as_many_as_it_says_in_random_order(counts, left, seed):
     labels = np.zeros(sum(counts) + left, int)
-    asked = {"scheme": "fleet", "samples": np.array(counts), "seed": seed}
+    asked = {"name": "fleet", "samples": np.array(counts), "seed": seed}
     parts = partition(labels, len(counts), **asked)
     assert sizes(parts).tolist() == counts
     assert all((np.diff(part) > 0).all() for part in parts)
@@ -145,7 +145,7 @@ def test_a_fleet_owns_as_many_as_it_says_in_random_order(counts, left, seed):
 
 
 def test_what_a_fleet_owns_has_nothing_to_do_with_its_place():
-    asked = {"scheme": "fleet", "samples": np.array([2000, 1000, 2000])}
+    asked = {"name": "fleet", "samples": np.array([2000, 1000, 2000])}
     for part in partition(np.zeros(10_000, int), 3, **asked):
         assert part.mean() == pytest.approx(5000, abs=5 * 2887 / np.sqrt(len(part)))
     ones, others = (partition(np.zeros(10_000, int), 3, **asked, seed=seed) for seed in (1, 2))
@@ -156,7 +156,7 @@ def test_what_a_fleet_owns_has_nothing_to_do_with_its_place():
 def test_the_poor_are_fed_by_the_largest(least):
     """Against a loop that moves one sample at a time from whoever has most."""
     labels = np.zeros(80, int)
-    rng = np.random.default_rng([3, SCHEMES.index("quantity")])
+    rng = np.random.default_rng([3, NAMES.index("quantity")])
     counts = np.diff(np.rint(np.cumsum(rng.dirichlet(np.full(15, 0.05))) * 80).astype(int), prepend=0)
     assert (counts < least).sum() > 5
     poor = np.flatnonzero(counts < least)
@@ -164,15 +164,15 @@ def test_the_poor_are_fed_by_the_largest(least):
         while counts[client] < least:
             counts[counts.argmax()] -= 1
             counts[client] += 1
-    got = sizes(partition(labels, 15, scheme="quantity", alpha=0.05, seed=3, min_samples=least))
+    got = sizes(partition(labels, 15, name="quantity", alpha=0.05, seed=3, min_samples=least))
     assert sorted(got) == sorted(counts)
     assert (got[poor] == least).all()
 
 
-@pytest.mark.parametrize(("scheme", "alpha"), [("dirichlet", 0.2), ("quantity", 0.4)])
-def test_nobody_loses_but_who_has_most(scheme, alpha):
+@pytest.mark.parametrize(("name", "alpha"), [("dirichlet", 0.2), ("quantity", 0.4)])
+def test_nobody_loses_but_who_has_most(name, alpha):
     """Who has enough already, and fewer than whoever gives, owns what it would own anyway."""
-    labels, asked = balanced(2000), {"scheme": scheme, "alpha": alpha, "seed": 1}
+    labels, asked = balanced(2000), {"name": name, "alpha": alpha, "seed": 1}
     before, after = (partition(labels, 40, **asked, min_samples=least) for least in (1, 20))
     poor, gave = sizes(before) < 20, sizes(after) < sizes(before)
     assert 5 < poor.sum() < 35
@@ -184,7 +184,7 @@ def test_nobody_loses_but_who_has_most(scheme, alpha):
 
 def test_what_the_poor_are_given_is_of_every_class_although_the_set_is_sorted():
     labels = np.repeat(np.arange(10), 1000)
-    asked = {"scheme": "quantity", "alpha": 0.05, "min_samples": 100}
+    asked = {"name": "quantity", "alpha": 0.05, "min_samples": 100}
     parts = [part for part in partition(labels, 20, **asked) if len(part) == 100]
     assert len(parts) > 5
     assert min(len(np.unique(labels[part])) for part in parts) >= 8
@@ -192,7 +192,7 @@ def test_what_the_poor_are_given_is_of_every_class_although_the_set_is_sorted():
 
 def test_one_sample_each_is_divided_as_ever():
     """As it was drawn before a least number could be said."""
-    parts = partition(balanced(60), 12, scheme="quantity", alpha=0.1, seed=4)
+    parts = partition(balanced(60), 12, name="quantity", alpha=0.1, seed=4)
     assert sizes(parts).tolist() == [1, 1, 1, 37, 6, 4, 1, 1, 1, 5, 1, 1]
     assert [part.sum() for part in parts] == [28, 59, 27, 934, 244, 116, 58, 56, 53, 92, 52, 51]
 
@@ -203,25 +203,25 @@ def test_one_sample_each_is_divided_as_ever():
         ({"clients": 11}, "clients=11: must be 1 to 10, the number of training samples"),
         ({"clients": 0}, "clients=0: must be 1 to 10"),
         ({"clients": -3}, "clients=-3: must be 1 to 10"),
-        ({"scheme": "even"}, "partition=even: must be one of iid, dirichlet, shards, quantity, fleet"),
-        ({"scheme": "dirichlet", "alpha": 0.0}, "dirichlet_alpha=0.0: must be a positive number"),
-        ({"scheme": "quantity", "alpha": float("nan")}, "dirichlet_alpha=nan"),
-        ({"scheme": "dirichlet", "alpha": float("inf")}, "dirichlet_alpha=inf"),
+        ({"name": "even"}, "partition=even: must be one of iid, dirichlet, shards, quantity, fleet"),
+        ({"name": "dirichlet", "alpha": 0.0}, "dirichlet_alpha=0.0: must be a positive number"),
+        ({"name": "quantity", "alpha": float("nan")}, "dirichlet_alpha=nan"),
+        ({"name": "dirichlet", "alpha": float("inf")}, "dirichlet_alpha=inf"),
         ({"min_samples": 6}, "min_samples=6: must be 1 to 5 for 2 clients and 10 samples"),
         ({"min_samples": 0}, "min_samples=0: must be 1 to 5"),
         (
-            {"scheme": "fleet", "samples": np.array([3, 1]), "min_samples": 2},
+            {"name": "fleet", "samples": np.array([3, 1]), "min_samples": 2},
             "min_samples=2: client 1 of the fleet has 1 samples; give it more, or",
         ),
-        ({"scheme": "fleet"}, "partition=fleet: needs the samples of 2 clients, at least 1 each"),
-        ({"scheme": "fleet", "samples": np.array([1])}, "partition=fleet: needs the samples of 2 clients"),
-        ({"scheme": "fleet", "samples": np.array([1, 0])}, "partition=fleet: needs the samples of 2"),
+        ({"name": "fleet"}, "partition=fleet: needs the samples of 2 clients, at least 1 each"),
+        ({"name": "fleet", "samples": np.array([1])}, "partition=fleet: needs the samples of 2 clients"),
+        ({"name": "fleet", "samples": np.array([1, 0])}, "partition=fleet: needs the samples of 2"),
         (
-            {"scheme": "fleet", "samples": np.array([9, 2])},
+            {"name": "fleet", "samples": np.array([9, 2])},
             "partition=fleet: the clients' samples add up to 11",
         ),
-        ({"scheme": "shards", "shards_per_client": 6}, "shards_per_client=6: must be 1 to 5"),
-        ({"scheme": "shards", "shards_per_client": 0}, "shards_per_client=0: must be 1 to 5"),
+        ({"name": "shards", "shards_per_client": 6}, "shards_per_client=6: must be 1 to 5"),
+        ({"name": "shards", "shards_per_client": 0}, "shards_per_client=0: must be 1 to 5"),
     ],
 )
 def test_bad_input(asked, message):

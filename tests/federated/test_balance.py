@@ -58,7 +58,7 @@ def test_a_cohort_that_nothing_divides_is_still_computed_together(clients, most,
 def test_few_steps_are_run_in_vain(clients, most, seed):
     """Sizes from Dirichlet(0.5), as of 60,000 samples in batches of 32; chunks of 4."""
     labels = np.random.default_rng(seed).integers(0, 10, 60_000)
-    parts = datasets.partition(labels, clients, scheme="dirichlet", alpha=0.5, seed=seed)
+    parts = datasets.partition(labels, clients, name="dirichlet", alpha=0.5, seed=seed)
     steps = np.array([max(len(part) // 32, 1) for part in parts])
 
     def ratio(steps):

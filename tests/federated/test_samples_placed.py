@@ -130,13 +130,13 @@ def test_rounds_of_few_samples_compile_nothing_new(sending):
     assert clock.compilations == 0
 
 
-@pytest.mark.parametrize("scheme", ["iid", "quantity"])
-def test_several_devices_are_sent_little_more_than_they_need(scheme):
+@pytest.mark.parametrize("name", ["iid", "quantity"])
+def test_several_devices_are_sent_little_more_than_they_need(name):
     """100 clients of MNIST, ten a round on four devices: never twice of what the one that needs most needs,
     in few shapes. Room for the longest sessions there are would be 232,320 rows under quantity (S = 121).
     """
     labels = np.random.default_rng(0).integers(0, 10, 60_000)
-    parts = datasets.partition(labels, 100, scheme=scheme, alpha=0.5, seed=0)
+    parts = datasets.partition(labels, 100, name=name, alpha=0.5, seed=0)
     sent, shapes = 0, set()
     for round in range(5):
         ids = fleet.cohort(0, round, 100, 10)
@@ -151,7 +151,7 @@ def test_several_devices_are_sent_little_more_than_they_need(scheme):
         needed = [len(np.unique(one.batches[devices._are_used(one)])) for one in own]
         assert max(needed) <= room < 2 * max(needed)
         sent, shapes = sent + 4 * room, shapes | {room}
-    assert sent <= 232_320 * (0.75 if scheme == "quantity" else 0.2)
+    assert sent <= 232_320 * (0.75 if name == "quantity" else 0.2)
     assert len(shapes) <= 3
 
 

@@ -38,22 +38,22 @@ def rows():
     return list(comparison.sweeps(PLANNER, compare._fleets(SMALL)))
 
 
-def test_every_scheme_is_in_every_case_of_every_sweep(rows):
-    schemes = comparison.schemes("session")
-    assert set(optim.METHODS) < set(schemes)
+def test_every_method_is_in_every_case_of_every_sweep(rows):
+    methods = comparison.methods("session")
+    assert set(optim.METHODS) < set(methods)
     by_case = {case: list(group) for case, group in itertools.groupby(rows, lambda row: row[:4])}
-    assert {len(group) for group in by_case.values()} == {len(schemes)}
+    assert {len(group) for group in by_case.values()} == {len(methods)}
     assert {sweep for sweep, *_ in by_case} == {"server_flops", "clients", "uplink", "heterogeneity"}
     assert {fleet for _, _, fleet, _ in by_case} == set(range(comparison.RANDOM_FLEETS))
     for group in by_case.values():
-        assert tuple(row.scheme for row in group) == schemes
+        assert tuple(row.method for row in group) == methods
         assert len({(row.optimum_s, row.bound_s) for row in group}) == 1
         assert all(row.bound_s <= row.optimum_s <= row.round_s * (1 + 1e-9) for row in group)
         assert group[0].round_s == group[0].optimum_s
 
 
 def test_a_sweep_changes_what_it_says(rows):
-    exact = [row for row in rows if row.scheme == "exact" and row.fleet == 0]
+    exact = [row for row in rows if row.method == "exact" and row.fleet == 0]
 
     def rounds_s(sweep):
         return np.array([row.round_s for row in exact if row.sweep == sweep])
@@ -98,14 +98,14 @@ def test_a_plan_kept_under_its_own_costs_lasts_as_planned(barrier):
 
 def test_a_kept_plan_gives_the_whole_server():
     _, _, terms = parts.read_terms(SMALL)
-    for scheme in ("exact", "equal_shares", "no_split"):
-        plan = optim.solve(terms, SMALL.server_flops, scheme)
-        shares = comparison.whole_shares(scheme, plan, SMALL.server_flops)
+    for method in ("exact", "equal_shares", "no_split"):
+        plan = optim.solve(terms, SMALL.server_flops, method)
+        shares = comparison.whole_shares(method, plan, SMALL.server_flops)
         assert (shares >= plan.shares * (1 - 1e-12)).all()
-        if scheme == "equal_shares":
+        if method == "equal_shares":
             assert set(shares) <= {0.0, SMALL.server_flops / terms.shape[0]}
         np.testing.assert_array_equal(shares > 0, plan.shares > 0)
-        assert scheme != "exact" or shares.sum() == pytest.approx(SMALL.server_flops)
+        assert method != "exact" or shares.sum() == pytest.approx(SMALL.server_flops)
         kept = plan._replace(shares=shares)
         assert comparison.kept_round_s(kept, terms, PLANNER) <= plan.round_s * (1 + 1e-9)
 
@@ -113,8 +113,8 @@ def test_a_kept_plan_gives_the_whole_server():
 def test_errors_are_as_large_as_they_say_and_cost_a_kept_plan_something():
     terms = parts.read_terms(SMALL)[2]
     rows = list(comparison.errors(PLANNER, terms, draws=20))
-    assert len(rows) == 2 * 20 * len(comparison.schemes("session"))
-    exact = [row for row in rows if row.scheme == "exact"]
+    assert len(rows) == 2 * 20 * len(comparison.methods("session"))
+    exact = [row for row in rows if row.method == "exact"]
     small, large = (
         [row.round_s / row.optimum_s for row in exact if row.value == error] for error in (0.1, 0.2)
     )
@@ -137,7 +137,7 @@ def test_the_clock_of_a_run_is_that_of_its_own_plans():
     config = dataclasses.replace(SMALL, clients=12, cohort_size=6, rounds=4)
     built = parts.build(dataclasses.replace(config, links="fading")).parts
     clocks = run_clocks.clocks(built, 4)
-    assert list(clocks) == list(comparison.schemes("session"))
+    assert list(clocks) == list(comparison.methods("session"))
     prepared = [prepare(built, round) for round in range(4)]
     np.testing.assert_allclose(clocks["exact"], np.cumsum([each.plan.round_s for each in prepared]))
     for rival in RIVALS:
@@ -146,7 +146,7 @@ def test_the_clock_of_a_run_is_that_of_its_own_plans():
     assert clocks["random_cut"][-1] > clocks["exact"][-1] * 1.01
 
 
-def test_a_scheme_that_cannot_serve_everybody_never_ends():
+def test_a_method_that_cannot_serve_everybody_never_ends():
     built = parts.build(dataclasses.replace(SMALL, clients=12, cohort_size=6, rounds=2)).parts
     poor = built.terms._replace(memory_bytes=np.where(np.arange(12) % 2, 1e12, 1.2e6))
     clocks = run_clocks.clocks(dataclasses.replace(built, terms=poor), 2)

@@ -16,6 +16,7 @@ from sfl_jax.federated import protocol, protocol_schemes
 from sfl_jax.federated.protocol import Wire, Work, World, run_round
 from sfl_jax.federated.protocol_schemes import run_psl, run_sfl_v2, run_sl
 
+pytestmark = pytest.mark.slow
 KEY, BATCH, TOLERANCE = jax.random.key(5), 4, 1e-10
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 LINK = {"up": lambda x, _: 0.5 * x, "down": lambda g, _: 2.0 * g}
@@ -309,7 +310,6 @@ def test_sfl_v2_shares_what_is_at_the_server(world, by, tail_units):
     assert_differ(*(found.variables for found in results))
 
 
-@pytest.mark.slow
 def test_psl_of_a_server_that_holds_everything_is_sgd_on_large_batches(world):
     """Of the mean gradient and the mean statistics of all, or literally one batch of all samples."""
     works = cohort()
@@ -354,7 +354,6 @@ def test_psl_shares_units_from_the_largest_cut_to_the_tail(world, tail_units):
     assert_differ(found, lockstep(world, works, lambda i: 1 <= i < top))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tail_units", [0, 1])
 def test_joined_batches_are_separate_ones_where_samples_do_not_meet(world, tail_units):
     """Units from 2 on have no statistics and no random numbers. Batches of unequal sizes."""
@@ -382,7 +381,6 @@ def test_a_link_makes_every_scheme_depend_on_the_cuts(world):
             assert_same(*(scheme(world, cohort(cuts), ORDER).variables for cuts in ((1, 1, 1), (1, 2, 1))))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_absent_client_is_no_client(world, scheme):
     works = cohort((1, 3, 2))
@@ -395,7 +393,6 @@ def test_an_absent_client_is_no_client(world, scheme):
     assert np.isnan(nobody.loss)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_client_whose_first_step_is_bad_is_no_client(world, scheme):
     works = cohort((1, 3, 2))
@@ -432,7 +429,6 @@ def test_a_bad_gradient_of_a_shared_unit_blames_all(world, scheme):
     assert found.diverged == [10, 11, 12]
 
 
-@pytest.mark.slow
 def test_a_later_bad_step_is_the_end_of_a_client(world):
     """What it shared before stays. It is in no mean: what it held alone is lost."""
     cuts = (1, 3, 2)
@@ -457,7 +453,6 @@ def test_a_later_bad_step_is_the_end_of_a_client(world):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_gradient_that_breaks_on_its_way_down_is_undone_at_the_server(world, scheme):
     """Its loss is finite, and so are the gradients at the server."""
@@ -607,7 +602,6 @@ def test_the_bytes_of_its_messages(world, scheme, tail_units):
     assert set(expected) <= set(protocol.KINDS)
 
 
-@pytest.mark.slow
 def test_the_client_half_of_sl_comes_and_goes_before_the_next_client(world):
     wire = Wire()
     run_sl(world, cohort((1, 1, 1), steps=(1, 1, 0)), ORDER, wire=wire)

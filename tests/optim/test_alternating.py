@@ -64,6 +64,7 @@ def ties(draw):
     return costs, draw(st.sampled_from([1.0, 2.0, 4.0, 7.0]))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(oracles.instances(shapes=((3, 4),)) | ties())
 def test_with_clients_called_back_rest_is_the_optimum(instance):

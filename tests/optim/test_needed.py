@@ -66,6 +66,7 @@ def assert_as_with_all(terms, server_flops):
     np.testing.assert_allclose(sum(terms.seconds(plan.cuts, plan.shares)), plan.client_s, rtol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(instances())
 def test_the_optimum_and_its_proof_are_those_of_all_cuts(instance):

@@ -35,6 +35,7 @@ def test_data_of_a_family_are_found_to_be_of_it(family):
     np.testing.assert_allclose(curve.chosen(CUTS), MADE[family], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_that_explain_only_noise_are_not_paid_for():
     for degree, truth in ((1, 3 + 2 * X), (2, 3 + 2 * X + 4 * X**2)):
         noisy = (truth + np.random.default_rng(seed).normal(size=40) * 0.05 for seed in range(8))

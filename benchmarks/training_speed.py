@@ -92,7 +92,9 @@ def measured_execution(name, clients, batch, size):
 
     def of_client(one):
         chain = chains[one.layer_form]
-        return execution.seconds_per_client(chain, profile, images, one.clients_per_chunk, jax.devices()[0])
+        return execution.seconds_per_client(
+            chain, profile, images, one.clients_per_chunk, jax.local_devices()
+        )
 
     places = functools.partial(places_per_client, clients, devices=number)
     return execution.choose(FORMS, execution.chunk_sizes(clients, number), of_client, places)[0]

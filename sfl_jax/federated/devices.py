@@ -40,7 +40,8 @@ def cores_as_devices(most: int) -> None:
     said = jax.config.jax_num_cpu_devices >= 0 or _FORCED in os.environ.get("XLA_FLAGS", "")  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
     if said or xla_bridge.backends_are_initialized() or jax.distributed.is_initialized():
         return
-    jax.config.update("jax_num_cpu_devices", max(1, min(most, len(os.sched_getaffinity(0)))))
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", max(1, min(most, own)))
 
 
 def choose_devices(count: int) -> list[Any]:

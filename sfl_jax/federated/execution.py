@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.balance import chunk_size
@@ -114,12 +115,15 @@ def choose(
 
 
 def seconds_per_client(
-    chain: Chain, profile: Profile, images: jax.ShapeDtypeStruct, clients_per_chunk: int, device: Any
+    chain: Chain, profile: Profile, images: jax.ShapeDtypeStruct, clients_per_chunk: int, devices: Any
 ) -> float:
     """Measured seconds of a local step of one client in the kinds of units that have most of the work.
 
-    images: (B, H, W, C), of the network's float type; only its shape counts.
+    images: (B, H, W, C), of the network's float type; only its shape counts. devices: one, or those of this
+    process. CPU devices share the cores, so all of them are measured at the same time, as they will run.
     """
+    devices = devices if isinstance(devices, Sequence) else [devices]
+    devices = devices if devices[0].platform == "cpu" else devices[:1]
     chain = chain.alone() if clients_per_chunk == 1 else chain
     inputs = _inputs(chain, images)
     macs = profile.forward_macs + profile.backward_macs
@@ -129,7 +133,7 @@ def seconds_per_client(
         kinds.setdefault((entering, int(profile.parameters[index]), int(macs[index])), []).append(index)
     heaviest = sorted(kinds.values(), key=lambda alike: -macs[alike].sum())[:UNITS]
     return sum(
-        len(alike) * _seconds_of_unit(chain, alike[-1], inputs[alike[-1]], clients_per_chunk, device)
+        len(alike) * _seconds_of_unit(chain, alike[-1], inputs[alike[-1]], clients_per_chunk, devices)
         for alike in heaviest
     )
 
@@ -149,18 +153,15 @@ def _inputs(chain, images):
     return inputs
 
 
-def _seconds_of_unit(chain, index, x, clients, device):
+def _seconds_of_unit(chain, index, x, clients, devices):
     """Of a step of one client. Its numbers matter little, but must not become subnormal: hence ones."""
     unit, rng = chain.units[index], np.random.default_rng(0)
     shapes = units.shapes(unit, x).variables
     axes = () if clients == 1 else (clients,)
-    variables, x, keys = jax.device_put(
-        (
-            jax.tree.map(lambda s: np.ones((*axes, *s.shape), s.dtype), shapes),
-            jax.tree.map(lambda s: rng.normal(size=(*axes, *s.shape)).astype(s.dtype), x),
-            jax.random.split(jax.random.key(0), axes) if axes else jax.random.key(0),
-        ),
-        device,
+    arguments = (
+        jax.tree.map(lambda s: np.ones((*axes, *s.shape), s.dtype), shapes),
+        jax.tree.map(lambda s: rng.normal(size=(*axes, *s.shape)).astype(s.dtype), x),
+        jax.random.split(jax.random.key(0), axes) if axes else jax.random.key(0),
     )
 
     def session(variables, x, key):
@@ -177,12 +178,18 @@ def _seconds_of_unit(chain, index, x, clients, device):
 
         return lax.fori_loop(0, STEPS, step, (params, x))
 
-    run = jax.jit(session if clients == 1 else jax.vmap(session)).lower(variables, x, keys).compile()
-    jax.block_until_ready(run(variables, x, keys))
+    together = session if clients == 1 else jax.vmap(session)
+    if len(devices) == 1:
+        placed, run = jax.device_put(arguments, devices[0]), jax.jit(together)
+    else:  # each the same
+        every = NamedSharding(Mesh(np.asarray(devices), ("devices",)), PartitionSpec("devices"))
+        repeated = jax.tree.map(lambda x: jnp.stack([x] * len(devices)), arguments)
+        placed, run = jax.device_put(repeated, every), jax.pmap(together, devices=devices)
+    jax.block_until_ready(run(*placed))
     times: list[float] = []
     while sum(times) < ENOUGH_S and len(times) < 5:
         begun = time.perf_counter()
-        jax.block_until_ready(run(variables, x, keys))
+        jax.block_until_ready(run(*placed))
         times.append(time.perf_counter() - begun)
     return min(times) / STEPS / clients
 

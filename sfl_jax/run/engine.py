@@ -54,10 +54,12 @@ def compile_rounds(
         parts.profile, parts.batch_size, parts.cohort_size, parts.optimizer_slots, devices, parts.network
     )
 
+    here = [device for device in devices if device.process_index == jax.process_index()]
+
     def seconds(one):
         say(f"measuring {one}")
         chain = own.chain.in_form(one.layer_form)
-        return execution.seconds_per_client(chain, parts.profile, images, one.clients_per_chunk, devices[0])
+        return execution.seconds_per_client(chain, parts.profile, images, one.clients_per_chunk, here)
 
     placed = federated_devices.bytes_placed(state.model)
     free = tuning.budget_bytes(parts.execution, devices, placed)

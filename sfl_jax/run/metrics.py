@@ -15,7 +15,8 @@ import jax
 class Round(NamedTuple):
     """One line of metrics.jsonl. None where a round was not evaluated.
 
-    round_s, bound_s, simulated_s: seconds of the simulated fleet; the others are clocks of this machine.
+    round_s, bound_s, simulated_s: seconds of the simulated fleet; wall_s and client_samples_per_s are clocks
+    of this machine. The bytes are those of all clients that came, see `ledger`; older runs noted none.
     """
 
     round: int
@@ -29,6 +30,11 @@ class Round(NamedTuple):
     client_samples_per_s: float
     clients: int
     mean_cut: float
+    model_down_bytes: int = 0
+    smashed_up_bytes: int = 0
+    labels_up_bytes: int = 0
+    gradient_down_bytes: int = 0
+    model_up_bytes: int = 0
 
 
 def attendance(cohort_size: int, clients: int, came: Sequence[int]) -> str:

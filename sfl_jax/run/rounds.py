@@ -8,6 +8,7 @@ import numpy as np
 from sfl_jax import datasets, fleet, optim, planning
 from sfl_jax.federated.session import Assignment
 from sfl_jax.planning import Turnout
+from sfl_jax.run.ledger import Ledger, ledger
 from sfl_jax.run.parts import Parts
 
 
@@ -15,7 +16,7 @@ class Prepared(NamedTuple):
     """A round before it runs.
 
     left_out: whom no plan serves with the links of this round, and why. rival_s: the round's seconds under
-    other planning methods.
+    other planning methods. ledger: its bytes.
     """
 
     round: int
@@ -25,6 +26,7 @@ class Prepared(NamedTuple):
     rival_s: dict[str, float]
     assignments: Assignment
     learning_rate: float
+    ledger: Ledger
 
 
 def prepare(parts: Parts, round: int) -> Prepared:
@@ -46,7 +48,9 @@ def prepare(parts: Parts, round: int) -> Prepared:
     if isinstance(parts.training.link, tuple):
         assignments = assignments._replace(codec=plan.codecs.astype(np.int32))
     rival_s = {name: _round_s(parts, terms, name, delayed, present) for name in parts.rivals}
-    return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round))
+    label_bits = 0 if parts.scheme.tail_units else optim.Work().label_bits
+    sent = ledger(terms, plan, comers.came, label_bits)
+    return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round), sent)
 
 
 def cohort(parts: Parts, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms]:

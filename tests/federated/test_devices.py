@@ -52,6 +52,31 @@ def test_several_devices_give_the_numbers_of_one():
     run_cases("whole_network", flags="")
 
 
+CORES = """
+import os, jax
+from sfl_jax.federated import devices
+devices.cores_as_devices(int(os.environ["MOST"]))
+print(len(jax.devices()))
+devices.cores_as_devices(1)
+print(len(jax.devices()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("most", "flags", "found"),
+    [
+        ("64", "", len(os.sched_getaffinity(0))),
+        pytest.param("1", "", 1, marks=pytest.mark.slow),
+        pytest.param("64", "--xla_force_host_platform_device_count=3", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_core_is_a_device_unless_something_else_is_said(most, flags, found):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "MOST": most}
+    command = [sys.executable, "-c", CORES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(found)] * 2, "once found, devices stay"
+
+
 def test_more_devices_than_there_are():
     with pytest.raises(BadInput, match=r"^devices=99: must be 0 to \d+"):
         devices.choose_devices(99)

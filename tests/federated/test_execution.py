@@ -82,7 +82,7 @@ def test_the_heaviest_units_stand_for_all_that_are_like_them(monkeypatch):
     asked = []
     monkeypatch.setattr(execution, "_seconds_of_unit", lambda *given: asked.append(given) or 1.0)
     images = jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32)
-    total = execution.seconds_per_client(chain, profile, images, 3, None)
+    total = execution.seconds_per_client(chain, profile, images, 3, jax.devices()[0])
     names = [chain.units[index].name for _, index, *_ in asked]
     macs = dict(zip(profile.names, profile.forward_macs + profile.backward_macs, strict=True))
     # Seven equal blocks end stage 6, four end stage 5: more work than any other kind.

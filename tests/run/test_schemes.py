@@ -17,6 +17,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated import protocol
 from sfl_jax.run import rounds, wires
 from sfl_jax.schemes.psl import Psl
+from sfl_jax.schemes.sfl import Sfl
 from sfl_jax.schemes.sfl_v2 import SflV2
 from sfl_jax.schemes.sl import Sl
 
@@ -114,29 +115,57 @@ def test_bits_of_a_plan_are_those_of_the_messages():
     assert len(chain) == 3
 
 
+def protocol_of(run, number=0, **link):
+    """(the protocol's world in a round of a run that begins, the work of its clients, what is prepared)"""
+    parts, begun = run.parts, run.variables
+    chain, prepared = parts.training.chain, rounds.prepare(run.parts, number)
+    world = protocol.World(
+        chain.in_form("conv").units, [chain.unit_variables(begun, unit) for unit in range(len(chain))],
+        optax.sgd(0.3, momentum=0.5), lambda x: parts.training.preprocess(jnp.asarray(x)),
+        jnp.asarray(parts.data.train_images), jnp.asarray(parts.data.train_labels),
+        planning.round_key(parts.seed, number, planning.TRAINING), **link,
+    )  # fmt: skip
+    works = [
+        protocol.Work(int(client), int(cut), float(weight), batches[:steps])
+        for client, cut, weight, steps, batches in zip(*prepared.assignments[:5], strict=True)
+    ]
+    return world, works, prepared
+
+
+@pytest.mark.parametrize(
+    ("changes", "tail_units"),
+    [
+        ({}, 0),
+        pytest.param({"scheme": Sfl(tail_units=1)}, 1, marks=pytest.mark.slow),
+        pytest.param({"planner": sfl.Planner(server_flops=1e12, min_cut=0)}, 0, marks=pytest.mark.slow),
+        pytest.param({"faults": sfl.Faults(drop_probability=0.4)}, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_the_ledger_is_the_bytes_of_the_messages(changes, tail_units):
+    run = make(**{"fleet": small_clients(), **changes})
+    world, works, prepared = protocol_of(run)
+    wire = protocol.Wire()
+    protocol.run_round(world, works, wire=wire, tail_units=tail_units)
+    sent, found = wire.bytes, prepared.ledger
+    assert found.model_down_bytes == sent[protocol.MODEL_DOWN] == found.model_up_bytes
+    assert found.smashed_up_bytes == sent[protocol.SMASHED_UP] + sent[protocol.GRADIENT_UP] > 0
+    assert found.labels_up_bytes == sent[protocol.LABELS_UP]
+    assert (found.labels_up_bytes > 0) == (tail_units == 0)
+    assert found.gradient_down_bytes == sent[protocol.GRADIENT_DOWN] + sent[protocol.FEATURES_DOWN]
+    assert found.up_bytes + found.down_bytes == sum(sent.values())
+
+
 @pytest.mark.slow
 def test_training_sends_what_the_codec_says():
     """A compiled round of sfl against the protocol whose link is the codec."""
     codec = codecs.create("int8")
     run = make(codec=codec, optimizer=optax.sgd(0.3, momentum=0.5), fleet=small_clients())
-    begun = run.variables
-    prepared = rounds.prepare(run.parts, 0)
+    world, works, prepared = protocol_of(run, up=codec.transmit, down=codec.transmit)
     assert ((prepared.assignments.cut > 0) & (prepared.assignments.cut < 3)).any()
-    test_run.trained(run, 1)
-    own = run.parts
-    chain = own.training.chain
-    world = protocol.World(
-        chain.in_form("conv").units, [chain.unit_variables(begun, unit) for unit in range(3)],
-        optax.sgd(0.3, momentum=0.5), own.training.preprocess, jnp.asarray(own.data.train_images),
-        jnp.asarray(own.data.train_labels),
-        planning.round_key(own.seed, 0, planning.TRAINING), codec.transmit, codec.transmit,
-    )  # fmt: skip
-    work = prepared.assignments
-    works = [
-        protocol.Work(int(client), int(cut), float(weight), batches[:steps])
-        for client, cut, weight, steps, batches in zip(*work[:5], strict=True)
-    ]
+    [line] = test_run.trained(run, 1)
+    assert line.smashed_up_bytes == prepared.ledger.smashed_up_bytes
     expected, *_ = protocol.run_round(world, works)
+    chain = run.parts.training.chain
     found = [chain.unit_variables(run.variables, unit)["params"] for unit in range(3)]
     plain, *_ = protocol.run_round(dataclasses.replace(world, up=lambda x, k: x, down=lambda g, k: g), works)
 

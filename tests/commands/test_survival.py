@@ -58,7 +58,7 @@ def begin(environment):
         virtual = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         return subprocess.Popen(
             [sys.executable, "-m", "launch.train", *FLAGS, f"--workdir={workdir.name}", *flags],
-            cwd=workdir.parent, env=environment | (virtual if devices > 1 else {}),
+            cwd=workdir.parent, env=environment | virtual,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfl_jax import models, schemes
-from sfl_jax.federated import devices, optimizers
+from sfl_jax.federated import cores, devices, optimizers
 from sfl_jax.federated.round import start_model
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.run import wires
@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only", default="", help="rows whose scheme begins so, beside the first")
     options = parser.parse_args()
-    devices.cores_as_devices(options.clients)
+    cores.cores_as_devices(options.clients)
     rows = cases(len(models.create(options.model, 10, 1)), options.codecs.split("+"))
     rows = [row for place, row in enumerate(rows) if place == 0 or row[0].startswith(options.only)]
     made = [(row, *round_of(options.model, row[1], row[2], options)) for row in rows]

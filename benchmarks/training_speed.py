@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.torch_peers import CLASSES, Workers, pytorch_steps
 from sfl_jax import models
-from sfl_jax.federated import devices, execution, optimizers
+from sfl_jax.federated import cores, devices, execution, optimizers
 from sfl_jax.federated.balance import places_per_client
 from sfl_jax.federated.round import Model
 from sfl_jax.federated.session import Assignment, Samples, Training
@@ -164,7 +164,7 @@ def main():
     parser.add_argument("--lax_conv", action="store_true", help="also lax.conv under vmap; slow on a CPU")
     parser.add_argument("--json", help="a file for all figures")
     options = parser.parse_args()
-    devices.cores_as_devices(options.devices or 64)
+    cores.cores_as_devices(options.devices or 64)
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, ceiling {ceiling_flops() / 1e9:.0f} GFLOP/s"
     )

@@ -3,7 +3,6 @@
 import os
 import sys
 
-from sfl_jax.commands.config import Config
 from sfl_jax.errors import BadInput
 
 # Kernels that add in a fixed order, and none chosen by measuring, which may choose differently next time.
@@ -61,16 +60,6 @@ def find() -> None:
         name, wish = ("JAX_PLATFORM_NAME", named) if named and has_host else ("JAX_PLATFORMS", asked)
         platform = f"{wish} here ({name}={wish}); set {name}=cpu" if wish else "device here"
         raise BadInput(f"JAX finds no {platform}" + (f" ({error})" if str(error) else "")) from error
-
-
-def use_cores(config: Config) -> None:
-    """Make a device of each CPU core, where the run may use several."""
-    from sfl_jax.commands import parts
-    from sfl_jax.federated import devices
-    from sfl_jax.schemes import SEVERAL_DEVICES
-
-    if config.devices != 1 and SEVERAL_DEVICES in parts.scheme(config).allows:
-        devices.cores_as_devices(config.cohort_size)
 
 
 def switch(deterministic: bool = False, matmul_precision: str = "default") -> None:

@@ -49,7 +49,6 @@ def compare_plans(config: Config) -> int:
         from sfl_jax.commands import accelerators
 
         accelerators.start()
-        accelerators.use_cores(config)
         accelerators.find()
         from sfl_jax.commands import compare_plot, division, parts
         from sfl_jax.planning import comparison

@@ -44,7 +44,7 @@ def train(config: Config) -> int:
         accelerators.start()
         from jax.errors import JaxRuntimeError
 
-        from sfl_jax.federated import processes
+        from sfl_jax.federated import cores, processes
 
         accelerators.switch(config.deterministic, config.matmul_precision)
         processes.join(
@@ -55,7 +55,8 @@ def train(config: Config) -> int:
             config.heartbeat_timeout_seconds,
             words=as_flags,
         )
-        accelerators.use_cores(config)
+        if config.devices != 1:
+            cores.cores_as_devices(config.cohort_size)
         accelerators.find()
         if not processes.is_alone():
             stop.wait_for_others()

@@ -8,13 +8,11 @@ each round sends a device those of its own clients.
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import xla_bridge  # which alone knows whether devices were looked for
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sfl_jax.errors import BadInput
@@ -26,22 +24,7 @@ from sfl_jax.federated.session import Assignment, Loss, Samples, Training, cross
 from sfl_jax.models import Chain
 
 AXIS = "devices"
-_FORCED = "xla_force_host_platform_device_count"
 RESIDENT = 0.5  # part of a device's free memory that the samples may take for good
-
-
-def cores_as_devices(most: int) -> None:
-    """Make a device of each CPU core that this process may use, at most `most` of them.
-
-    On a CPU several devices that compute a client each are faster than one that computes a client with all
-    cores. It has an effect before JAX has looked for devices, in a run of one process, and where neither
-    JAX_NUM_CPU_DEVICES nor XLA_FLAGS says how many devices the CPU has.
-    """
-    said = jax.config.jax_num_cpu_devices >= 0 or _FORCED in os.environ.get("XLA_FLAGS", "")  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
-    if said or xla_bridge.backends_are_initialized() or jax.distributed.is_initialized():
-        return
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", max(1, min(most, own)))
 
 
 def choose_devices(count: int) -> list[Any]:

@@ -115,14 +115,17 @@ def choose(
 
 
 def seconds_per_client(
-    chain: Chain, profile: Profile, images: jax.ShapeDtypeStruct, clients_per_chunk: int, devices: Any
+    chain: Chain,
+    profile: Profile,
+    images: jax.ShapeDtypeStruct,
+    clients_per_chunk: int,
+    devices: Sequence[Any],
 ) -> float:
     """Measured seconds of a local step of one client in the kinds of units that have most of the work.
 
-    images: (B, H, W, C), of the network's float type; only its shape counts. devices: one, or those of this
-    process. CPU devices share the cores, so all of them are measured at the same time, as they will run.
+    images: (B, H, W, C), of the network's float type; only its shape counts. devices: those of this process.
+    CPU devices share the cores, so all of them are measured at the same time, as they will run.
     """
-    devices = devices if isinstance(devices, Sequence) else [devices]
     devices = devices if devices[0].platform == "cpu" else devices[:1]
     chain = chain.alone() if clients_per_chunk == 1 else chain
     inputs = _inputs(chain, images)

@@ -20,23 +20,13 @@ class Ledger(NamedTuple):
     gradient_down_bytes: int = 0
     model_up_bytes: int = 0
 
-    @property
-    def up_bytes(self) -> int:
-        """All that goes up."""
-        return self.smashed_up_bytes + self.labels_up_bytes + self.model_up_bytes
-
-    @property
-    def down_bytes(self) -> int:
-        """All that comes down."""
-        return self.model_down_bytes + self.gradient_down_bytes
-
 
 def ledger(
     terms: optim.Terms, plan: optim.Plan | optim.BandPlan, came: Bool[np.ndarray, " K"], label_bits: float
 ) -> Ledger:
     """The bytes of a round under a plan. label_bits: of a sample whose label goes up, 0 if none does."""
     columns = terms.columns(plan.cuts, plan.codecs)
-    samples, leaves = terms.samples * came, terms.work_flop[columns] > 0
+    samples, leaves = terms.samples * came, terms.up_bits[columns] > 0
     model = float((terms.model_bits[columns] * came).sum())
     labels = float((samples * leaves * label_bits).sum())
     up, down = (float((samples * bits[columns]).sum()) for bits in (terms.up_bits, terms.down_bits))

@@ -14,8 +14,8 @@ import optax
 from sfl_jax import codecs, datasets, models, optim, planning, schemes
 from sfl_jax.datasets.images import scaled
 from sfl_jax.errors import BadInput
+from sfl_jax.federated import cores, optimizers
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.federated import optimizers
 from sfl_jax.federated.evaluation import Metric, accuracy, batch_of
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.session import Loss, Training, cross_entropy
@@ -122,8 +122,8 @@ class Run:
         execution = suiting.execution_for(scheme, execution, cohort_size)
         if planner.min_cut > len(chain):
             raise BadInput(f"min_cut={planner.min_cut}: must be at most {len(chain)}, the units of the chain")
-        if devices != 1 and schemes.SEVERAL_DEVICES in scheme.allows:
-            federated_devices.cores_as_devices(cohort_size)
+        if devices != 1:
+            cores.cores_as_devices(cohort_size)
         if execution.layer_form != "auto":
             chain = chain.in_form(execution.layer_form)
         stored = data.train_images.shape[1:]

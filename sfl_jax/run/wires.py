@@ -12,9 +12,11 @@ from sfl_jax.federated.crossing import Link, Links
 def pairs(
     up: str | Codec | Sequence[str | Codec], down: str | Codec | None = None
 ) -> tuple[tuple[Codec, Codec], ...]:
-    """(codec of smashed data, codec of their gradient) of each choice; `down` is that of all, or as `up`."""
+    """(codec of smashed data, codec of their gradient) of each choice; `down` is that of all, or as `up`. A
+    codec that is named twice is one choice.
+    """
     several = (up,) if isinstance(up, str | Codec) else tuple(up)
-    made = [codecs.create(one) for one in several]
+    made = dict.fromkeys(codecs.create(one) for one in several)
     return tuple((one, one if down is None else codecs.create(down)) for one in made)
 
 

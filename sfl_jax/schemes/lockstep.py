@@ -11,7 +11,7 @@ from jax import lax
 from sfl_jax.federated import crossing
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.federated.round import change, narrow, wide
-from sfl_jax.federated.session import Training
+from sfl_jax.federated.session import Training, together
 from sfl_jax.models import Variables
 from sfl_jax.schemes.copies import all_finite, batch, chosen, moved
 
@@ -119,12 +119,12 @@ class Lockstep:
         head, rest = chain.split(most)
         middle, end = rest.split(tail - most)
 
+        def link_of(one, key):
+            return crossing.hook(training.link, tail, one.cut, one.codec, key, crossing.CLIENTS)
+
         def part(units, first, params, stats, x, key, one=None):
             """What a part of the chain makes of x. Between two of its units the link acts."""
-            at_boundary = None
-            if one is not None:
-                hook = crossing.hook(training.link, tail, one.cut, one.codec, key, crossing.CLIENTS)
-                at_boundary = hook
+            at_boundary = None if one is None else link_of(one, key)
             now = Variables(
                 Packed(params, self.like.params.layouts[first : first + len(units)]).unpack(),
                 Packed(stats, self.like.batch_stats.layouts[first : first + len(units)]).unpack(),
@@ -134,11 +134,8 @@ class Lockstep:
 
         def crossed(unit, one, x, key):
             """x as it enters a unit of another part."""
-            hook = crossing.hook(training.link, tail, one.cut, one.codec, key, crossing.CLIENTS)
+            hook = link_of(one, key)
             return x if hook is None or unit >= len(chain) else hook(unit, x)
-
-        def of_clients(function, *arguments, in_axes=0):
-            return jax.vmap(function, in_axes, axis_name=crossing.CLIENTS)(*arguments)
 
         own_stats, of_shared_stats = tuple(u.stats for u in rows), tuple(u.stats for u in shared)
 
@@ -146,7 +143,7 @@ class Lockstep:
             y, new = part(head, 0, params, stats, x, key, one)
             return crossed(most, one, y, key) if most < tail else y, new
 
-        x, head_stats = of_clients(run_head, own[:most], own_stats[:most], images, keys, work)
+        x, head_stats = together(run_head)(own[:most], own_stats[:most], images, keys, work)
         entering = jax.vmap(all_finite)(x)
         # Who takes no part may have numbers that are not finite; another's stand in for them.
         x = jax.tree.map(lambda leaf: chosen(takes_part, leaf, leaf[jnp.argmax(takes_part)][None]), x)
@@ -157,14 +154,14 @@ class Lockstep:
             x = jax.tree.map(lambda leaf: leaf.reshape(*labels.shape, *leaf.shape[1:]), y)
             middle_stats = jax.tree.map(lambda s: jnp.broadcast_to(s, (len(labels), *s.shape)), new)
         else:
-            x, middle_stats = of_clients(
-                lambda x, key: part(middle, most, of_shared, of_shared_stats, x, key), x, keys
+            x, middle_stats = together(lambda x, key: part(middle, most, of_shared, of_shared_stats, x, key))(
+                x, keys
             )
 
         def run_end(params, stats, x, key, one):
             return part(end, tail, params, stats, crossed(tail, one, x, key), key)
 
-        logits, end_stats = of_clients(run_end, own[most:], own_stats[most:], x, keys, work)
+        logits, end_stats = together(run_end)(own[most:], own_stats[most:], x, keys, work)
         losses = jax.vmap(lambda logits, labels: training.loss(logits, labels).mean())(logits, labels)
         return losses, (*head_stats, *middle_stats, *end_stats), entering
 

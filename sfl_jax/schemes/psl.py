@@ -29,8 +29,7 @@ class Psl(Scheme):
     batches; with `most` L it is federated averaging.
 
     Attributes:
-      most: the largest cut of the run, but for clients that keep everything; None is the number of units. It
-        is compiled into the round.
+      most: the largest cut of the run; None is the number of units. It is compiled into the round.
       server_batch: "separate": each client's batch is normalised by itself, and the mean of the statistics
         is kept. "joined": the server sees one batch of all clients' samples. All clients then need the same
         number of steps, and nobody may be missing.

@@ -31,6 +31,8 @@ def train(tmp_path):
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
         "JAX_PLATFORMS": "cpu",
+        # On several, who is away decides which device has whom, and so in which order is added up.
+        "JAX_NUM_CPU_DEVICES": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "true",  # conftest.py turned it off
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -54,10 +54,10 @@ def test_several_devices_give_the_numbers_of_one():
 
 CORES = """
 import os, jax
-from sfl_jax.federated import devices
-devices.cores_as_devices(int(os.environ["MOST"]))
+from sfl_jax.federated import cores
+cores.cores_as_devices(int(os.environ["MOST"]))
 print(len(jax.devices()))
-devices.cores_as_devices(1)
+cores.cores_as_devices(1)
 print(len(jax.devices()))
 """
 

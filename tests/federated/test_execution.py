@@ -82,7 +82,7 @@ def test_the_heaviest_units_stand_for_all_that_are_like_them(monkeypatch):
     asked = []
     monkeypatch.setattr(execution, "_seconds_of_unit", lambda *given: asked.append(given) or 1.0)
     images = jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32)
-    total = execution.seconds_per_client(chain, profile, images, 3, jax.devices()[0])
+    total = execution.seconds_per_client(chain, profile, images, 3, jax.devices()[:1])
     names = [chain.units[index].name for _, index, *_ in asked]
     macs = dict(zip(profile.names, profile.forward_macs + profile.backward_macs, strict=True))
     # Seven equal blocks end stage 6, four end stage 5: more work than any other kind.
@@ -96,12 +96,12 @@ def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch):
     chain = models.create("efficientnetv2-tiny", layer_form="conv")
     profile = models.profile(chain, (8, 8, 1))
     images = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
-    assert 0 < execution.seconds_per_client(chain, profile, images, 1, jax.devices()[0]) < 1
+    assert 0 < execution.seconds_per_client(chain, profile, images, 1, jax.devices()[:1]) < 1
     # A call of the clock is a second later than the one before.
     monkeypatch.setattr(execution, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(execution, "UNITS", 1)
     own, of_two = (
-        execution.seconds_per_client(chain, profile, images, clients, jax.devices()[0]) for clients in (1, 2)
+        execution.seconds_per_client(chain, profile, images, clients, jax.devices()[:1]) for clients in (1, 2)
     )
     assert own * execution.STEPS in (1, 2)  # so many units are like the heaviest
     assert of_two == own / 2

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from federated import rounds
 
@@ -270,7 +271,6 @@ def test_other_cuts_steps_and_orders_compile_nothing():
 
 @pytest.mark.slow
 def test_an_optimiser_that_looks_at_leaves_gets_the_units_as_they_are():
-    optax = pytest.importorskip("optax")
     case = EVERY["sfl_v2 by client"]._replace(optimizer="sgd")
     lars = optax.lars(0.1)
     variables, samples = start()

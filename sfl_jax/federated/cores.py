@@ -1,0 +1,23 @@
+"""CPU cores as devices. Imports JAX alone, since it must run before JAX looks for devices."""
+
+import os
+
+import jax
+from jax._src import xla_bridge  # which alone knows whether devices were looked for
+
+_FORCED = "xla_force_host_platform_device_count"
+
+
+def cores_as_devices(most: int) -> None:
+    """Make a device of each CPU core that this process may use, at most `most` of them.
+
+    On a CPU several devices that compute a client each are faster than one that computes a client with all
+    cores. A device that computes alone still uses all cores. It has an effect before JAX has looked for
+    devices, in a run of one process, and where neither JAX_NUM_CPU_DEVICES nor XLA_FLAGS says how many
+    devices the CPU has.
+    """
+    said = jax.config.jax_num_cpu_devices >= 0 or _FORCED in os.environ.get("XLA_FLAGS", "")  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
+    if said or xla_bridge.backends_are_initialized() or jax.distributed.is_initialized():
+        return
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", max(1, min(most, own)))

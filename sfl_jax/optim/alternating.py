@@ -1,11 +1,14 @@
-"""The paper's alternation: best cuts for given shares, best shares for given cuts, until neither helps.
+"""The paper's alternation: best cuts for given shares, then best shares for given cuts, until neither helps.
 
-`alternating` does it on the exact table; `regression.py` on fitted curves. Each half is optimal, the
-pair need not be: a client whose share falls to 0 can only train alone, and never comes back. Another
-start may avoid that. The cure is to call it back: whoever trains alone and ends last chooses as if what
-is left of the server were its own. Then rest is the optimum. Who shares the server ends with the round
-there, and no cut would let it with less, else it would have taken that; the one that ends last alone
-would need more than is left. So to end any sooner takes more than the server has (`exact.py`: need(T) > F).
+`alternating` runs on the exact table, `regression.py` runs it on fitted curves. Each half-step is optimal,
+but the result need not be: a client whose share falls to 0 can only train alone and never comes back. Other
+start shares may avoid this.
+
+With `recall` the result is the optimum: a client that trains alone and ends last chooses its next cut as if
+the unused part of the server were its own. Proof. At rest, all clients that share the server end with the
+round. None of them could do so with a smaller share, or it would have taken that cut. A client that ends last
+alone would need more than the unused part. So a shorter round needs more than the server has (`exact.py`:
+need(T) > F).
 """
 
 from typing import NamedTuple
@@ -19,30 +22,31 @@ from sfl_jax.optim.shares import SLACK, optimal_shares, rounding
 from sfl_jax.optim.table import FEW, least, sweep, table
 
 _STEPS = 100
-_LAST = 1 - 1e-12  # of the round: who ends by then does not hold it up
+_LAST = 1 - 1e-12  # fraction of the round: a client that ends earlier does not hold it up
 
 
 class Rest(NamedTuple):
-    """Where an alternation came to rest."""
+    """The cuts and shares at which an alternation stops."""
 
     cuts: jax.Array  # (K,) int32
     shares: jax.Array  # (K,) FLOP/s
     round_s: jax.Array  # ()
-    iterations: jax.Array  # () int32, of all starts together
+    iterations: jax.Array  # () int32, summed over the starts
 
 
 class _Step(NamedTuple):
     rest: Rest
-    offers: jax.Array  # (K,) FLOP/s by which the next cuts are chosen
-    alone: jax.Array  # () int, clients that train alone and end last
+    offers: jax.Array  # (K,) FLOP/s for which the next cuts are chosen
+    alone: jax.Array  # () int, how many clients train alone and end last
     moved: jax.Array  # () bool, whether the last step helped
 
 
 def alternating(costs, server_flops, present, *, starts=("equal",), key=None, recall=False) -> Rest:
-    """The best rest over the starts: shares equal, proportional to a client's work, or random (needs key).
+    """The best result over the starts.
 
-    recall: call back whoever trains alone and ends last. A step brings back one client, or some that are
-    alike: O(C K) each and up to K of them more, so for small fleets.
+    starts: first shares: "equal", "proportional" to a client's work, or "random" (needs key).
+    recall: call back clients that train alone and end last. A step calls back one client, or several equal
+    ones. A step costs O(C K), and recall needs up to K more steps: use it for small fleets.
     """
     swept = table(costs)
 
@@ -56,7 +60,7 @@ def alternating(costs, server_flops, present, *, starts=("equal",), key=None, re
 
 
 def method(costs, server_flops, present, options):
-    """The cuts of `alternating` on the table."""
+    """Cuts by `alternating` on the exact table."""
     starts = {"starts": options.starts, "key": options.key, "recall": options.recall}
     rest = alternating(costs, server_flops, present, **starts)
     return Chosen(rest.cuts, rest.iterations)
@@ -65,7 +69,7 @@ def method(costs, server_flops, present, options):
 def cuts_for(costs, swept, shares):
     """Each client's fastest allowed cut under its share (K,) FLOP/s; (K,) int32, L where none is allowed."""
 
-    swept, shares = lax.optimization_barrier((swept, shares))  # as in exact.py
+    swept, shares = lax.optimization_barrier((swept, shares))  # exact.py says why
 
     def end_s(_, column):
         fixed_s, per_weight, allowed = column
@@ -76,7 +80,7 @@ def cuts_for(costs, swept, shares):
 
 
 def shares_for(costs, cuts, server_flops, present):
-    """Optimal shares (K,) of fixed cuts, the clients' ends (K,) and the round's ()."""
+    """Optimal shares (K,) FLOP/s for fixed cuts, each client's end (K,) s and the round () s."""
     fixed_s, server_flop, _ = costs.at(cuts)
     return optimal_shares(fixed_s, server_flop, server_flops, present)
 
@@ -97,11 +101,11 @@ def _from(costs, swept, shares, server_flops, present, recall) -> Rest:
         moved = round_s < rest.round_s
         offers = shares
         if recall:
-            # As long a round may still hold up fewer, or leave more for the one that is called back.
+            # At an equal round, a step also helps if fewer clients end last alone, or more server is unused.
             less = (alone < step.alone) | ((alone == step.alone) & (jnp.sum(shares) < jnp.sum(rest.shares)))
             moved |= (round_s == rest.round_s) & less
             left = jnp.maximum(server_flops * (1 - rounding(clients)) - jnp.sum(shares), 0.0)
-            # Rounded up, or a client that would end as late alone might leave as another comes back.
+            # Rounded up: else a client that ends equally late alone might leave as another comes back.
             offers = jnp.where(last, left / jnp.maximum(alone, 1), shares * (1 + 8 * SLACK))
         better = moved | (rest.iterations == 0)
         cuts, shares, round_s = (

@@ -1,15 +1,15 @@
-"""Cuts, compute and bandwidth together: several budgets shared among the clients at once.
+"""Cuts, compute and bandwidth together: the clients share several budgets at once.
 
-Client k at cut l takes c + sum_i r_i / x_i seconds with x_i of budget i (compute: FLOP/s; a band: Hz,
-at the client's own spectral efficiency). At prices p with sum_i p_i B_i = 1 the cheapest way to end by T
-costs (sum_i sqrt(p_i r_i))^2 / (T - c), which is the session problem with that square for work and a
-server of 1. So for any prices its proven bound is one here too (weak duality), and the prices that
-bound best are found by raising those of budgets in short supply. What integer cuts leave of a gap
-shrinks with K.
+Client k at cut l takes c + sum_i r_i / x_i seconds with x_i of budget i. A budget is compute (FLOP/s) or a
+band (Hz, at the client's own spectral efficiency). Give budget i of size B_i a price p_i, with sum_i p_i B_i
+= 1. The cheapest way to end by T costs (sum_i sqrt(p_i r_i))^2 / (T - c). This is the session problem with
+that square as work and a server of 1, so its proven bound holds here for any prices (weak duality). The
+search raises the prices of scarce budgets, which tightens the bound. Integer cuts leave a gap that shrinks
+with K.
 
-An energy budget limits how long a client may send: r / x <= (budget - joules of compute) / watts, which is a
-least part of the uplink's band for each cut. A plan keeps these limits: who would get less than its least
-part is given that, and the others share what is left. The bound leaves them out, but for cuts that no part
+An energy budget limits how long a client may send: r / x <= (budget - joules of compute) / watts. So each cut
+needs a least part of the uplink band. A plan keeps these limits: a client below its least part is raised to
+it, and the others share the rest. The bound ignores the limits, except for cuts that no part of the band
 allows.
 """
 
@@ -27,28 +27,28 @@ from sfl_jax.optim.exact import exact
 from sfl_jax.optim.infeasible import why_infeasible
 from sfl_jax.optim.shares import SLACK, end_s, rounding
 
-_ROUNDS = 150  # of prices
-_LAST = 8  # rounds whose cuts are tried
-_POLISH = 60  # rounds of prices with cuts fixed
-_EQUAL = 1 - 1e-9  # of an equal part: least parts no larger than that fit together after rounding
+_ROUNDS = 150  # price updates
+_LAST = 8  # the last price updates, whose cuts are polished
+_POLISH = 60  # price updates with the cuts fixed
+_EQUAL = 1 - 1e-9  # fraction of an equal part: least parts up to it fit together after rounding
 
 
 class BandPlan(NamedTuple):
-    """Cuts, shares of compute and of bandwidth; NumPy. Shares and bands sum to at most their budgets."""
+    """Cuts, compute shares and bands of one round; NumPy. Shares and bands sum to at most their budgets."""
 
     cuts: Cuts  # (K,)
     shares: Floats  # (K,) FLOP/s
     uplink_hz: Floats  # (K,)
-    downlink_hz: Floats  # (K,), the same band as uplink_hz where it is pooled
+    downlink_hz: Floats  # (K,), the same as uplink_hz if the band is pooled
     client_s: Floats  # (K,)
     round_s: float
-    bound_s: float  # proven: no cuts, shares and bands end a round by then
+    bound_s: float  # proven: no cuts, shares and bands end a round by this time
     iterations: int
-    codecs: Cuts  # (K,) place among the names
+    codecs: Cuts  # (K,) index among the codec names
 
     @property
     def gap(self) -> float:
-        """How far above the optimum the round can be at most, relative."""
+        """round_s / bound_s - 1: the round is at most this far above the optimum, relative."""
         return self.round_s / self.bound_s - 1 if self.bound_s > 0 else float(self.round_s > 0) * np.inf
 
 
@@ -60,12 +60,14 @@ def solve_bandwidth(
     reference_hz: float | tuple[float, float],
     present: ArrayLike | None = None,
 ) -> BandPlan:
-    """Cuts, compute and bandwidth that end a round soonest, session barrier.
+    """Cuts, compute shares and bands with the shortest round, under the session barrier.
 
-    band_hz: one band pooled for both directions, or (up, down).  reference_hz: the bandwidth at which
-    the terms' uplink_bps and downlink_bps hold, one or (up, down); a client's rate is proportional to the
-    band it is given.  Infeasible names the clients without a cut; BadInput budgets that are not above 0, and
-    energy budgets that need more than the whole band together.
+    server_flops: the server's FLOP/s.  band_hz: one band pooled for both directions, or (up, down).
+    reference_hz: the bandwidth at which the terms' uplink_bps and downlink_bps hold, one or (up, down). A
+    client's rate is proportional to its band.  present: (K,) bool; absent clients cost nothing.
+
+    Infeasible names the clients without a usable cut. BadInput: a budget that is not above 0 and finite, or
+    energy budgets that together need more than the whole band.
     """
     bands = np.atleast_1d(np.asarray(band_hz, np.float64))
     budgets = np.concatenate([[server_flops], bands])
@@ -90,7 +92,7 @@ def solve_bandwidth(
     with jax.enable_x64(True), jax.default_device(cpu):
         found = jax.tree.map(np.asarray, _compiled(fixed_s, amounts, open_to, here, least))
         if least is not None:
-            # Cuts that an equal part of the band allows can always be planned together.
+            # Cuts that need at most an equal part of the band always fit together.
             safe = allowed & (least <= _EQUAL / max(here.sum(), 1))
             if (safe.any(axis=1) | ~here).all():
                 other = jax.tree.map(np.asarray, _compiled(fixed_s, amounts, safe, here, least))
@@ -106,7 +108,7 @@ def solve_bandwidth(
 
 
 def _least_parts(terms: Terms, energy: Energy, reference: float) -> Floats:
-    """The part of the uplink's band (K, C) that keeps each client's energy budget; inf where none does.
+    """The least part (K, C) of the uplink band that keeps a client's energy budget; inf where none does.
 
     reference: the part at which the terms' uplink_bps hold.
     """
@@ -121,7 +123,7 @@ def _least_parts(terms: Terms, energy: Energy, reference: float) -> Floats:
 
 
 def _demands(terms: Terms, reference_hz: tuple[float, float], *, pooled: bool):
-    """Seconds no budget shortens (K, C); FLOP and Hz s per budget (I, K, C); allowed (K, C), energy aside."""
+    """Seconds off all budgets (K, C), FLOP or Hz s of each budget (I, K, C), allowed (K, C) energy aside."""
     clients, count = terms.shape
     ones = np.ones(clients)
     rows = [terms.seconds(np.full(clients, cut), ones) for cut in range(count)]
@@ -139,10 +141,11 @@ def _demands(terms: Terms, reference_hz: tuple[float, float], *, pooled: bool):
 
 
 def joint(fixed_s, amounts, allowed, present, least=None):
-    """Cuts (K,), parts of every budget (I, K), ends (K,), round () and bound () for budgets of 1 each.
+    """Cuts (K,), parts of each budget (I, K), ends (K,), round () and bound () for budgets of 1. Pure.
 
-    fixed_s (K, C) s, amounts (I, K, C) seconds at the whole budget, allowed (K, C), present (K,), least
-    (K, C) parts of budget 1 that must be given, or None; the round is inf where they are too much. Pure.
+    fixed_s: (K, C) s.  amounts: (I, K, C) seconds at the whole budget.  allowed: (K, C).  present: (K,).
+    least: (K, C) least parts of the uplink band, which is budget i = 1, or None. The round is inf if these
+    parts do not fit together.
     """
     budgets, clients, _ = amounts.shape
 
@@ -152,7 +155,7 @@ def joint(fixed_s, amounts, allowed, present, least=None):
 
     def reprice(step, state):
         prices, bound_s, last = state
-        # Rounded down, so that the bound stays one.
+        # Rounded down to keep the bound valid.
         optimum = exact(Costs(fixed_s, _squares(prices, amounts) * (1 - 4 * SLACK), allowed), 1.0, present)
         used = jnp.sum(_parts(prices, *chosen(optimum.cuts), present), axis=1)
         prices = _normal(prices * jnp.clip(used, 1e-3, 1e3) ** (1 / (1 + step / 10)))
@@ -183,12 +186,12 @@ _compiled = jax.jit(joint)
 
 
 def _squares(prices, amounts) -> Any:
-    """(sum_i sqrt(p_i r_i))^2, the price of a client's work per 1 / (T - c)."""
+    """(sum_i sqrt(p_i r_i))^2: the price of a client's work per 1 / (T - c)."""
     return jnp.sum(jnp.sqrt(prices.reshape(-1, *[1] * (amounts.ndim - 1)) * amounts), axis=0) ** 2
 
 
 def _parts(prices, fixed_s, amounts, present):
-    """The cheapest parts (I, K) at these prices that let all end as soon as a budget of 1 allows."""
+    """The cheapest parts (I, K) at these prices with which all end as soon as a budget of 1 allows."""
     squares = _squares(prices, amounts)
     idle_s = jnp.max(jnp.where(present & (squares <= 0), fixed_s, 0.0))
     time_s = jnp.maximum(end_s(fixed_s, squares, 1.0), idle_s)
@@ -197,7 +200,7 @@ def _parts(prices, fixed_s, amounts, present):
 
 
 def _raised(parts, floors):
-    """Parts where none of budget 1 is below its floor (K,): the others share what is left as before."""
+    """The parts with those of the uplink band raised to `floors` (K,); the others keep their proportions."""
     floors, room = floors * (1 + 4 * SLACK), 1 - 2 * rounding(parts.shape[1])
     part = parts[1] * (room / jnp.maximum(jnp.sum(parts[1]), jnp.finfo(float).tiny))
 
@@ -212,7 +215,7 @@ def _raised(parts, floors):
 
 
 def _fitted(parts, fixed_s, amounts, present):
-    """Parts scaled to fill each budget and not to exceed it; the ends (K,) and the round () that follow."""
+    """Parts scaled to fill each budget without exceeding it; the resulting ends (K,) s and round () s."""
     used = jnp.sum(parts, axis=1, keepdims=True)
     parts = parts * jnp.where(used > 0, (1 - 2 * rounding(parts.shape[1])) / used, 1.0)
     waits_s = jnp.where(amounts > 0, amounts / jnp.where(amounts > 0, parts, 1.0), 0.0)

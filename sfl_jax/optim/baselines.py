@@ -1,4 +1,4 @@
-"""What one would do without an optimiser: no split, one cut for all, any cut, equal shares, small steps."""
+"""Simple methods to compare with: no split, one cut for all, random cuts, equal shares, greedy steps."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from sfl_jax.optim.table import FEW, least, sweep, table
 
 
 def no_split(costs, server_flops, present, options):
-    """Cut L for everybody: federated learning as it is."""
+    """Cut L for every client: plain federated learning."""
     return Chosen(_whole(costs))
 
 
 def common_cut(costs, server_flops, present, options):
-    """The one cut that is best for all, with optimal shares; L where no cut serves all."""
+    """The same cut for all clients, the best one with optimal shares; L if no cut serves all."""
     clients, count = costs.shape
 
     def of_all(cut):
@@ -30,7 +30,7 @@ def common_cut(costs, server_flops, present, options):
 
 
 def random_cut(costs, server_flops, present, options):
-    """For each client any of the cuts it can do, all equally likely."""
+    """A random cut for each client, uniform over the cuts it can use."""
     (clients, count), swept = costs.shape, table(costs)
 
     def usable(column):
@@ -55,12 +55,12 @@ def equal_shares(costs, server_flops, present, options):
 
 
 def greedy(costs, server_flops, present, options):
-    """One client at a time: whoever holds the round up takes the cut that shortens it most, shares re-solved.
+    """One client at a time: the client that holds the round up takes the cut that shortens the round most.
 
-    Starts with as little on the server as each client can. Holding up is who ends last, and among those
-    that share the server who takes most of it; where others end as late, it is enough that this client no
-    longer does. Stops when that client cannot help; O(C K) a step and up to some K steps, so for small
-    fleets.
+    Starts from each client's cut with the least server work. Shares are solved again in each step. The client
+    that ends last holds the round up; among clients that share the server, the one with the largest share. If
+    others end equally late, it is enough that this client ends earlier. Stops when this client cannot help.
+    A step costs O(C K), and there are up to 4 K steps: use it for small fleets.
     """
     clients, count = costs.shape
     everywhere = jnp.arange(count, dtype=jnp.int32)
@@ -100,17 +100,17 @@ def greedy(costs, server_flops, present, options):
 
 
 def _whole(costs):
-    """Cut L for everybody."""
+    """Cut L for every client."""
     return jnp.full(costs.shape[0], costs.shape[1] - 1, jnp.int32)
 
 
 def _round_s(fixed_s, work, server_flops, present):
-    """The round of fixed cuts with optimal shares, as a comparison needs it: not rounded to the safe side."""
+    """The round of fixed cuts with optimal shares, not rounded to the safe side: enough for a comparison."""
     return jnp.max(jnp.stack(_ends_s(fixed_s, work, server_flops, present)))
 
 
 def _ends_s(fixed_s, work, server_flops, present):
-    """When those who share the server end (-inf if nobody), and the last of the others (0)."""
+    """When the clients that share the server end (-inf if none), and the last other client (0 if none)."""
     work = jnp.where(present, work, 0.0)
     idle_s = jnp.max(jnp.where(present & (work <= 0), fixed_s, 0.0))
     return end_s(fixed_s, work, server_flops), idle_s

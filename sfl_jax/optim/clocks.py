@@ -1,20 +1,20 @@
-"""The clocks of rounds in which clients wait for each other: plans for them, and the round of given columns.
+"""Barriers at which clients wait for each other: plans for them, and the round of given columns.
 
-Client k downloads its model half in m seconds and uploads it in n, once. In each of S steps it takes u
-seconds to compute forward and send smashed data, and d to receive gradients and compute backward. The server
-works w FLOP a step for it, at full speed F. Nobody gets a share of the server.
+Client k downloads its model half in m seconds and uploads it in n, once a round. In each of S steps it takes
+u seconds to compute forward and send smashed data, and d to receive gradients and compute backward. The
+server works w FLOP a step for it, at full speed F. No client gets a share of the server.
 
 - staged: max (m + S u) + sum S w / F + max (S d + n), see `staged.py`.
-- in_turn: max m + sum S (u + w / F + d) + max n. One client's steps, then the next one's.
-- handover: sum m + S (u + w / F + d) + n. One client's whole session, then the next one's.
+- in_turn: max m + sum S (u + w / F + d) + max n. All steps of one client, then all steps of the next.
+- handover: sum m + S (u + w / F + d) + n. The whole session of one client, then that of the next.
 - lockstep: max m + sum over steps of (max u + sum w / F + max d) + max n, over clients that have a step left.
 
-What is proven of `exact`, for every barrier: no columns end a round by the plan's bound. handover is optimal.
-The others are to some 1e-9, relative, unless the search of in_turn or lockstep gives up after seconds. That
-holds in lockstep where clients have at most 32 different numbers of steps. With more, or if the search gave
-up, steps are put into fewer groups for the bound: in each group a client's seconds are added up before the
-maximum is taken, which is never more than the sum of the steps' maxima. The plan is the best one found; its
-gap says the rest.
+What is proven of `exact`: under every barrier, no columns end a round by the plan's bound. The plan of
+handover is optimal. The others are optimal to about 1e-9, relative, unless the search of in_turn or lockstep
+gives up, after some seconds. Lockstep also needs at most 32 different numbers of steps. With more, or if the
+search gave up, the bound puts steps into fewer groups. In a group a client's seconds are added before the
+maximum is taken. This is never more than the sum of the steps' maxima. The plan is then the best one found,
+and its gap says how good it is.
 """
 
 from collections.abc import Callable
@@ -34,24 +34,25 @@ from sfl_jax.optim.plan import Plan
 from sfl_jax.optim.shares import SLACK, optimal_shares, rounding
 
 METHODS = ("exact", "common_cut", "random_cut", "no_split")
-_GROUPS = (32, 4)  # of steps, at most: what is searched first, and what then if that did not end
+_GROUPS = (32, 4)  # most groups of steps: in the first search, and in the second if the first gave up
 
 
 class Parts(NamedTuple):
-    """Seconds of all steps together; (K, C) with inf where forbidden, or (K,) of one column each."""
+    """Seconds summed over all steps: (K, C) with inf where forbidden, or (K,) at one column per client."""
 
     model_down_s: Floats
-    forward_s: Floats  # on the client, and the smashed data's way up
-    serving_s: Floats  # of the whole server
-    backward_s: Floats  # the gradient's way down, and on the client
+    forward_s: Floats  # forward on the client, then smashed data up
+    serving_s: Floats  # on the server at full speed
+    backward_s: Floats  # gradient down, then backward on the client
     model_up_s: Floats
 
 
 class Clock(NamedTuple):
-    """How a round is counted under a barrier.
+    """How a barrier counts a round.
 
-    table: (terms, server FLOP/s) to a NamedTuple of (K, C) seconds.  round_s: such a tuple of (K,), and the
-    steps (K,), to the round.  optimum: the table and the steps to the best columns and the bound.
+    table: (terms, server FLOP/s) -> a NamedTuple of (K, C) seconds.
+    round_s: (such a tuple of (K,), steps (K,)) -> the round in seconds.
+    optimum: (table, steps (K,)) -> the best columns and the bound.
     """
 
     table: Callable[[Terms, float], Any]
@@ -60,9 +61,9 @@ class Clock(NamedTuple):
 
 
 def solve_clock(terms: Terms, server_flops: float, method: str, barrier: str, key, present) -> Plan:
-    """A plan by one of METHODS under a barrier of CLOCKS, in columns; shares are NaN, as nobody has one.
+    """A plan by one of METHODS under a barrier of CLOCKS. Its cuts are columns, its shares NaN.
 
-    Infeasible names the present (K,) clients that the method cannot serve.
+    key: for random_cut.  present: (K,) bool.  Infeasible names the clients that the method cannot serve.
     """
     clients, count = terms.shape
     clock = CLOCKS[barrier]
@@ -87,7 +88,7 @@ def solve_clock(terms: Terms, server_flops: float, method: str, barrier: str, ke
         column = count - 1 if method == "no_split" else most_open_cut(terms, server_flops, present)
         raise why_infeasible(terms, server_flops, present, column)
     mine = type(table)(*(np.where(present, part[rows, columns], 0.0) for part in table))
-    up = 1 + 2 * rounding(clients)  # every sum rounded up
+    up = 1 + 2 * rounding(clients)  # rounds a sum up
     return Plan(
         cuts=columns,
         shares=np.full(clients, np.nan),
@@ -105,18 +106,16 @@ def round_seconds(
     barrier: str,
     present: Bool[np.ndarray, " K"] | None = None,
 ) -> float:
-    """The round in seconds of given columns (K,), which are the cuts if there is one codec.
+    """The round in seconds if each client takes its column (K,), which is its cut if there is one codec.
 
-    Of the session barrier: with the shares that are best for them.  Clients that are slower than planned:
-    `round_seconds(slower(terms, slowdown), ...)`.  Whether a client may have its column is not looked at.
-    BadInput names a barrier that is not there, and columns of another shape.
+    The session barrier takes the best shares for these columns. present: (K,) bool. For clients that are
+    slower than planned pass `slower(terms, slowdown)`. Does not check whether a client may use its column.
+    BadInput: an unknown barrier, or columns of another shape.
     """
     clients = terms.shape[0]
     columns = np.asarray(columns)
     if columns.shape != (clients,):
-        raise BadInput(
-            f"columns have shape {columns.shape}; it must be ({clients},), a column for each client"
-        )
+        raise BadInput(f"columns: shape {columns.shape}; must be ({clients},), one column per client")
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
     if barrier == "session":
         return _session_s(terms.take(here), columns[here], server_flops)
@@ -130,7 +129,7 @@ def round_seconds(
 
 
 def parts_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Parts:
-    """The parts of each client's round at its own column (K,)."""
+    """The `Parts` of each client at its own column (K,)."""
     seconds = staged.at_full_speed(terms, columns, server_flops)
     return Parts(
         seconds.model_down,
@@ -175,10 +174,10 @@ def _handover(table, steps):
 
 
 def _lockstep_s(parts, steps):
-    """Sorted by steps, longest first, the clients active at a step are a prefix: a running maximum."""
+    """The lockstep round. Sorted by steps, most first, the clients active at a step are a prefix."""
     order = np.argsort(-steps, kind="stable")
     in_order = steps[order]
-    lasts = in_order - np.append(in_order[1:], 0.0)  # steps with just the clients up to this one
+    lasts = in_order - np.append(in_order[1:], 0.0)  # in how many steps the last active client is this one
     active = in_order > 0
     forward_s, backward_s = (
         np.maximum.accumulate(np.divide(part[order], in_order, out=np.zeros(len(steps)), where=active))
@@ -189,7 +188,7 @@ def _lockstep_s(parts, steps):
 
 
 def _lockstep(table, steps):
-    """The best of two searches, and the better bound: true groups first, then few if that did not end."""
+    """The best columns and bound of a search, and of one with fewer groups if the first gave up."""
     every, kinds_of_steps, found = np.ones((1, len(steps))), len(np.unique(steps)), []
     for most in _GROUPS:
         weights = _groups(steps, most) / steps
@@ -209,7 +208,7 @@ def _lockstep(table, steps):
 
 
 def _groups(steps, most: int) -> Floats:
-    """How many of its steps (K,) a client has in each group (G, K): one for each number, but `most`."""
+    """Each client's steps in each group (G, K): a group per distinct number of steps (K,), at most `most`."""
     edges = np.unique(steps)
     if len(edges) > most:
         edges = edges[np.linspace(0, len(edges) - 1, most + 1).round().astype(int)[1:]]
@@ -218,7 +217,7 @@ def _groups(steps, most: int) -> Floats:
 
 
 def _search(table, alone_s, kinds, round_s) -> Least:
-    """From the best common column, and what is best for each client by itself."""
+    """Starts from every common column and from each client's own best columns."""
     rows = np.arange(len(alone_s))
     common = [np.full(len(rows), one) for one in np.flatnonzero(np.isfinite(alone_s).all(axis=0))]
     starts = [*common, np.sum(table, axis=0).argmin(axis=1), alone_s.argmin(axis=1)]
@@ -230,7 +229,7 @@ def _search(table, alone_s, kinds, round_s) -> Least:
 
 
 def _common(table, steps, clock) -> int:
-    """The best column for all; the last where none serves all."""
+    """The best common column; the last one if none serves all clients."""
     every = [type(table)(*(part[:, one] for part in table)) for one in range(table[0].shape[1])]
     rounds_s = np.array([clock.round_s(one, steps) if np.isfinite(one[0]).all() else np.inf for one in every])
     return int(rounds_s.argmin()) if np.isfinite(rounds_s).any() else len(rounds_s) - 1

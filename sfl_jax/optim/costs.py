@@ -1,6 +1,6 @@
-"""What a round costs: the terms of every client's session, factored, and the same made dense.
+"""What a round costs: `Terms` (factored) and `Costs` (dense).
 
-A column is what a client can choose: a cut, or an option of a cut and a codec. `work.py` makes terms.
+A column is what a client can choose: a cut, or an option (a cut and a codec). `work.py` makes terms.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ Cuts = NDArray[np.int32]
 
 
 class Costs(NamedTuple):
-    """Every (client, cut) pair: seconds off the server, FLOP on it, and whether it may be chosen."""
+    """Each (client, cut) pair: seconds off the server, FLOP on the server, and whether it may be chosen."""
 
     fixed_s: Floats  # (K, C)
     server_flop: Floats  # (K, C)
     allowed: NDArray[np.bool_]  # (K, C)
 
     def column(self, cut):
-        """Of all clients at one cut: fixed seconds, server FLOP per unit of `weight`, allowed; (K,) each."""
+        """All clients at one cut: fixed seconds, server FLOP per unit of `weight`, allowed; (K,) each."""
         return self.fixed_s[:, cut], self.server_flop[:, cut], self.allowed[:, cut]
 
     @property
@@ -43,7 +43,7 @@ class Costs(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Where each client's session goes, in order of time; (K,) seconds each."""
+    """The seconds of each client's session by term, in order of time; (K,) each."""
 
     model_down: Floats
     client_forward: Floats
@@ -55,17 +55,17 @@ class Seconds(NamedTuple):
 
     @property
     def before_server(self) -> Floats:
-        """Until the smashed data are at the server."""
+        """Seconds until the smashed data are at the server; (K,)."""
         return self.model_down + self.client_forward + self.smashed_up
 
     @property
     def after_server(self) -> Floats:
-        """From when the server has done its work."""
+        """Seconds after the server's work; (K,)."""
         return self.gradient_down + self.client_backward + self.model_up
 
 
 class Energy(NamedTuple):
-    """What a client spends and may spend in a round; (K,) each."""
+    """A client's power, and its energy budget of a round; (K,) each."""
 
     j_per_flop: Floats
     transmit_w: Floats
@@ -73,20 +73,20 @@ class Energy(NamedTuple):
 
 
 class CutsAndCodecs(NamedTuple):
-    """What each column stands for; (C,) int32 each, by cut and then by codec. Cuts 0 and L have codec 0."""
+    """The cut and the codec of each column; (C,) int32 each, sorted. Cuts 0 and L have codec 0."""
 
     cut: Cuts
-    codec: Cuts  # its place among the names
+    codec: Cuts  # index among the codec names
 
 
 class Terms(NamedTuple):
-    """A round's time, factored: per client (K,) rates and samples, per column (C,) amounts per sample.
+    """A round's time, factored: rates and samples per client (K,), amounts per sample per column (C,).
 
-    A column is a cut, or with several codecs an option; the last one is cut L. Methods take columns, which
-    `columns` finds. Nothing here has K x C elements; `column` and `at` give what is needed of the product.
+    A column is a cut, or an option if there are several codecs; the last column is cut L. Methods take
+    columns, which `columns` finds. Nothing here has K x C elements; `column` and `at` compute what is needed.
     """
 
-    samples: Floats  # (K,) really processed in a round, all epochs together
+    samples: Floats  # (K,) processed in a round, all epochs together
     steps: Floats  # (K,) local steps of a round
     flops: Floats  # (K,)
     uplink_bps: Floats  # (K,)
@@ -98,10 +98,10 @@ class Terms(NamedTuple):
     work_flop: Floats  # (C,) on the server, per sample
     up_bits: Floats  # (C,) smashed data and labels, per sample
     down_bits: Floats  # (C,) gradient of the smashed data, per sample
-    model_bits: Floats  # (C,) client half, each way once a round
-    needed_bytes: Floats  # (C,) memory of the client half while it trains
+    model_bits: Floats  # (C,) client half, sent once a round in each direction
+    needed_bytes: Floats  # (C,) memory of the client half in training
     permitted: NDArray[np.bool_]  # (C,) by min_cut and max_cut
-    options: CutsAndCodecs | None = None  # None where column l is cut l
+    options: CutsAndCodecs | None = None  # None: column l is cut l
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,11 +114,11 @@ class Terms(NamedTuple):
 
     @property
     def has_codecs(self) -> bool:
-        """Whether there is more than one column for a cut."""
+        """Whether a cut has more than one column."""
         return self.options is not None and len(self.options.cut) > int(self.options.cut[-1]) + 1
 
     def columns(self, cuts: ArrayLike, codecs: ArrayLike = 0) -> NDArray[np.int32]:
-        """The columns of cuts and codecs, of any shape; a codec at cut 0 or L makes no difference."""
+        """The columns of cuts and codecs, arrays of any shape. The codec does not matter at cuts 0 and L."""
         if self.options is None or not self.has_codecs:
             return np.asarray(cuts, np.int32)
         cut, codec = self.options
@@ -128,14 +128,14 @@ class Terms(NamedTuple):
         return places[np.asarray(cuts), np.asarray(codecs)]
 
     def chosen(self, columns: ArrayLike) -> CutsAndCodecs:
-        """The cuts and codecs of columns, of any shape."""
+        """The cuts and codecs of columns, an array of any shape."""
         columns = np.asarray(columns, np.int32)
         if self.options is None:
             return CutsAndCodecs(columns, np.zeros_like(columns))
         return CutsAndCodecs(self.options.cut[columns], self.options.codec[columns])
 
     def column(self, cut):
-        """Of all clients at one cut: fixed seconds, server FLOP per unit of `weight`, allowed; (K,) each."""
+        """All clients at one cut: fixed seconds, server FLOP per unit of `weight`, allowed; (K,) each."""
         parts = self._off_server(cut)
         fixed_s = parts[0] + parts[1] + parts[2] + parts[3] + parts[4] + parts[5]
         return fixed_s, self.work_flop[cut], self._allowed(cut)
@@ -152,7 +152,7 @@ class Terms(NamedTuple):
         return Costs(fixed_s, server_flop, allowed)
 
     def take(self, clients) -> "Terms":
-        """The terms of some clients (indices or a mask), say of a round's cohort."""
+        """The terms of some clients (indices or a mask), for example a round's cohort."""
         per_client = {
             name: getattr(self, name)[clients]
             for name in ("samples", "steps", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
@@ -169,7 +169,7 @@ class Terms(NamedTuple):
         return Seconds(down, forward, up, server, gradient, backward, model_up)
 
     def joules(self, cut):
-        """What each client spends at one cut, or at its own; (K,). 0 without an energy budget."""
+        """Joules (K,) each client spends in a round, at one cut or its own; 0 without an energy budget."""
         if self.energy is None:
             return 0.0 * self.samples
         flop = self.samples * (self.forward_flop[cut] + self.backward_flop[cut])

@@ -1,8 +1,8 @@
-"""The optimum over all cuts and shares, and the proof.
+"""The optimum over all cuts and shares, and its proof.
 
-need(T), the sum over clients of the least share that lets them end by T with any of their cuts, never
-rises with T, and T can be met if and only if need(T) <= F. So the optimum is where need crosses F,
-and the last T that cannot be met bounds every method from below.
+need(T) is the sum over clients of the least share with which a client ends by T, with any of its cuts.
+need(T) never rises with T, and T can be met if and only if need(T) <= F. So the optimum is where need crosses
+F. The largest T that is known not to be met is a lower bound for every method.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _SAMPLE, _HALVINGS = 1 << 12, 12
 
 
 class Optimum(NamedTuple):
-    """The cuts (K,) int32 that end soonest, the proven bound () and the passes over all cuts it took ()."""
+    """The cuts (K,) int32 that end soonest, the proven bound () s, and the number of passes over cuts ()."""
 
     cuts: jax.Array
     bound_s: jax.Array
@@ -29,31 +29,33 @@ class Optimum(NamedTuple):
 class _Search(NamedTuple):
     low_s: jax.Array  # cannot be met
     low_need: jax.Array
-    met_s: jax.Array  # the least time that was tried and can be met
+    met_s: jax.Array  # the least time tried that can be met
     met_need: jax.Array
-    high_s: jax.Array  # where the best cuts so far end with the best shares for them
+    high_s: jax.Array  # the round of the best cuts so far with their best shares
     cuts: jax.Array
     guess_s: jax.Array
     closing: jax.Array  # whether the guess is just below high_s, to close the bracket
     hopeful: jax.Array  # whether no such guess has failed
-    side: jax.Array  # guesses in a row on one side: positive, could not be met
+    side: jax.Array  # guesses in a row on one side; positive if they could not be met
     slow: jax.Array  # guesses in a row that did not halve the bracket
     passes: jax.Array
 
 
 def exact(costs, server_flops, present, block: int | None = None, needed: Needed | None = None) -> Optimum:
-    """Optimal cuts and the proven bound; costs or terms, server_flops () FLOP/s, present (K,) bool.
+    """Optimal cuts and the proven bound.
 
-    needed: of Terms, the cuts of `needed_cuts`, if not all are to be tried; block as of `sweep`.
+    costs: Costs or Terms.  server_flops: () FLOP/s.  present: (K,) bool.  block: see `sweep`.
+    needed: for Terms, the cuts to try (of `needed_cuts`); None tries all.
 
-    A pass at a guess T either proves that T cannot be met or gives cuts that meet it. Frozen, these cuts
-    have a closed-form best end, and a guess just below it closes the bracket if the cuts were optimal:
-    two or three passes where clients share the server. Where many could as well train alone, each pass
-    moves a few of them off the server, and a bracketed secant on log need is quicker.
+    A pass at a guess T either proves that T cannot be met or gives cuts that meet it. `end_s` gives the best
+    round of these cuts. If they are optimal, a guess just below that round closes the bracket. This takes two
+    or three passes if clients share the server. If many clients could equally well train alone, each pass
+    moves only a few of them off the server. A bracketed secant on log need is then faster.
 
-    The bound survives rounding: seconds off the server are computed to a few units in the last place of
-    T, shares to a few of their own, and a share grows by e at least when T shrinks by e. So what is too
-    much at T in float64, with SLACK on T and `rounding` on the sum, is too much at T (1 - 8 rounding).
+    The bound holds despite rounding. Seconds off the server are exact to a few units in the last place of T,
+    shares to a few of their own. A share grows by at least e, relative, when T shrinks by e. So if need is
+    too large at T in float64, with SLACK on T and `rounding` on the sum, it is too large at T (1 - 8
+    rounding).
     """
     clients, count = costs.shape
     swept = table(costs, needed)
@@ -79,7 +81,7 @@ def exact(costs, server_flops, present, block: int | None = None, needed: Needed
 
         below_s = high_s * (1 - 0.6 * tolerance)
         width_s, middle_s = high_s - low_s, 0.5 * (low_s + high_s)
-        # An end that stays is made to count less each time (Illinois), or the secant would creep.
+        # Illinois rule: an end of the bracket that stays counts less each time, else the secant creeps.
         low, high = jnp.log(low_need / server_flops), jnp.log(met_need / server_flops)
         low, high = low * 2.0 ** jnp.minimum(side + 1, 0), high * 2.0 ** -jnp.maximum(side - 1, 0)
         secant_s = jnp.minimum(low_s + (met_s - low_s) * (low / (low - high)), below_s)
@@ -95,7 +97,7 @@ def exact(costs, server_flops, present, block: int | None = None, needed: Needed
 
     start = _Search(
         low_s=least_s,
-        low_need=clients * server_flops,  # at most: a client alone needs no more than the server
+        low_need=clients * server_flops,  # an upper bound: no client needs more than the server at least_s
         met_s=jnp.asarray(jnp.inf),
         met_need=jnp.zeros(()),
         high_s=jnp.asarray(jnp.inf),
@@ -113,8 +115,8 @@ def exact(costs, server_flops, present, block: int | None = None, needed: Needed
 
 
 def _tried(costs, cuts, time_s, server_flops, present):
-    """Of cuts chosen to end by time_s: the server they need, where they end with the best shares, whether
-    that is for want of server rather than for a client that uses none."""
+    """For cuts chosen to end by time_s: the FLOP/s they need, their round (s) with the best shares, and
+    whether clients on the server end last."""
     fixed_s, work, allowed = lax.optimization_barrier(costs.at(cuts))
     busy = present & (work > 0)
     work = jnp.where(busy, work, 0.0)
@@ -131,8 +133,8 @@ def _either(first, these, those):
 
 
 def _sampled_s(costs, server_flops, present):
-    """Where to look first: of very many clients about the optimum of every so many-th, with a server as much
-    smaller, by halving between what each would take with all of it and with equal shares."""
+    """The first guess (s): by bisection, about the optimum of a sample of clients with a server scaled to it.
+    0 unless there are very many clients."""
     clients, count = costs.shape
     if clients < MANY:
         return jnp.zeros(())
@@ -161,7 +163,7 @@ def _sampled_s(costs, server_flops, present):
 
 
 def _ends_alone(swept, costs, server_flops):
-    """When each client would end with the whole server to itself (K,), a bound on any round; inf if never."""
+    """Each client's end (K,) s with the whole server: a lower bound on any round; inf if it has no cut."""
 
     def end(_, column):
         fixed_s, per_weight, allowed = column
@@ -172,14 +174,15 @@ def _ends_alone(swept, costs, server_flops):
 
 
 def _best_cuts(swept, shape, time_s, block):
-    """For every client the cut that needs the least share to end by time_s; (K,) int32, L if none can.
+    """Each client's cut that needs the least share to end by time_s; (K,) int32, L if none can.
 
-    The share is weight * v / (T - a) with v the work per weight, so the most (T - a) / v wins, and no
-    work at all before that. Only the cuts leave the sweep: it then is one fused loop over the clients.
+    The share is weight * v / (T - a) with v the work per weight. So the cut with the largest (T - a) / v
+    wins; a cut without work wins over all. Only the cuts leave the sweep: it is then one fused loop over
+    clients.
     """
     clients, count = shape
-    # The first barrier keeps what does not depend on T, all K x C of it, from being made ahead of the loop;
-    # the second keeps the sweep from being repeated inside everything that uses a cut.
+    # The first barrier stops XLA from making the K x C values that do not depend on T ahead of the loop. The
+    # second stops XLA from repeating the sweep wherever a cut is used.
     swept, time_s = lax.optimization_barrier((swept, time_s))
 
     def step(cut, column, best):

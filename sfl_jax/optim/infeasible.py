@@ -1,4 +1,4 @@
-"""Who cannot be served, and what stands in the way: the message of Infeasible."""
+"""Finds the clients that cannot be served and says why: the message of Infeasible."""
 
 import numpy as np
 from jaxtyping import Bool
@@ -8,10 +8,7 @@ from sfl_jax.optim.plan import Infeasible
 
 
 def why_infeasible(costs: Costs | Terms, server_flops: float, present, cut: int | None = None) -> Infeasible:
-    """The error naming every present client that no cut serves; with `cut`, that this one does not serve.
-
-    cut: of options, the column.
-    """
+    """The error that names each present (K,) client that no column (or not the column `cut`) serves."""
     usable = servable(costs, server_flops)
     lost = present & ~(usable.any(axis=1) if cut is None else usable[:, cut])
     named = tuple(int(client) for client in np.flatnonzero(lost))
@@ -19,13 +16,13 @@ def why_infeasible(costs: Costs | Terms, server_flops: float, present, cut: int 
 
 
 def servable(costs: Costs | Terms, server_flops: float) -> Bool[np.ndarray, "K C"]:
-    """Which cuts, or columns of options, serve which clients, whatever the others do."""
+    """Whether a column can serve a client, whatever the other clients do."""
     clients, count = costs.shape
     return np.stack([_usable(costs, server_flops, np.full(clients, one)) for one in range(count)], axis=1)
 
 
 def most_open_cut(costs: Costs | Terms, server_flops: float, present) -> int:
-    """The cut, or column of options, that serves most of the present clients."""
+    """The column that serves the most present clients."""
     return int(np.argmax((servable(costs, server_flops) & present[:, None]).sum(axis=0)))
 
 
@@ -44,22 +41,22 @@ def _reason(costs: Costs | Terms, server_flops: float, client: int, cut: int | N
     if not allowed.any():
         return _forbidden(one, cuts, where) if isinstance(one, Terms) else f"{where} is forbidden"
     if not np.isfinite(fixed_s[allowed]).any():
-        return f"{where} takes for ever"
+        return f"{where} takes infinitely long"
     if server_flops == 0 and (work[allowed] > 0).all():
-        return f"{where} that is allowed needs a server, and server_flops=0"
+        return f"{where} is forbidden or needs a server, and server_flops=0"
     return f"{where} takes longer than a float can hold"
 
 
 def _forbidden(one: Terms, cuts, where: str) -> str:
-    """Which of the masks forbids all these cuts to the one client."""
+    """The limit that forbids all these cuts to the one client."""
     cuts = cuts[one.permitted[cuts]]
     if not len(cuts):
         return f"min_cut or max_cut forbids {where}"
     has, needs = one.memory_bytes[0], one.needed_bytes[cuts]
     if (needs > has).all():
-        return f"{where} needs {needs.min():.4g} bytes of memory or more, it has {has:.4g}"
+        return f"{where} needs at least {needs.min():.4g} bytes of memory; the client has {has:.4g}"
     if one.energy is not None:
         budget, costs = one.energy.budget_j[0], one.joules(cuts)
         if (costs > budget).all():
-            return f"{where} costs {costs.min():.4g} J or more, its budget is {budget:.4g} J"
-    return f"{where} that fits its memory breaks its energy budget"
+            return f"{where} costs at least {costs.min():.4g} J; the client's budget is {budget:.4g} J"
+    return f"{where} exceeds the client's memory or its energy budget"

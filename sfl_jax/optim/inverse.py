@@ -1,4 +1,4 @@
-"""The questions turned round: the smallest server for a wanted round, and what a little more would bring."""
+"""Inverse questions: the smallest server for a wanted round, and what a slightly larger server would gain."""
 
 from typing import NamedTuple
 
@@ -14,19 +14,19 @@ from sfl_jax.optim.shares import SLACK, rounding
 
 
 class Server(NamedTuple):
-    """A server that lets everybody end in time, and a proof that it is not too large."""
+    """A server with which all clients end in time, and a lower bound on any such server."""
 
-    server_flops: float  # enough, in exact arithmetic
-    bound_flops: float  # nothing below can be enough
+    server_flops: float  # FLOP/s, enough in exact arithmetic
+    bound_flops: float  # FLOP/s, nothing below is enough
     cuts: Cuts  # (K,)
     shares: Floats  # (K,) FLOP/s, sum at most server_flops
-    codecs: Cuts  # (K,) place among the names
+    codecs: Cuts  # (K,) index among the codec names
 
 
 def smallest_server(costs: Costs | Terms, round_s: float, present: ArrayLike | None = None) -> Server:
-    """The least FLOP/s with which all sessions end by round_s: each client takes its cheapest share in time.
+    """The least server with which all sessions end by round_s seconds: each client takes its least share.
 
-    Infeasible names the clients that no server lets end by then, with the least time each could have.
+    present: (K,) bool.  Infeasible names the clients that end later with any server, and their least time.
     """
     clients, count = costs.shape
     if not 0 <= round_s < np.inf:
@@ -50,24 +50,24 @@ def smallest_server(costs: Costs | Terms, round_s: float, present: ArrayLike | N
         raise Infeasible(late, tuple(least))
     shares, cuts = np.where(here, shares, 0.0), np.where(here, cuts, np.int32(count - 1))
     total = float(shares.sum())
-    # Rounded up, so that w / s really is no more than what is left of the round.
+    # Rounded up, so that w / s is at most the rest of the round in exact arithmetic.
     error = rounding(clients)
     cuts, codecs = costs.chosen(cuts) if isinstance(costs, Terms) else (cuts, np.zeros_like(cuts))
     return Server(total * (1 + 2 * error), total * (1 - error), cuts, shares * (1 + SLACK), codecs)
 
 
 class Sensitivity(NamedTuple):
-    """By how much the round would shorten, to first order and with the cuts kept: the KKT multipliers."""
+    """How much the round would shorten, to first order with the cuts kept: the KKT multipliers."""
 
-    per_server_flops: float  # seconds per FLOP/s more of server; 0 where an all-local client ends last
-    per_client_s: Floats  # (K,) of a second less off the server; they add up to 1
+    per_server_flops: float  # seconds per added FLOP/s; 0 if a client that uses no server ends last
+    per_client_s: Floats  # (K,) seconds per second saved off the server; they sum to 1
 
 
 def sensitivity(costs: Costs | Terms, plan: Plan) -> Sensitivity:
     """The multipliers of a session plan with optimal shares.
 
-    Of sum w / (T - a) = F: dT/dF = -1 / sum(s^2 / w) and dT/da = (s^2 / w) / sum(s^2 / w). Where clients
-    that use no server end last, the round is theirs alone, in equal parts.
+    From sum w / (T - a) = F: dT/dF = -1 / sum(s^2 / w) and dT/da = (s^2 / w) / sum(s^2 / w). If clients that
+    use no server end last, the round depends on them alone; each gets an equal part.
     """
     busy = plan.shares > 0
     last = ~busy & (plan.client_s > 0) & (plan.client_s >= plan.round_s * (1 - 1e-12))

@@ -1,16 +1,18 @@
-"""The columns with the least sum of maxima: a branch and bound on the values of the maxima.
+"""The columns with the least sum of maxima, by branch and bound on the values of the maxima.
 
-Of every client one column is chosen. A round is the sum of what the chosen columns cost by themselves
-(`alone_s`) and of maxima over the clients, each of weight x seconds. Given a ceiling on every maximum, each
-client takes the column below the ceilings that costs least alone. So ceilings are searched, not columns.
+Each client gets one column. The round is the sum of the columns' own costs (`alone_s`) and of several maxima
+over clients, each of weight x seconds. Given a ceiling on every maximum, each client takes the column below
+the ceilings with the least own cost. So the search is over ceilings, not columns.
 
-A box is a floor and a ceiling for every maximum. No round in a box is shorter than its floors plus what the
-columns below its ceilings cost alone at least. The box with the least such bound is narrowed, then halved:
+A box is a floor and a ceiling for every maximum. Its bound is the sum of its floors and of the least own
+costs below its ceilings. No round in the box is shorter. The box with the least bound is narrowed, then
+halved. Narrowing
 
-- a column is dropped if even with it alone, all others at their least, the round is no shorter than the best;
-- of one maximum, the others at their floors and ceilings, every value T is tried at once: T plus what is left
-  to cost alone. Only those T remain with which the round can be shorter than the best, and the least such sum
-  is a bound.
+- drops a column if the round with it is no shorter than the best one, even with all other clients at their
+  least;
+- tries all values T of one maximum, with the other maxima at their floors and ceilings. A round with T takes
+  at least T plus the own costs below T. Only those T stay with which the round can be shorter than the best
+  one. The least such sum is a bound.
 """
 
 import heapq
@@ -25,21 +27,21 @@ from sfl_jax.optim.costs import Floats
 from sfl_jax.optim.shares import rounding
 
 TOLERANCE = 1e-9  # relative: boxes that could shorten the round by less are not searched
-_ELEMENTS = 1 << 26  # of (client, column, maximum) that the search may look at: some seconds
-_NARROWER = 0.7  # a box is narrowed again if its width shrank to less than this
-_TRIED = 4  # maxima of a box whose values are all tried
-_ABOVE = 1 + 2.0**-50  # a ceiling divided by a weight may be rounded down
+_ELEMENTS = 1 << 26  # (client, column, maximum) entries that the search may read: some seconds
+_NARROWER = 0.7  # a box is narrowed again if its width shrank to less than this fraction
+_TRIED = 4  # maxima per box whose values are all tried
+_ABOVE = 1 + 2.0**-50  # because a ceiling divided by a weight may be rounded down
 
 
 class Maximum(NamedTuple):
-    """Maxima of the same seconds (K, C), one for each row of weights (G, K): of weight x seconds."""
+    """One maximum of weight x seconds for each row of weights (G, K), all of the same seconds (K, C)."""
 
     seconds: Floats  # inf where the column is forbidden
     weights: Floats
 
 
 class Least(NamedTuple):
-    """The best columns found (K,), their round, the proven bound (s each), and the boxes looked at."""
+    """The best columns found (K,), their round (s), the proven bound (s), and how many boxes were tried."""
 
     columns: NDArray[np.integer]
     round_s: float
@@ -55,9 +57,10 @@ def least(
 ) -> Least:
     """The columns with the shortest round.
 
-    alone_s: (K, C), inf where the column is forbidden; every client has one that is not.  starts: columns
-    (K,) to begin with, at least one.  round_s: the round of columns (K,), no less than the sum of maxima. If
-    it is that sum, the result is optimal to TOLERANCE, or the search gave up, and the bound says so.
+    alone_s: (K, C) s, inf where the column is forbidden; every client has an allowed one.
+    starts: one or more choices of columns (K,) to begin with.
+    round_s: gives the round of columns (K,), at least the sum of own costs and maxima. If it is that sum, the
+    result is optimal to TOLERANCE unless the search gave up; the bound shows which.
     """
     search = _Search(maxima, alone_s, starts[0], round_s)
     for columns in starts[1:]:
@@ -68,7 +71,7 @@ def least(
 class _Box(NamedTuple):
     floors: Floats  # (I,)
     ceilings: Floats  # (I,)
-    values: Floats  # (I,) of the maxima, of columns that cost least alone
+    values: Floats  # (I,) the maxima if each client takes its column with the least own cost
     bound_s: float
 
 
@@ -76,7 +79,7 @@ class _Search:
     def __init__(self, maxima, alone_s, start, round_s):
         self.alone_s, self.round_s = alone_s, round_s
         self.best, self.best_s = start, round_s(start)
-        # One maximum each: seconds (K, C), weights (K,).
+        # A maximum is the index of its seconds (K, C) among the kinds, and its weights (K,).
         self.kinds = [np.where(np.isfinite(alone_s), of.seconds, 0.0) for of in maxima]
         self.maxima = [(kind, weights) for kind, of in enumerate(maxima) for weights in of.weights]
         self.rows = np.arange(len(alone_s))
@@ -88,13 +91,13 @@ class _Search:
         return self.best_s * (1 - TOLERANCE)
 
     def offer(self, columns) -> None:
-        """Keeps a choice (K,) if it is the best so far."""
+        """Keeps columns (K,) if they are the best so far."""
         its_s = self.round_s(columns)
         if its_s < self.best_s:
             self.best, self.best_s = columns, its_s
 
     def is_point(self, box: _Box) -> bool:
-        """Whether to halve the box would change nothing."""
+        """Whether the box is too small to halve."""
         return bool((box.ceilings - box.floors).sum() <= 0.5 * TOLERANCE * self.best_s)
 
     def run(self) -> Least:
@@ -108,7 +111,7 @@ class _Search:
             boxes = [(root[0].bound_s, next(count), root[0])]
         while boxes and boxes[0][0] < self.enough_s and elements < _ELEMENTS:
             if self.is_point(boxes[0][2]):
-                break  # no bound can be better, which is where a round is longer than its maxima
+                break  # no bound can be better; this happens if a round is longer than its sum of maxima
             for floors, ceilings in _halves(heapq.heappop(boxes)[2]):
                 left = self.narrowed(floors, ceilings)
                 looked, elements = looked + 1, elements + self.alone_s.size * each
@@ -118,7 +121,7 @@ class _Search:
         return Least(self.best, self.best_s, bound_s * (1 - 4 * rounding(size)), looked)
 
     def compact(self, open_) -> None:
-        """Leaves the open columns alone, moved to the left."""
+        """Keeps only the open columns, moved to the left."""
         order = np.argsort(~open_, axis=1, kind="stable")[:, : int(open_.sum(axis=1).max())]
 
         def left(table):
@@ -129,7 +132,7 @@ class _Search:
         self.orders = {}
 
     def narrowed(self, floors, ceilings) -> tuple[_Box, NDArray[np.bool_]] | None:
-        """The box without what cannot shorten the best round, and the open columns; None if it is empty."""
+        """The narrowed box and its open columns; None if it holds no round shorter than the best."""
         floors, ceilings, open_ = floors.copy(), ceilings.copy(), np.isfinite(self.alone_s)
         while True:
             width = (ceilings - floors).sum()
@@ -159,8 +162,8 @@ class _Search:
                 return _Box(floors, ceilings, np.clip(values, floors, ceilings), bound_s), open_
 
     def try_values(self, open_, base_s, floors, ceilings, values) -> float:
-        """A bound on the box, whose floors and ceilings it moves: all values of the maxima, one by one, which
-        cost most above their floors if every client has the column that costs least alone."""
+        """Tries all values of the maxima whose `values` are furthest above their floors. Moves floors and
+        ceilings in place and returns a bound on the box."""
         bound_s, alone_s = base_s + floors.sum(), np.where(open_, self.alone_s, np.inf)
         for one in np.argsort(floors - values)[:_TRIED].tolist():
             others_s = base_s + floors.sum() - floors[one]
@@ -184,7 +187,7 @@ class _Search:
         return np.array([(weights * of_kinds[kind]).max() for kind, weights in self.maxima])
 
     def below(self, ceilings):
-        """Which columns are below all ceilings."""
+        """Which columns (K, C) are below all ceilings."""
         limits = [np.full(len(self.rows), np.inf) for _ in self.kinds]
         for (kind, weights), ceiling in zip(self.maxima, ceilings, strict=True):
             limit = np.divide(ceiling, weights, out=np.full(len(weights), np.inf), where=weights > 0)
@@ -193,7 +196,7 @@ class _Search:
         return np.logical_and.reduce([seconds <= limit[:, None] for seconds, limit in pairs])
 
     def more_s(self, alone_s, least_s, floors):
-        """What each column adds at least if all the others are at theirs; (K, C)."""
+        """What each column (K, C) adds to the round if all other clients are at their least."""
         more_s = alone_s - least_s[:, None]
         for (kind, weights), floor in zip(self.maxima, floors, strict=True):
             more_s += np.maximum(weights[:, None] * self.kinds[kind] - floor, 0.0)
@@ -207,14 +210,14 @@ class _Search:
 
 
 class _Tried(NamedTuple):
-    least_s: float  # the least of value and the rest
-    value: float  # that has it
+    least_s: float  # the least sum
+    value: float  # the T that has it
     low: float
     high: float
 
 
 class _Order:
-    """The columns sorted by one maximum's values (K, C), each client's row and all together."""
+    """The columns sorted by one maximum's values (K, C): within each client, and all together."""
 
     def __init__(self, values):
         self.within = np.argsort(values, axis=1, kind="stable")
@@ -223,18 +226,18 @@ class _Order:
         self.values = in_rows[self.events]
 
     def tried(self, alone_s, floor: float, ceiling: float, limit_s: float) -> _Tried:
-        """Every value T from floor to ceiling, as T plus what T as a ceiling makes the rest cost more.
+        """Tries every T from floor to ceiling. Its sum is T plus what T as a ceiling adds to the own costs.
 
-        low and high are the least and the largest T where that is less than limit_s.
+        low and high are the least and the largest T whose sum is below limit_s.
         """
         first, last = np.searchsorted(self.values, [floor, ceiling], side="right")
         least_s = np.minimum.accumulate(np.take_along_axis(alone_s, self.within, axis=1), axis=1)
         rises = np.full(least_s.shape, np.inf)
-        with np.errstate(invalid="ignore"):  # no column so far
+        with np.errstate(invalid="ignore"):  # inf - inf where no column has come yet
             np.subtract(least_s[:, :-1], least_s[:, 1:], out=rises[:, 1:])
         rises = rises.ravel()[self.events[first:last]]
         rises[np.isnan(rises)] = 0.0
-        # Summed from the top, all of one sign: nothing cancels.
+        # Summed from the top: all terms have one sign, so nothing cancels.
         more_s = np.append(np.cumsum(rises[::-1])[::-1], 0.0)
         values = np.append(floor, self.values[first:last])
         total_s = values + more_s
@@ -245,7 +248,7 @@ class _Order:
 
 
 def _halves(box: _Box):
-    """The box below and above the middle of what its cheapest columns are above its floors."""
+    """Splits the maximum furthest above its floor, in the middle between its floor and its value."""
     one = int((box.values - box.floors).argmax())
     if box.values[one] <= box.floors[one]:
         one, box = int((box.ceilings - box.floors).argmax()), box._replace(values=box.ceilings)

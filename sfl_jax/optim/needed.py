@@ -1,10 +1,10 @@
-"""The cuts that a fleet can do without: no client would ever be better off with them than with another.
+"""The cuts that solvers need to try: no client is ever better off with one of the others.
 
-To end by T at cut l takes a share s of w / (T - a), and w + s a = s T is a straight line in what the cut
-asks for: work on the server, and client work, bits up, bits down and bits of the model, which make up a.
-So where a mixture of two cuts asks no more of anything than a third one does, one of the two needs no larger
-share than the third, at whatever rates, time and price of compute. Equal blocks in a row cost equally much,
-so of each such run only the ends are left: 12 of EfficientNetV2-S's 44 cuts.
+To end by T at cut l a client needs a share s = w / (T - a), so w + s a = s T. The left side is linear in the
+amounts of the cut: server work, and client work, bits up, bits down and model bits, which make up a. If a
+mixture of two cuts is at most a third cut in every amount, one of the two needs no larger share than the
+third. This holds for all rates, times and prices of compute. In a run of equal blocks only the cuts at the
+ends are needed: EfficientNetV2-S keeps 12 of 44 cuts.
 """
 
 import functools
@@ -17,11 +17,11 @@ from sfl_jax.optim.costs import Floats, Terms
 
 
 def needed_cuts(terms: Terms) -> NDArray[np.int32]:
-    """Cuts, ascending, among which there is a best one for every client, whatever the time and the server.
+    """Cuts, ascending, that include a best one for every client at any time and with any server.
 
-    Of several codecs: columns of options, to which all this applies alike.
-    A cut is dropped only where those that replace it are open to every client that it is open to: they take
-    no more memory than it does, or than every client has. Where energy is budgeted, one cut must replace it.
+    With several codecs a cut here is a column. A cut is dropped only if its replacements are allowed for
+    every client that may use it: they need no more memory than the cut, or fit in every client's memory. With
+    energy budgets a single cut must replace it.
     """
     amounts = np.stack(
         [terms.forward_flop + terms.backward_flop, terms.up_bits, terms.down_bits, terms.model_bits,
@@ -32,12 +32,12 @@ def needed_cuts(terms: Terms) -> NDArray[np.int32]:
     return _needed(amounts.tobytes(), memory_bytes.tobytes(), terms.permitted.tobytes(), terms.energy is None)
 
 
-@functools.lru_cache(maxsize=256)  # a network's cuts are the same every round
+@functools.lru_cache(maxsize=256)  # because a network's cuts are the same every round
 def _needed(amounts: bytes, memory_bytes: bytes, permitted: bytes, mixed: bool) -> NDArray[np.int32]:
     memory, open_ = np.frombuffer(memory_bytes), np.frombuffer(permitted, bool)
     table = np.frombuffer(amounts).reshape(len(memory), -1)
     left = np.flatnonzero(open_)
-    # One at a time, or two that are equal would each be dropped for the other.
+    # One at a time: else two equal cuts would each be dropped for the other.
     for cut in left:
         others = left[(left != cut) & ((memory[left] <= memory[cut]) | (left == cut))]
         if _replaced(table[cut], table[others], mixed):
@@ -48,7 +48,7 @@ def _needed(amounts: bytes, memory_bytes: bytes, permitted: bytes, mixed: bool) 
 
 
 def _replaced(cut: Floats, others: Floats, mixed: bool) -> bool:
-    """Whether one of `others` (N, A), or a mixture of two, is no more than `cut` (A,) in anything."""
+    """Whether one of `others` (N, A), or a mixture of two, is at most `cut` (A,) in every amount."""
     # first + part (second - first) <= cut, solved for the part: an interval for each amount.
     slope, room = (
         others - others[:, None],
@@ -64,7 +64,7 @@ def _replaced(cut: Floats, others: Floats, mixed: bool) -> bool:
 
 
 def _is_no_more(cut: Floats, first: Floats, second: Floats) -> bool:
-    """The same of two others, without rounding: the bound's proof rests on it."""
+    """The same for a mixture of two given cuts, without rounding: the proof of the bound needs it."""
     rows = [
         tuple(map(Fraction, amounts))
         for amounts in zip(cut.tolist(), first.tolist(), second.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""The answer: cuts, shares, the round's time, and a proven lower bound on it."""
+"""What solvers return: plans with a proven lower bound, or the error Infeasible."""
 
 from typing import Any, NamedTuple
 
@@ -11,27 +11,27 @@ from sfl_jax.errors import BadInput
 class Plan(NamedTuple):
     """Cuts and shares of one round; NumPy throughout.
 
-    True in exact arithmetic, not only up to rounding: the shares add up to at most the server's
-    FLOP/s, every session with its share ends by `client_s` <= `round_s`, and no cuts and shares
-    whatever end a round by `bound_s`.
+    Three things hold in exact arithmetic, not only up to rounding. The shares sum to at most the server's
+    FLOP/s. Every session with its share ends by `client_s` <= `round_s`. No cuts and shares end a round by
+    `bound_s`.
     """
 
-    cuts: NDArray[np.int32]  # (K,); of absent clients: L
-    shares: NDArray[np.float64]  # (K,) FLOP/s, 0 where nothing is on the server; NaN except for sessions
-    client_s: NDArray[np.float64]  # (K,) whole session, 0 of absent clients
+    cuts: NDArray[np.int32]  # (K,); L for absent clients
+    shares: NDArray[np.float64]  # (K,) FLOP/s, 0 where nothing is on the server; NaN if no client has a share
+    client_s: NDArray[np.float64]  # (K,) whole session, 0 for absent clients
     round_s: float
     bound_s: float
     iterations: int
-    codecs: NDArray[np.int32] = np.zeros(0, np.int32)  # (K,) place among the names; solvers always say it
+    codecs: NDArray[np.int32] = np.zeros(0, np.int32)  # (K,) index among the codec names; solvers set it
 
     @property
     def gap(self) -> float:
-        """How far above the optimum the round can be at most, relative."""
+        """round_s / bound_s - 1: the round is at most this far above the optimum, relative."""
         return self.round_s / self.bound_s - 1 if self.bound_s > 0 else float(self.round_s > 0) * np.inf
 
 
 class Solution(NamedTuple):
-    """What `solve_arrays` returns: a Plan's fields as traced arrays, and whether they are a plan at all."""
+    """What `solve_arrays` returns: a Plan's fields as traced arrays, and whether the plan is feasible."""
 
     cuts: object  # (K,) int32
     shares: object  # (K,)
@@ -43,7 +43,7 @@ class Solution(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What some methods ask for besides costs and server: see `solve`. curves: of the regression."""
+    """Arguments that only some methods use, see `solve`. curves: the fitted curves of regression."""
 
     key: Any = None
     starts: tuple[str, ...] = ("equal",)
@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What a method chooses; traced arrays. Shares are optimal for the cuts, unless they are all equal."""
+    """What a method chooses; traced arrays. The shares are optimal for the cuts unless has_equal_shares."""
 
     cuts: Any  # (K,) int32
     steps: Any = 1
@@ -61,7 +61,7 @@ class Chosen(NamedTuple):
 
 
 class Infeasible(BadInput):
-    """No plan serves every client. `clients` are those that cannot be served, `reasons` one for each."""
+    """No plan serves every client. `clients` cannot be served; `reasons` has one text for each of them."""
 
     def __init__(self, clients: tuple[int, ...], reasons: tuple[str, ...]):
         self.clients, self.reasons = clients, reasons

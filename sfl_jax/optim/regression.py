@@ -1,10 +1,10 @@
-"""The paper's first step: curves fitted to what a cut costs, so that the cut becomes a continuous variable.
+"""The paper's first step: curves fitted to the costs of cuts, so that the cut becomes a continuous variable.
 
-Per quantity (client work, model, smashed data) several families are fitted by least squares over the
-cuts and the one with the least AICc is taken. The alternation then runs on the fitted curves, sampled
-at every 16th of a unit and straight between samples, so that the best continuous cut is a sample. Last, each
-client takes a whole cut: of the allowed ones just below and just above its continuous cut, the one that needs
-the smaller share of the server to end with the round (ROUNDINGS: "need"), or the nearest ("nearest").
+For each quantity (client work, model, smashed data) several families are fitted by least squares over the
+cuts. The family with the least AICc is taken. The alternation then runs on the fitted curves. They are
+sampled at every 16th of a unit and are straight between samples, so the best continuous cut is a sample.
+Last, each client takes the allowed cut just below or just above its continuous cut: the one that needs the
+smaller share to end with the round (rounding "need"), or the nearest one ("nearest").
 """
 
 import functools
@@ -22,19 +22,19 @@ from sfl_jax.optim.plan import Chosen
 from sfl_jax.optim.table import FEW, least, table
 
 SAMPLES_PER_UNIT = 16
-_NO_SHARE = 1e30  # more than any share, for every second
+_NO_SHARE = 1e30  # times seconds: larger than any share
 QUANTITIES = ("forward_flop", "backward_flop", "model_bits", "smashed_bits")
 
 
 class Fit(NamedTuple):
-    """One family fitted to one quantity, on cuts scaled to 0..1 and values scaled to a largest of 1."""
+    """One family fitted to one quantity. Cuts are scaled to 0..1, values to a maximum of 1."""
 
     family: str
     parameters: tuple[float, ...]
     scale: float
     last_cut: int
     r2: float
-    worst: float  # largest error at a cut, of the largest value
+    worst: float  # largest error at a cut, as a fraction of the largest value
     aicc: float
 
     def __call__(self, cuts):
@@ -44,7 +44,7 @@ class Fit(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A quantity's data and all its fits, the chosen one first: what a table or a plot of them needs."""
+    """A quantity's data and all its fits, the chosen one first: enough for a table or a plot."""
 
     quantity: str
     cuts: Floats
@@ -80,12 +80,12 @@ def _piecewise(x, parameters):
 
 
 def _pchip(x, parameters):
-    from scipy import interpolate  # here and below, since only this method needs it and it takes long
+    from scipy import interpolate  # a slow import that only this method needs; also below
 
     return interpolate.PchipInterpolator(np.linspace(0, 1, len(parameters)), parameters)(x)
 
 
-# Family: its formula and the starts of its search; those that are linear in their parameters need none.
+# Family: its formula and the starts of its search. Only the length matters if parameters are linear.
 FAMILIES: dict[str, tuple[Callable, tuple[tuple[float, ...], ...]]] = {
     **{f"polynomial {degree}": (_polynomial, ((0.0,) * (degree + 1),)) for degree in range(1, 6)},
     "power": (_power, ((1.0, 2.0, 0.0), (-1.0, 0.5, 1.0))),
@@ -97,10 +97,10 @@ FAMILIES: dict[str, tuple[Callable, tuple[tuple[float, ...], ...]]] = {
 
 
 def fit_curves(terms: Terms) -> tuple[Curve, ...]:
-    """A network's curves per sample over the cuts min_cut..L, each with every family's fit, best first.
+    """A network's curves per sample over the cuts min_cut..max_cut, each with all fits, the best first.
 
-    Up to max_cut if there is one. BadInput refuses several codecs, for their columns are no curve, and
-    gradients that take other bits than smashed data: there is one curve for both.
+    BadInput: several codecs, since their columns are not a curve; or gradients with other bits than smashed
+    data, since one curve serves both.
     """
     if terms.has_codecs:
         raise BadInput("method=regression: fits one curve over the cuts; choose one codec, or another method")
@@ -115,19 +115,19 @@ def fit_curves(terms: Terms) -> tuple[Curve, ...]:
     return tuple(fit_curve(name, tuple(cuts.tolist()), tuple(value[cuts].tolist())) for name, value in rows)
 
 
-# A network's curves are the same every round.
+# Cached because a network's curves are the same every round.
 @functools.lru_cache(maxsize=256)
 def fit_curve(quantity: str, cuts: tuple[int, ...], values: tuple[float, ...]) -> Curve:
-    """Every family that so many cuts can judge, fitted to one quantity."""
+    """One quantity's values at its cuts, fitted by every family that has enough cuts; best first."""
     x, y = np.array(cuts, np.float64), np.array(values)
     fits = filter(None, (_fit(family, x, y) for family in FAMILIES))
     return Curve(quantity, x, y, tuple(sorted(fits, key=lambda fit: fit.aicc)) or (_straight(x, y),))
 
 
 def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
-    """The terms of continuous cuts: a column for every 16th of a unit, with amounts from the fitted curves.
+    """The terms of continuous cuts: one column per 16th of a unit, with amounts from the fitted curves.
 
-    Cuts 0 and L keep their own amounts (what crosses them is known, and jumps); memory is interpolated.
+    Cuts 0 and L keep their own amounts, since what crosses the cut jumps there. Memory is interpolated.
     """
     last = terms.shape[1] - 1
     cuts = np.arange(last * SAMPLES_PER_UNIT + 1) / SAMPLES_PER_UNIT
@@ -154,21 +154,22 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
 
 
 def method(costs, server_flops, present, options):
-    """Alternation on the fitted curves, and its cuts made whole."""
+    """Alternation on the fitted curves; then continuous cuts become whole."""
     starts = {"starts": options.starts, "key": options.key, "recall": options.recall}
     rest = alternating(options.curves, server_flops, present, **starts)
     return Chosen(rounded(costs, rest.cuts, rest.round_s, options.rounding), rest.iterations)
 
 
 def rounded(terms, samples, round_s, rounding: str):
-    """The whole cut of each client (K,) int32, of its relaxed one, an index of a sample (K,).
+    """Each client's whole cut (K,) int32.
 
-    round_s: () the round that the relaxed cuts promise; rounding: one of ROUNDINGS.
+    samples: (K,) continuous cuts in 16ths of a unit.  round_s: () s, the round of these continuous cuts.
+    rounding: one of ROUNDINGS.
     """
     wanted, swept, shape = samples / SAMPLES_PER_UNIT, table(terms), terms.shape
 
     def nearest(among):
-        """(distance, cut) of the nearest allowed cut of those for which among(cut, wanted)."""
+        """(distance, cut) of the nearest allowed cut for which among(cut, wanted) is true."""
 
         def distance(cut, column):
             return jnp.where(column[2] & among(cut, wanted), jnp.abs(wanted - cut), jnp.inf)
@@ -183,9 +184,9 @@ def rounded(terms, samples, round_s, rounding: str):
 
 
 def _need(terms, distance, cuts, round_s):
-    """The share (K,) with which these cuts end by round_s; infinite where there is no such cut.
+    """The share (K,) with which these cuts end by round_s; inf where there is no such cut.
 
-    Where no share is enough, the cut that takes less time off the server counts as the one that needs less.
+    If no share is enough, the cut with less time off the server counts as the one that needs less.
     """
     fixed_s, work, _ = terms.at(cuts)
     left_s = round_s - fixed_s
@@ -195,7 +196,7 @@ def _need(terms, distance, cuts, round_s):
 
 
 def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:
-    """Least squares of one family; None where there are too few cuts to judge it."""
+    """The least-squares fit of one family; None if there are too few cuts."""
     from scipy import optimize
 
     formula, starts = FAMILIES[family]
@@ -212,7 +213,7 @@ def _fit(family: str, cuts: Floats, values: Floats) -> Fit | None:
         if formula is _pchip:
             starts = (np.interp(np.linspace(0, 1, free), x, y),)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # a family that does not suit a quantity may overflow on its way
+            warnings.simplefilter("ignore")  # a family that does not suit the quantity may overflow
             searches = [optimize.least_squares(lambda p: formula(x, p) - y, start) for start in starts]
         found = [search.x for search in searches]
     parameters = min(found, key=lambda p: float(np.sum((formula(x, p) - y) ** 2)))
@@ -223,7 +224,7 @@ def _judged(family, parameters, scale, last, x, y, formula) -> Fit:
     errors = formula(x, np.array(parameters)) - y
     squares, spread = float(errors @ errors), float(np.sum((y - y.mean()) ** 2))
     count, free = len(y), len(parameters) + 1  # the variance is estimated too
-    # An exact fit would have an AICc of minus infinity whatever its parameters cost.
+    # Bounded: an exact fit would have an AICc of minus infinity, however many parameters it has.
     per_point = max(squares / count, 1e-24)
     aicc = count * np.log(per_point) + 2 * free + 2 * free * (free + 1) / max(count - free - 1, 1)
     r2 = 1 - squares / spread if spread > 0 else 1.0
@@ -231,7 +232,7 @@ def _judged(family, parameters, scale, last, x, y, formula) -> Fit:
 
 
 def _straight(cuts: Floats, values: Floats) -> Fit:
-    """Through the ends alone, where a chain is too short for any family."""
+    """A straight line, for a chain that is too short for any family."""
     scale, last = float(np.abs(values).max()) or 1.0, int(max(cuts[-1], 1))
     x, y = cuts / last, values / scale
     line = np.polyfit(x, y, 1) if len(x) > 1 else np.array([0.0, y[0]])

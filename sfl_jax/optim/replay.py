@@ -1,6 +1,6 @@
-"""How a plan's round goes when its clients are slower than planned, or are not there.
+"""The round of a given plan when clients are slower than planned or absent.
 
-The server's own seconds stay those of the plan, whatever befalls the clients.
+The server's own seconds stay as planned.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from sfl_jax.optim.serving import ends_s, sessions
 
 
 def at_bands(terms: Terms, plan: Plan | BandPlan) -> Terms:
-    """The terms at a plan's parts of the band, where it shares the band out."""
+    """The terms at the rates of a plan's bands; unchanged if the plan has none."""
     if not isinstance(plan, BandPlan):
         return terms
     return terms._replace(
@@ -23,7 +23,7 @@ def at_bands(terms: Terms, plan: Plan | BandPlan) -> Terms:
 
 
 def slower(terms: Terms, slowdown: Float64[np.ndarray, " K"]) -> Terms:
-    """The terms of clients that compute, send and receive so many times as slowly."""
+    """The terms of clients that compute, send and receive `slowdown` times as slowly."""
     return terms._replace(
         flops=terms.flops / slowdown,
         uplink_bps=terms.uplink_bps / slowdown,
@@ -39,11 +39,11 @@ def session_ends_s(
     here: Bool[np.ndarray, " K"] | None = None,
     gate_s: float = np.inf,
 ) -> Float64[np.ndarray, " K"]:
-    """When each session ends under a plan's cuts and shares and these terms; inf of whoever is not here.
+    """Each session's end (s) under a plan's cuts and shares and these terms; inf for clients not in `here`.
 
-    gate_s: under the staged barrier, when the server begins without those whose smashed data have not come.
-    It begins earlier once all have; without a gate it waits for those that are here, and for nobody else.
-    In turn, by handover and in lockstep there is no gate, and every session ends with the round.
+    gate_s: for the staged barrier, the time when the server starts without clients whose smashed data have
+    not come. It starts earlier once all have come. Without a gate it waits for all clients in `here`.
+    in_turn, handover and lockstep have no gate: every session ends with the round.
     """
     here = np.ones(len(plan.cuts), bool) if here is None else here
     columns = terms.columns(plan.cuts, plan.codecs)

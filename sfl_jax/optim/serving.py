@@ -1,14 +1,14 @@
-"""A server that is not cut into shares but works, at full speed, for a client that waits.
+"""A server without constant shares: it works at full speed for one waiting client at a time.
 
-A constant share lies idle while its client computes or sends. Here each local step of a client is a job: its
-smashed data arrive, the server works, the gradient goes back. The server works on the job whose client has
-the longest way to go, and leaves it for one that has longer (Jackson's rule for one machine with tails). Such
-a round may end before the bound of constant shares.
+A constant share is idle while its client computes or sends. Here each local step of a client is a job: its
+smashed data arrive, the server works, the gradient goes back. The server works on the job of the client with
+the longest remaining time. It interrupts a job if a client with a longer remaining time arrives (Jackson's
+rule for one machine with tails). Such a round may end before the bound of constant shares.
 
-The bound here holds for every way in which a server can work. Who ends by T with cut l has a(l) + w(l)/F
-<= T. There is no work before the first smashed data arrive, and none is of use once the last gradient must
-have left. So in every round of T seconds sum_k min{w_k(l) : a_k(l) + w_k(l)/F <= T} <= F (T - first arrival -
-last way home), and a T that breaks this cannot be had. Cuts are found by trying others for the client that
+The bound here holds for every schedule of the server. A client that ends by T with cut l has a(l) + w(l)/F <=
+T. No work is possible before the first smashed data arrive. No work helps after the last gradient must have
+left. So every round of T seconds has sum_k min{w_k(l) : a_k(l) + w_k(l)/F <= T} <= F (T - first arrival -
+last way home). A T that breaks this is impossible. The search for cuts tries other cuts for the client that
 ends last.
 """
 
@@ -25,28 +25,28 @@ from sfl_jax.optim.infeasible import why_infeasible
 from sfl_jax.optim.plan import Plan
 from sfl_jax.optim.solve import solve
 
-_SAFE = 1e-10  # by which times are rounded down or up: more than any sum of so many jobs is off
+_SAFE = 1e-10  # relative, rounds times up or down: more than the rounding error of a sum over all jobs
 _HALVINGS = 50
-_MOST_JOBS = 100_000  # that the search for cuts may run through, besides one round for each start
+_MOST_JOBS = 100_000  # jobs that the search for cuts may simulate, besides one round for each start
 
 
 class Sessions(NamedTuple):
-    """What each client's session is made of; (K,) each, seconds but for `steps`."""
+    """The parts of each client's session; (K,) each, in seconds except `steps`."""
 
     first_s: Float64[np.ndarray, " K"]  # until the first smashed data are at the server
-    serving_s: Float64[np.ndarray, " K"]  # of the whole server, a step; 0 where nothing is left to it
-    between_s: Float64[np.ndarray, " K"]  # from a gradient's leaving to the next step's arrival
-    last_s: Float64[np.ndarray, " K"]  # from the last gradient's leaving to the end
+    serving_s: Float64[np.ndarray, " K"]  # a step at the server's full speed; 0 without work on the server
+    between_s: Float64[np.ndarray, " K"]  # from a gradient's departure to the next smashed data's arrival
+    last_s: Float64[np.ndarray, " K"]  # from the last gradient's departure to the end
     steps: Int[np.ndarray, " K"]
 
     @property
     def alone_s(self) -> np.ndarray:
-        """How long each lasts with the server to itself."""
+        """Each session's seconds with the server to itself."""
         return self.first_s + self.steps * self.serving_s + (self.steps - 1) * self.between_s + self.last_s
 
 
 def sessions(terms: Terms, server_flops: float, cuts: ArrayLike) -> Sessions:
-    """The sessions of each client at its own cut (or column of options) (K,), or of all at one."""
+    """The session of each client at its own column (K,), or of all clients at one column."""
     cuts = np.broadcast_to(cuts, terms.shape[0])
     with np.errstate(divide="ignore", invalid="ignore"):
         whole = terms.seconds(cuts, np.full(len(cuts), server_flops))
@@ -59,7 +59,7 @@ def sessions(terms: Terms, server_flops: float, cuts: ArrayLike) -> Sessions:
 
 
 def ends_s(of: Sessions, present: Bool[np.ndarray, " K"] | None = None) -> Float64[np.ndarray, " K"]:
-    """When each session ends, 0 of absent clients: event by event, the longest remaining job first."""
+    """Each session's end (s), 0 for absent clients. An event simulation: the longest remaining job first."""
     here = np.ones(len(of.steps), bool) if present is None else present
     ends = np.where(here, of.alone_s, 0.0)
     cycle_s = (of.serving_s + of.between_s).tolist()
@@ -77,7 +77,7 @@ def ends_s(of: Sessions, present: Bool[np.ndarray, " K"] | None = None) -> Float
             heapq.heappush(waiting, (-((steps[k] - 1 - step) * cycle_s[k] + last[k]), k, step, serving[k]))
         urgency, k, step, left = heapq.heappop(waiting)
         until = now + left
-        if arrivals and arrivals[0][0] < until:  # somebody comes, who may have longer to go
+        if arrivals and arrivals[0][0] < until:  # the arriving job may have a longer remaining time
             heapq.heappush(waiting, (urgency, k, step, until - arrivals[0][0]))
             now = arrivals[0][0]
             continue
@@ -92,9 +92,9 @@ def ends_s(of: Sessions, present: Bool[np.ndarray, " K"] | None = None) -> Float
 def any_schedule_bound_s(
     terms: Terms, server_flops: float, present: Bool[np.ndarray, " K"] | None = None
 ) -> float:
-    """A proven lower bound on the round, whatever the cuts and whenever the server works for whom.
+    """A proven lower bound (s) on the round, for any cuts and any schedule of the server.
 
-    O(K C) a look, in NumPy; 0 where nobody is present, inf where somebody cannot be served.
+    Bisection in NumPy, O(K C) a step. 0 if no client is present, inf if a client cannot be served.
     """
     here = np.ones(terms.shape[0], bool) if present is None else np.asarray(present, bool)
     if not here.any():
@@ -106,7 +106,7 @@ def any_schedule_bound_s(
         alone[:, cut] = np.where(allowed & np.isfinite(of.alone_s), of.alone_s, np.inf)
         work[:, cut] = of.steps * of.serving_s
         first[:, cut], last[:, cut] = of.first_s, of.last_s
-    # Once for each client, sorted by when its cuts end: the least work of those that are in time.
+    # For each client, with its cuts sorted by their end: the least work among the cuts up to each.
     order = np.argsort(alone, axis=1)
     alone, work = np.take_along_axis(alone, order, axis=1), np.take_along_axis(work, order, axis=1)
     least = np.minimum.accumulate(np.where(np.isfinite(alone), work, np.inf), axis=1)
@@ -134,11 +134,11 @@ def any_schedule_bound_s(
 
 
 def solve_serving(terms: Terms, server_flops: float, present: ArrayLike | None = None) -> Plan:
-    """Cuts for a server that works for whoever waits, and the bound of every schedule; shares are NaN.
+    """A plan for a server that works for waiting clients, with a bound over all schedules; shares are NaN.
 
-    Starts from the cuts that are best for constant shares, and from those that are best for the bound. The
-    client that ends last takes whichever cut lets the round end soonest, until none helps.
-    Infeasible names the clients that cannot be served; BadInput a server of none.
+    The search starts from the best cuts for constant shares, and from the cuts with the least work in time
+    for the bound. The client that ends last takes the cut with the shortest round, until no cut helps.
+    Infeasible names the clients that cannot be served. BadInput: server_flops is not above 0 and finite.
     """
     if not 0 < server_flops < np.inf:
         raise BadInput(f"server_flops={server_flops}: it must be above 0 and finite")
@@ -161,7 +161,7 @@ def solve_serving(terms: Terms, server_flops: float, present: ArrayLike | None =
 
 
 def _least_work(columns, allowed, bound_s) -> Int[np.ndarray, " K"]:
-    """Each client's cut that leaves the server least and ends by the bound if it is served at once."""
+    """Each client's cut with the least server work among those that end by the bound if served at once."""
     alone = np.stack([of.alone_s for of in columns], axis=1)
     work = np.stack([of.serving_s * of.steps for of in columns], axis=1)
     in_time = allowed & (alone <= max(bound_s * (1 + 2 * _SAFE), 0.0))
@@ -170,7 +170,7 @@ def _least_work(columns, allowed, bound_s) -> Int[np.ndarray, " K"]:
 
 
 def _improved(columns, allowed, cuts, here, most_jobs):
-    """(cuts, ends, rounds tried) after the last one has tried all its cuts, again and again."""
+    """(cuts, ends, rounds simulated): the client that ends last takes its best cut, again and again."""
     table = Sessions(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
     rows = np.arange(len(here))
     cuts = np.array(cuts, np.int64)

@@ -1,4 +1,4 @@
-"""One door to every method: `solve` for NumPy in and a Plan out, `solve_arrays` for jit and vmap."""
+"""Entry points to all methods: `solve` takes NumPy and returns a Plan, `solve_arrays` is for jit and vmap."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,8 +22,8 @@ from sfl_jax.optim.shares import optimal_shares, shares_by
 from sfl_jax.optim.table import MANY, Needed
 from sfl_jax.registry import ROUNDINGS, STARTS
 
-METHODS = tuple(name for name in registry.METHODS if name != "work_conserving")  # which has shares that vary
-_BLOCK = 16  # more than are needed of any EfficientNetV2 whose clients have the memory
+METHODS = tuple(name for name in registry.METHODS if name != "work_conserving")  # its shares vary in time
+_BLOCK = 16  # more than any EfficientNetV2's needed cuts if the clients have enough memory
 
 
 def solve(
@@ -38,24 +38,31 @@ def solve(
     recall: bool = False,
     rounding: str = "need",
 ) -> Plan:
-    """Cuts and shares of one round, with the proof of how good they can be.
+    """Cuts and shares of one round, with a proven lower bound on the round.
 
-    server_flops: FLOP/s of the server.  present: (K,) bool, absent clients cost nothing.  key: a JAX
-    random key, for random_cut and random starts.  starts: of alternating and regression, the best of
-    equal, proportional, random.  recall: they call back who left the server and ends last; `alternating`
-    then is optimal.  rounding: how regression makes continuous cuts whole, see `regression.py`.
-    barrier: "session", or one of the clocks of `clocks.py`, which also says what is proven of each: "staged",
-    "in_turn", "handover", "lockstep".  regression and the clocks need Terms. With several codecs a plan
-    chooses options: common_cut is the best one for all, random_cut any of them, and regression is refused.
+    costs: regression, and all barriers but "session", need Terms.
+    server_flops: FLOP/s of the server.
+    method: one of METHODS.
+    barrier: "session", "staged", "in_turn", "handover" or "lockstep"; `clocks.py` says what is proven of
+    each.
+    key: a JAX random key, for random_cut and random starts.
+    present: (K,) bool; absent clients cost nothing.
+    starts: first shares of alternating and regression, which keep the best result: "equal", "proportional",
+      "random".
+    recall: alternating and regression call back clients that train alone and end last. `alternating` is then
+      optimal.
+    rounding: how regression makes continuous cuts whole: "need" or "nearest", see `regression.py`.
 
-    Runs on the CPU in float64 whatever the process's default device and precision are. Infeasible
-    names the clients that the method cannot serve; BadInput what makes no sense.
+    With several codecs a plan chooses options: common_cut the best one for all, random_cut random ones;
+    regression is refused. Runs on the CPU in float64, whatever the process's default device and precision.
+    Infeasible names the clients that the method cannot serve. BadInput names the argument that is not
+    allowed.
     """
     _check(costs, server_flops, method, barrier, key, starts, rounding)
     clients, count = costs.shape
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
     if here.shape != (clients,):
-        raise BadInput(f"present has shape {here.shape}; it must be ({clients},), a bool for each client")
+        raise BadInput(f"present: shape {here.shape}; must be ({clients},), one bool per client")
     if barrier in CLOCKS:
         assert isinstance(costs, Terms)
         return _in_options(costs, solve_clock(costs, server_flops, method, barrier, key, here))
@@ -66,7 +73,7 @@ def solve(
     with jax.enable_x64(True), jax.default_device(cpu):
         key = None if key is None else jax.device_put(key, cpu)
         flops = np.float64(server_flops)
-        # The optimum apart, compiled once for all methods: it bounds them.
+        # The optimum is compiled apart, once for all methods: it is the bound of each.
         plan = _exact(costs, flops, here, *_needed(costs))
         if method != "exact":
             chosen = _other(costs, flops, here, method, key, tuple(starts), curves, recall, rounding)
@@ -99,11 +106,11 @@ def solve_arrays(
     recall=False,
     rounding="need",
 ) -> Solution:
-    """The pure twin of `solve` under the session barrier, for jit and vmap: a flag instead of Infeasible.
+    """`solve` under the session barrier as a pure function for jit and vmap: a flag instead of Infeasible.
 
-    Its cuts are columns of the costs: with several codecs, see `Terms.chosen`. Arrays must be float64
-    (`jax.enable_x64(True)`), or the bound would prove nothing. curves: for regression,
-    relaxed(terms, fit_curves(terms)). Nothing else is checked.
+    The cuts are columns of the costs: with several codecs, see `Terms.chosen`. Arrays must be float64
+    (`jax.enable_x64(True)`), else the bound proves nothing. curves: for regression,
+    relaxed(terms, fit_curves(terms)). The other arguments are those of `solve`, and are not checked.
     """
     if jnp.result_type(float) != jnp.float64:
         raise BadInput("solve_arrays runs in float32 here; call it under jax.enable_x64(True)")
@@ -118,7 +125,7 @@ def solve_arrays(
 
 
 def _needed(costs: Costs | Terms) -> tuple[Needed | None, int | None]:
-    """The cuts to try for very many clients, and how many to unroll. For fewer a cut costs nothing."""
+    """The cuts to try for very many clients, and how many to unroll. For fewer clients all cuts are cheap."""
     clients, count = costs.shape
     if isinstance(costs, Costs) or clients < MANY:
         return None, None
@@ -136,7 +143,7 @@ def _optimum(costs, server_flops, present, needed=None, block=None) -> Solution:
 
 
 def _chosen(costs, server_flops, present, method, key, starts, curves, recall, rounding) -> Solution:
-    """Any other method's solution, with no bound of its own."""
+    """Any other method's solution, without a bound."""
     options = Options(key, tuple(starts), recall, rounding, curves)
     cuts, steps, has_equal_shares = registry.METHODS[method](costs, server_flops, present, options)
     cuts = jnp.where(present, cuts, costs.shape[1] - 1).astype(jnp.int32)
@@ -164,12 +171,10 @@ def _check(
     if barrier not in ("session", *CLOCKS):
         raise BadInput(f"barrier={barrier}: choose one of session, {', '.join(CLOCKS)}")
     if barrier in CLOCKS and method not in STAGED_METHODS:
-        raise BadInput(
-            f"method={method} is not for barrier={barrier}; choose one of {', '.join(STAGED_METHODS)}"
-        )
+        raise BadInput(f"method={method}: barrier={barrier} allows only {', '.join(STAGED_METHODS)}")
     if not isinstance(costs, Terms) and (barrier in CLOCKS or method == "regression"):
         raise BadInput(
-            f"method={method}, barrier={barrier} needs Terms; Costs do not say what each second is for"
+            f"method={method}, barrier={barrier}: needs Terms; Costs do not split the seconds by term"
         )
     if not starts or not set(starts) <= set(STARTS):
         raise BadInput(f"starts={starts}: choose some of {', '.join(STARTS)}")
@@ -177,7 +182,7 @@ def _check(
         raise BadInput(f"rounding={rounding}: choose one of {', '.join(ROUNDINGS)}")
     if key is None and (method == "random_cut" or "random" in starts):
         what = "method=random_cut" if method == "random_cut" else f"starts={starts}"
-        raise BadInput(f"{what} needs key, a JAX random key; got None")
+        raise BadInput(f"{what}: needs key, a JAX random key; got None")
     if not 0 <= server_flops < np.inf:
         raise BadInput(f"server_flops={server_flops}: give a finite number of FLOP/s, 0 or more")
     if isinstance(costs, Costs):
@@ -187,10 +192,10 @@ def _check(
 def _check_costs(costs: Costs) -> None:
     shapes = sorted({np.shape(part) for part in costs})
     if len(shapes) > 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
-        raise BadInput(f"costs have shapes {shapes}; all three must be the same (K, C), none of it 0")
+        raise BadInput(f"costs: shapes {shapes}; all three must be the same (K, C), with K and C above 0")
     for name in ("fixed_s", "server_flop"):
         values = getattr(costs, name)[costs.allowed]
         if not (np.isfinite(values) & (values >= 0)).all():
             raise BadInput(
-                f"costs.{name} holds a negative number, inf or NaN; forbid that cut in allowed instead"
+                f"costs.{name}: has a negative number, inf or NaN; forbid that cut in `allowed` instead"
             )

@@ -1,13 +1,13 @@
 """The staged barrier: all clients wait for each other before and after the server's work.
 
-A round is max(before) + sum(server work) / F + max(after): model down, forward and smashed data up; the
-server's work at full speed, one client after the other; gradient down, backward and model up. The
-optimum is found by enumerating the two barriers' times t and u (the idea of Wei & Chen 2026): given
-both, each client takes the cut with the least server work among those within them.
+A round is max(before) + sum(server work) / F + max(after). Before: model down, forward, smashed data up. Then
+the server works at full speed, one client after the other. After: gradient down, backward, model up.
 
-f(t) = min over u of u + work(t, u) / F never rises with t, so between two values of t that have been
-tried no round is shorter than the first t after the one plus f of the other: intervals where even that
-is no better are skipped, the others halved.
+The optimum is found by enumerating the times t and u of the two barriers (the idea of Wei & Chen 2026). Given
+both, each client takes the cut with the least server work among those within t and u. f(t), the minimum over
+u of u + work(t, u) / F, never rises with t. So in an interval between two tried values of t, no round is
+shorter than the first t inside it plus f at its upper end. Intervals where this is no better are skipped, the
+others are halved.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _BATCH_ELEMENTS = 1 << 21
 
 
 class Stages(NamedTuple):
-    """(K, C) each: seconds before the server's work, of the whole server, and after; inf if forbidden."""
+    """Seconds before the server's work, on the whole server, and after it; (K, C) each, inf if forbidden."""
 
     before_s: Floats
     serving_s: Floats
@@ -33,12 +33,12 @@ class Stages(NamedTuple):
 
 
 def stages(terms: Terms, server_flops: float) -> Stages:
-    """What every (client, column) pair spends at each stage of a staged round."""
+    """The stages of all (client, column) pairs."""
     return tabled(terms, server_flops, stages_at)
 
 
 def stages_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Stages:
-    """What each client spends at each stage at its own column (K,)."""
+    """The stages of each client at its own column (K,), (K,) each."""
     seconds = at_full_speed(terms, columns, server_flops)
     return Stages(seconds.before_server, seconds.server, seconds.after_server)
 
@@ -49,7 +49,7 @@ def at_full_speed(terms: Terms, columns: NDArray[np.integer], server_flops: floa
 
 
 def tabled(terms: Terms, server_flops: float, parts_at: Callable[..., Any]) -> Any:
-    """What `parts_at` gives for every column, in tables (K, C) with inf where a client may not have it."""
+    """The result of `parts_at` for all columns, as tables (K, C) with inf where a column is forbidden."""
     clients, count = terms.shape
     tables = []
     for column in range(count):
@@ -61,7 +61,7 @@ def tabled(terms: Terms, server_flops: float, parts_at: Callable[..., Any]) -> A
 
 
 def round_seconds(chosen: Stages) -> float:
-    """The staged round of one cut per client, (K,) each."""
+    """The staged round in seconds, from each client's stages at one column; (K,) each."""
     return chosen.before_s.max() + chosen.serving_s.sum() + chosen.after_s.max()
 
 
@@ -73,12 +73,12 @@ def optimum(costs: Stages) -> Least:
 
 
 def optimal_cuts(costs: Stages) -> tuple[NDArray[np.int64], float, int]:
-    """The cuts (K,) with the shortest staged round, a proven lower bound (s), and the barrier times tried."""
+    """The cuts (K,) with the shortest staged round, a proven lower bound (s), and how many t were tried."""
     costs = _worth_trying(costs)
     order = _Order(costs)
     times = np.unique(costs.before_s[np.isfinite(costs.before_s)])
     times = times[times >= costs.before_s.min(axis=1).max()]
-    # f and the u that attains it, where tried.
+    # f(t) and the u that attains it; NaN where t was not tried.
     rest_s, after_s = np.full(len(times), np.nan), np.full(len(times), np.nan)
     batch = max(1, _BATCH_ELEMENTS // costs.before_s.size)
     todo, tried, best_s, skipped_s = np.unique([0, len(times) - 1]), 0, np.inf, np.inf
@@ -102,9 +102,9 @@ def optimal_cuts(costs: Stages) -> tuple[NDArray[np.int64], float, int]:
 
 
 def _worth_trying(costs: Stages) -> Stages:
-    """The table without cuts that last longer, alone, than some round does: no shortest round has them.
+    """The table without cuts that alone last longer than some round: the shortest round has none of them.
 
-    What is left is of the round's own size, and so is the rounding that the bound must allow for.
+    The values left are at most about the round's size, which keeps the rounding error of the bound small.
     """
     whole_s = costs.before_s + costs.serving_s + costs.after_s
     quickest = whole_s.argmin(axis=1)
@@ -114,7 +114,7 @@ def _worth_trying(costs: Stages) -> Stages:
 
 
 class _Order:
-    """The table sorted by time after the server, each client's row and all together."""
+    """The table sorted by the time after the server: within each client, and all together."""
 
     def __init__(self, costs: Stages):
         self.costs = costs
@@ -124,21 +124,21 @@ class _Order:
         )
         self.events = np.argsort(self.after_s, axis=None, kind="stable")
         self.event_s = self.after_s.ravel()[self.events]
-        # Sums of drops cancel: their error grows with the largest sum, not with what is left.
+        # Sums of drops cancel: their error grows with the largest sum, not with the result.
         finite = np.where(np.isfinite(self.serving_s), self.serving_s, 0.0)
         self.error_s = finite.max(axis=1).sum() * finite.size * 2.0**-51
 
     def least_rest(self, before_s) -> tuple[Floats, Floats]:
-        """Per time t (B,) of the first barrier the least u + serving seconds and that u; inf if none."""
+        """f(t) in seconds, and the u that attains it, for times t (B,) of the first barrier; inf if none."""
         within = self.before_s <= before_s[:, None, None]
         least = np.minimum.accumulate(np.where(within, self.serving_s, np.inf), axis=2)
         servable = np.isfinite(least)
         kept = np.where(servable, least, 0.0)
         drops = np.diff(kept, axis=2, prepend=0.0)
         serving_s = np.cumsum(drops.reshape(len(before_s), -1)[:, self.events], axis=1)
-        # Before everybody has a cut the sum is not a round's.
+        # The sum is a round's only once every client has a cut.
         first = np.where(servable, self.after_s, np.inf).min(axis=2).max(axis=1)
-        # Clients that share an event's time must all have had theirs.
+        # Of several events at one time only the last has the sum of all.
         last_of_tie = np.append(self.event_s[1:] > self.event_s[:-1], True)
         open_ = (self.event_s >= first[:, None]) & last_of_tie & np.isfinite(self.event_s)
         total = np.where(open_, self.event_s + serving_s, np.inf)

@@ -1,7 +1,7 @@
-"""The table of clients and cuts as the solvers sweep it: a cut at a time, for all clients at once.
+"""The table of clients and cuts as solvers sweep it: one cut at a time, for all clients at once.
 
-Everything a solver needs of a client's cuts is a running best, so a sweep is one fused pass over the
-clients and nothing of size K x C is made. Cuts are unrolled by the block to bound compile time.
+A solver needs only a running best over a client's cuts. So a sweep is one fused pass over the clients and
+makes no K x C array. Cuts are unrolled in blocks, which bounds the compile time.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from jax.typing import ArrayLike
 from sfl_jax.optim.costs import Costs, Terms
 
 FEW = 8
-MANY = 1 << 17  # clients, from where on it pays to look around first: for the round and for cuts to drop
-# Of one cut: fixed seconds (K,), work per weight (K,) or (), allowed (K,).
+MANY = 1 << 17  # from this many clients on, guessing the round and dropping cuts first saves time
+# One cut: fixed seconds (K,), work per weight (K,) or (), allowed (K,).
 Column = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Dense(NamedTuple):
-    """Costs as they are."""
+    """`Costs`, unchanged."""
 
     costs: Costs
 
@@ -37,14 +37,14 @@ class Dense(NamedTuple):
 
 
 class Factored(NamedTuple):
-    """Terms with one coefficient per kind of amount: compute, bits up, bits down, bits of the model."""
+    """`Terms` with one coefficient per kind of amount: compute, bits up, bits down, bits of the model."""
 
     coefficients: tuple[ArrayLike, ...]  # four of (K,)
     memory_bytes: ArrayLike  # (K,)
     joules: tuple[ArrayLike, ...] | None  # per FLOP, per bit up, per bit of the model, budget; (K,) each
     rows: jax.Array  # (C, 6): the four amounts, server work, needed bytes (inf where min_cut forbids)
-    cuts: jax.Array  # (C,) int32: which cut a row is of
-    number: int | jax.Array  # of the rows that are swept, from the first
+    cuts: jax.Array  # (C,) int32: the cut of each row
+    number: int | jax.Array  # how many rows are swept, from the first
 
     def columns(self, first, number: int) -> Iterator[tuple[jax.Array, Column]]:
         rows = lax.dynamic_slice_in_dim(self.rows, first, number)
@@ -60,14 +60,14 @@ class Factored(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """The cuts that a sweep needs, of any number but in arrays of one shape: nothing is compiled anew."""
+    """The cuts that a sweep needs. Their number is traced, so it may change without recompiling."""
 
-    order: ArrayLike  # (C,) int32, all cuts, those first
+    order: ArrayLike  # (C,) int32, all cuts, the needed ones first
     number: ArrayLike  # () int32
 
 
 def table(costs: Costs | Terms, needed: Needed | None = None) -> Dense | Factored:
-    """What `sweep` goes through, all cuts or (of Terms) some; made once, outside of a solver's loop."""
+    """The input of `sweep`, with all cuts, or for Terms some; made once, outside of a solver's loop."""
     if isinstance(costs, Costs):
         return Dense(costs)
     samples, per_bit_up, per_bit_down = costs.samples, 1 / costs.uplink_bps, 1 / costs.downlink_bps
@@ -93,15 +93,15 @@ def table(costs: Costs | Terms, needed: Needed | None = None) -> Dense | Factore
 
 
 def sweep(swept: Dense | Factored, count: int, step: Callable, start, block: int | None = None):
-    """step(cut, column, state) over the cuts in order; `count` is C.
+    """Runs step(cut, column, state) over the cuts in order and returns the last state; `count` is C.
 
-    block: cuts unrolled at a time; by default all of a usual network's, for a loop carries its state through
-    memory. What runs once, or over few clients, compiles sooner with FEW.
+    block: how many cuts are unrolled. By default all cuts of a usual network, since a loop carries its state
+    through memory. FEW compiles faster: use it for sweeps that run once or over few clients.
     """
     block = min(block or (count if count <= 64 else 32), count)
 
     def through(index, state):
-        # The last block is moved back to fit; what it repeats is not allowed a second time.
+        # The last block is moved back to fit. The cuts that it repeats are marked as not allowed.
         first = jnp.minimum(index * block, count - block)
         for offset, (cut, (fixed_s, work, allowed)) in enumerate(swept.columns(first, block)):
             column = fixed_s, work, allowed & (first + offset >= index * block)
@@ -114,7 +114,7 @@ def sweep(swept: Dense | Factored, count: int, step: Callable, start, block: int
 def least(
     swept: Dense | Factored, shape: tuple[int, int], value: Callable[..., jax.Array], block: int | None = None
 ):
-    """Of every client the least value(cut, column) (K,) over cuts, and its first cut; L if all are inf."""
+    """Each client's least value(cut, column) (K,) over cuts, and the first cut with it; L if all are inf."""
     clients, count = shape
 
     def step(cut, column, best):

@@ -1,6 +1,7 @@
-"""What every client does in a round, and the terms that this makes of a fleet and a profiled chain.
+"""What every client does in a round, and the terms of a fleet that does it with a profiled chain.
 
-Convention: FLOP = 2 x multiply-accumulates, backward work as traced (never "twice the forward").
+Convention: FLOP = 2 x multiply-accumulates. Backward work is traced, not assumed to be twice the forward
+work.
 """
 
 from collections.abc import Mapping
@@ -14,12 +15,12 @@ from sfl_jax.optim.costs import CutsAndCodecs, Energy, Floats, Terms
 
 _FLOP_PER_MAC = 2
 _TRAINING_FLOAT_BYTES = 4
-_HEADROOM = 1e6  # for sums over clients, and for what is tried with faster ones
+_HEADROOM = 1e6  # for sums over clients, and for trials with faster clients
 _PER_CUT = ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits")
 
 
 class Profile(Protocol):
-    """Cost of every unit of a chain of L units, per sample; NumPy int64."""
+    """The costs of each unit of a chain of L units, per sample; NumPy int64."""
 
     @property
     def forward_macs(self) -> NDArray[np.int64]: ...  # (L,)
@@ -32,11 +33,11 @@ class Profile(Protocol):
     @property
     def activations(self) -> NDArray[np.int64]: ...  # (L,) floats kept for the backward pass
     @property
-    def smashed(self) -> NDArray[np.int64]: ...  # (L+1,) floats that cross cut l; the image at 0, 0 at L
+    def smashed(self) -> NDArray[np.int64]: ...  # (L+1,) floats that cross cut l: the image at 0, none at L
 
 
 class Fleet(Protocol):
-    """K clients: float64 rates, int64 samples; the last four only where an energy budget is set."""
+    """K clients: float64 rates, int64 samples. The last four are needed only with an energy budget."""
 
     @property
     def flops(self) -> Floats: ...  # (K,) FLOP/s
@@ -59,24 +60,24 @@ class Fleet(Protocol):
 
 
 class Work(NamedTuple):
-    """What every client does in a round, and how large the messages are."""
+    """What every client does in a round, and the sizes of messages."""
 
     local_epochs: int = 1
     batch_size: int = 32
-    bits_per_float: int = 32  # smashed data and its gradient, where no codec says it
+    bits_per_float: int = 32  # smashed data and its gradient, if no codec is given
     model_bits_per_float: int = 32
     label_bits: int = 32
-    image_bits: int = 8  # per image element where raw uint8 images go up (cut 0)
+    image_bits: int = 8  # per image element, if raw uint8 images go up (cut 0)
     min_cut: int = 1
     max_cut: int | None = None  # None: the number of units
-    tail_units: int = 0  # the last units, which the client holds too
+    tail_units: int = 0  # how many of the last units the client holds too
     optimizer_slots: int = 1  # floats of optimiser state per parameter: 0 SGD, 1 momentum, 2 Adam
 
 
 class Wire(NamedTuple):
-    """What a codec makes of a sample's smashed data and of its gradient, in bits; (L+1,) each, by cut.
+    """Bits per sample of the smashed data and of its gradient after a codec; (L+1,) each, by cut.
 
-    What is said of cuts 0 and L does not count: nothing is encoded there.
+    The entries of cuts 0 and L are ignored: nothing is encoded there.
     """
 
     up_bits: NDArray[np.float64]
@@ -86,11 +87,11 @@ class Wire(NamedTuple):
 def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] | None = None) -> Terms:
     """The factored costs of a fleet that trains a profiled chain.
 
-    wires: what crosses the cut, by name of the codec. With several, a column is a cut and a codec, which are
-    counted in this order. Without, numbers of `bits_per_float` cross.
+    wires: the bits that cross the cut, by codec name. With several codecs a column is a cut and a codec, and
+    this is the order of the codecs. Without `wires`, numbers of `work.bits_per_float` cross.
 
-    An epoch is floor(D/B) batches; a client with D < B fills one batch. Labels go up wherever something is
-    left to the server. BadInput names the rate, count, client or codec that makes no sense.
+    An epoch is floor(D/B) batches; a client with D < B fills one batch. Labels go up if the server holds
+    units, but not with tail units. BadInput names the rate, count, client or codec that is not allowed.
     """
     _check_work(work, len(profile.forward_macs))
     _check_fleet(fleet)
@@ -103,7 +104,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
     floats = parameters * (2 + work.optimizer_slots) + state + work.batch_size * _before(profile.activations)
     cut, top = options.cut, len(profile.forward_macs) - work.tail_units
     whole = forward[-1] + backward[-1]
-    # Whoever leaves something to the server holds the tail too.
+    # A client that leaves units to the server holds the tail too.
     forward, backward, parameters, state, floats = (
         amounts + np.where(np.arange(len(amounts)) < top, amounts[-1] - amounts[top], 0.0)
         for amounts in (forward, backward, parameters, state, floats)
@@ -135,7 +136,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
 def _crossing(
     profile: Profile, work: Work, wires: Mapping[str, Wire] | None
 ) -> tuple[CutsAndCodecs, Floats, Floats]:
-    """The columns, and for each the bits that go up and down per sample: labels too, and images at cut 0."""
+    """The columns, and each one's bits up and down per sample, labels and images (at cut 0) included."""
     sent, units = profile.smashed.astype(np.float64), len(profile.forward_macs)
     if wires is None:
         wires = {"": Wire(sent * work.bits_per_float, sent * work.bits_per_float)}
@@ -148,7 +149,7 @@ def _crossing(
         for name in Wire._fields
     )
     up_bits[0], down_bits[0] = sent[0] * work.image_bits, 0.0
-    if work.tail_units:  # features come down and their gradient goes up, instead of labels
+    if work.tail_units:  # features go down and their gradient goes up, instead of labels
         top = units - work.tail_units
         features = [(wire.up_bits[top], wire.down_bits[top]) for wire in wires.values()]
         gradient, down = np.array(features, np.float64)[codec].T
@@ -160,7 +161,7 @@ def _crossing(
 
 
 def samples_processed(samples: ArrayLike, work: Work) -> Floats:
-    """Samples a client with `samples` of its own runs in a round, all epochs together; (K,)."""
+    """How many samples (K,) clients that own `samples` (K,) process in a round, all epochs together."""
     batches = np.maximum(np.asarray(samples) // work.batch_size, 1).astype(np.float64)
     return work.local_epochs * batches * work.batch_size
 
@@ -178,13 +179,13 @@ def _energy(fleet: Fleet) -> Energy | None:
     if missing:
         raise BadInput(f"fleet: energy_j is given without {', '.join(missing)}; give all four or none")
     cycles_per_s, kappa, transmit_w = parts.values()
-    # kappa * (cycles/s)^2 per cycle, and cycles/s over FLOP/s cycles per FLOP.
-    with np.errstate(over="ignore", invalid="ignore"):  # said by _check_range
+    # J per cycle: kappa * (cycles/s)^2. Cycles per FLOP: (cycles/s) / (FLOP/s).
+    with np.errstate(over="ignore", invalid="ignore"):  # _check_range refuses it
         return Energy(kappa * cycles_per_s**3 / fleet.flops, transmit_w, fleet.energy_j)
 
 
 def _check_range(terms: Terms) -> None:
-    """Numbers that are possible one by one can still make times or energies beyond float64."""
+    """Refuses numbers that are possible one by one but make times or energies beyond float64."""
     most = terms._replace(**{name: getattr(terms, name).max(keepdims=True) for name in _PER_CUT})
     with np.errstate(over="ignore", invalid="ignore"):
         fixed_s, server_flop, _ = most.at(0)
@@ -193,7 +194,7 @@ def _check_range(terms: Terms) -> None:
     if not np.isfinite(spent).all():
         client = int(np.argmin(np.isfinite(spent)))
         raise BadInput(
-            f"fleet: client {client} has samples, rates or power that make times or energies beyond float64"
+            f"fleet: client {client}: samples, rates or power make times or energies beyond float64"
         )
 
 
@@ -218,16 +219,16 @@ def _check_work(work: Work, units: int) -> None:
 
 def _check_wires(wires: Mapping[str, Wire], units: int) -> None:
     if not wires:
-        raise BadInput("wires is empty; give the bits of one codec at least, or None")
+        raise BadInput("wires={}: give the bits of at least one codec, or None")
     for name, wire in wires.items():
         for field, bits in zip(Wire._fields, wire, strict=True):
             if np.shape(bits) != (units + 1,):
                 raise BadInput(
-                    f"wires[{name}].{field} has shape {np.shape(bits)}; it must be ({units + 1},), by cut"
+                    f"wires[{name}].{field}: shape {np.shape(bits)}; must be ({units + 1},), by cut"
                 )
             inner = np.asarray(bits)[1:units]
             if not (np.isfinite(inner) & (inner >= 0)).all():
-                raise BadInput(f"wires[{name}].{field} must be finite numbers of 0 or more, not {bits}")
+                raise BadInput(f"wires[{name}].{field}={bits}: must be finite numbers, 0 or more")
 
 
 def _check_fleet(fleet: Fleet) -> None:
@@ -236,9 +237,9 @@ def _check_fleet(fleet: Fleet) -> None:
     }
     for name, rule in rules.items():
         if getattr(fleet, name) is None:
-            raise BadInput(f"fleet: {name} is missing; costs need it of every client")
+            raise BadInput(f"fleet: {name} is missing; costs need it for every client")
         values = np.asarray(getattr(fleet, name))
         bad = ~(values > 0) if rule == "above 0" else ~(values >= 0)
         if bad.any():
             client = int(np.argmax(bad))
-            raise BadInput(f"fleet: client {client} has {name}={values[client]}; it must be {rule}")
+            raise BadInput(f"fleet: client {client}: {name}={values[client]}: must be {rule}")

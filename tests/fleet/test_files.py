@@ -273,7 +273,7 @@ pieces = st.sampled_from(
 @example(text='""', at=0, cut=0)
 @example(text='"a"b', at=len(HEADER) + 9, cut=2)
 def test_what_arrow_accepts_is_what_the_rules_say(tmp_path_factory, text, at, cut):
-    """The fast way may leave a file to the exact one, and never reads another fleet from it."""
+    """The fast reader may leave a file to the exact reader, but never reads another fleet from it."""
     data = (GOOD[:at] + text + GOOD[at + cut :]).encode()
     fast = _read_fast(data)
     if fast is not None:

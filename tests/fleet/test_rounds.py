@@ -66,7 +66,7 @@ def test_a_client_is_there_or_fades_whoever_else_is_asked():
     part = fading_rates(fleet.take(ids), links, 7, 3, ids)
     np.testing.assert_array_equal(part.uplink_bps, faded.uplink_bps[ids])
     np.testing.assert_array_equal(part.downlink_bps, faded.downlink_bps[ids])
-    # and the ids matter: without them the part would fade as the first three clients do
+    # The ids matter: without them these clients would get the fades of the first three.
     assert finite.differ_everywhere(fading_rates(fleet.take(ids), links, 7, 3).uplink_bps, part.uplink_bps)
     for seed, round in ((7, 4), (8, 3), (3, 7)):
         assert finite.differ_everywhere(fading_rates(fleet, links, seed, round).uplink_bps, faded.uplink_bps)
@@ -105,7 +105,7 @@ def test_a_rate_far_below_the_noise_is_small_and_not_nothing():
 
 
 def test_rayleigh_gains_are_exponential_and_apart_for_up_and_down():
-    """|h|² is got back from the rate; its distribution function is 1 - exp(-x)."""
+    """|h|², recovered from the rate, has the distribution function 1 - exp(-x)."""
     clients = 20_000
     fleet = random_fleet(clients, seed=0)
     links = Links(coherence_s=math.inf)  # one fade
@@ -135,7 +135,7 @@ def test_rates_over_many_fades_are_the_mean_of_what_fades_give():
     bits = 10 * long_run.uplink_bps[0]  # ten seconds at that rate
     for coherence_s, fades in ((20, 1), (10, 1), (5, 2), (2.6, 4), (0.001, None)):
         rates = fading_rates(few, Links(coherence_s=coherence_s), 3, 7, transfer_bits=bits)
-        if fades is None:  # more than it is worth to draw
+        if fades is None:  # too many to draw
             np.testing.assert_array_equal(rates.uplink_bps, long_run.uplink_bps)
             continue
         gains = [
@@ -150,7 +150,7 @@ def test_rates_over_many_fades_are_the_mean_of_what_fades_give():
 
 
 def test_a_round_on_fading_links_is_near_that_of_the_mean_channel():
-    """One fade for a whole round would make the slowest of many clients wait for the deepest."""
+    """With one fade for a whole round, the deepest fade of many clients would decide the round."""
     fleet = random_fleet(100, seed=0)
     plain = fading_rates(fleet, Links(rayleigh=False), 0, 0).uplink_bps
     fading = fading_rates(fleet, Links(), 0, 0).uplink_bps

@@ -1,4 +1,4 @@
-"""The TLMP as mixed-integer programs for HiGHS: one that is too kind and one that is too strict.
+"""The TLMP as mixed-integer programs for HiGHS: one gives a lower bound, one an upper bound.
 
 Variables: the round T, z (client, cut) in {0, 1}, and the server's part in either form.
 """
@@ -13,7 +13,7 @@ TANGENTS, LEVELS = 24, 40
 
 
 class Answer(NamedTuple):
-    round_s: float  # a bound of the tangents, the best that was found of the discretised
+    round_s: float  # the proven bound of the tangents, or the best round of the discretised shares
     wall_s: float
 
 
@@ -36,7 +36,7 @@ def tangent(costs, server_flops: float, near_s: float, seconds: float = 60.0) ->
     rows.add(share + np.arange(pairs), 1.0, -np.inf, 1.0)
     for pair in np.flatnonzero(work > 0):
         rows.add([share + pair, chosen + pair], [1.0, -1.0], -np.inf, 0.0)
-        # Where the optimum's share of this cut would be, and around it.
+        # Tangents at the share that this cut needs at the optimum, and around it.
         for about in np.geomspace(work[pair] / near_s / 4, 1.0, TANGENTS):
             slope = work[pair] / about
             rows.add(
@@ -45,7 +45,7 @@ def tangent(costs, server_flops: float, near_s: float, seconds: float = 60.0) ->
     integral = np.zeros(rows.width)
     integral[chosen : chosen + pairs] = 1
     found, wall_s = rows.minimise(end, integral, seconds)
-    # None where time is up before there is any; a round takes no less than nothing.
+    # None if the time is up before there is a bound; 0 is always a lower bound.
     return Answer(found.mip_dual_bound or 0.0, wall_s)
 
 
@@ -60,7 +60,7 @@ def discretised(costs, server_flops: float, near_s: float, seconds: float = 60.0
             (client, level, costs.fixed_s[client, cut] + (work / level if level else 0)) for level in levels
         ]
     owner, level, end_s = (np.array(column) for column in zip(*options, strict=True))
-    # What could not end by twice the optimum will not be chosen.
+    # A cut that cannot end by twice the optimum is never chosen.
     keep = end_s <= 2 * near_s
     owner, level, end_s = owner[keep], level[keep], end_s[keep]
     rows = _Rows(1 + len(owner))
@@ -74,7 +74,7 @@ def discretised(costs, server_flops: float, near_s: float, seconds: float = 60.0
 
 
 class _Rows:
-    """Linear constraints, a row at a time."""
+    """Linear constraints, added row by row."""
 
     def __init__(self, width: int):
         self.width, self.matrix, self.low, self.high = width, [], [], []

@@ -1,4 +1,4 @@
-"""What the tests of the optimiser hold it against: enumeration, exact fractions, small made-up instances."""
+"""Oracles for the optimiser's tests: enumeration, exact fractions, small random instances."""
 
 import itertools
 from fractions import Fraction
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from sfl_jax import optim
 
-# Ties, zeros and ratios of 1e12 turn up in most instances; few shapes, so that little is compiled.
+# Most instances have ties, zeros and ratios of 1e12. The shapes are few, so that little is compiled.
 NUMBERS = st.sampled_from([0.0, 0.0, 1e-6, 0.25, 0.5, 1.0, 1.0, 1.5, 3.0, 7.0, 1e6]) | st.floats(1e-3, 1e3)
 SHAPES = [(1, 1), (1, 4), (3, 1), (3, 4), (4, 3)]
 
 
 @st.composite
 def instances(draw, local: bool | None = None, shapes=tuple(SHAPES)):
-    """(Costs, server FLOP/s); local: whether cut L leaves the server nothing, either way if None."""
+    """(Costs, server FLOP/s). local: whether cut L has no server work; None draws it."""
     clients, cuts = draw(st.sampled_from(shapes))
     size = clients * cuts
 
@@ -33,12 +33,12 @@ def instances(draw, local: bool | None = None, shapes=tuple(SHAPES)):
 
 
 def best_round_s(costs: optim.Costs, server_flops: float) -> float:
-    """The optimum by enumeration of all cuts and bisection on the time; inf if nobody can be served."""
+    """The optimum by enumeration of all cuts and bisection on the time; inf if a client cannot be served."""
     return cut_rounds_s(costs, server_flops)[0]
 
 
 def cut_rounds_s(costs: optim.Costs, server_flops: float) -> tuple[float, dict[tuple[int, ...], float]]:
-    """The least round over all vectors of allowed cuts, and that of each with its best shares."""
+    """The least round over all vectors of allowed cuts, and the round of each with its best shares."""
     clients = np.arange(costs.fixed_s.shape[0])
     choices = list(itertools.product(*(np.flatnonzero(row) for row in costs.allowed)))
     if not choices:
@@ -67,7 +67,7 @@ def least_time_s(fixed_s, work, server_flops: float) -> float:
 
 
 def least_need(costs: optim.Costs, time_s: float, present=None) -> Fraction | None:
-    """The exact FLOP/s that ending by time_s takes; None where somebody cannot, whatever the server."""
+    """The exact FLOP/s needed to end by time_s; None if a client cannot with any server."""
     total, time = Fraction(0), Fraction(time_s)
     for client in np.flatnonzero(np.ones(len(costs.fixed_s), bool) if present is None else present):
         shares = []
@@ -85,13 +85,13 @@ def least_need(costs: optim.Costs, time_s: float, present=None) -> Fraction | No
 
 
 def cannot_be_met(costs: optim.Costs, time_s: float, server_flops: float, present=None) -> bool:
-    """Whether no cuts and shares whatever end by time_s, in exact arithmetic."""
+    """Whether no cuts and shares end by time_s, in exact arithmetic."""
     need = least_need(costs, time_s, present)
     return need is None or need > Fraction(server_flops)
 
 
 def assert_sound(costs: optim.Costs, server_flops: float, plan: optim.Plan, present=None) -> None:
-    """Everything a Plan promises, in exact fractions."""
+    """Checks everything a Plan promises, in exact fractions."""
     here = np.ones(len(plan.cuts), bool) if present is None else present
     clients = np.arange(len(plan.cuts))
     assert costs.allowed[clients, plan.cuts][here].all()
@@ -112,7 +112,7 @@ def assert_sound(costs: optim.Costs, server_flops: float, plan: optim.Plan, pres
 
 
 def profile(units: int = 4, seed: int = 0) -> SimpleNamespace:
-    """A made-up chain whose smashed data shrinks along it, as networks' do."""
+    """A made-up chain whose smashed data shrink along it."""
     rng = np.random.default_rng(seed)
     forward = rng.integers(1_000, 9_000, units) * 100
     smashed = np.sort(rng.integers(50, 2_000, units - 1))[::-1] if units > 1 else np.array([], int)
@@ -127,7 +127,7 @@ def profile(units: int = 4, seed: int = 0) -> SimpleNamespace:
 
 
 def fleet(clients: int = 3, seed: int = 0, spread: float = 1.0, **columns) -> SimpleNamespace:
-    """A made-up fleet: log-normal rates around a small board's, memory that never binds, columns as given."""
+    """A made-up fleet: log-normal rates around a small board's, ample memory; `columns` replace these."""
     rng = np.random.default_rng(seed)
 
     def around(value):

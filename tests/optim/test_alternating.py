@@ -28,7 +28,7 @@ def test_at_rest_neither_half_helps(seed):
     with np.errstate(divide="ignore", invalid="ignore"):
         serving_s = np.where(costs.server_flop > 0, costs.server_flop / plan.shares[:, None], 0.0)
     ends = np.where(costs.allowed, costs.fixed_s + serving_s, np.inf)
-    # Cuts given shares: the best the slowest client could do is what the plan does.
+    # At these shares no cuts end the slowest client earlier.
     assert ends.min(axis=1).max() >= plan.round_s * (1 - 1e-9)
     clients = np.arange(len(plan.cuts))
     best_s = oracles.least_time_s(
@@ -39,7 +39,7 @@ def test_at_rest_neither_half_helps(seed):
 
 
 def test_a_client_whose_share_falls_to_zero_never_comes_back_unless_it_is_called():
-    # With half the server each, neither is quicker than alone, so nobody asks for the whole of it.
+    # With half the server each, neither client is faster than alone, so both leave the server.
     costs = optim.Costs(
         np.array([[1.0, 10.0], [1.0, 9.0]]), np.array([[12.0, 0.0], [12.0, 0.0]]), np.ones((2, 2), bool)
     )
@@ -54,7 +54,7 @@ def test_a_client_whose_share_falls_to_zero_never_comes_back_unless_it_is_called
 
 @st.composite
 def ties(draw):
-    """Every client and cut has its seconds and work from few numbers, so many end a round together."""
+    """Seconds and work are drawn from few numbers, so many clients end a round together."""
     fixed_s, work = (
         np.array(draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 4.0, 9.0, 20.0]), min_size=12, max_size=12)))
         for _ in range(2)
@@ -78,8 +78,9 @@ def test_with_clients_called_back_rest_is_the_optimum(instance):
 
 
 def test_of_those_that_end_last_together_all_come_back_that_can():
-    # Both end at 9 alone, where they need 2.5 and 0.5 of the 4 FLOP/s: 2 each are too few for the first. The
-    # second ends at 9 with its 0.5 too, and must not leave for that when the first comes back with 3.5.
+    # Both end at 9 alone, for which they need 2.5 and 0.5 of the 4 FLOP/s; 2 each are too few for the first.
+    # The second also ends at 9 with its 0.5, and must not leave the server when the first comes back with
+    # 3.5.
     costs = optim.Costs(
         np.array([[1.0, 9.0], [1.0, 9.0]]), np.array([[20.0, 0.0], [4.0, 0.0]]), np.ones((2, 2), bool)
     )
@@ -100,7 +101,7 @@ def test_larger_fleets_are_called_back_in_few_steps_for_their_size(per_client):
         assert plan.gap < 1e-9
         assert trapped.iterations <= plan.iterations <= 100 + 60
         better += plan.round_s < trapped.round_s * (1 - 1e-6)
-    assert better or per_client > 1e6  # where none was trapped, this would prove nothing
+    assert better or per_client > 1e6  # else no client was trapped, and this proves nothing
 
 
 def test_more_starts_are_never_worse_and_often_better():
@@ -128,7 +129,7 @@ def test_random_starts_differ_from_each_other_and_by_key():
 
 @pytest.mark.parametrize("units", [7, 10, 70])
 def test_a_proportional_start_gives_each_client_its_part_of_the_work_it_may_leave(units):
-    """Whatever the number of cuts that a sweep unrolls at a time, each counts once."""
+    """Each cut counts once, for any number of cuts that a sweep unrolls at a time."""
     terms = optim.terms(oracles.profile(units), oracles.fleet(5), optim.Work(min_cut=2))
     costs = terms.costs()
     work = np.where(costs.allowed, costs.server_flop, 0.0).sum(axis=1)

@@ -18,7 +18,7 @@ def terms_of(clients, seed=0, units=3, **columns):
 
 
 def fixed_cuts_round_s(fixed_s, demands, least=0.0):
-    """The least round of fixed cuts by a general-purpose solver: log parts of each budget of 1, and T.
+    """The least round of fixed cuts by a general-purpose solver over T and the log parts of each budget of 1.
 
     least: parts (K,) of budget 1 that must be given.
     """
@@ -59,7 +59,7 @@ def test_round_and_bound_enclose_the_optimum_of_enumeration(band_hz, seed):
     )
     assert plan.bound_s <= optimum * (1 + 1e-6)
     assert plan.round_s >= optimum * (1 - 1e-6)
-    # Two clients leave the prices little to balance: the cuts found are still within a few per cent.
+    # With two clients the prices balance poorly, but the cuts found are still within a few per cent.
     assert plan.round_s <= optimum * 1.05
 
 
@@ -76,7 +76,7 @@ def test_energy_budgets_hold_at_the_part_of_the_band_that_is_given(band_hz, seed
     free = terms_of(3, seed, energy_j=np.full(3, 1e9), **power)
     server_flops = 2e9
     spent = joules(free, bandwidth.solve_bandwidth(free, server_flops, band_hz, reference_hz=1.0))
-    # The client that would spend most may spend less, so that it needs more of the band.
+    # A lower budget for the client that spends most, so that it needs more of the band.
     budget = np.where(spent == spent.max(), 0.8 * spent, 2 * spent)
     terms = free._replace(energy=free.energy._replace(budget_j=budget))
     plan = bandwidth.solve_bandwidth(terms, server_flops, band_hz, reference_hz=1.0)
@@ -99,7 +99,7 @@ def test_energy_budgets_that_need_more_than_the_band_are_refused():
     power = {"cycles_per_s": np.full(2, 1e9), "kappa": np.full(2, 1e-40), "transmit_w": np.full(2, 0.2)}
     free = terms_of(2, 0, energy_j=np.full(2, 1e9), **power)
     least_j = np.min([free.joules(cut) for cut in range(1, free.shape[1])], axis=0)  # at one Hz each
-    for factor, fits in ((1.01, True), (0.9, False)):  # a client alone would do with 2 Hz
+    for factor, fits in ((1.01, True), (0.9, False)):  # 2 Hz would be enough for each client alone
         terms = free._replace(energy=free.energy._replace(budget_j=factor * least_j))
         if fits:
             assert bandwidth.solve_bandwidth(terms, 2e9, (2.0, 2.0), reference_hz=1.0).round_s > 0
@@ -109,7 +109,7 @@ def test_energy_budgets_that_need_more_than_the_band_are_refused():
             ):
                 bandwidth.solve_bandwidth(terms, 2e9, (2.0, 2.0), reference_hz=1.0)
     terms = free._replace(energy=free.energy._replace(budget_j=np.array([0.4, 1]) * least_j))
-    with pytest.raises(optim.Infeasible, match=r"client 0: every cut costs .* J or more, its budget is"):
+    with pytest.raises(optim.Infeasible, match=r"client 0: every cut costs at least .* J; the client"):
         bandwidth.solve_bandwidth(terms, 2e9, (2.0, 2.0), reference_hz=1.0)
 
 
@@ -123,7 +123,7 @@ def test_budgets_and_ends_hold_in_fractions(band_hz):
     assert sum(map(Fraction, plan.downlink_hz.tolist())) <= down_hz
     if band_hz == POOLED:
         np.testing.assert_array_equal(plan.uplink_hz, plan.downlink_hz)
-    # Rates in proportion to the band give back the session's seconds.
+    # Rates proportional to the band give the session's seconds.
     moved = terms._replace(
         uplink_bps=terms.uplink_bps * plan.uplink_hz, downlink_bps=terms.downlink_bps * plan.downlink_hz
     )
@@ -135,7 +135,7 @@ def test_budgets_and_ends_hold_in_fractions(band_hz):
 
 
 def test_with_bands_as_given_no_plan_of_compute_alone_is_better_than_the_bound():
-    """A plan with everybody at the reference band is one way to spend K reference bands."""
+    """A plan with every client at the reference band is one way to spend K reference bands."""
     for seed in range(5):
         terms = terms_of(6, seed)
         alone = optim.solve(terms, 1e9)

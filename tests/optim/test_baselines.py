@@ -36,14 +36,15 @@ def test_common_cut_leaves_out_what_one_client_cannot_do():
 def test_equal_shares_are_equal_before_they_are_trimmed():
     fixed_s, work = np.array([[1.0, 20.0], [5.0, 20.0]]), np.array([[8.0, 0.0], [2.0, 0.0]])
     plan = optim.solve(optim.Costs(fixed_s, work, np.ones((2, 2), bool)), 4.0, "equal_shares")
-    # At 2 FLOP/s each the ends are 1 + 4 and 5 + 1: the first needs less to end at 6 too.
+    # At 2 FLOP/s each the ends are 1 + 4 and 5 + 1; the first client needs less to end at 6 too.
     np.testing.assert_allclose(plan.round_s, 6.0, rtol=1e-12)
     np.testing.assert_allclose(plan.shares, [8 / 5, 2.0], rtol=1e-12)
 
 
 def test_greedy_moves_who_holds_up_the_round_as_long_as_that_helps():
-    # All-local ends 9, 6 and 4. Client 0 goes first, to 1 + 12/4 = 4; then client 1 at 6 holds up: sharing,
-    # 12/(T-1) + 4/(T-3) = 4 has the root 4 + sqrt(3), under 6; then neither of the two has a better cut.
+    # All-local ends are 9, 6 and 4. Client 0 moves first, to 1 + 12/4 = 4. Then client 1 at 6 holds the round
+    # up. If both share, 12/(T-1) + 4/(T-3) = 4 has the root 4 + sqrt(3), below 6. Then neither has a better
+    # cut.
     fixed_s = np.array([[1.0, 9.0], [3.0, 6.0], [4.0, 4.0]])
     work = np.array([[12.0, 0.0], [4.0, 0.0], [1.0, 0.0]])
     plan = optim.solve(optim.Costs(fixed_s, work, np.ones((3, 2), bool)), 4.0, "greedy")
@@ -53,7 +54,7 @@ def test_greedy_moves_who_holds_up_the_round_as_long_as_that_helps():
 
 
 def test_greedy_is_not_stopped_by_others_who_end_as_late():
-    # All three end at 9; together on the server at 1 + 3 * 4/4 = 4, which no single move reaches.
+    # All three end at 9 alone, and at 1 + 3 * 4/4 = 4 together on the server. No single move leads there.
     costs = optim.Costs(np.tile([1.0, 9.0], (3, 1)), np.tile([4.0, 0.0], (3, 1)), np.ones((3, 2), bool))
     plan = optim.solve(costs, 4.0, "greedy")
     assert plan.cuts.tolist() == [0, 0, 0]

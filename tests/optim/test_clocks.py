@@ -22,7 +22,7 @@ def terms_of(clients=3, units=4, seed=0, equal=False, spread=1.0, work=None, **c
 
 
 def simulated_s(terms, columns, server_flops, barrier, most=max):
-    """The round, event by event: a clock that the server and whoever is waited for move on."""
+    """The round by simulation, event by event."""
     k, l = np.arange(len(columns)), columns
     samples, steps = terms.samples, terms.steps.astype(int)
     batch = samples / steps
@@ -106,7 +106,7 @@ def test_exact_is_the_optimum_of_enumeration(barrier, equal):
 
 
 def test_bounds_hold_where_steps_are_grouped(monkeypatch):
-    """Groups as if there were many more numbers of steps, and no looks to search them."""
+    """Forces fewer groups, as with very many numbers of steps, and gives the search no budget."""
     gaps = []
     for groups, looks in itertools.product([(32, 4), (2, 1), (1,)], [1, 1 << 26]):
         monkeypatch.setattr(clocks, "_GROUPS", groups)
@@ -120,11 +120,11 @@ def test_bounds_hold_where_steps_are_grouped(monkeypatch):
             assert plan.bound_s <= optimum * (1 + 1e-13)
             assert optimum <= plan.round_s * (1 + 1e-13)
             gaps.append(plan.gap)
-    assert max(gaps) > 0.01  # there are instances that this does not solve
+    assert max(gaps) > 0.01  # some instances are not solved then
 
 
 def test_a_search_without_one_maximum_would_be_noticed():
-    """Without the wait for gradients the search finds other cuts, which take longer."""
+    """If the search ignores the wait for gradients, it finds other cuts, which take longer."""
     worse = 0
     for seed in range(12):
         terms = terms_of(4, 4, seed, equal=True)
@@ -198,11 +198,11 @@ def test_who_cannot_be_served_is_named():
 
 @pytest.mark.parametrize("barrier", CLOCKS)
 def test_what_a_clock_cannot_do_is_refused(barrier):
-    with pytest.raises(BadInput, match=f"method=greedy is not for barrier={barrier}; choose one of exact"):
+    with pytest.raises(BadInput, match=f"method=greedy: barrier={barrier} allows only exact"):
         optim.solve(terms_of(), 1e9, "greedy", barrier)
     with pytest.raises(BadInput, match="needs Terms"):
         optim.solve(terms_of().costs(), 1e9, "exact", barrier)
     with pytest.raises(BadInput, match="barrier=none: choose one of session, staged"):
         optim.round_seconds(terms_of(), np.ones(3, int), 1e9, "none")
-    with pytest.raises(BadInput, match=r"columns have shape \(2,\)"):
+    with pytest.raises(BadInput, match=r"columns: shape \(2,\); must be \("):
         optim.round_seconds(terms_of(), np.ones(2, int), 1e9, barrier)

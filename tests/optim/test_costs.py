@@ -7,7 +7,7 @@ from optim import oracles
 from sfl_jax import optim
 from sfl_jax.errors import BadInput
 
-# Two units and two clients, small enough for a hand: client 1 has less than one batch.
+# Two units and two clients, small enough to compute by hand. Client 1 has less than one batch.
 PROFILE = oracles.profile(2)
 PROFILE.forward_macs, PROFILE.backward_macs = np.array([10, 30]), np.array([15, 60])
 PROFILE.parameters, PROFILE.state = np.array([7, 11]), np.array([2, 0])
@@ -116,9 +116,9 @@ def test_the_terms_of_a_cohort_are_those_rows():
 REFUSED = {
     "batch_size=0: choose at least 1": ({"batch_size": 0}, {}),
     "min_cut=3: the chain has 2 units; choose 0 to 2": ({"min_cut": 3}, {}),
-    "client 1 has uplink_bps=0.0; it must be above 0": ({}, {"uplink_bps": np.array([1.0, 0.0])}),
-    "client 0 has flops=nan; it must be above 0": ({}, {"flops": np.array([np.nan, 1.0])}),
-    "client 1 has samples=0; it must be above 0": ({}, {"samples": np.array([1, 0])}),
+    "client 1: uplink_bps=0.0: must be above 0": ({}, {"uplink_bps": np.array([1.0, 0.0])}),
+    "client 0: flops=nan: must be above 0": ({}, {"flops": np.array([np.nan, 1.0])}),
+    "client 1: samples=0: must be above 0": ({}, {"samples": np.array([1, 0])}),
     "energy_j is given without kappa, transmit_w": (
         {},
         {"energy_j": np.ones(2), "cycles_per_s": np.ones(2)},

@@ -15,7 +15,7 @@ WIDE = st.sampled_from([0.0, 1e-6, 1.0, 1e6]) | st.floats(-6, 6).map(lambda x: 1
 
 @st.composite
 def wide_instances(draw, clients=30, cuts=5):
-    """Many clients, everything over twelve decades, zeros and ties among it."""
+    """Many clients, numbers over twelve decades, with zeros and ties."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     spread = draw(st.sampled_from([0.0, 0.3, 6.0]))
 
@@ -32,7 +32,7 @@ def wide_instances(draw, clients=30, cuts=5):
 
 
 def optimum_by_bisection(costs, server_flops):
-    """The root of need in plain NumPy, with nothing clever."""
+    """The root of need by plain bisection in NumPy."""
     fixed_s = np.where(costs.allowed, costs.fixed_s, np.inf)
 
     def meets(time_s):
@@ -64,7 +64,7 @@ def test_many_clients_and_twelve_decades(instance):
     ("spread", "per_client"), [(spread, flops) for spread in (0.05, 1.0) for flops in (1e7, 1e9, 1e11)]
 )
 def test_few_passes_are_enough(spread, per_client):
-    """Equal clients are the hardest: many trade places between the server and training alone."""
+    """Equal clients are the hardest case: many switch between the server and training alone."""
     terms = optim.terms(oracles.profile(12), oracles.fleet(400, spread=spread), optim.Work())
     plan = optim.solve(terms, per_client * 400)
     oracles.assert_sound(terms.costs(), per_client * 400, plan)
@@ -99,13 +99,13 @@ def test_more_cuts_than_are_unrolled():
 
 
 def bytes_per_client(clients, units=43):
-    """What the compiled search takes besides its input."""
+    """The compiled search's temporary memory."""
     terms = optim.terms(oracles.profile(units), oracles.fleet(4), optim.Work())
     with jax.enable_x64(True):
         many = jax.tree.map(
             lambda part: jax.ShapeDtypeStruct((clients if len(part) == 4 else len(part),), part.dtype), terms
         )
-        search = jax.jit(lambda *given: optim.solve_arrays(*given))  # a new one, or the last would be reused
+        search = jax.jit(lambda *given: optim.solve_arrays(*given))  # new: else a compilation is reused
         program = search.lower(many, jax.ShapeDtypeStruct((), np.float64)).compile()
     return program.memory_analysis().temp_size_in_bytes / clients
 
@@ -113,7 +113,7 @@ def bytes_per_client(clients, units=43):
 @pytest.mark.slow
 def test_nothing_of_size_clients_times_cuts_is_made(monkeypatch):
     assert bytes_per_client(300_000) < 10 * 8
-    # Without its barriers the compiler makes the whole table ahead of the loop.
+    # Without the optimisation barriers the compiler makes the whole table ahead of the loop.
     exact = sys.modules["sfl_jax.optim.exact"]
     unguarded = {name: getattr(jax.lax, name) for name in ("while_loop", "fori_loop")}
     monkeypatch.setattr(
@@ -133,7 +133,7 @@ def scarce_medium_rich(clients, seed=0):
     [
         (10, 1.05),
         pytest.param(50, 1.25, marks=pytest.mark.slow),
-    ],  # there HiGHS is stopped after a minute each
+    ],  # at 50 clients each HiGHS run stops after a minute
 )
 def test_highs_bounds_the_optimum_from_both_sides(clients, closeness, regime):
     costs, server_flops = scarce_medium_rich(clients)[regime]
@@ -142,4 +142,4 @@ def test_highs_bounds_the_optimum_from_both_sides(clients, closeness, regime):
     above = highs.discretised(costs, server_flops, plan.round_s).round_s
     assert below <= plan.bound_s * (1 + 1e-6)
     assert plan.round_s <= above * (1 + 1e-6)
-    assert above / below < closeness  # or both would say little
+    assert above / below < closeness  # else the bounds prove little

@@ -11,7 +11,7 @@ SECONDS = np.array([0.0, 0.5, 1.0, 1.0, 2.0, 3.0, 7.0, 1e-6, 1e6])
 
 
 def instance(seed):
-    """Tables with ties, zeros, forbidden columns and weights of nothing; every client has a column."""
+    """Tables with ties, zeros, forbidden columns and zero weights; every client has an allowed column."""
     rng = np.random.default_rng(seed)
     clients, count = int(rng.integers(1, 5)), int(rng.integers(1, 6))
 
@@ -63,7 +63,7 @@ def test_the_optimum_is_that_of_enumeration_and_the_bound_holds_exactly(looks, m
 
 
 def test_a_wrong_floor_would_be_noticed(monkeypatch):
-    """Floors a little too high drop the optimum, and enumeration tells."""
+    """Floors that are slightly too high drop the optimum, and enumeration notices."""
     largest = maxima._Search.largest
     monkeypatch.setattr(maxima._Search, "largest", lambda self, of_kinds: largest(self, of_kinds) * 1.2)
     wrong = 0

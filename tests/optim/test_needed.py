@@ -1,4 +1,4 @@
-"""Cuts that a fleet can do without: the optimum, its proof and the cuts' numbers are as with all of them."""
+"""Without the cuts that are not needed, the optimum, its proof and the numbers of the cuts stay the same."""
 
 import sys
 
@@ -17,7 +17,7 @@ UNITS, CLIENTS = 9, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def few_are_many():
-    """Else cuts are only dropped for fleets that are too large for the oracles."""
+    """Drops cuts for small fleets too; usually this needs fleets that are too large for the oracles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["sfl_jax.optim.solve"], "MANY", 1)
         yield
@@ -25,7 +25,7 @@ def few_are_many():
 
 @st.composite
 def instances(draw):
-    """Terms of a chain with runs of equal units, so with ties, and a server; memory and energy may bind."""
+    """Terms of a chain with runs of equal units (so with ties) and a server; memory and energy may bind."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     run = np.repeat(np.arange(UNITS), draw(st.sampled_from([1, 3, 4, UNITS])))[:UNITS]
     profile = oracles.profile(UNITS, draw(st.integers(0, 99)))
@@ -46,13 +46,13 @@ def instances(draw):
         rates |= {"transmit_w": rng.uniform(0, 1, CLIENTS), "energy_j": np.zeros(CLIENTS)}
         energy = optim.terms(profile, oracles.fleet(CLIENTS, **rates), work)
         each = np.array([energy.joules(cut)[rng.integers(CLIENTS)] for cut in range(UNITS + 1)])
-        # A little more than some cut takes: whether just as much is too much, rounding decides.
+        # A little more than some cut takes: at exactly that much, rounding would decide.
         terms = terms._replace(energy=energy.energy._replace(budget_j=1.001 * rng.choice(each, CLIENTS)))
     return terms, CLIENTS * draw(st.sampled_from([0.0, 1e6, 1e8, 1e10]))
 
 
 def assert_as_with_all(terms, server_flops):
-    """The plan of the cuts that are needed, against that of all of them and against exact fractions."""
+    """Compares the plan of the needed cuts with the plan of all cuts, and with exact fractions."""
     with jax.enable_x64(True):
         every = jax.tree.map(np.asarray, jax.jit(optim.solve_arrays)(terms, server_flops))
     if not every.feasible:
@@ -87,13 +87,13 @@ def test_the_smallest_server_is_that_of_all_cuts(instance, factor):
             optim.smallest_server(terms, round_s)
         return
     found = optim.smallest_server(terms, round_s)
-    # The dense table's seconds are rounded, and shares of the last moment magnify that.
+    # The dense table's seconds are rounded; shares with little time left magnify the error.
     np.testing.assert_allclose(found.server_flops, float(need), rtol=1e-9)
 
 
 @pytest.fixture
 def solve_with(monkeypatch):
-    """Lets solve() take other cuts for those that are needed."""
+    """Makes solve() use other cuts than the needed ones."""
     solve = sys.modules["sfl_jax.optim.solve"]
     return lambda cuts: monkeypatch.setattr(solve, "needed_cuts", lambda _: cuts)
 
@@ -121,7 +121,7 @@ def test_of_equal_blocks_in_a_row_only_the_ends_are_needed():
 
 
 def test_memory_and_energy_that_may_bind_keep_cuts():
-    """Halfway into a run may be as far as the memory goes; a mixture may cost two clients' budgets."""
+    """Memory may end halfway into a run of equal units; a mixture of cuts may break an energy budget."""
     ample, largest = efficientnet(), efficientnet().needed_bytes.max()
     tight = efficientnet(memory_bytes=0.5 * largest)
     beyond = tight.needed_bytes > 0.5 * largest

@@ -12,7 +12,7 @@ KEY = jax.random.key(3)
 PROFILE = oracles.profile(3)
 FLOAT32 = optim.Wire(PROFILE.smashed * 32, PROFILE.smashed * 32)
 INT8 = optim.Wire(PROFILE.smashed * 8 + 32, PROFILE.smashed * 8 + 32)
-# Less up, more down: which one is best depends on the client's links.
+# Fewer bits up, more bits down: the best codec depends on the client's links.
 LOPSIDED = optim.Wire(PROFILE.smashed * 4, PROFILE.smashed * 60)
 WORK = optim.Work(batch_size=64)
 BARRIERS = ("session", *optim.CLOCKS)
@@ -56,7 +56,7 @@ def test_one_codec_gives_the_plans_of_none_bit_for_bit():
 
 
 def pairs(wires):
-    """Every vector of (cut, codec) pairs, as columns of terms made for one codec at a time."""
+    """All vectors of (cut, codec) pairs for three clients."""
     each = [(cut, name) for cut in range(1, 4) for name in wires]
     return itertools.product(each, repeat=3)
 
@@ -72,7 +72,7 @@ def test_the_optimum_is_that_of_all_pairs(barrier):
         alone = {name: terms_of(seed, wires={name: wire}) for name, wire in wires.items()}
 
         def round_s(choice, alone=alone, server_flops=server_flops):
-            """Client by client from terms that know one codec only."""
+            """Each client's entry from the terms of its codec alone."""
             mine = [alone[name] for _, name in choice]
             mixed = alone[names[0]]._replace(
                 **{
@@ -103,7 +103,7 @@ def test_the_optimum_is_that_of_all_pairs(barrier):
         used |= {name for cut, name in mine if 0 < cut < 3}
         worst = [min(optim.solve(one, server_flops, "exact", barrier).round_s for one in alone.values())]
         assert plan.round_s <= min(worst) * (1 + 2e-9)
-    assert used  # somebody cuts in the middle
+    assert used  # at least one client cuts in the middle
 
 
 def test_forgetting_the_codec_would_be_noticed():
@@ -144,7 +144,7 @@ def test_the_other_questions_are_answered_in_options_too():
     band = optim.solve_bandwidth(terms, 1e10, 3.0, reference_hz=1.0)
     assert band.codecs.any()
     np.testing.assert_allclose(optim.session_ends_s(terms, band, 1e10), band.client_s, rtol=1e-9)
-    # Where every float is 8 bits anyway, there is nothing to choose.
+    # If every float has 8 bits anyway, the codecs do not differ.
     eight = terms_of(1, work=WORK._replace(bits_per_float=8))
     assert plan.round_s == pytest.approx(optim.solve(eight, 1e10).round_s, rel=0.02)
 
@@ -160,9 +160,9 @@ def test_what_options_cannot_be_is_refused():
         optim.solve(terms_of(wires={"float32": FLOAT32, "int8": INT8}), 1e9, "regression")
     with pytest.raises(BadInput, match="method=regression: smashed data and gradients take different bits"):
         optim.solve(terms_of(wires={"lopsided": LOPSIDED}), 1e9, "regression")
-    with pytest.raises(BadInput, match="wires is empty"):
+    with pytest.raises(BadInput, match=r"wires=\{\}: give the bits of at least one codec"):
         terms_of(wires={})
-    with pytest.raises(BadInput, match=r"wires\[a\].up_bits has shape \(2,\); it must be \(4,\)"):
+    with pytest.raises(BadInput, match=r"wires\[a\].up_bits: shape \(2,\); must be \(4,\)"):
         terms_of(wires={"a": optim.Wire(np.ones(2), np.ones(4))})
-    with pytest.raises(BadInput, match=r"wires\[a\].down_bits must be finite"):
+    with pytest.raises(BadInput, match=r"wires\[a\].down_bits=.*: must be finite"):
         terms_of(wires={"a": optim.Wire(np.ones(4), np.full(4, np.nan))})

@@ -41,7 +41,7 @@ def test_parameters_that_explain_only_noise_are_not_paid_for():
         noisy = (truth + np.random.default_rng(seed).normal(size=40) * 0.05 for seed in range(8))
         chosen = [fitted(values).chosen for values in noisy]
         assert sum(fit.family == f"polynomial {degree}" for fit in chosen) >= 4
-        # The least error alone would always take the most parameters.
+        # Choosing by error alone would always take the most parameters.
         assert np.mean([len(fit.parameters) for fit in chosen]) < 5
 
 
@@ -133,7 +133,7 @@ def test_rounding_takes_the_nearest_allowed_cut_or_the_neighbour_that_needs_less
     last = int(np.flatnonzero(allowed[1])[-1])
     assert last < 5
     samples = np.array([round(4.4 * 16), 5 * 16, 0])
-    # A time that both neighbours meet, one that no neighbour meets, and all in between.
+    # Times from one that both neighbours meet to one that no neighbour meets.
     for round_s in np.geomspace(0.5 * costs.fixed_s[0].min(), 3 * costs.fixed_s[0].max(), 25):
         with jax.enable_x64(True):
             traced = jax.tree.map(jax.numpy.asarray, terms)
@@ -148,7 +148,7 @@ def test_rounding_takes_the_nearest_allowed_cut_or_the_neighbour_that_needs_less
             assert need[0] == (above if share[above] < share[below] else below)
         else:
             assert need[0] == (above if costs.fixed_s[0, above] < costs.fixed_s[0, below] else below)
-        assert need[1:].tolist() == [last, 2]  # one neighbour alone is open to these two
+        assert need[1:].tolist() == [last, 2]  # only one neighbour is allowed for these two
 
 
 @pytest.mark.slow

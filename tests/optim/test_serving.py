@@ -23,7 +23,7 @@ def tails_of_subsets(first, work, last):
 
 
 def ticked(sessions):
-    """The same rule, tick by tick, for whole numbers: whoever waits and has longest to go gets the tick."""
+    """The same rule, tick by tick, for integers: a tick goes to the job with the longest remaining time."""
     clients = range(len(sessions.steps))
     arrival, left, step = list(sessions.first_s), list(sessions.serving_s), [0] * len(sessions.steps)
     ends, now = [None] * len(sessions.steps), 0
@@ -63,7 +63,7 @@ def test_many_visits_follow_the_rule_tick_by_tick():
     for _ in range(100):
         clients = rng.integers(1, 5)
         first, work, between, last = rng.integers(1, 9, (4, clients))
-        # Ways to go that differ, or the rule would not say who comes first.
+        # Remaining times that differ: on a tie the rule does not say which job is first.
         sessions = of(first, work, between, last + 1000 * np.arange(clients), rng.integers(1, 5, clients))
         assert serving.ends_s(sessions).tolist() == ticked(sessions)
 
@@ -75,7 +75,7 @@ def terms_of(clients, seed=0, units=3, **columns):
 
 
 def test_the_bound_holds_for_the_best_cuts_and_the_best_schedule():
-    """One step each, where the best schedule of fixed cuts is known."""
+    """One step per client, for which the best schedule of fixed cuts is known."""
     for seed in range(6):
         made = terms_of(3, seed)
         terms = made._replace(samples=np.full(3, 32.0), steps=np.ones(3))
@@ -109,7 +109,7 @@ def test_a_plan_is_no_longer_than_constant_shares_with_the_same_cuts_need(client
         ends = serving.ends_s(serving.sessions(terms, flops, plan.cuts))
         np.testing.assert_allclose(plan.client_s, ends, rtol=1e-8)
         assert terms.costs().allowed[np.arange(clients), plan.cuts].all()
-    assert clients > 1 or plan.gap < 1e-8  # alone with the server, nobody waits
+    assert clients > 1 or plan.gap < 1e-8  # a client alone never waits
 
 
 def test_idle_shares_are_what_constant_shares_waste():

@@ -13,7 +13,7 @@ POSITIVE = st.floats(-3, 3).map(lambda x: 10.0**x)
 
 
 def one_cut(fixed_s, work):
-    """Costs with a single cut: solving them is the share problem alone."""
+    """Costs with a single cut: only the share problem remains."""
     fixed_s, work = (np.array(values, float)[:, None] for values in (fixed_s, work))
     return optim.Costs(fixed_s, work, np.ones(fixed_s.shape, bool))
 
@@ -28,7 +28,7 @@ def test_shares_of_fixed_cuts_satisfy_the_kkt_conditions(clients, server_flops):
     plan = optim.solve(one_cut(fixed_s, work), server_flops)
     busy = work > 0
     np.testing.assert_allclose(plan.round_s, oracles.least_time_s(fixed_s, work, server_flops), rtol=1e-11)
-    # Everybody on the server ends with the round; the server is used up unless an all-local client ends it.
+    # All clients on the server end with the round. The server is used up unless an all-local one ends last.
     np.testing.assert_allclose(plan.client_s[busy], plan.round_s, rtol=1e-11)
     if busy.any() and plan.round_s > fixed_s[~busy].max(initial=0.0) * (1 + 1e-9):
         left_s = (plan.round_s - fixed_s[busy]).min()

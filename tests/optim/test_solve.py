@@ -55,7 +55,7 @@ def test_every_method_is_sound_and_bounded_by_the_optimum(method, instance):
 
 @st.composite
 def chains(draw):
-    """(Terms, server FLOP/s) of three unequal clients and three units; memory may bind, so may min_cut."""
+    """(Terms, server FLOP/s) of three unequal clients and three units; memory and min_cut may bind."""
     profile = oracles.profile(3, draw(st.integers(0, 99)))
     fleet = oracles.fleet(3, draw(st.integers(0, 99)), draw(st.sampled_from([0.0, 1.0, 6.0])))
     terms = optim.terms(profile, fleet, optim.Work(min_cut=draw(st.integers(0, 2))))
@@ -78,7 +78,7 @@ def test_every_method_keeps_the_contract_on_terms(method, instance):
         assert method in ("no_split", "common_cut")
         return
     oracles.assert_sound(costs, server_flops, plan)
-    # Seconds are summed in another order here than in the table.
+    # The sum of seconds here has another order than in the table.
     assert plan.bound_s <= optimum * (1 + 1e-12)
     assert plan.round_s >= optimum * (1 - 1e-12)
     assert method != "exact" or plan.gap < 1e-11
@@ -101,14 +101,14 @@ def test_the_fraction_oracle_notices_a_bound_or_a_share_that_is_a_little_off():
             oracles.assert_sound(costs, server_flops, wrong)
 
 
-# One client of each kind: the server is worth it, does not matter, would be slower.
+# Three clients: the server makes the first faster, makes no difference to the second, makes the third slower.
 SMALL = optim.Costs(
     np.array([[1.0, 3.0, 9.0], [2.0, 2.0, 2.0], [5.0, 6.0, 3.0]]),
     np.array([[8.0, 4.0, 0.0], [6.0, 3.0, 0.0], [9.0, 2.0, 0.0]]),
     np.ones((3, 3), bool),
 )
-# At 4 FLOP/s client 0 at cut 0 ends at 1 + 8/4, and the others do without. Equal shares are 4/3 each: cut 1
-# is client 0's best at 3 + 4/(4/3), from where alternation finds the whole server free for it. The common
+# At 4 FLOP/s client 0 ends at 1 + 8/4 with cut 0, and the others use no server. Equal shares are 4/3 each:
+# client 0's best cut is then 1, at 3 + 4/(4/3). From there alternation gives it the whole server. The common
 # cut 1 ends where 4/(T-3) + 3/(T-2) + 2/(T-6) = 4, a cubic.
 COMMON_S = np.roots([4, -53, 213, -258]).real.max()
 BY_HAND = {
@@ -149,7 +149,7 @@ def test_absent_clients_cost_nothing(method):
     plan = solve(costs, server_flops, method, present=present)
     oracles.assert_sound(dense, server_flops, plan, present)
     assert plan.cuts[1] == costs.shape[1] - 1
-    if method in ("exact", "alternating"):  # each shape is compiled
+    if method in ("exact", "alternating"):  # the others compile for each shape
         alone = solve(costs.take(present), server_flops, method)
         np.testing.assert_allclose(plan.round_s, alone.round_s, rtol=1e-12)
     nobody = solve(costs, server_flops, method, present=np.zeros(3, bool))
@@ -226,7 +226,7 @@ def test_nothing_is_compiled_again_when_numbers_change():
             plan(seed, server_flops)
         assert not compiled
         jax.jit(lambda x: x * 3.5)(jnp.ones(3))
-        assert compiled  # the listener does hear compilations
+        assert compiled  # the listener notices compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 
@@ -253,7 +253,7 @@ UNSERVED = {
         1e9,
         "exact",
         (1,),
-        "client 1: every cut needs .* bytes of memory or more, it has 10",
+        "client 1: every cut needs at least .* bytes of memory; the client has 10",
     ),
     "memory at L": (NO_MEMORY, {"min_cut": 0}, 1e9, "no_split", (1,), "client 1: cut 4 needs .* bytes"),
     "memory, common": (NO_MEMORY, {}, 1e9, "common_cut", (1,), "client 1: cut 1 needs"),
@@ -263,7 +263,7 @@ UNSERVED = {
         1e9,
         "exact",
         (2,),
-        "client 2: every cut costs .* J or more, its budget is 1e-09 J",
+        "client 2: every cut costs at least .* J; the client's budget is 1e-09 J",
     ),
     "no server": (
         NO_MEMORY,
@@ -298,11 +298,11 @@ REFUSED = {
     "barrier=none: choose one of session": {"barrier": "none"},
     "server_flops=nan": {"server_flops": np.nan},
     "server_flops=-1.0": {"server_flops": -1.0},
-    "random_cut needs key": {"method": "random_cut", "key": None},
-    "present has shape": {"present": np.ones(2, bool)},
-    "costs.fixed_s holds": {"costs": SMALL._replace(fixed_s=SMALL.fixed_s - 2.0)},
-    "costs.server_flop holds": {"costs": SMALL._replace(server_flop=SMALL.server_flop + np.inf)},
-    "costs have shapes": {"costs": SMALL._replace(allowed=np.ones((3, 2), bool))},
+    "random_cut: needs key": {"method": "random_cut", "key": None},
+    "present: shape": {"present": np.ones(2, bool)},
+    "costs.fixed_s: has": {"costs": SMALL._replace(fixed_s=SMALL.fixed_s - 2.0)},
+    "costs.server_flop: has": {"costs": SMALL._replace(server_flop=SMALL.server_flop + np.inf)},
+    "costs: shapes": {"costs": SMALL._replace(allowed=np.ones((3, 2), bool))},
 }
 
 

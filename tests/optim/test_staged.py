@@ -31,7 +31,7 @@ def tables(draw):
 
 
 def rounds_s(costs):
-    """The exact round of every vector of cuts."""
+    """The exact rounds of all vectors of cuts."""
     choices = [np.flatnonzero(np.isfinite(row)) for row in costs.before_s]
     rows = range(len(choices))
     for cuts in itertools.product(*choices):
@@ -58,7 +58,7 @@ def test_a_hopeless_cut_does_not_loosen_the_bound():
 
 
 def test_a_worse_search_would_be_noticed():
-    """The barrier times matter: the best after the least first barrier alone is not the optimum."""
+    """The best plan at the least first barrier is not the optimum."""
     costs = staged.Stages(np.array([[1.0, 2.0]]), np.array([[9.0, 1.0]]), np.array([[1.0, 1.0]]))
     assert min(rounds_s(costs)) == 4
     assert staged.optimal_cuts(costs)[0].tolist() == [1]
@@ -139,7 +139,7 @@ def test_who_cannot_be_served_is_named():
 
 
 def test_what_staged_cannot_do_is_refused():
-    with pytest.raises(BadInput, match="method=greedy is not for barrier=staged; choose one of exact"):
+    with pytest.raises(BadInput, match="method=greedy: barrier=staged allows only exact"):
         optim.solve(terms_of(), 1e9, "greedy", "staged")
     with pytest.raises(BadInput, match="needs Terms"):
         optim.solve(terms_of().costs(), 1e9, "exact", "staged")

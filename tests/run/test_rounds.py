@@ -139,7 +139,7 @@ def test_whom_the_links_of_a_round_do_not_serve_is_absent_in_it(method, tmp_path
         assert len(done.left_out) == (~could).sum()
         for index, line in zip(np.flatnonzero(~could), done.left_out, strict=True):
             assert line.startswith(f"client {ids[index]}: ")
-            assert " J or more, its budget is " in line
+            assert " J; the client's budget is " in line
         for of_client in (done.assignments.weight, done.assignments.steps, done.plan.client_s):
             np.testing.assert_array_equal(of_client > 0, could)
         # Its plan is that of the others, and nobody waits for it until the deadline.

@@ -228,19 +228,22 @@ def _signed(type):
 
 def _if_finite(weight, tree):
     """The weight, at least 0; 0 unless all numbers are finite."""
-    return jnp.where(_finite_leaves(tree), weight, 0).min()
+    return jnp.where(_are_finite(tree), weight, 0).min()
 
 
 def _finite(tree):
     """Whether all numbers are."""
-    return _finite_leaves(tree).all()
+    return _are_finite(tree).all()
 
 
-def _finite_leaves(tree):
-    """Whether all numbers are, for each leaf: one kernel a leaf.
+def _are_finite(tree):
+    """Whether all numbers are, for each type: one kernel for all leaves of a type, and not one for each shape.
 
     No product by 0, although it is NaN of what is not finite: of 0 * (10 * x) XLA makes 0 * x, which is 0
     also where 10 * x overflows. It takes a reduction to end this, which XLA keeps: what is chosen
     by the leaves one by one it would compute anew for every number that depends on it.
     """
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+    by_type: dict[Any, list[Any]] = {}
+    for leaf in jax.tree.leaves(tree):
+        by_type.setdefault(leaf.dtype, []).append(leaf.reshape(-1))
+    return jnp.stack([jnp.isfinite(jnp.concatenate(leaves)).all() for leaves in by_type.values()])

@@ -1,4 +1,4 @@
-"""The clients: what each can do, and who comes and how well it is connected in a round."""
+"""The clients: their devices and links, and which of them take part in a round."""
 
 from sfl_jax.fleet.clients import Fleet, random_fleet
 from sfl_jax.fleet.faults import Delays, Faults

@@ -1,4 +1,4 @@
-"""What is known of every client."""
+"""The fleet: what is known about every client."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,15 +14,15 @@ GIB = 2.0**30
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
-    """K clients, one entry each in NumPy arrays of length K.
+    """K clients, in NumPy arrays with one entry per client.
 
     Attributes:
-      client: names, unique.
-      flops: FLOP/s of training that the client sustains.
+      client: unique names.
+      flops: FLOP/s that the client sustains in training.
       uplink_bps, downlink_bps: bit/s to and from the server.
-      memory_bytes: what training may take up.
-      samples: training samples owned; None while that is left to a partition.
-      cycles_per_s, kappa: processor clock and its effective capacitance in J s²/cycle³, where energy counts.
+      memory_bytes: memory that training may use.
+      samples: training samples owned; None until a partition sets them.
+      cycles_per_s, kappa: processor clock and its effective capacitance in J s²/cycle³, for energy budgets.
       transmit_w: power of the client's radio.
       energy_j: energy that a round may cost the client.
       distance_m: distance from the server's antenna.
@@ -49,7 +49,7 @@ class Fleet:
         return replace(self, **{name: values[chosen] for name, values in self.columns().items()})
 
     def with_samples(self, samples: Sequence[int] | Int[np.ndarray, " K"]) -> "Fleet":
-        """The same clients, owning so many samples."""
+        """The same clients with these numbers of samples."""
         return replace(self, samples=np.broadcast_to(np.asarray(samples, np.int64), len(self)))
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -59,18 +59,18 @@ class Fleet:
 
 
 def random_fleet(clients: int, *, seed: int = 0) -> Fleet:
-    """A fleet of very unequal devices; client i depends on (seed, i) alone, whatever the number of clients.
+    """A fleet of very unequal devices. Client i depends on (seed, i) alone, not on the number of clients.
 
-    Drawn log-uniformly and independently, in ranges chosen for this project (orders of magnitude of public
-    data sheets; no publication's parameters):
+    The values are drawn log-uniformly and independently. The ranges are chosen for this project: orders of
+    magnitude of public data sheets, not the parameters of a publication.
 
       flops         10 GFLOP/s to 1 TFLOP/s   a Raspberry Pi 4's processor to a phone's or small Jetson's GPU
       uplink_bps    5 to 50 Mbit/s            LTE in use, to ITU-R M.2410's 50 Mbit/s for 5G users
       downlink_bps  20 to 100 Mbit/s          the same, to its 100 Mbit/s
-      memory_bytes  0.5 to 8 GiB              boards and phones sold with so much
+      memory_bytes  0.5 to 8 GiB              memory of boards and phones on sale
 
-    Besides, for Shannon links: distance_m from 10 to 500, uniform over the area of a cell, and transmit_w 0.2
-    (23 dBm, power class 3 of 3GPP TS 36.101).
+    For Shannon links: distance_m from 10 to 500, uniform over the area of a cell, and transmit_w 0.2 (23 dBm,
+    power class 3 of 3GPP TS 36.101).
 
     Raises:
       BadInput: fewer than one client.

@@ -1,4 +1,4 @@
-"""What goes wrong with clients in a round: some drop out, some are slow, some come too late."""
+"""Faults of clients in a round: some drop out, some are slow, some are too late."""
 
 import dataclasses
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from sfl_jax.fleet.rounds import availability, slowdowns
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """How often clients fail; by default they never do.
+    """How often clients fail. By default they never fail.
 
     Attributes:
-      drop_probability: of a client of the cohort, in each round.
+      drop_probability: probability that a client of the cohort drops out, in each round.
       jitter: how much slower than planned clients are on average; 0.1 is 10 %.
-      deadline_factor: a round ends after this many times its planned seconds, and who is late is left out;
-        0 waits for everybody.
+      deadline_factor: a round ends after this many times its planned seconds, without the clients that are
+        late. 0 waits for all clients.
 
     Raises:
       BadInput: a number outside of its range.
@@ -37,15 +37,15 @@ class Faults:
             raise BadInput(f"deadline_factor={self.deadline_factor:g}: must be 0, or at least 1")
 
     def delays(self, seed: int, round: int, ids: np.ndarray) -> "Delays":
-        """What befalls the clients `ids` (K,) in a round, drawn from (seed, round, client) alone."""
+        """The delays of the clients `ids` (K,) in a round, drawn from (seed, round, client) alone."""
         stays = availability(seed, round, ids, self.drop_probability)
         return Delays(stays, slowdowns(seed, round, ids, self.jitter))
 
 
 class Delays(NamedTuple):
-    """What befalls the clients of a round, whatever its plan.
+    """What happens to the clients of a round, under any plan.
 
-    stays: who does not drop out. slowdown: how many times as long as planned each takes.
+    stays: whether a client stays. slowdown: how many times the planned seconds it takes.
     """
 
     stays: Bool[np.ndarray, " K"]

@@ -1,4 +1,4 @@
-"""fleet.csv: one line a client, in the columns of `Fleet`."""
+"""fleet.csv: one line per client, with the columns of `Fleet`."""
 
 import csv
 import io
@@ -18,14 +18,15 @@ _NAME_LENGTH = 64
 
 
 def read_fleet(path: str | os.PathLike[str]) -> Fleet:
-    """The fleet of a CSV file in UTF-8 with a header; columns in any order, blanks around cells do not count.
+    """The fleet of a CSV file in UTF-8 with a header.
 
-    Those of `Fleet`; the ones that may be None there may be missing here. `client` is a unique name of 1 to
-    64 printable characters, `samples` a positive integer; all others are finite numbers, positive, except
-    that memory_bytes, kappa, transmit_w and energy_j may be 0.
+    Columns may have any order. Blanks around cells are ignored. The columns are those of `Fleet`. Columns
+    that may be None there may be missing here. `client` is a unique name of 1 to 64 printable characters,
+    `samples` a positive integer. All others are positive finite numbers; memory_bytes, kappa, transmit_w and
+    energy_j may also be 0.
 
     Raises:
-      BadInput: no such file, or not of this form; `path:LINE: column NAME: 'cell': must be …`.
+      BadInput: no such file, or a wrong form: `path:LINE: column NAME: 'cell': must be …`.
     """
     path = Path(os.path.expanduser(path))
     try:
@@ -33,13 +34,13 @@ def read_fleet(path: str | os.PathLike[str]) -> Fleet:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: {reason}; give the path of a fleet.csv") from error
-    # Arrow reads a million lines in a second, but only going line by line can tell what is wrong and where.
+    # Arrow reads a million lines in a second. Only reading line by line can say what is wrong, and where.
     fleet = _read_fast(data)
     return _read_exactly(path, data) if fleet is None else fleet
 
 
 def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
-    """Write what `read_fleet` reads back without loss; the whole file or nothing.
+    """Writes a file that `read_fleet` reads back without loss; writes the whole file or nothing.
 
     Raises:
       BadInput: the path cannot be written.
@@ -57,11 +58,11 @@ def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
 
 
 def _read_fast(data: bytes) -> Fleet | None:
-    """All at once, or None where anything is out of order."""
-    # Arrow takes 0x1 for a number. A letter is looked for in no time, two take 0.1 s a million lines.
+    """The fleet, read all at once; None if anything is wrong."""
+    # Arrow accepts 0x1 as a number. Looking for one letter is free; for two it takes 0.1 s per million lines.
     if any(letter in data and b"0" + letter in data for letter in (b"x", b"X")):
         return None
-    import pyarrow  # here, since only those who bring a file need it
+    import pyarrow  # imported here: only fleet files need it
     import pyarrow.csv
 
     types = {"client": pyarrow.string(), "samples": pyarrow.int64()}
@@ -88,7 +89,7 @@ def _read_fast(data: bytes) -> Fleet | None:
 
 
 def _read_exactly(path: Path, data: bytes) -> Fleet:
-    """Line by line, naming the first fault."""
+    """The fleet, read line by line; the error names the first fault."""
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -112,7 +113,7 @@ def _read_exactly(path: Path, data: bytes) -> Fleet:
             first = line_of.setdefault(cells["client"][-1], rows.line_num)
             if first != rows.line_num:
                 raise BadInput(
-                    f"{place}: column client: {_shown(cells['client'][-1])}: is on line {first} too"
+                    f"{place}: column client: {_shown(cells['client'][-1])}: is also on line {first}"
                 )
     except csv.Error as error:
         raise BadInput(f"{path}:{rows.line_num}: not CSV ({error})") from error
@@ -124,16 +125,14 @@ def _read_exactly(path: Path, data: bytes) -> Fleet:
 def _check_header(place: str, header: list[str]) -> None:
     for separator, plural in ((";", "semicolons"), ("\t", "tabs")):
         if len(header) == 1 and separator in header[0]:
-            raise BadInput(
-                f"{place}: cells are separated by {plural}; must be by commas, with points in numbers"
-            )
+            raise BadInput(f"{place}: cells are separated by {plural}; use commas, and points in numbers")
     unknown = [_shown(name) for name in header if name not in _COLUMNS]
     if unknown:
         columns = f"columns {', '.join(unknown[:9])}" if len(unknown) > 1 else f"column {unknown[0]}"
         raise BadInput(f"{place}: {columns}: must be one of {', '.join(_COLUMNS)}")
     for i, name in enumerate(header):
         if name in header[:i]:
-            raise BadInput(f"{place}: column {name}: must be there once")
+            raise BadInput(f"{place}: column {name}: must occur once")
     for name in _REQUIRED:
         if name not in header:
             raise BadInput(f"{place}: column {name}: missing; must have {','.join(_REQUIRED)}")
@@ -150,7 +149,7 @@ def _value(place: str, column: str, cell: str) -> str | float | int:
             value = int(cell) if integer else float(cell)
         except ValueError:
             value = -1
-        # Python reads ١ and 1_0 as numbers, which no other program does.
+        # Python reads ١ and 1_0 as numbers; other programs do not.
         good = (value > 0 or (zero and value == 0)) and value < (2**63 if integer else np.inf)
         good = good and cell.isascii() and "_" not in cell
     if not good:

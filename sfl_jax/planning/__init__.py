@@ -1,4 +1,4 @@
-"""From a fleet and the costs of a network to plans, what they tell, and how methods compare."""
+"""Plans for a fleet and a network's costs: what a plan tells, and how methods compare."""
 
 from sfl_jax.planning.insight import (
     COHORTS,

@@ -1,4 +1,4 @@
-"""Every method side by side: over what a fleet may be like, and under costs that were misjudged."""
+"""Compares all methods over different fleets and servers, and when real costs differ from assumed ones."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float64
 from sfl_jax import optim
 from sfl_jax.planning.planner import Planner, round_key
 
-# What is compared: every method; alternation also from several starts and with recall, regression also with
+# All methods are compared. Alternation also runs from several starts and with recall, regression also with
 # its cuts rounded to the nearest.
 FOUR_STARTS, RECALL, NEAREST = "alternating, 4 starts", "alternating, recall", "regression, nearest"
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -19,15 +19,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     NEAREST: {"rounding": "nearest"},
 }
 
-FACTORS = 2.0 ** np.arange(-4, 5)  # of the server, and of every uplink
-FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the clients, with the server as it is
-SPREADS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # 0: all alike, 1: as they are, more: further apart
+FACTORS = 2.0 ** np.arange(-4, 5)  # of the server's FLOP/s, and of every uplink's bit/s
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the clients, with the same server
+SPREADS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # 0: all clients equal, 1: unchanged, above 1: less equal
 ERRORS, DRAWS = (0.1, 0.2), 200
 RANDOM_FLEETS = 5
 
 
 class Case(NamedTuple):
-    """One instance: a sweep and its value there, and which of several random fleets it is made from."""
+    """One instance: the sweep, its value, and the index of the fleet that it is made from."""
 
     sweep: str
     value: float
@@ -38,12 +38,12 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """How one method does in one case, a line of the CSV. Not finite where it cannot serve every client.
+    """One method in one case: a line of the CSV. Seconds are inf if the method cannot serve every client.
 
-    sweep: server_flops (value in FLOP/s), clients, uplink (times as fast), heterogeneity (see `spread`), or
-      error (largest relative error of the costs that the plan was made on; `draw` numbers the draws).
-    round_s: of its plan; under error, of the plan made on nominal costs when the true ones come.
-    optimum_s, bound_s: of the exact plan, under error that of the true costs; the proven bound.
+    sweep, value: server_flops (FLOP/s), clients (how many), uplink (factor), heterogeneity (see `spread`), or
+      error (largest relative error of the nominal costs; `draw` numbers the draws).
+    round_s: the round of the method's plan; under error, of the plan for nominal costs at the true costs.
+    optimum_s, bound_s: round and proven bound of the exact plan; under error, for the true costs.
     iterations: of the method.
     """
 
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def methods(barrier: str) -> tuple[str, ...]:
-    """What can be compared under a barrier, exact first."""
+    """The methods that can be compared under a barrier, exact first."""
     return optim.STAGED_METHODS if barrier in optim.CLOCKS else (*optim.METHODS, *_OPTIONS)
 
 
@@ -71,7 +71,7 @@ def plan_of(
     key: jax.Array,
     present: Bool[np.ndarray, " K"] | None = None,
 ) -> optim.Plan | None:
-    """The plan of one method; None where it cannot serve every client."""
+    """The plan of one method; None if it cannot serve every client."""
     name, options = method.split(",")[0], _OPTIONS.get(method, {})
     try:
         return optim.solve(terms, server_flops, name, barrier, key, present, **options)
@@ -91,7 +91,7 @@ def sweeps(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Row]:
 
 
 def cases(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Case]:
-    """One thing changed at a time about each fleet and the server; fewer clients are the fleet's first."""
+    """Each fleet and the server with one thing changed at a time. Fewer clients: the first of the fleet."""
     for number, terms in enumerate(fleets):
         clients, flops = terms.shape[0], planner.server_flops
         everybody = np.ones(clients, bool)
@@ -107,7 +107,7 @@ def cases(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Case]:
 
 
 def spread(terms: optim.Terms, value: float) -> optim.Terms:
-    """Clients brought together or apart: compute and both links to the power `value`, geometric mean kept."""
+    """Clients made more or less equal: compute and both links to the power `value`, same geometric mean."""
     rates = {name: getattr(terms, name) for name in ("flops", "uplink_bps", "downlink_bps")}
     means = {name: np.exp(np.log(values).mean()) for name, values in rates.items()}
     return terms._replace(
@@ -116,10 +116,11 @@ def spread(terms: optim.Terms, value: float) -> optim.Terms:
 
 
 def errors(planner: Planner, terms: optim.Terms, draws: int = DRAWS) -> Iterator[Row]:
-    """Plans made on nominal costs, kept while compute and links turn out up to 10 % or 20 % off.
+    """Plans for nominal costs, kept when real compute and links differ by up to 10 % or 20 %.
 
-    Each rate of each client is off by a factor drawn evenly from [1 - error, 1 + error]. A plan gives no more
-    of the server than its own round needs; here the whole server is given, see `whole_shares`.
+    Each rate of each client is multiplied by a factor drawn uniformly from [1 - error, 1 + error]. A plan
+    uses no more of the server than its own round needs; here the whole server is shared out, see
+    `whole_shares`.
     """
     key = round_key(planner.seed, 0)
     plans = {
@@ -146,9 +147,9 @@ def errors(planner: Planner, terms: optim.Terms, draws: int = DRAWS) -> Iterator
 
 
 def whole_shares(method: str, plan: optim.Plan, server_flops: float) -> Float64[np.ndarray, " K"]:
-    """A plan's shares, and what they leave of the server: equal under equal_shares, else in proportion."""
+    """A plan's shares raised to the whole server: to equal ones under equal_shares, else in proportion."""
     busy, given = plan.shares > 0, plan.shares.sum()
-    if not given > 0:  # nobody needs a share, or the barrier knows none
+    if not given > 0:  # no client needs a share, or the barrier has none
         return plan.shares
     if method == "equal_shares":
         return np.where(busy, server_flops / len(plan.shares), 0.0)
@@ -156,7 +157,7 @@ def whole_shares(method: str, plan: optim.Plan, server_flops: float) -> Float64[
 
 
 def kept_round_s(plan: optim.Plan, terms: optim.Terms, planner: Planner) -> float:
-    """The round of a plan's cuts and shares under other terms than it was made on."""
+    """The round in seconds of a plan's cuts and shares under other terms than those it was made for."""
     return float(optim.session_ends_s(terms, plan, planner.server_flops, planner.barrier).max())
 
 

@@ -1,4 +1,4 @@
-"""What a plan tells: who holds its round up, what would shorten it, and the seconds of each client."""
+"""What a plan tells: which clients hold the round up, what would shorten it, and each client's seconds."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,17 +13,15 @@ from sfl_jax.planning.planner import WORK_CONSERVING, Planner, linked, serve, so
 MORE = 1.1
 MOST_CLIENTS = 20_000  # for the bound of any schedule
 COHORTS = 100  # rounds whose cohorts are planned beside the whole fleet
-# Slower than any client that anybody plans for: a file in Mbit/s or GFLOP/s looks like this.
+# Rates below these are likely in another unit, such as Mbit/s or GFLOP/s.
 SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mbit/s"),
            "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
-# Ends, and sums of shares, that differ by less than this are equal to whoever reads them.
+# Ends and sums of shares that differ by less than this, relative, count as equal.
 TOGETHER = 1e-6
 
 
 class Planned(NamedTuple):
-    """A plan with what it was made from. The links of `terms` are those of round 0, and of equal parts of the
-    band.
-    """
+    """A plan and what it was made from. `terms` have the links of round 0, at equal parts of the band."""
 
     planner: Planner
     profile: models.Profile
@@ -33,7 +31,7 @@ class Planned(NamedTuple):
 
 
 def any_schedule_bound_s(planned: Planned) -> float | None:
-    """A lower bound on the round however the server works, None where it is not known or takes long."""
+    """A lower bound (s) on the round for any schedule of the server; None if unknown or slow to compute."""
     planner = planned.planner
     if (planner.barrier, planner.band) != ("session", "fixed") or not planner.server_flops:
         return None
@@ -43,16 +41,16 @@ def any_schedule_bound_s(planned: Planned) -> float | None:
 
 
 class Gains(NamedTuple):
-    """Seconds by which the round would be shorter, planned anew."""
+    """Seconds by which a new plan would shorten the round if one thing were 10 % faster."""
 
-    server_s: float  # with a server that is 10 % faster
-    uplink_s: float  # with 10 % more uplink for every client
+    server_s: float  # the server
+    uplink_s: float  # every client's uplink
     downlink_s: float
-    compute_s: float  # with 10 % more compute of every client's own
+    compute_s: float  # every client's own compute
 
 
 def gains(planned: Planned) -> Gains:
-    """What more of each would bring: where all-local clients end last, it is no server that they lack."""
+    """What 10 % more of each resource gains. A faster server gains nothing if all-local clients end last."""
     planner, _, fleet, terms, plan = planned
     richer = dataclasses.replace(planner, server_flops=planner.server_flops * MORE)
     faster = (
@@ -69,9 +67,9 @@ def gains(planned: Planned) -> Gains:
 def cohort_rounds_s(
     planned: Planned, cohort_size: int, seed: int = 0, rounds: int = COHORTS
 ) -> Float64[np.ndarray, " R"]:
-    """The seconds of the first rounds of a training, each of a cohort as it draws them and planned alone.
+    """The seconds (R,) of the first rounds of a training, each planned for the cohort that training draws.
 
-    Empty where a cohort is the whole fleet: that round is the plan's.
+    Empty if a cohort is the whole fleet: that round is the plan's.
     """
     planner, fleet = planned.planner, planned.fleet
     if cohort_size >= len(fleet):
@@ -86,15 +84,15 @@ def cohort_rounds_s(
 
 
 class Floor(NamedTuple):
-    """What one client needs with any server: no server makes the round shorter than `least_s`."""
+    """The seconds that one client needs with any server: no server makes the round shorter than `least_s`."""
 
     least_s: float
-    resource: str  # uplink, downlink or compute: what takes most of it
+    resource: str  # uplink, downlink or compute: the one that takes most of least_s
     resource_s: float
 
 
 def floor(planned: Planned, client: int) -> Floor:
-    """The least seconds of one client (its index in the fleet), at its best cut on a server without limit."""
+    """The least seconds of one client (an index in the fleet), at its best cut with an unlimited server."""
     one = planned.terms.take([client])
     costs = one.costs()
     cut = np.argmin(np.where(costs.allowed[0], costs.fixed_s[0], np.inf))
@@ -109,7 +107,7 @@ def floor(planned: Planned, client: int) -> Floor:
 
 
 def doubts(fleet: fleets.Fleet) -> list[str]:
-    """A sentence for each column whose values look like another unit's, for every client."""
+    """A sentence for each column whose values all look as if they had another unit."""
     found = []
     for name, (least, unit, likely) in SLOWEST.items():
         most = float(getattr(fleet, name).max(initial=0))
@@ -119,25 +117,27 @@ def doubts(fleet: fleets.Fleet) -> list[str]:
 
 
 class Binding(NamedTuple):
-    """The clients that hold the round up, those with the most pull first.
+    """The clients that hold the round up, those with the largest pull first.
 
-    A second less off the server for client i makes the round `pull[i]` seconds shorter, cuts being kept.
+    If clients[i] saves a second off the server, the round is `pull[i]` seconds shorter, with the cuts kept.
     """
 
-    together: bool  # they end together, for what they share is used up
+    together: bool  # whether they end together because the shared resource is used up
     clients: Int64[np.ndarray, " N"]
     pull: Float64[np.ndarray, " N"]
 
 
 def binding(planned: Planned) -> Binding:
-    """Who holds the round up.
+    """The clients that hold the round up.
 
-    Staged: the slowest client up to the server, and the slowest after it. Under the session barrier: a client
-    that needs no server and ends last holds it up alone. Else everybody whom a full server serves ends
-    together, and the multipliers of `optim.sensitivity` are the pulls. Where the method leaves some of the
-    server idle, those with the largest share hold it up. With a server that works for whoever waits, those
-    that end last do. Where the band is shared, all end together, with pulls in proportion to a client's part
-    of it over its airtime.
+    - Staged barrier: the slowest client before the server and the slowest after it.
+    - Session barrier, full server: the clients on the server end together. The pulls are the multipliers of
+      `optim.sensitivity`.
+    - Session barrier, server partly idle: clients that use no server and end last; if there are none, those
+      with the largest share.
+    - Work-conserving server: the clients that end last.
+    - Shared band: all clients end together. A pull is proportional to a client's part of the band over its
+      airtime.
     """
     plan = planned.plan
     if isinstance(plan, optim.BandPlan):
@@ -170,9 +170,9 @@ def binding(planned: Planned) -> Binding:
 
 
 def seconds(planned: Planned) -> optim.Seconds:
-    """Each client's seconds by term; (K,) each. Staged, the whole server serves one after the other.
+    """Each client's seconds by term; (K,) each. Under the staged barrier the server works at full speed.
 
-    With a server that works for whoever waits, the server's seconds hold the waiting too.
+    With a work-conserving server, the server's seconds include the waiting.
     """
     plan = planned.plan
     terms = optim.at_bands(planned.terms, plan)
@@ -185,10 +185,10 @@ def seconds(planned: Planned) -> optim.Seconds:
 
 
 def table(planned: Planned) -> dict[str, Shaped[np.ndarray, " K"]]:
-    """What is known of each client: client, cut, unit, share_flops, <term>_s …, client_s.
+    """One row per client: client, cut, unit, share_flops, <term>_s …, client_s.
 
-    `unit` is the last unit that the client holds, "" at cut 0; `share_flops` is NaN under the staged barrier.
-    Where the band is shared, uplink_part and downlink_part follow, 1 being an equal part.
+    `unit` is the last unit that the client holds, "" at cut 0. `share_flops` is NaN under the staged barrier.
+    With a shared band also uplink_part and downlink_part, where 1 is an equal part.
     """
     plan, last_units = planned.plan, np.array(["", *planned.profile.names])
     banded = isinstance(plan, optim.BandPlan)

@@ -13,9 +13,9 @@ from sfl_jax import optim
 from sfl_jax.errors import BadInput
 from sfl_jax.registry import BANDS, LINKS, METHODS
 
-# Folded into the seed's key, each for a purpose: no index of a unit, which the network folds into it.
+# Folded into the seed's key, one per purpose. The network folds in unit indices, which are smaller.
 PLAN, TRAINING = 2**32 - 1, 2**32 - 2
-_NAMED = 3  # clients that an error names
+_NAMED = 3  # how many clients an error names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +24,20 @@ class Planner:
 
     Attributes:
       method: a name of `METHODS`.
-      server_flops: compute of the server in FLOP/s; 0 for none.
-      min_cut: units that every client keeps to itself; 0 lets its images leave it.
-      barrier: "session", every client goes through its round by itself, or "staged", all wait for each other
-        before and after the server works.
-      starts, recall, rounding: of alternating and regression, see `optim.solve`.
+      server_flops: compute of the server in FLOP/s; 0 for no server.
+      min_cut: units that every client keeps; 0 lets its images leave the client.
+      barrier: "session": no client waits for another within a round; "staged": all wait for each other before
+        and after the server works. Also a name of `optim.CLOCKS`.
+      starts, recall, rounding: for alternating and regression, see `optim.solve`.
       links: "fixed", the rates of the fleet; "shannon", rates by distance; "fading", rates by distance that
         change every round.
       coherence_s: how long a fade lasts, see `fleet.Links`.
       band: how clients share bandwidth: "fixed", equal parts; "pooled", best parts of one band; "separate",
         best parts of an uplink and of a downlink band.
-      seed: of what is random in plans and links.
+      seed: for random plans and links.
 
     Raises:
-      BadInput: a value outside of its range, or two that exclude each other.
+      BadInput: a value outside its range, or two values that exclude each other.
     """
 
     method: str = "exact"
@@ -78,7 +78,7 @@ WORK_CONSERVING = "work_conserving"
 
 
 def check_links(planner: Planner, fleet: fleets.Fleet) -> None:
-    """Refuses links by distance where the fleet has no distances."""
+    """Refuses links by distance if the fleet has no distances or powers."""
     for name in ("distance_m", "transmit_w"):
         if planner.links != "fixed" and getattr(fleet, name) is None:
             raise BadInput(f"links={planner.links}: the fleet has no column {name}")
@@ -92,8 +92,8 @@ def check_rounds(
 ) -> None:
     """Refuses, before anything compiles, a round whose cohort no plan can serve.
 
-    Where links vary it refuses whom not even the best links could serve: the others have a round in which
-    they can be served, see `serve`. cohorts: (round, indices of its clients).
+    cohorts: (round, indices of its clients (K,)). If links vary, it refuses only clients that no links could
+    serve; for the others see `serve`.
     """
     best = {"uplink_bps": np.full(len(fleet), np.inf), "downlink_bps": np.full(len(fleet), np.inf)}
     terms = terms._replace(**best) if planner.links_vary else linked(planner, fleet, terms)
@@ -117,9 +117,10 @@ def linked(
     round: int = 0,
     ids: Int64[np.ndarray, " K"] | None = None,
 ) -> optim.Terms:
-    """The terms with the links of a round; ids: each client's index where `fleet` is a part of the whole.
+    """The terms with the links of a round.
 
-    Of a pooled band all parts are of one width, that of the wider link, whichever way they are used.
+    ids: (K,) index of each client in the whole fleet, if `fleet` is a part of it. With a pooled band both
+    directions have the bandwidth of the wider link.
     """
     if planner.links == "fixed":
         return terms
@@ -132,7 +133,7 @@ def linked(
 
 
 class Served(NamedTuple):
-    """A round's plan, who is in it (K,), and for each of the others a line with its name and the reason."""
+    """A round's plan, which clients are in it (K,), and a line with name and reason for each other client."""
 
     plan: optim.Plan | optim.BandPlan
     present: Bool[np.ndarray, " K"]
@@ -140,8 +141,10 @@ class Served(NamedTuple):
 
 
 def serve(planner: Planner, fleet: fleets.Fleet, terms: optim.Terms, round: int) -> Served:
-    """The plan of a round of training. Where links vary from round to round, it leaves out the clients that
-    no plan serves with the links of this one. BadInput names them where links do not vary.
+    """The plan of a round of training.
+
+    If links vary, it leaves out the clients that no plan serves with this round's links. If links do not
+    vary, BadInput names these clients.
     """
     present, left_out = np.ones(len(fleet), bool), []
     while True:
@@ -152,7 +155,7 @@ def serve(planner: Planner, fleet: fleets.Fleet, terms: optim.Terms, round: int)
                 raise BadInput(_named(error, fleet)) from error
             present[list(error.clients)] = False
             left_out += _reasons(error, fleet)
-        except BadInput:  # each of them can be served, but not all together
+        except BadInput:  # each client can be served, but not all together
             greedy = present & ~optim.servable(terms, planner.server_flops).any(axis=1)
             if not planner.links_vary or not greedy.any():
                 raise
@@ -164,9 +167,9 @@ def serve(planner: Planner, fleet: fleets.Fleet, terms: optim.Terms, round: int)
 def solve(
     planner: Planner, fleet: fleets.Fleet, terms: optim.Terms, round: int = 0
 ) -> optim.Plan | optim.BandPlan:
-    """The plan of a round; BadInput names, as the fleet does, who cannot be served.
+    """The plan of a round. BadInput gives the fleet's names of the clients that cannot be served.
 
-    Where the band is shared, parts of it are in units of an equal part, at which the terms' rates hold.
+    With a shared band, its parts are in units of an equal part, at which the terms' rates hold.
     """
     try:
         return _solve(planner, terms, round)
@@ -188,12 +191,12 @@ def _solve(planner, terms, round, present=None):
 
 
 def round_key(seed: int, round: int, purpose: int = PLAN) -> jax.Array:
-    """The key from which all that is random in a round's plan, or in its training, is drawn."""
+    """The JAX random key of a round, for its plan or for its training (`purpose`)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), round)
 
 
 def smallest_server(fleet: fleets.Fleet, terms: optim.Terms, target_round_s: float) -> float:
-    """FLOP/s of the smallest server whose round takes at most `target_round_s`; 0 if nobody needs one."""
+    """FLOP/s of the smallest server whose round takes at most `target_round_s`; 0 if no client needs one."""
     try:
         return optim.smallest_server(terms, target_round_s).server_flops
     except optim.Infeasible as error:
@@ -201,7 +204,7 @@ def smallest_server(fleet: fleets.Fleet, terms: optim.Terms, target_round_s: flo
 
 
 def _named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:
-    """What the error says, with the clients' names instead of their places in the fleet."""
+    """The error's text with the clients' names instead of their indices."""
     reasons = _reasons(error, fleet)
     more = f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
     return f"no plan serves every client: {'; '.join(reasons[:_NAMED])}{more}"

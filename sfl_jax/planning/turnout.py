@@ -1,4 +1,4 @@
-"""Who of a cohort comes back in time, and how long the round lasts that waits for them."""
+"""Which clients of a cohort finish in time, and how long the round lasts."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from sfl_jax.planning.planner import Planner
 
 
 class Turnout(NamedTuple):
-    """came: whose work counts. round_s: how long the round lasts."""
+    """came: (K,) the clients whose work counts. round_s: how long the round lasts."""
 
     came: Bool[np.ndarray, " K"]
     round_s: float
@@ -26,13 +26,15 @@ def turnout(
     delays: Delays,
     present: Bool[np.ndarray, " K"] | None = None,
 ) -> Turnout:
-    """Who came, under a plan for these terms. Clients that are not `present` are not in the plan, and nobody
-    waits for them. Delays slow what a client does itself; the server is as fast as planned.
+    """The clients that come in time under a plan for these terms, and the round's seconds.
 
-    With a deadline, `deadline_factor` times the plan's round, the later ones are left out, and the server
-    waits until then for whoever is missing. Under the staged barrier it begins, if need be without some, when
-    just so much time is left as it and the way back were planned to take. Without a deadline (0) it learns of
-    a drop-out at once and waits for the slowest of the others, or, if all dropped out, as long as planned.
+    Clients that are not `present` (K,) are not in the plan: the server does not wait for them. Delays slow
+    what a client does itself; the server is as fast as planned.
+
+    The deadline is `deadline_factor` times the plan's round. Later clients are left out, and the server waits
+    until the deadline for missing ones. Under the staged barrier it begins early enough for the planned
+    server work and way back, if need be without some clients. Without a deadline (0) the server learns of a
+    drop-out at once and waits for the slowest of the others. If all dropped out, the round lasts as planned.
     """
     present = np.ones(len(plan.cuts), bool) if present is None else present
     deadline_s = deadline_factor * plan.round_s if deadline_factor else math.inf
@@ -44,8 +46,8 @@ def turnout(
 
 
 def _finish_s(planner, terms, plan, delays, present, deadline_s):
-    """When each of those that are present is done; (K,)."""
-    late_s = plan.round_s - plan.client_s.max(initial=0)  # what a barrier, and rounding up, add
+    """When each present client is done (s); (K,)."""
+    late_s = plan.round_s - plan.client_s.max(initial=0)  # added by a barrier and by rounding up
     if (delays.stays & (delays.slowdown == 1))[present].all():
         return plan.client_s + late_s
     staged, gate_s = planner.barrier == "staged", math.inf

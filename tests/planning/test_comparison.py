@@ -1,4 +1,4 @@
-"""Schemes side by side: what a sweep changes, what an error does to a plan that is kept, a run's clocks."""
+"""The comparison of methods and schemes: sweeps, errors of the costs, a run's clocks."""
 
 import dataclasses
 import itertools
@@ -15,14 +15,14 @@ from sfl_jax.run import clocks as run_clocks
 from sfl_jax.run.parts import RIVALS
 from sfl_jax.run.rounds import prepare
 
-# Few units, and six clients wherever there is a plan: what is compiled for one test serves the others.
+# Few units, and six clients in every plan, so that the tests share their compiled programs.
 SMALL = Config(model="efficientnetv2-tiny", clients=6, server_flops=1e9)
 PLANNER = parts.planner(SMALL)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def slow_clients():
-    """Random fleets of a hundredth of the compute, or nobody would hand a part of so small a network over."""
+    """Random fleets with a hundredth of the compute: else no client would split so small a network."""
     drawn = fleet.random_fleet
 
     def slow(*given, **named):
@@ -120,7 +120,7 @@ def test_errors_are_as_large_as_they_say_and_cost_a_kept_plan_something():
     )
     assert np.min(small + large) >= 1 - 1e-9
     assert 1.005 < np.mean(small) < np.mean(large)
-    # Where all rates are off by at most e, times are by at most 1/(1 - e), and so is what is lost.
+    # If rates are off by at most e, kept rounds are at most (1 + e)/(1 - e) times the optimum.
     assert np.max(small) <= 1.1 / 0.9
     assert np.max(large) <= 1.2 / 0.8
     nominal_s = optim.solve(terms, SMALL.server_flops).round_s

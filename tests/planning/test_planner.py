@@ -39,7 +39,7 @@ def planned(tiny):
 
 
 def least_time(fixed_s, work, flops):
-    """The round of fixed cuts by plain bisection, apart from the code under test."""
+    """The round of fixed cuts by plain bisection, independent of the code under test."""
     low, high = fixed_s.max(), fixed_s.max() + work.sum() / flops
     for _ in range(200):
         middle = (low + high) / 2
@@ -81,7 +81,7 @@ def test_pull_is_what_a_second_less_brings(planned):
         nudge = step * (np.arange(12) == client)
         rounds_s = [least_time(fixed_s + sign * nudge, work, TINY.server_flops) for sign in (1, -1)]
         assert (rounds_s[0] - rounds_s[1]) / (2 * step) == pytest.approx(pull, rel=1e-3)
-    assert who.pull[0] > 1.2 * who.pull[-1]  # a plan that pulls evenly would prove nothing
+    assert who.pull[0] > 1.2 * who.pull[-1]  # equal pulls would prove nothing
 
 
 def test_a_client_that_needs_no_server_holds_up_alone(tiny):
@@ -92,7 +92,7 @@ def test_a_client_that_needs_no_server_holds_up_alone(tiny):
     assert who.pull.tolist() == [1.0]
     gains = planning.gains(slow)
     assert gains.server_s == 0
-    # What it lacks is compute of its own, and nearly all of its time is that.
+    # Nearly all of its time is its own compute.
     assert gains.compute_s == pytest.approx(slow.plan.round_s * (1 - 1 / 1.1), rel=0.05)
     assert gains.compute_s > 10 * max(gains.uplink_s, gains.downlink_s)
 
@@ -136,7 +136,7 @@ def test_the_best_of_several_starts_is_kept(tiny, method):
     np.testing.assert_array_equal(more.cuts, asked.cuts)
     assert (more.round_s, more.iterations) == (asked.round_s, asked.iterations)
     assert more.iterations > one.plan.iterations
-    if method == "alternating":  # the regression compares on its curves, not on the table
+    if method == "alternating":  # regression compares its starts on the curves, not on the table
         assert more.round_s <= one.plan.round_s
 
 
@@ -193,7 +193,7 @@ def test_fewer_bits_cross_the_cut(tiny, planned):
     cuts = np.full(12, 2)
     before, after = (each.terms.seconds(cuts, np.ones(12)) for each in (planned, coarse))
     np.testing.assert_allclose(after.gradient_down, before.gradient_down / 4, rtol=1e-12)
-    labels_s = 96 * 32 / planned.fleet.uplink_bps  # which keep their bits
+    labels_s = 96 * 32 / planned.fleet.uplink_bps  # labels keep their bits
     np.testing.assert_allclose(after.smashed_up - labels_s, (before.smashed_up - labels_s) / 4, rtol=1e-12)
     np.testing.assert_array_equal(after.model_up, before.model_up)
     assert coarse.plan.round_s < planned.plan.bound_s
@@ -244,7 +244,7 @@ def test_links_by_distance_replace_the_rates_and_fade_with_the_round(tiny, plann
     ids = np.array([7, 2])
 
     def rates(links, round, chosen=slice(None), **part):
-        # One fade for a whole round, or a round would be like any other.
+        # One fade lasts the whole round: else the mean makes all rounds equal.
         lasting = 1e9 if links == "fading" else 0.0
         planner = dataclasses.replace(planned.planner, links=links, coherence_s=lasting)
         some = np.arange(12)[chosen]
@@ -259,7 +259,7 @@ def test_links_by_distance_replace_the_rates_and_fade_with_the_round(tiny, plann
         assert finite.differ_everywhere(faded, rates("fading", round))
     expected = fleets.fading_rates(far, fleets.Links(coherence_s=1e9), tiny.seed, 3)
     np.testing.assert_array_equal(faded, (expected.uplink_bps, expected.downlink_bps))
-    # A cohort fades as its members do in the whole fleet, which needs to know who they are.
+    # A cohort's clients fade as in the whole fleet; `ids` says which they are.
     np.testing.assert_array_equal(rates("fading", 3, ids, ids=ids), np.array(faded)[:, ids])
     assert finite.differ_everywhere(np.array(rates("fading", 3, ids)), np.array(faded)[:, ids])
 
@@ -310,14 +310,14 @@ def test_rounds_of_cohorts_are_those_of_a_training(links):
 
 
 def test_at_cut_0_images_go_up_as_they_are_stored():
-    """28 x 28 bytes and a label of 4; without a word as large as the network takes them."""
+    """28 x 28 bytes and a label of 4 bytes; if the stored size is unknown, images have the network's size."""
     for stored, side in ((28, 28), (0, 32)):
         _, _, terms = parts.read_terms(dataclasses.replace(TINY, clients=2, stored_size=stored))
         assert terms.up_bits[0] == 8 * side * side + 32
 
 
 def test_parts_of_a_pooled_band_are_of_one_width():
-    """An uplink is 5 MHz wide and a downlink 10: a part of the one band is as wide either way."""
+    """Separate links are 5 MHz up and 10 MHz down. A part of the pooled band is 10 MHz in both directions."""
     config = dataclasses.replace(TINY, clients=4, links="shannon")
     separate, pooled = (
         parts.read_terms(dataclasses.replace(config, band=b))[::2] for b in ("separate", "pooled")
@@ -346,7 +346,7 @@ def test_a_shared_band_shortens_the_round_and_adds_up(tiny, band):
 
 @pytest.mark.parametrize("band", ["pooled", "separate"])
 def test_pull_under_a_shared_band_is_what_a_second_less_brings(tiny, band):
-    """The least round with the cuts kept, by the prices of solve_bandwidth on tables with one column."""
+    """Compares with the least rounds of the same cuts, by solve_bandwidth on tables with one column."""
     shared = make_plan(dataclasses.replace(tiny, band=band))
     who = planning.binding(shared)
     assert who.pull.sum() == pytest.approx(1)
@@ -369,7 +369,7 @@ def test_pull_under_a_shared_band_is_what_a_second_less_brings(tiny, band):
 
 
 def test_a_full_server_holds_up_also_where_a_client_alone_ends_as_late(planned):
-    """Of very many clients, some that train alone end within rounding of the round; it is not theirs."""
+    """A client alone that ends within rounding of the round, as with very many clients, does not hold it up."""
     alone = int(np.argmin(planned.plan.shares))
     shares = np.where(np.arange(12) == alone, 0.0, planned.plan.shares)
     shares *= TINY.server_flops / shares.sum()
@@ -380,7 +380,7 @@ def test_a_full_server_holds_up_also_where_a_client_alone_ends_as_late(planned):
 
 
 def test_a_key_has_one_purpose():
-    """Units are numbered from the seed's key on, and what they draw is numbered from theirs."""
+    """The keys of rounds differ from those of units (folded from the seed) and of what units draw."""
     seed = jax.random.key(5)
 
     def bits(key):

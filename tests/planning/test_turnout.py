@@ -1,4 +1,4 @@
-"""Who comes, and how long a round lasts that waits for them."""
+"""Which clients come in time, and how long a round lasts that waits for them."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,14 @@ SERVER = 10.0
 
 
 def planned(before, server, after, barrier="session"):
-    """(planner, terms, plan) of clients of one cut with these seconds: `server` are those of the whole server
-    under the staged barrier, and those of a share under the other.
+    """(planner, terms, plan) of clients with one cut and these seconds.
+
+    server: on the whole server under the staged barrier, on a share under the session barrier.
     """
     before, server, after = (np.array(part, float) for part in (before, server, after))
     clients = len(before)
     amounts = {name: np.zeros(1) for name in ("up_bits", "down_bits", "model_bits", "needed_bytes")}
-    # All that is done before the server is computing, all after it a download.
+    # Everything before the server is compute, everything after it is a download.
     terms = optim.Terms(
         samples=np.ones(clients), steps=np.ones(clients), flops=1 / before, uplink_bps=np.ones(clients),
         downlink_bps=1 / after, memory_bytes=np.ones(clients), energy=None, forward_flop=np.ones(1),
@@ -43,11 +44,11 @@ def went(planned, stays, slowdown, factor=0.0, present=None):
     ("stays", "slowdown", "factor", "came", "round_s"),
     [
         ([1, 1, 1], [1, 1, 1], 0, [1, 1, 1], 10),  # nothing happens
-        ([1, 1, 1], [2, 1, 1], 0, [1, 1, 1], 14),  # no deadline: the slowest is waited for, the server is not
-        ([1, 0, 1], [1, 1, 1], 0, [1, 0, 1], 8),  # a drop-out is not waited for
-        ([0, 0, 0], [1, 1, 1], 0, [0, 0, 0], 10),  # nobody came: the planned round is lost
+        ([1, 1, 1], [2, 1, 1], 0, [1, 1, 1], 14),  # no deadline: waits for the slowest client
+        ([1, 0, 1], [1, 1, 1], 0, [1, 0, 1], 8),  # does not wait for a drop-out
+        ([0, 0, 0], [1, 1, 1], 0, [0, 0, 0], 10),  # no client came: the planned round is lost
         ([1, 1, 1], [2, 1, 1], 1.3, [0, 1, 1], 13),  # late: the server waited until the deadline
-        ([1, 0, 1], [1, 1, 1], 1.5, [1, 0, 1], 15),  # the server cannot know that one will never come
+        ([1, 0, 1], [1, 1, 1], 1.5, [1, 0, 1], 15),  # the server cannot know that a client will never come
         ([1, 1, 1], [1.5, 1, 1], 1.5, [1, 1, 1], 11),  # late for the plan, in time for the deadline
         ([1, 1, 1], [9, 9, 9], 1.0, [0, 0, 0], 10),
         ([1, 1, 1], [1, 1, 1], 1.0, [1, 1, 1], 10),  # the plan itself is in time
@@ -88,7 +89,7 @@ def test_what_a_plan_adds_to_its_slowest_client_is_added_to_the_late_too():
     ],
 )
 def test_at_two_barriers_each_waits_for_its_own(stays, slowdown, factor, came, round_s):
-    """Before (10, 1) s, of the server (1, 1) s, after it (1, 10) s."""
+    """Before the server (10, 1) s, on it (1, 1) s, after it (1, 10) s."""
     result = went(planned([10, 1], [1, 1], [1, 10], "staged"), stays, slowdown, factor)
     np.testing.assert_array_equal(result.came, np.array(came, bool))
     assert result.round_s == pytest.approx(round_s, rel=1e-14)
@@ -105,7 +106,7 @@ def test_nobody_waits_for_whoever_is_not_in_the_plan():
 
 
 def test_a_server_that_works_for_whoever_waits_does_so_for_the_late_too():
-    """Both have 4 s of its work, and come after 1 and 2 s."""
+    """Both clients need 4 s of the server, and their data arrive after 1 and 2 s."""
     _, terms, plan = planned([1, 2], [4, 4], [1, 1], "staged")
     planner = Planner(server_flops=SERVER, method="work_conserving")
     own = plan._replace(client_s=np.array([6.0, 10.0]), round_s=10.0)
@@ -113,7 +114,7 @@ def test_a_server_that_works_for_whoever_waits_does_so_for_the_late_too():
         ([1, 1], [1, 1], 2 + 4 + 3 + 1),
         ([0, 1], [1, 1], 2 + 4 + 1),
         ([1, 1], [1, 5], 10 + 4 + 5),
-        ([1, 1], [5, 1], 5 + 4 + 5),  # it has longer to go home, and so the other waits
+        ([1, 1], [5, 1], 5 + 4 + 5),  # the slow client has the longer way back, so the other waits
     ):
         assert went((planner, terms, own), stays, slowdown).round_s == pytest.approx(round_s)
 

@@ -1,4 +1,4 @@
-"""Networks as chains of units. Nothing in here knows about clients."""
+"""Networks as chains of units. Nothing here knows about clients."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ def create(
     Args:
       name: a name of `registry.NETWORKS`; anything else raises BadInput.
       num_classes: width of the classifier.
-      in_channels: channels of the images; EfficientNet's stem refuses others.
+      in_channels: channels of the images; EfficientNet's stem refuses images with another number.
       layer_form: "product" or "conv", see `models.layers`; anything else raises BadInput.
-      dtype: of the arithmetic, e.g. bfloat16; None follows the inputs. Variables stay as initialised.
+      dtype: type of the arithmetic, e.g. bfloat16; None follows the inputs. Variables keep their type.
       drop_rate_scale: multiplies the published rates of dropout and stochastic depth; 0 drops nothing.
     """
     if layer_form not in layers.FORMS:

@@ -1,4 +1,4 @@
-"""A network as an ordered tuple of units that can be cut between any two of them."""
+"""A network as an ordered tuple of units, which can be cut between any two units."""
 
 import dataclasses
 import functools
@@ -18,8 +18,7 @@ from sfl_jax.models import layers, pieces, units
 class Variables(NamedTuple):
     """Parameters and batch-norm statistics, each a tuple with one pytree per unit.
 
-    Any other collection of a unit is state too: it stands in the unit's `batch_stats`, under "/" and its
-    name.
+    Other collections of a unit are state too: they are in the unit's `batch_stats` under "/" and their name.
     """
 
     params: tuple[PyTree, ...]
@@ -30,13 +29,12 @@ class Variables(NamedTuple):
 class Chain:
     """Units [first_unit, first_unit + len(units)) of a network. Hashable, so that it can be static under jit.
 
-    What may be a unit is said in `models.units`. `layer_form` says how convolutions and pooling of a user's
-    units are computed: "product", fast where every client has weights of its own, or "conv", as Flax does.
-    Both give the same numbers; "product" has no forward derivative. This project's own units have an
-    attribute for it.
+    `models.units` says what can be a unit. `layer_form` says how convolutions and pooling of a user's units
+    are computed: "product" is fast when every client has its own weights, "conv" computes as Flax does. Both
+    give the same numbers; "product" has no forward derivative. This project's units have their own attribute
+    for it.
 
-    Randomness belongs to the unit: unit i of the whole network
-    draws from fold_in(key, i), whichever side holds it.
+    Unit i of the whole network draws its random numbers from fold_in(key, i), whichever side holds it.
     """
 
     units: Sequence[nn.Module]  # held as a tuple
@@ -56,17 +54,17 @@ class Chain:
     def from_module(
         cls, module: nn.Module, example: PyTree, *, max_arrays: int = 1, layer_form: str = "product"
     ) -> "Chain":
-        """The chain of a whole Flax module, cut wherever at most `max_arrays` arrays cross.
+        """The chain of a whole Flax module, which can be cut wherever at most `max_arrays` arrays cross.
 
-        The module is traced on the shapes of `example`, (B, ...), in training and in inference. Variables, or
-        modules, that are used on both sides of a cut forbid it. Layers without products belong to the unit
-        before them. The size of a batch stays free; other axes are those of the example. BadInput says why
-        the module cannot be traced.
+        The module is traced on the shapes of `example`, (B, ...), in training and in inference. There is no
+        cut where a variable or a module is used on both sides. Layers without products belong to the unit
+        before them. The batch size is free; other axes are those of the example. BadInput says why the module
+        cannot be traced.
         """
         return cls(pieces.pieces(module, example, max_arrays), layer_form=layer_form)
 
     def divide_variables(self, whole: PyTree) -> Variables:
-        """The variables of the module that `from_module` was given, by unit."""
+        """The variables of the whole module (see `from_module`), divided by unit."""
         of_units = pieces.divided(self.units, whole)
         params = tuple(collections.get("params", {}) for collections in of_units)
         return Variables(params, tuple(map(_state, of_units)))
@@ -76,11 +74,11 @@ class Chain:
         return pieces.united(self.units, [self.unit_variables(variables, here) for here in range(len(self))])
 
     def init(self, key: Key[Array, ""], images: PyTree) -> Variables:
-        """Fresh variables of every unit. `images`, smashed data for a server half, give the shapes alone.
+        """New variables of every unit. Only the shapes of `images` (smashed data for a server half) are used.
 
-        Unit i of the whole network gets what `unit.init(fold_in(key, i), images, train=False)` gives. NumPy
-        draws those of this project's own units, see `units.OwnUnit`; a key traced by jit or vmap gives them
-        other numbers of the same distributions. BadInput names a unit that cannot be traced.
+        Unit i of the whole network gets the result of `unit.init(fold_in(key, i), images, train=False)`. This
+        project's units draw with NumPy, see `units.OwnUnit`; with a key traced by jit or vmap they get other
+        numbers of the same distributions. BadInput names a unit that cannot be traced.
         """
         fresh, x = [], jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), images)
         for index, unit in enumerate(self.units, start=self.first_unit):
@@ -101,10 +99,10 @@ class Chain:
     ) -> tuple[PyTree, Variables]:
         """Runs all units; (outputs, variables with updated batch-norm statistics).
 
-        `images` are (B, H, W, C), for a server half smashed data; outputs are logits (B, classes), for a
-        client half smashed data. Smashed data are an array (B, ...) or a pytree of these, as the units have
-        it. `key` is needed in training. `at_boundary(i, x)` may change what enters unit i of the whole
-        network: so a link gets between two units without a second copy of this loop.
+        images: (B, H, W, C), or smashed data for a server half. Outputs are logits (B, classes), or smashed
+        data for a client half. Smashed data are an array (B, ...) or a pytree of such arrays.
+        key: needed in training.
+        at_boundary: `at_boundary(i, x)` may change what enters unit i of the whole network, as a codec does.
         """
         x, batch_stats = images, []
         random = (
@@ -142,22 +140,21 @@ class Chain:
         return Variables(front.params + back.params, front.batch_stats + back.batch_stats)
 
     def unit_variables(self, variables: Variables, index: int) -> dict[str, PyTree]:
-        """{"params": ..., "batch_stats": ...} of unit `index` of this chain, as Flax takes it."""
+        """{"params": ..., "batch_stats": ...} of unit `index` of this chain, in the form that Flax takes."""
         return {"params": variables.params[index]} | _collections(variables.batch_stats[index])
 
     def in_form(self, layer_form: str) -> "Chain":
-        """The same network with its layers computed in this form, see `layers.FORMS`."""
+        """The same network with its layers in this form, see `layers.FORMS`."""
         own = [units.in_form(unit, layer_form) for unit in self.units]
         return dataclasses.replace(self, units=own, layer_form=layer_form)
 
     def alone(self) -> "Chain":
-        """The same network as it is computed for one client at a time."""
+        """The same network in the form that is fastest for one client at a time."""
         return self.in_form(layers.ALONE) if self.layer_form == layers.FORMS[0] else self
 
     def _randomness(self, key, samples):
-        """[(rngs, factors of stochastic depth)] of units. Drawn together, since each draw of its own would
-        be a loop, which takes time to compile; and read at places that are hidden from XLA, so that equal
-        kernels read them.
+        """[(rngs, factors of stochastic depth)] of units. All are drawn together: each single draw would be a
+        loop, which takes time to compile. The places are hidden from XLA, so that equal units share a kernel.
         """
         numbers = jnp.arange(len(self))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, self.first_unit + numbers)
@@ -178,7 +175,7 @@ _apply = jax.jit(units.apply, static_argnames=("unit", "train", "layer_form"))
 
 
 def _state(collections):
-    """A unit's state as one tree: batch-norm statistics, and other collections under "/" and their names."""
+    """A unit's state as one tree: batch-norm statistics, and other collections under "/" and their name."""
     others = {f"/{name}": tree for name, tree in collections.items() if name not in ("params", "batch_stats")}
     return collections.get("batch_stats", {}) | others
 

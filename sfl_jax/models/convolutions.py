@@ -1,10 +1,10 @@
-"""Dense convolutions of a client that is computed alone.
+"""Dense convolutions when a device computes one client at a time.
 
-Where clients have weights of their own and are computed together, `vmap` makes grouped convolutions of
-`lax.conv`, which are slow everywhere: there they are matrix products, see `products`. A client alone has no
-such axis. On a CPU XLA's own convolution is then two to five times as fast as products, which must write out
-what every tap meets. Its gradient by the kernel is slow, though: that one is a sum of products over a few
-samples at a time, whose patches stay in the cache.
+When clients with their own weights are computed together, `vmap` turns `lax.conv` into grouped convolutions,
+which are slow everywhere. So convolutions are matrix products there, see `products`. One client has no client
+axis. On a CPU XLA's convolution is then two to five times as fast as products, which must write out what
+every tap meets. XLA's gradient by the kernel is slow, though. It is replaced by a sum of products over a few
+samples at a time, whose patches fit in the cache.
 """
 
 import functools
@@ -16,9 +16,9 @@ from jax import lax
 from sfl_jax.models import products
 from sfl_jax.models.taps import Grid, taps
 
-FEW = 512  # positions, of all samples, up to which a product is as fast
+FEW = 512  # up to this many positions, over all samples, a product is as fast
 _ORDER = "NHWC", "HWIO", "NHWC"
-CACHED_BYTES = 2.5e6  # of the patches of the samples that are multiplied at a time
+CACHED_BYTES = 2.5e6  # size of the patches that are multiplied at a time
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -27,9 +27,9 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def convolution_on(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
-    """(B, H, W, C_in) -> (B, outputs, outputs, C_out) of a grid; kernel (kh, kw, C_in, C_out)."""
+    """(B, H, W, C_in) -> (B, outputs, outputs, C_out) on a grid; kernel (kh, kw, C_in, C_out)."""
     is_pointwise = grid[0].is_pointwise and grid[1].is_pointwise
-    is_single = x.dtype == kernel.dtype == jnp.float32  # of others XLA:CPU makes plain loops
+    is_single = x.dtype == kernel.dtype == jnp.float32  # XLA:CPU has only plain loops for other types
     is_small = len(x) * grid[0].outputs * grid[1].outputs <= FEW
     if is_pointwise or is_small or not is_single or jax.default_backend() != "cpu":
         return products.convolution_on(x, kernel, grid)
@@ -54,8 +54,8 @@ def _backward(grid, residuals, gradient):
     most = max(1, CACHED_BYTES // of_sample)
     size = max(n for n in range(1, len(x) + 1) if len(x) % n == 0 and n <= most)
     of_kernel = products.kernel_gradient(x, gradient, kernel.shape, grid, size)
-    # The barrier keeps the turn out of the convolution: within a loop XLA:CPU would not find it to be one
-    # that it has a library for, and would take ten times as long.
+    # The barrier keeps the turn out of the convolution: in a loop XLA:CPU would not recognise a convolution
+    # of its library, and would take ten times as long.
     turned = lax.optimization_barrier(kernel[::-1, ::-1].transpose(0, 1, 3, 2))
     of_image = lax.conv_general_dilated(
         gradient, turned, (1, 1), [_sent_back(axis) for axis in grid],
@@ -69,6 +69,6 @@ _convolution.defvjp(_forward, _backward)
 
 
 def _sent_back(axis):
-    """Padding of the outputs, `stride` apart, with which the turned kernel gives an axis of the images."""
+    """Padding of the outputs, `stride` apart, for which the turned kernel gives an axis of the images."""
     before = axis.reached - axis.padding[0]
     return before, axis.size - (axis.outputs - 1) * axis.stride - 1 - before + axis.reached

@@ -1,8 +1,8 @@
-"""Where a traced module can be cut: between equations over which few arrays are alive.
+"""Finds where a traced module can be cut: between equations where few arrays are alive.
 
-Two things forbid a cut: a module, or a variable, that is used on both sides of it; and a random array that
-both sides would draw for themselves. Of the cuts that are left, those stay after which something multiplies:
-what normalises, activates, pools or reshapes belongs to the unit before it.
+Two things forbid a cut: a module or variable that is used on both sides, and a random array that both sides
+would draw. Of the other cuts only those are kept after which there are products. So layers that normalise,
+activate, pool or reshape belong to the unit before them.
 """
 
 import bisect
@@ -23,14 +23,14 @@ PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 
 
 class Signature(NamedTuple):
-    """What a cut looks like in every trace: modules used before it, and the shapes that cross, per sample."""
+    """Identifies a cut in every trace: the modules used before it and the shapes per sample that cross."""
 
     before: frozenset[Any]
     shapes: tuple[tuple[int, ...], ...]
 
 
 class Recipe(NamedTuple):
-    """The cuts of a module in order, groups of variables that every mode uses, and each variable's unit."""
+    """Cuts in order, {variable: group}, the groups that all modes use, and {variable: unit that owns it}."""
 
     cuts: tuple[Signature, ...]
     groups: dict[Path, Any]
@@ -39,10 +39,11 @@ class Recipe(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """Of a program: the equations that depend on the input, in order, and what lives how long among them.
+    """The equations of a program that depend on the input, in order, and the lifetimes of arrays.
 
-    uses: {group of variables, or random array: [numbers of equations that use it]}. made: {array: number of
-    the equation that makes it, -1 for an input}; last: of the last that uses it.
+    line: the equations. uses: {group of variables or random array: [numbers of the equations that use it]}.
+    made: {array: number of the equation that makes it, -1 for an input}. last: {array: number of the last
+    equation that uses it}.
     """
 
     line: list[core.JaxprEqn]
@@ -52,14 +53,14 @@ class Flow(NamedTuple):
 
 
 def sizes(whole: Whole) -> tuple[int, int]:
-    """Two sizes of a batch. Samples lie along the axis that differs, which a batch of one might not show."""
+    """Two batch sizes above 1. Comparing them shows along which axis samples lie."""
     first = max(2, whole.kinds[0][0][0])
     return first, 2 * first
 
 
 @functools.lru_cache(maxsize=16)
 def recipe(whole: Whole) -> Recipe:
-    """Where a module is cut. It is traced in both modes, in batches of two sizes; all must agree."""
+    """The cuts of a module: those in all of four traces, in both modes at two batch sizes."""
     batches = sizes(whole) * 2
     modes = (False, False, True, True)
     programs = [traces.trace(whole, train, batch) for train, batch in zip(modes, batches, strict=True)]
@@ -74,7 +75,7 @@ def recipe(whole: Whole) -> Recipe:
 
 
 def located(recipe: Recipe, program: Program, batch: int, max_arrays: int) -> tuple[Flow, list[int]] | None:
-    """(the flow of another trace, where in its line the cuts lie); None where one is not found."""
+    """(the flow of another trace, the places of the cuts in its line); None if a cut is not found."""
     one = flow(program, recipe.groups)
     table = _found(one, batch, recipe.common, max_arrays)
     places = [table[cut] for cut in recipe.cuts if cut in table]
@@ -107,7 +108,7 @@ def flow(program: Program, groups: dict[Path, Any]) -> Flow:
         if isinstance(atom, core.Var) and atom in made:
             own.append(made[atom])
         elif isinstance(atom, core.Var):
-            for source in sources.get(atom, frozenset()) - {groups[path]}:  # what makes a state stays with it
+            for source in sources.get(atom, frozenset()) - {groups[path]}:  # a state stays with what makes it
                 own += uses[source]
                 uses[source] += own
     uses = {source: numbers for source, numbers in uses.items() if numbers}
@@ -116,7 +117,7 @@ def flow(program: Program, groups: dict[Path, Any]) -> Flow:
 
 
 def alive(flow: Flow) -> Iterator[tuple[int, list[Any]]]:
-    """[(place, arrays made before that are used after it)] of every place between two equations."""
+    """(place, arrays made before it and used after it) for every place between two equations."""
     now = [array for array, number in flow.made.items() if number < 0]
     for place in range(1, len(flow.line)):
         now = [array for array in (*now, *flow.line[place - 1].outvars) if flow.last.get(array, -1) >= place]
@@ -124,7 +125,7 @@ def alive(flow: Flow) -> Iterator[tuple[int, list[Any]]]:
 
 
 def _found(flow, batch, common, max_arrays):
-    """{signature: the last place in the line that has it}."""
+    """{signature: the last place in the line with it}."""
     torn = set()
     for numbers in flow.uses.values():
         torn |= set(range(min(numbers) + 1, max(numbers) + 1))
@@ -141,7 +142,7 @@ def _found(flow, batch, common, max_arrays):
 
 
 def _ordered(cuts, tables):
-    """The cuts, without those that another trace has in another order."""
+    """The cuts, without those whose order differs in another trace."""
     kept = []
     for cut in sorted(cuts, key=tables[0].__getitem__):
         if all(not kept or table[kept[-1]] < table[cut] for table in tables):
@@ -150,7 +151,7 @@ def _ordered(cuts, tables):
 
 
 def _substantial(cuts, table, flow):
-    """The cuts between two units that both multiply."""
+    """The cuts between two units that both have products."""
     places = [table[cut] for cut in cuts] + [len(flow.line)]
     works = [number for number, equation in enumerate(flow.line) if _multiplies(equation, flow)]
 
@@ -162,7 +163,7 @@ def _substantial(cuts, table, flow):
 
 
 def _multiplies(equation, flow):
-    """Whether an equation has products, or looks something up in a table of parameters."""
+    """Whether an equation has products or a look-up in a table of parameters."""
     name = equation.primitive.name
     if name == "gather":
         return equation.invars[0] not in flow.made
@@ -177,7 +178,7 @@ def _has_products(jaxpr):
 
 
 def _owner(group, cuts, tables, flows):
-    """The unit that uses a group of variables; the first unit owns what nobody uses."""
+    """The unit that uses a group of variables; the first unit owns unused ones."""
     for flow, table in zip(flows, tables, strict=True):
         if group in flow.uses:
             return bisect.bisect_right([table[cut] for cut in cuts], min(flow.uses[group]))
@@ -185,7 +186,7 @@ def _owner(group, cuts, tables, flows):
 
 
 def _groups(variables, modules):
-    """{path of a variable: what stays together with it}: its module, if that is a layer or a block."""
+    """{path of a variable: the group that is not divided}: its module, if that is a layer or a block."""
     inside = {path[:end] for path in modules for end in range(len(path) + 1)}
     owning = {path[1:end] for path in variables for end in range(2, len(path))} & inside
     children = defaultdict(list)
@@ -193,7 +194,7 @@ def _groups(variables, modules):
         children[path[:-1]].append(path)
 
     def is_divided(module):
-        """A module that is a row of blocks: at least two of its modules are of one class and have modules."""
+        """Whether a module is a row of blocks: two of its modules have the same class and modules inside."""
         blocks = Counter(modules.get(child) for child in children[module] if children[child])
         is_row = issubclass(modules.get(module, nn.Module), nn.Sequential)
         return module == () or is_row or max(blocks.values(), default=0) > 1

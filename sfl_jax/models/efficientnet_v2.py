@@ -17,7 +17,7 @@ STOCHASTIC_DEPTH = 0.2  # the last block's drop rate; Google's survival_prob of 
 
 
 class Stage(NamedTuple):
-    """Equal blocks in a row; the first one alone has the stride and the change of channels."""
+    """Equal blocks in a row. Only the first one has the stride and changes the number of channels."""
 
     repeats: int
     kernel_size: int
@@ -29,7 +29,7 @@ class Stage(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A network: its stages before scaling, width and depth factors, dropout, image size of evaluation."""
+    """A network: stages before scaling, width and depth factors, dropout rate, image size in evaluation."""
 
     stages: tuple[Stage, ...]
     width: float
@@ -93,13 +93,13 @@ class Stem(OwnUnit):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if x.shape[-1] != self.in_channels:
-            raise ValueError(f"images have {x.shape[-1]} channels, the stem was made for {self.in_channels}")
+            raise ValueError(f"images have {x.shape[-1]} channels; the stem takes {self.in_channels}")
         x = layers.Conv(self.features, 3, 2, self.form, self.dtype, name="conv")(x)
         return nn.silu(layers.BatchNorm(name="bn")(x, train))
 
 
 class FusedMBConv(OwnUnit):
-    """kxk expansion and 1x1 projection, or one kxk convolution where the expansion is 1; with a residual."""
+    """kxk expansion and 1x1 projection, or one kxk convolution if the expansion is 1; with a residual."""
 
     in_channels: int
     out_channels: int
@@ -188,7 +188,7 @@ def units(
     dtype: Any = None,
     drop_rate_scale: float = 1.0,
 ) -> tuple[nn.Module, ...]:
-    """The units of a variant: stem, every block, head, classifier. Unknown names raise KeyError.
+    """The units of a variant: stem, blocks, head, classifier. An unknown name raises KeyError.
 
     `drop_rate_scale` multiplies the published rates of dropout and stochastic depth.
     """

@@ -1,9 +1,9 @@
-"""Weights files as Keras writes them, read without Keras: which layers there are, and their arrays.
+"""Reads weights files of Keras without Keras: their layers and arrays.
 
-Three formats: `.weights.h5` and the `.keras` archive that holds one (Keras 3), and the older `.h5`, of a
-whole model or of its weights alone. They are told apart by what they hold, not by their names. Nothing is
-unpickled and no code in a file is run; arrays are read when they are asked for. Some damage keeps the HDF5
-library in a loop for ever, or crashes it, so a process of its own reads a file first.
+There are three formats: `.weights.h5`, the `.keras` archive that contains one (both Keras 3), and the older
+`.h5` with a whole model or only its weights. The content decides the format, not the name. Nothing is
+unpickled and no code from a file runs. An array is read when it is used. Some damage makes the HDF5 library
+loop for ever or crash, so a separate process reads a file first.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ import h5py
 from sfl_jax.errors import BadInput
 
 CLASSIFIER = "predictions"  # Keras' name of the last layer
-SCALING = ("rescaling", "normalization")  # how names of layers begin that scale images
+SCALING = ("rescaling", "normalization")  # how the names of layers that scale images begin
 ARCHIVED = "model.weights.h5"  # in a .keras archive
-PATIENCE_S, BYTES_PER_S = 60.0, 10e6  # with the process that reads first
+PATIENCE_S, BYTES_PER_S = 60.0, 10e6  # how long the process that reads first may take
 READ_ALL = """
 import io, sys, zipfile
 import h5py
@@ -44,9 +44,9 @@ with h5py.File(source, "r") as file:
 class Stored(NamedTuple):
     """The layers of a file.
 
-    arrays: by layer, in Keras' order of a layer's variables; layers without variables have none.
-    by_class: whether layers go by class and number ("conv2d_3", as in .weights.h5) or by their own names.
-    whole_model: whether all layers are listed, so that one which is absent was not in the model.
+    arrays: by layer, in Keras' order of a layer's variables; a layer without variables has none.
+    by_class: whether layers are named by class and number ("conv2d_3", as in .weights.h5), not by own names.
+    whole_model: whether all layers are listed, so that an absent layer was not in the model.
     """
 
     arrays: Mapping[str, Sequence[Any]]
@@ -56,7 +56,7 @@ class Stored(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Stored]:
-    """What the file at `path` holds, while the block lasts. BadInput where it cannot be read."""
+    """The content of the file at `path`, open during the block. BadInput if it cannot be read."""
     if not Path(path).is_file():
         raise BadInput(f"init_from={path}: no such file")
     _try_to_read(path)
@@ -71,7 +71,7 @@ def opened(path: str) -> Iterator[Stored]:
 
 
 def _try_to_read(path):
-    """BadInput where that does not end, or ends the process; what Python raises is met again later."""
+    """BadInput if reading does not end or crashes the process. Python errors occur again in `opened`."""
     patience_s = PATIENCE_S + os.path.getsize(path) / BYTES_PER_S
     command = [sys.executable, "-I", "-c", READ_ALL, path, ARCHIVED]
     try:
@@ -90,10 +90,10 @@ def _hdf5(path):
 
 
 def within(outer: Stored, models: Sequence[Stored], where: str) -> Stored:
-    """The layers of the model inside a model, whose own layers are `outer`; these where none is inside.
+    """The layers of a model inside a model whose own layers are `outer`; `outer` if there is none inside.
 
-    A dense layer behind an inner model without classifier is its classifier. BadInput, which begins with
-    `where`, if there are several models inside, or something around the one that changes what it computes.
+    A dense layer behind an inner model without classifier becomes its classifier. BadInput (beginning with
+    `where`): several models inside, or layers around the inner model that change what it computes.
     """
     inside = [model for model in models if any(model.arrays.values())]
     if not inside:
@@ -102,15 +102,15 @@ def within(outer: Stored, models: Sequence[Stored], where: str) -> Stored:
     classifier = "dense" if inner.by_class else CLASSIFIER
     is_dense = [[len(array.shape) for array in arrays] == [2, 1] for arrays in around.values()]
     if len(inside) > 1:
-        reason = f"{len(inside)} of them"
+        reason = f"{len(inside)} inner models"
     elif any(name.startswith(SCALING) for name in outer.arrays):
-        reason = "scales the images outside of it"
+        reason = "a layer outside the inner one that scales images"
     elif around and (is_dense != [True] or inner.arrays.get(classifier)):
-        reason = f"variables around it, of {', '.join(around)}"
+        reason = f"variables outside the inner one, of {', '.join(around)}"
     else:
         behind = dict(zip([classifier], around.values(), strict=False))
         return inner._replace(arrays={**inner.arrays, **behind})
-    raise BadInput(f"{where}: holds a model inside a model, and {reason}; save the inner one alone")
+    raise BadInput(f"{where}: holds a model inside a model, with {reason}; save the inner model alone")
 
 
 def _stored(file: Any, path: str) -> Stored:
@@ -133,7 +133,7 @@ def _stored(file: Any, path: str) -> Stored:
 
 
 def _by_class(group, where):
-    """A model of a .weights.h5."""
+    """The layers of a model in a .weights.h5."""
     layers = {
         name: [layer["vars"][str(number)] for number in range(len(layer["vars"]))]
         for name, layer in group["layers"].items()
@@ -144,7 +144,7 @@ def _by_class(group, where):
 
 
 def _by_layer(group):
-    """The arrays of a layer by the layer that is named before each: several where the layer is a model."""
+    """The arrays of a layer, grouped by the layer in each array's name: several groups if it is a model."""
     layers: dict[str, list[Any]] = {}
     for name in map(_text, group.attrs["weight_names"]):
         *_, layer, _ = ("", *name.split("/"))
@@ -153,7 +153,7 @@ def _by_layer(group):
 
 
 def _listed(file, model):
-    """No arrays for each layer that the file's description of a whole model lists inside of `model`."""
+    """{layer: no arrays} for the layers of `model` that the file's description of a whole model lists."""
     if "model_config" not in file.attrs:
         return {}
     layers = json.loads(_text(file.attrs["model_config"]))["config"]["layers"]

@@ -1,12 +1,12 @@
 """Weights of keras.applications.efficientnet_v2 into a chain and back. Keras itself is not needed.
 
-Given the same variables and scaled images, Keras and a chain compute the same. What differs around that:
+With the same variables and scaled images, Keras and a chain compute the same. These differ:
 
-- input scaling: inside Keras' models (`include_preprocessing`), before a chain; `Imported.scaling` says
-  which scaling the weights expect;
-- stochastic depth: Keras spreads its rates over the number of blocks before depth scaling, so that the last
-  blocks of B1, B2 and B3 drop more than 0.2 (B3's 0.295); a chain counts all blocks, as Google's release;
-- dropout before the classifier: 0.2 for every variant in Keras; the published rates in a chain;
+- input scaling: Keras scales inside the model (`include_preprocessing`), a chain takes scaled images.
+  `Imported.scaling` says which scaling the weights expect;
+- stochastic depth: Keras spreads its rates over the number of blocks before depth scaling, so the last blocks
+  of B1, B2 and B3 drop more than 0.2 (B3's drops 0.295). A chain counts all blocks, as Google's release does;
+- dropout before the classifier: 0.2 for every variant in Keras, the published rates in a chain;
 - activation: Keras' classifier ends in a softmax unless `classifier_activation=None`; a chain gives logits.
 """
 
@@ -26,7 +26,7 @@ from sfl_jax.models.keras_files import CLASSIFIER, Stored, opened, within
 
 
 class InputScaling(NamedTuple):
-    """Pixels 0..255 to what a stem takes: pixel / divisor + offset, one number or one per channel."""
+    """How pixels 0..255 are scaled for a stem: pixel / divisor + offset, one number or one per channel."""
 
     divisor: tuple[float, ...]
     offset: tuple[float, ...]
@@ -40,9 +40,10 @@ IMAGENET = InputScaling(  # mean and standard deviation of ImageNet: Keras' B0 t
 
 
 class Imported(NamedTuple):
-    """A chain's variables, and the scaling of the images that they expect.
+    """A chain's variables, and the scaling of images that they expect.
 
-    classes: of the source's classifier, None where it has none. It is taken if the chain has as many.
+    classes: classes of the source's classifier, None if it has none. A chain with as many takes the
+    classifier.
     """
 
     variables: Variables
@@ -51,10 +52,10 @@ class Imported(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a variable lives: in Keras, and in a chain."""
+    """Where a variable is in Keras and in a chain."""
 
     layer: str  # Keras' name of the layer
-    group: str  # its class and number, the address in a .weights.h5
+    group: str  # its class and number: the address in a .weights.h5
     position: int  # among the layer's variables
     name: str
     shape: tuple[int, ...]
@@ -62,7 +63,7 @@ class _Place(NamedTuple):
     path: tuple[str, ...]
 
 
-# Within a unit, what a chain and Keras call a layer, and its class there; in the order of the network.
+# The layers of a unit: name in a chain, name in Keras, class in Keras; in the order of the network.
 _LAYERS = (
     ("conv", "conv", "conv2d"),
     ("bn", "bn", "batch_normalization"),
@@ -76,8 +77,8 @@ _LAYERS = (
     ("project_bn", "project_bn", "batch_normalization"),
     ("dense", "predictions", "dense"),
 )
-_PREFIXES = {"stem": "stem_", "head": "top_", "classifier": ""}  # any other unit's: its name and _
-_POSITIONS = {  # of a layer's variables in Keras, and their names there
+_PREFIXES = {"stem": "stem_", "head": "top_", "classifier": ""}  # for other units: the unit's name and _
+_POSITIONS = {  # a layer's variables in Keras' order, with their names there
     "batch_normalization": {
         "scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance",
     },
@@ -92,17 +93,17 @@ def load(source: Any, model: str, chain: Chain, variables: Variables) -> Importe
     """The variables of a Keras EfficientNetV2, in the layout and the dtypes of `variables`.
 
     Args:
-      source: the path of a .weights.h5, .h5 or .keras file, or a live Keras model. Of a model that holds the
-        network as one of its layers, say Sequential([EfficientNetV2B0, Dropout, Dense]), that layer is taken.
+      source: the path of a .weights.h5, .h5 or .keras file, or a live Keras model. If the network is one of
+        the layers of a model, as in Sequential([EfficientNetV2B0, Dropout, Dense]), that layer is taken.
       model: the variant, a key of `models.VARIANTS`.
-      chain: of that variant.
-      variables: fresh ones. Their classifier stays where the source has none, or one of other classes.
+      chain: a chain of that variant.
+      variables: new variables. Their classifier is kept if the source has none, or one with other classes.
 
-    A chain of one channel takes weights of three: as if the grey image stood in all three channels. This is
-    exact where all channels are scaled alike; with IMAGENET it is so inside the image, and at its border up
-    to the difference between padding with each channel's mean and with grey 128.
+    A chain with one channel takes weights for three, as if the grey image were in all three channels. This is
+    exact if all channels have the same scaling. With IMAGENET it is exact inside the image; at the border,
+    padding with each channel's mean differs from padding with grey 128.
 
-    Raises BadInput that names the first variable which is missing, of another shape, not finite or left over.
+    BadInput names the first variable that is missing, has another shape, is not finite, or is left over.
     """
     source = os.path.expanduser(source) if isinstance(source, str | os.PathLike) else source
     where = f"init_from={source}" if isinstance(source, str) else "the Keras model"
@@ -131,8 +132,8 @@ def load(source: Any, model: str, chain: Chain, variables: Variables) -> Importe
 def save(path: str, chain: Chain, variables: Variables, scaling: InputScaling = SIGNED) -> None:
     """Writes a .weights.h5 that the same Keras model loads, and that `load` reads again.
 
-    With `scaling` SIGNED the Keras model is to be made with `include_preprocessing=False` and takes images in
-    [-1, 1]; with the others it scales pixels itself. `path` must end in .weights.h5 for Keras to take it.
+    With `scaling` SIGNED, make the Keras model with `include_preprocessing=False`; it takes images in [-1,
+    1]. With the others it scales pixels itself. Keras needs a `path` that ends in .weights.h5.
     """
     inside = {IMAGENET: ("rescaling", "normalization"), CENTRED: ("rescaling",), SIGNED: ()}[scaling]
     with h5py.File(os.path.expanduser(path), "w") as file:
@@ -145,7 +146,7 @@ def save(path: str, chain: Chain, variables: Variables, scaling: InputScaling = 
 
 
 def to_keras(chain: Chain, variables: Variables) -> tuple[list[_Place], list[np.ndarray]]:
-    """Every variable of a chain as Keras shapes it, with its place there, in the order of the network."""
+    """Every variable of a chain in Keras' shape, with its place there, in the order of the network."""
     places = _places(chain, variables)
     units = _by_path(chain, variables)
     return places, [np.asarray(units[place.unit][place.path]).reshape(place.shape) for place in places]
@@ -157,7 +158,7 @@ def published_scaling(model: str) -> InputScaling:
 
 
 def _by_path(chain, variables) -> list[dict[Any, Any]]:
-    """The variables of each unit, by ("params" or "batch_stats", names of layers, name)."""
+    """The variables of each unit by path: ("params" or "batch_stats", names of layers, name)."""
     return [flatten_dict(chain.unit_variables(variables, index)) for index in range(len(chain))]
 
 
@@ -179,7 +180,7 @@ def _places(chain, variables) -> list[_Place]:
 
 
 def _keras_shape(leaf, kind, shape):
-    """Equal up to axes of length 1, so that a reshape converts."""
+    """Keras' shape of a variable. It differs only by axes of length 1, so a reshape converts."""
     if leaf == "depthwise_kernel":
         return (*shape[:2], shape[3], 1)
     return (1, 1, *shape) if kind == "conv2d" and len(shape) == 2 else shape
@@ -208,7 +209,7 @@ def _by_name(stored, places) -> dict[str, list[Any]]:
 
 
 def _scaling(stored, model):
-    """By the layers that scale the input. Weights alone may come from a model that was made without them."""
+    """The scaling, by the layers that scale the input. A file with only weights may omit these layers."""
     if any(name.startswith("normalization") for name in stored.arrays):
         return IMAGENET
     if any(name.startswith("rescaling") for name in stored.arrays):
@@ -217,12 +218,12 @@ def _scaling(stored, model):
 
 
 def _classes(arrays):
-    """The classes of a classifier; None where there is none, or what stands there is no dense layer."""
+    """The classes of a classifier; None if there is none, or if it is not a dense layer."""
     return arrays[0].shape[1] if arrays and len(arrays[0].shape) == 2 else None
 
 
 def _other_classes(arrays, places):
-    """Whether a classifier is absent or differs in the number of classes alone."""
+    """Whether a classifier is absent, or differs only in the number of classes."""
     if not arrays:
         return True
     kernel, ours = arrays[0].shape, places[0].shape
@@ -236,10 +237,11 @@ def _stem_shapes(layers, places):
 
 
 def _grey(layers, scaling):
-    """Makes the stem in `layers` one of grey images; the scaling of these.
+    """Changes the stem in `layers` to grey images and returns their scaling.
 
-    With grey g, kernels W_c and g / d_c + o_c in channel c, sum_c W_c (g / d_c + o_c) is linear in g: the
-    slope makes the kernel, and what the new scaling's offset leaves of the constant moves batch norm's mean.
+    With grey g, kernels W_c and g / d_c + o_c in channel c, sum_c W_c (g / d_c + o_c) is linear in g. The
+    slope gives the kernel. The constant, less the part from the new scaling's offset, moves batch norm's
+    mean.
     """
     target = scaling if len(set(zip(*scaling, strict=True))) == 1 else CENTRED
     divisor, offset = target.divisor[0], target.offset[0]
@@ -262,7 +264,7 @@ def _value(layers, place, where, model):
     if array.dtype.kind != "f":
         raise BadInput(f"{where}: {variable} holds {array.dtype}; it must hold floats")
     value = np.asarray(array)
-    with np.errstate(over="ignore"):  # of float64 that no float32 can hold
+    with np.errstate(over="ignore"):  # a float64 may be too large for float32
         finite = np.isfinite(value.astype(np.float32)).all()
     if not finite:
         raise BadInput(f"{where}: {variable} holds numbers that are not finite")

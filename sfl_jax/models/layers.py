@@ -1,11 +1,11 @@
-"""Convolutions, batch norm and squeeze-excite, in a form that stays fast when clients are vmapped.
+"""Convolutions, batch norm and squeeze-excite in forms that stay fast when clients are vmapped.
 
 `vmap` over per-client convolution weights makes grouped convolutions, which XLA runs in naive loops on CPU
-and poorly on GPU. Each convolution therefore has forms with equal results:
+and slowly on GPU. So each convolution has three forms with equal results:
 
-- `product`: matrix products and shifted sums, see `products`; a client axis becomes a batch axis of them.
+- `product`: matrix products and shifted sums, see `products`; a client axis becomes a batch axis;
 - `conv`: `lax.conv_general_dilated`, the reference, from which costs are traced;
-- `alone`: what `product` becomes where a device computes one client at a time, see `convolutions`.
+- `alone`: `product` for a device that computes one client at a time, see `convolutions`.
 
 Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C).
 """
@@ -26,7 +26,7 @@ from sfl_jax.models import convolutions, products
 BN_MOMENTUM = 0.9
 BN_EPSILON = 1e-3
 FORMS = registry.LAYER_FORMS
-ALONE = "alone"  # what "product" becomes where a client is computed alone
+ALONE = "alone"  # "product" for one client at a time
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
@@ -55,7 +55,7 @@ def ones(_: jax.Array | None, shape: tuple[int, ...], dtype: Any = np.float32) -
     return np.ones(shape, dtype)
 
 
-INITIALISERS = {  # of every variable, by its name
+INITIALISERS = {  # by the variable's name
     "kernel": kernel_init, "depthwise_kernel": depthwise_init, "dense_kernel": dense_init,
     "scale": ones, "bias": zeros, "mean": zeros, "var": ones,
 }  # fmt: skip
@@ -89,7 +89,7 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution without bias, SAME padding: every channel has a kernel of its own."""
+    """Depthwise convolution without bias, SAME padding: every channel has its own kernel."""
 
     kernel_size: int = 3
     stride: int = 1
@@ -107,7 +107,7 @@ class DepthwiseConv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last: biased batch variance; statistics in float32 or wider."""
+    """Batch norm over all axes but the last. Biased batch variance; statistics in float32 or wider."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -116,7 +116,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", zeros, channels)
         running_mean = self.variable("batch_stats", "mean", zeros, None, channels)
         running_var = self.variable("batch_stats", "var", ones, None, channels)
-        rows = x.reshape(-1, x.shape[-1])  # XLA:CPU sums over one axis faster than over three, or over ones
+        rows = x.reshape(-1, x.shape[-1])  # XLA:CPU sums faster over one axis than over three
         if train:
             wide = rows.astype(jnp.promote_types(x.dtype, jnp.float32))
             mean = wide.mean(0)
@@ -146,7 +146,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Dense(nn.Module):
-    """Affine map of the last axis; `kernel` names the kernel, and with it its initialiser."""
+    """Affine map of the last axis. `kernel` is the kernel's name, which selects its initialiser."""
 
     features: int
     kernel: str = "dense_kernel"
@@ -161,9 +161,9 @@ class Dense(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the whole branch of a sample, and scales the others by 1 / survival.
+    """Stochastic depth: drops the whole branch of a sample, and scales the other samples by 1 / survival.
 
-    The factors of samples may be given, made by `drop_path_factors` for many blocks at once.
+    A chain may give the factors, which `drop_path_factors` draws for many blocks at once.
     """
 
     survival: Any
@@ -177,12 +177,12 @@ class DropPath(nn.Module):
         return x * factors.astype(x.dtype)[:, None, None, None]
 
     def draw(self, samples: int) -> jax.Array:
-        """(samples,) of 0 for a dropped branch and 1 / survival for the others."""
+        """(samples,): 0 for a dropped branch, 1 / survival for the others."""
         return (jax.random.uniform(self.make_rng("drop"), (samples,)) < self.survival) / self.survival
 
 
 class _Block(nn.Module):
-    """Stands for a block, so that what lies under the same name in it draws the same."""
+    """A block with the same module names as a real one, so that it draws the same numbers."""
 
     survival: Any
     samples: int
@@ -193,7 +193,7 @@ class _Block(nn.Module):
 
 
 def drop_path_factors(key: jax.Array, survival: jax.Array, samples: int) -> jax.Array:
-    """(samples,) factors as a block with this key and survival draws them itself."""
+    """The factors (samples,) that a block with this key and survival would draw itself."""
     factors = _Block(survival, samples).apply({}, rngs={"drop": key})
     assert isinstance(factors, jax.Array)
     return factors

@@ -10,7 +10,7 @@ INITIALISER = nn.initializers.glorot_uniform()
 
 
 class Dense(nn.Module):
-    """A dense layer on flat samples: (B, ...) -> (B, features); with ReLU unless it gives the logits."""
+    """A dense layer on flat samples: (B, ...) -> (B, features), with ReLU unless it is the last."""
 
     features: int
     is_last: bool = False

@@ -1,7 +1,7 @@
-"""Units that are pieces of a whole Flax module, found by `cuts`.
+"""Units that are pieces of a whole Flax module, cut where `cuts` says.
 
-A piece holds the whole module. For every size of batch it traces the module once, and runs its own slice of
-the program. So the size is free; other axes are those of the example.
+A piece holds the whole module. For each batch size it traces the module once and runs its own slice of the
+program. So the batch size is free; other axes are those of the example.
 """
 
 import functools
@@ -23,8 +23,8 @@ from sfl_jax.models.traces import Path, Whole
 class Piece(nn.Module):
     """Unit `number` of a module that was cut. It maps what crosses one cut to what crosses the next.
 
-    Its variables are those of the module that it uses, under their own names. What crosses is an array, or a
-    tuple where there are several.
+    Its variables are those of the module that it uses, with their names there. What crosses is an array, or a
+    tuple of several.
     """
 
     whole: Whole
@@ -53,7 +53,7 @@ class Piece(nn.Module):
         return functools.reduce(lambda tree, key: tree[key], inner, self.get_variable(collection, name))
 
     def _put(self, values):
-        """Writes variables by path, those that share their first name together."""
+        """Writes variables by path; those with the same first name are written together."""
         for collection, trees in unflatten_dict(values).items():
             if self.is_mutable_collection(collection):
                 for name, tree in trees.items():
@@ -61,10 +61,10 @@ class Piece(nn.Module):
 
 
 def pieces(module: nn.Module, example: PyTree, max_arrays: int = 1) -> tuple[Piece, ...]:
-    """The units of a module, cut wherever at most `max_arrays` arrays (B, ...) cross.
+    """The units of a module, which is cut wherever at most `max_arrays` arrays (B, ...) cross.
 
     Args:
-      module: takes the input and perhaps `train`.
+      module: takes the input, and may take `train`.
       example: an input, or its shapes and types.
 
     Raises:
@@ -81,7 +81,7 @@ def pieces(module: nn.Module, example: PyTree, max_arrays: int = 1) -> tuple[Pie
 
 
 def divided(chain_units: Sequence[nn.Module], variables: PyTree) -> list[dict[str, PyTree]]:
-    """The variables of a whole module by unit, each by collection. BadInput names one that is missing."""
+    """The variables of a whole module by unit, then by collection. BadInput names a missing one."""
     whole = _whole_of(chain_units)
     variables = nn.meta.unbox(variables)
     by_path = dict(zip(traces.paths(variables), jax.tree.leaves(variables), strict=True))
@@ -105,12 +105,12 @@ def _whole_of(chain_units):
     whole = getattr(chain_units[0], "whole", None) if chain_units else None
     pieces_of_it = isinstance(whole, Whole) and len(chain_units) == len(cuts.recipe(whole).cuts) + 1
     if not pieces_of_it:
-        raise BadInput("chain: must be all that Chain.from_module returned")
+        raise BadInput("chain: must be the whole chain that Chain.from_module returned")
     return whole
 
 
 def normalised(unit: Piece) -> list[int]:
-    """Over how many values, per sample and channel, each batch norm of a piece averages."""
+    """The number of values, per sample and channel, that each batch norm of a piece averages over."""
     program = traces.trace(unit.whole, True, 1)
     return [
         values
@@ -120,7 +120,7 @@ def normalised(unit: Piece) -> list[int]:
 
 
 class Slice(NamedTuple):
-    """What a piece runs: equations, and the variables of the program that they read and write."""
+    """The equations that a piece runs, and the variables of the program that they read and write."""
 
     equations: list[core.JaxprEqn]
     consts: dict[Any, Any]
@@ -134,25 +134,23 @@ class Slice(NamedTuple):
 
 
 def _slice_for(unit, variables, x, train):
-    """The slice for these variables and this input; BadInput where its shape is not the example's."""
+    """The slice for these variables and this input. BadInput if the input's shape is not the example's."""
     name, leaves = units.name(unit, unit.number), jax.tree.leaves(x)
     float_type = _other_type(unit.whole, variables)
     slices = _slices(unit.whole, train, leaves[0].shape[0], float_type)
     if slices is None:
         raise BadInput(
-            f"unit {name}: a batch of {leaves[0].shape[0]} runs another program than one of the example's"
+            f"unit {name}: a batch of {leaves[0].shape[0]} runs another program than the example's batch"
         )
     one = slices[unit.number]
     expected = [variable.aval.shape for variable in one.inputs]
     if [leaf.shape for leaf in leaves] != expected:
-        raise BadInput(
-            f"unit {name}: must be given {expected}, as the example has it; got {units.described(x)}"
-        )
+        raise BadInput(f"unit {name}: must get the example's shapes {expected}; got {units.described(x)}")
     return one
 
 
 def _other_type(whole, variables):
-    """The float type of the variables, where it is another than that with which they were made."""
+    """The float type of the variables if it differs from their original type; else None."""
     made = _kinds(whole)
     others = [value.dtype for path, value in variables.items() if value.dtype != made[path]]
     return next((dtype for dtype in others if jnp.issubdtype(dtype, jnp.floating)), None)
@@ -165,7 +163,7 @@ def _kinds(whole):
 
 
 def _slices(whole, train, batch, float_type):
-    """The slice of every piece; None where the program has not the cuts that it should have."""
+    """The slice of every piece; None if the program lacks one of the cuts."""
     return _all_slices(whole, train, batch, float_type, traces.circumstances())
 
 
@@ -207,7 +205,7 @@ def _owned(whole, number):
 
 
 def _names(whole):
-    """A name for each piece: of its module with the most parameters; None where it has none."""
+    """A name for each piece: its module with the most parameters; None if it has no parameters."""
     recipe, sizes = cuts.recipe(whole), {}
     shapes = traces.variables(whole)
     for path, leaf in zip(traces.paths(shapes), jax.tree.leaves(shapes), strict=True):
@@ -219,7 +217,7 @@ def _names(whole):
 
 
 def _initial(whole, number, key):
-    """Fresh variables of a piece by path, as the whole module draws them from the key."""
+    """New variables of a piece by path, as the whole module draws them from the key."""
     program, made = traces.initial(whole)
     wanted = {path: made[path] for path in _owned(whole, number)}
     values = dict(zip(program.jaxpr.constvars, program.consts, strict=True)) | {program.jaxpr.invars[0]: key}

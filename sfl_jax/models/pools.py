@@ -1,6 +1,6 @@
-"""Sums and maxima over windows as shifts of the image, which XLA:CPU computes faster than its own windows.
+"""Sums and maxima over windows, computed by shifts of the image: on CPU faster than XLA's windows.
 
-Images are (B, H, W, C); a window moves along them as a kernel does, see `taps`.
+Images are (B, H, W, C); a window moves along them like a kernel, see `taps`.
 """
 
 import functools
@@ -31,15 +31,15 @@ window_sums.defvjp(_sums_forward, _sums_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def window_maxima(x: jax.Array, grid: Grid) -> jax.Array:
-    """(B, H, W, C) -> (B, outputs, outputs, C): the largest of each window; padding is less than all.
+    """(B, H, W, C) -> (B, outputs, outputs, C): the maximum of each window; padding counts as -inf.
 
-    The gradient goes to the first of equal maxima, row by row, as it does in XLA.
+    The gradient goes to the first of equal maxima, row by row, as in XLA.
     """
     return functools.reduce(jnp.maximum, _views(x, grid, -jnp.inf))
 
 
 def _maxima_forward(x, grid):
-    """Keeps which tap, counted row by row, met the first maximum."""
+    """Keeps the tap, counted row by row, that met the first maximum."""
     views = _views(x, grid, -jnp.inf)
     best, winner = views[0], jnp.zeros(views[0].shape, jnp.uint8)
     for number, view in enumerate(views[1:], start=1):
@@ -63,6 +63,6 @@ window_maxima.defvjp(_maxima_forward, _maxima_backward)
 
 
 def _views(x, grid, filling):
-    """What each tap meets."""
+    """The pixels that each tap meets."""
     padded = products.pad(x, [axis.padding for axis in grid], filling)
     return [padded[:, grid[0].met(a), grid[1].met(b)] for a, b in taps(grid)]

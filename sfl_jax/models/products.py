@@ -1,8 +1,8 @@
 """Convolutions without `lax.conv`: matrix products and shifted sums, with gradients of the same kind.
 
-Two shifts make all of it. `_patches` sets what the taps of a kernel meet side by side; `_fold` is its
-transpose and adds up what the taps send back. JAX would differentiate a shifted slice into a padded one,
-which XLA:CPU computes with a condition for every number; here an array is padded once, and then sliced.
+There are two kinds of shift. `_patches` puts the pixels that the taps of a kernel meet side by side. `_fold`
+is its transpose and adds up what the taps send back. JAX's derivative of a shifted slice is a padded slice,
+which XLA:CPU computes with a condition for every number. Here an array is padded once and then sliced.
 
 Images are (B, H, W, C); kernels (kh, kw, C_in, C_out), depthwise ones (kh, kw, 1, C).
 """
@@ -17,9 +17,9 @@ from jax import lax
 
 from sfl_jax.models.taps import Axis, Grid, is_usable, taps
 
-MANY = 256  # positions from which on it pays to turn a product of two images
-FEW = 4  # positions of a depthwise convolution's outputs up to which each is written out
-FEW_TERMS = 16  # pixels that a depthwise tap meets up to which its gradient adds them up one by one
+MANY = 256  # from this many positions on, turning a product of two images saves time
+FEW = 4  # a depthwise convolution with at most this many output positions is written out
+FEW_TERMS = 16  # the gradient of a depthwise tap that meets at most this many pixels adds them one by one
 
 
 def axes(image_shape: tuple[int, ...], kernel_shape: tuple[int, ...], stride: int) -> Grid:
@@ -33,8 +33,9 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def convolution_on(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
-    """(B, H, W, C_in) -> (B, outputs, outputs, C_out) of a grid: one product and one shift, of whichever side
-    has fewer channels.
+    """(B, H, W, C_in) -> (B, outputs, outputs, C_out) on a grid; kernel (kh, kw, C_in, C_out).
+
+    One product and one shift, of the side with fewer channels.
     """
     if grid[0].is_pointwise and grid[1].is_pointwise:
         return _pointwise(x, kernel[0, 0])
@@ -46,9 +47,7 @@ def convolution_on(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
 
 
 def transposed(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
-    """(B, outputs, outputs, C_in) -> (B, H, W, C_out) of `taps.dilated` axes: a dilated image's
-    convolution.
-    """
+    """(B, outputs, outputs, C_in) -> (B, H, W, C_out) on `taps.dilated` axes: convolves a dilated image."""
     return _shift_last(x, kernel, grid)
 
 
@@ -108,14 +107,12 @@ _shift_last.defvjp(_shift_last_forward, _shift_last_backward)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """(B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C), every channel with its own kernel; SAME
-    padding.
-    """
+    """(B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C), a kernel per channel; SAME padding."""
     return depthwise_on(x, kernel, axes(x.shape, kernel.shape, stride))
 
 
 def depthwise_on(x: jax.Array, kernel: jax.Array, grid: Grid) -> jax.Array:
-    """(B, H, W, C) -> (B, outputs, outputs, C) of a grid, every channel with its own kernel."""
+    """(B, H, W, C) -> (B, outputs, outputs, C) on a grid, a kernel per channel."""
     is_small = grid[0].outputs * grid[1].outputs <= FEW and grid[0].is_met and grid[1].is_met
     return (_depthwise_written_out if is_small else _depthwise_shifted)(x, kernel, grid)
 
@@ -139,8 +136,8 @@ def _depthwise_shifted_backward(grid, residuals, gradient):
 
 
 def _sent_by(tap, x, gradient, grid):
-    """The gradient (C,) of a tap. Products are added up by row, on small images by pixel, in one kernel:
-    summed over everything at once, XLA:CPU would write all of them out first.
+    """The gradient (C,) of a tap. Adds products by row, on small images by pixel, in one kernel: for one sum
+    over everything XLA:CPU would first write out all products.
     """
     rows, columns = (axis.meetings(place) for axis, place in zip(grid, tap, strict=True))
     if not rows or not columns:
@@ -162,7 +159,7 @@ def _depthwise_written_out(x, kernel, grid):
 
 
 def _depthwise_written_out_forward(x, kernel, grid):
-    """Position by position: for small images, where most shifts are padding."""
+    """Computes position by position: for small images, where shifts are mostly padding."""
     pixels = lax.optimization_barrier(x).reshape(len(x), -1, x.shape[-1])
     terms = [(output, pixels[:, pixel] * kernel[tap]) for output, pixel, tap in _meetings(grid)]
     outputs = jnp.stack(list(_add_up(terms).values()), axis=1)
@@ -212,7 +209,7 @@ def _fold(patches, grid):
 def fold_with(
     take: Callable[[tuple[int, int], jax.Array], jax.Array], sent: jax.Array, grid: Grid
 ) -> jax.Array:
-    """(B, outputs, outputs, ...) -> (B, H, W, C): adds up at every pixel `take(tap, sent)` of the outputs
+    """(B, outputs, outputs, ...) -> (B, H, W, C): at every pixel the sum of `take(tap, sent)` of the outputs
     whose taps met it.
     """
     rows, columns = grid
@@ -220,7 +217,7 @@ def fold_with(
     padded = pad(sent, reach)
 
     def plane(row, column):
-        """The pixels that leave these residues by the stride."""
+        """The pixels whose places modulo the stride are (row, column)."""
         terms = [
             take((a, b), _window(padded, reach[0][0] + up, rows, reach[1][0] + left, columns))
             for a, up in rows.senders(row)
@@ -243,7 +240,7 @@ def _window(x, top, rows, left, columns):
 
 
 def pad(x: jax.Array, amounts: Sequence[tuple[int, int]], value: float = 0) -> jax.Array:
-    """Images padded and kept, so that XLA does not pad anew within every slice."""
+    """Padded images, behind a barrier so that XLA does not repeat the padding in every slice."""
     return lax.optimization_barrier(jnp.pad(x, ((0, 0), *amounts, (0, 0)), constant_values=value))
 
 
@@ -253,26 +250,26 @@ def _live(kernel, grid):
 
 
 def _revive(live, shape, grid):
-    """The gradient of a whole kernel: 0 for taps that met nothing."""
+    """The gradient of the whole kernel: 0 for taps that meet only padding."""
     around = [(axis.live.start, size - axis.live.stop) for axis, size in zip(grid, shape[:2], strict=True)]
     return jnp.pad(live, (*around, (0, 0), (0, 0)))
 
 
 def _matrix(kernel):
-    """(taps * C_in, C_out)."""
+    """The kernel as a matrix (taps * C_in, C_out)."""
     return kernel.reshape(-1, kernel.shape[-1])
 
 
 def _turned(kernel, grid):
-    """(C_in, taps * C_out) of the kernel turned around."""
+    """The kernel turned around, as a matrix (C_in, taps * C_out)."""
     return _live(kernel[::-1, ::-1], grid).transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
 
 
 def _product_of(x, y):
-    """Sum over samples and positions of the outer products of two images' channels.
+    """The sum over samples and positions of the outer products of two images' channels.
 
-    XLA:CPU computes it up to three times as fast where the first of the two has fewer channels. That pays for
-    turning the result where there are many positions. The barrier keeps XLA from undoing the turn.
+    XLA:CPU is up to three times as fast if the first image has fewer channels. With many positions this is
+    worth turning the result. The barrier keeps XLA from undoing the turn.
     """
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if x.shape[1] <= y.shape[1] or len(x) < MANY or jax.default_backend() != "cpu":
@@ -283,8 +280,9 @@ def _product_of(x, y):
 def kernel_gradient(
     x: jax.Array, gradient: jax.Array, shape: tuple[int, ...], grid: Grid, size: int
 ) -> jax.Array:
-    """The gradient by a kernel of `shape`, from that by the outputs: a sum over `size` samples at a time,
-    which divides their number.
+    """The gradient by a kernel of `shape`, from the gradient by the outputs.
+
+    It is summed over `size` samples at a time; `size` divides the number of samples.
     """
 
     def add(total, part):
@@ -303,7 +301,7 @@ def kernel_gradient(
 
 
 def _add_up(terms):
-    """{name: sum of its terms} of [(name, term)], in the order of first appearance."""
+    """{name: sum of its terms} from [(name, term)], in the order of first appearance."""
     sums = {}
     for name, term in terms:
         sums[name] = sums[name] + term if name in sums else term

@@ -1,4 +1,4 @@
-"""What every unit of a chain costs, traced from its jaxpr and that of its gradient, per sample."""
+"""The costs of every unit of a chain per sample, traced from its jaxpr and its gradient's jaxpr."""
 
 import functools
 import math
@@ -18,16 +18,16 @@ from sfl_jax.models.chain import Chain
 class Profile(NamedTuple):
     """Costs per sample and unit of a chain of L units; NumPy int64.
 
-    Parameters, state and activations of a type of 2 bytes count half. What crosses is counted by number.
+    Parameters, state and activations with a type of 2 bytes count half. Floats that cross a cut count fully.
 
     names: (L,) the units.
-    forward_macs: (L,) multiply-accumulates of convolutions and products; padding counts, as is published.
-    backward_macs: (L,) the same of the gradient; unit 0 has no input gradient.
+    forward_macs: (L,) multiply-accumulates of convolutions and products; padding counts, as in publications.
+    backward_macs: (L,) those of the gradient; unit 0 has no input gradient.
     parameters: (L,) trainable floats.
-    state: (L,) batch-norm statistics and other state.
+    state: (L,) floats of batch-norm statistics and other state.
     activations: (L,) floats that training keeps for the backward pass.
-    smashed: (L+1,) floats that cross cut l: the stored image at 0, nothing at L.
-    shapes: (L+1,) the shapes of the arrays that cross cut l, of one sample.
+    smashed: (L+1,) floats that cross cut l: the stored image at 0, none at L.
+    shapes: (L+1,) the shapes of one sample's arrays that cross cut l.
     """
 
     names: tuple[str, ...]
@@ -41,11 +41,11 @@ class Profile(NamedTuple):
 
 
 def profile(chain: Chain, image_shape: PyTree, stored_shape: tuple[int, ...] | None = None) -> Profile:
-    """Traces every unit of `chain` in the `lax.conv` form. Nothing is computed.
+    """The costs of every unit of `chain`, traced in the `lax.conv` form. Nothing is computed.
 
-    `image_shape` is (H, W, C), of floats; or a `jax.ShapeDtypeStruct` of one sample, or a pytree of these, as
-    the smashed data of a server half may be. `stored_shape` is that of an image as it is stored, before it is
-    resized: what goes up at cut 0. Left out, it is `image_shape`.
+    image_shape: (H, W, C), of floats; or a `jax.ShapeDtypeStruct` of one sample, or a pytree of these for the
+    smashed data of a server half.
+    stored_shape: the shape of a stored image before resizing, which goes up at cut 0; None: `image_shape`.
 
     BadInput names a unit that cannot be traced, or whose work cannot be counted.
     """
@@ -64,8 +64,8 @@ def profile(chain: Chain, image_shape: PyTree, stored_shape: tuple[int, ...] | N
 def least_normalised(chain: Chain, image_shape: PyTree) -> int | None:
     """The least number of values, per sample and channel, that a batch norm averages over in training.
 
-    It is H x W of the smallest map that is normalised. Where it is 1, a batch of one sample, or of copies of
-    one, is normalised to a constant: nothing can be learned from it. None for a chain without batch norm.
+    It is H x W of the smallest map that is normalised. If it is 1, batch norm makes a constant of a batch of
+    one sample (or of copies of one), and nothing can be learnt. None for a chain without batch norm.
     """
     found = [values for row in _rows(chain, _sample(image_shape)) for values in row.normalised]
     return min(found, default=None)
@@ -82,7 +82,7 @@ class _Row(NamedTuple):
 
 
 def _sample(image_shape):
-    """The shapes and types of one sample. Work is counted in float32, whatever the type of its floats."""
+    """The shapes and types of one sample. Work is counted in float32 for all types of floats."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(image_shape)):
         return jax.tree.map(lambda leaf: _counted(leaf.shape, leaf), image_shape)
     return jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
@@ -133,7 +133,7 @@ def _trace(unit: nn.Module, leaves: tuple[Any, ...], structure: Any, is_first: b
         forward, (output, _) = jax.make_jaxpr(run, return_shape=True)(params, example(1), state, key)
     forward_macs = _macs(forward.jaxpr)
     both, (_, kept) = jax.make_jaxpr(gradients, return_shape=True)(params, example(1), state, key)
-    # What a second sample adds to the residuals is what one sample keeps: parameters and constants cancel.
+    # A sample keeps what a second sample adds to the residuals: parameters and constants cancel.
     _, kept_of_two = jax.eval_shape(pullback, params, example(2), state, key)
     return _Row(
         forward_macs,
@@ -147,12 +147,12 @@ def _trace(unit: nn.Module, leaves: tuple[Any, ...], structure: Any, is_first: b
 
 
 def _values(unit, normalised):
-    """What batch norms average over. A piece may have traced its whole module, with norms of other pieces."""
+    """How many values each batch norm averages over. A piece traces its whole module, so it picks its own."""
     return pieces.normalised(unit) if isinstance(unit, pieces.Piece) else [values for _, values in normalised]
 
 
 def _one_of(batch):
-    """The shape of one sample. Work is counted in float32, whatever a unit computes in."""
+    """The shape of one sample. Work is counted in float32 for all types of floats."""
     return _counted(batch.shape[1:], batch)
 
 
@@ -169,12 +169,12 @@ def _is_float(x):
 
 
 def _floats(tree):
-    """Number of 4-byte words in a pytree of shapes: a mask of bools counts a quarter."""
+    """The number of 4-byte words in a pytree of shapes: a mask of bools counts a quarter."""
     return sum(-(-math.prod(leaf.shape) * min(leaf.dtype.itemsize, 4) // 4) for leaf in jax.tree.leaves(tree))
 
 
 class _Uncountable(BadInput):
-    """How often products run cannot be told from the program."""
+    """The program does not tell how often products run."""
 
 
 def _macs(jaxpr):
@@ -185,13 +185,13 @@ def _macs(jaxpr):
             raise _Uncountable(f"the work of {name} is not known")
         if name == "while" and any(inner):
             raise _Uncountable(
-                "a while loop holds matrix products or convolutions, and how often it turns is not known; "
+                "a while loop has matrix products or convolutions, and its number of turns is not known; "
                 "use lax.scan, or lax.fori_loop with bounds that are Python numbers"
             )
         total += _MACS.get(name, lambda _: 0)(equation)
         if name == "cond":
             total += max(inner, default=0)
-        elif name == "custom_linear_solve":  # its other functions serve derivatives
+        elif name == "custom_linear_solve":  # its other functions are for derivatives
             total += _macs(equation.params["jaxprs"].solve.jaxpr)
         else:
             total += equation.params.get("length", 1) * sum(inner)
@@ -205,7 +205,7 @@ def _dot_macs(equation):
 
 
 def _conv_macs(equation):
-    """Outputs x kernel positions x input channels of a group, without holes dilated into the input."""
+    """Outputs x kernel positions x input channels of a group; holes of a dilated input do not count."""
     numbers = equation.params["dimension_numbers"]
     left, right, output = (v.aval.shape for v in (*equation.invars, equation.outvars[0]))
     out_batch, out_features, *out_spatial = (output[axis] for axis in numbers.out_spec)
@@ -217,31 +217,31 @@ def _conv_macs(equation):
 
 
 def _ragged_macs(equation):
-    """Each row of the left array meets one group's matrix, and in the gradient each group its own rows."""
+    """Each row of the left array meets one group's matrix; in the gradient each group meets its own rows."""
     left, output = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     groups = numbers.rhs_group_dimensions
     inner = math.prod(left[axis] for axis in contracted)
-    # Without groups on the right, the axis that is added up is the one that is in groups.
+    # Without groups on the right, the summed axis is the one in groups.
     return math.prod(output) * inner // (1 if groups else output[0])
 
 
 def _fft_macs(equation):
-    """2.5 n log2(n) of a transform of n numbers, half of the 5 n log2(n) FLOP that FFTW counts."""
+    """2.5 n log2(n) for a transform of n numbers: half of the 5 n log2(n) FLOP that FFTW counts."""
     size = math.prod(equation.params["fft_lengths"])
     batch = math.prod(equation.invars[0].aval.shape[: -len(equation.params["fft_lengths"])])
     return int(2.5 * batch * size * math.log2(max(size, 1)))
 
 
 def _solve_macs(equation):
-    """n^2/2 a right-hand side, of a triangle of n rows."""
+    """n^2/2 per right-hand side, for a triangle of n rows."""
     rows = equation.invars[0].aval.shape[-1]
     return rows * math.prod(equation.invars[1].aval.shape) // 2
 
 
 def _factor_macs(share):
-    """n^2 m times a share, of a matrix of m and n <= m rows and columns (Golub & Van Loan)."""
+    """share * n^2 m, for a matrix with sides m and n <= m (Golub & Van Loan)."""
 
     def macs(equation):
         *batch, rows, columns = equation.invars[0].aval.shape
@@ -259,5 +259,5 @@ _MACS = {
     "cholesky": _factor_macs(1 / 6),
     "lu": _factor_macs(1 / 3),
 }
-# Iterative, or written by hand for a machine.
+# Iterative algorithms, or kernels written by hand for a device.
 _UNCOUNTED = {"eig", "eigh", "ffi_call", "hessenberg", "pallas_call", "qr", "schur", "svd", "tridiagonal"}

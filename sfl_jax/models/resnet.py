@@ -1,7 +1,7 @@
-"""ResNet-18 (He et al., arXiv 1512.03385) in its form for small images: a 3x3 stem, no pooling behind it.
+"""ResNet-18 (He et al., arXiv 1512.03385) in its form for small images: a 3x3 stem without pooling after it.
 
-Projections stand where the shape changes, as in the networks for ImageNet: 11,173,962 parameters for 10
-classes of colour images.
+Shortcuts have projections where the shape changes, as in the networks for ImageNet. 11,173,962 parameters for
+10 classes of colour images.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, stride of the first block
-BLOCKS = 2  # of a stage
+BLOCKS = 2  # per stage
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 OF_CLASSIFIER = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -29,7 +29,7 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm, beside a shortcut."""
+    """Two 3x3 convolutions with batch norm, and a shortcut."""
 
     features: int
     stride: int = 1

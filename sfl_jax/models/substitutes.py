@@ -1,12 +1,12 @@
-"""Programs in the product form: the convolutions and windows of a jaxpr as products and shifts.
+"""Programs in the product form: convolutions and windows of a jaxpr become products and shifts.
 
-`vmap` over weights makes grouped convolutions of `lax.conv`, which are slow, see `layers`. A user's unit is
-therefore traced. Each operation that `products` or `pools` can compute is replaced where the program runs;
-others stay as they are. The replaced operations have a gradient, but no forward derivative.
+`vmap` over weights turns `lax.conv` into grouped convolutions, which are slow, see `layers`. So a user's unit
+is traced, and each operation that `products` or `pools` can compute is replaced. Others stay unchanged.
+Replaced operations have a gradient, but no forward derivative.
 """
 
 # pyright: reportPrivateImportUsage=false
-# Newer releases of JAX export `jax.extend.core.ClosedJaxpr` without saying so in their types.
+# Newer releases of JAX export `jax.extend.core.ClosedJaxpr`, but their types do not say so.
 
 import functools
 import math
@@ -22,12 +22,13 @@ from sfl_jax.models import convolutions, pools, products
 from sfl_jax.models.taps import Axis, Grid, dilated, is_usable
 
 Replacement = Callable[[core.JaxprEqn], Callable[..., Any] | None]
-MOST_TAPS = 81  # of a pooling window that is computed by shifts: each tap is an operation
+MOST_TAPS = 81  # largest pooling window that is computed by shifts: each tap is an operation
 
 
 def in_product_form(function: Callable[..., Any], alone: bool = False) -> Callable[..., Any]:
-    """The function of pytrees of arrays with every convolution and window replaced that can be; alone: as
-    fits a client that is computed alone.
+    """A function of pytrees of arrays, with convolutions and windows replaced where possible.
+
+    alone: choose what is fastest for one client at a time.
     """
     other = functools.partial(substitute, alone=alone)
 
@@ -40,7 +41,7 @@ def in_product_form(function: Callable[..., Any], alone: bool = False) -> Callab
 
 
 def evaluate(program: core.ClosedJaxpr, *arguments: Any, other: Replacement | None = None) -> list[Any]:
-    """The outputs of a program in the product form, or with the replacements of `other`."""
+    """The outputs of a program in the product form, or with the replacements that `other` gives."""
     jaxpr = program.jaxpr
     values = dict(zip(jaxpr.constvars, program.consts, strict=True))
     values |= dict(zip(jaxpr.invars, arguments, strict=True))
@@ -50,7 +51,7 @@ def evaluate(program: core.ClosedJaxpr, *arguments: Any, other: Replacement | No
 
 
 def run(equation: core.JaxprEqn, values: dict[Any, Any], other: Replacement | None = None) -> None:
-    """Adds to `values` what an equation makes of them; `other(equation)` is a function for it, or None."""
+    """Runs an equation and adds its outputs to `values`. `other(equation)`: a replacement for it, or None."""
     inputs = [read(values, atom) for atom in equation.invars]
     function = other and other(equation)
     if function is None:
@@ -68,7 +69,7 @@ def read(values: dict[Any, Any], atom: Any) -> Any:
 
 
 def substitute(equation: core.JaxprEqn, alone: bool = False) -> Callable[..., Any] | None:
-    """A faster function for an equation; None where there is none."""
+    """A faster function for an equation; None if there is none."""
     if equation.primitive.name in _WITH_BODIES:
         return _with_new_bodies(equation, alone)
     make = _SUBSTITUTES.get(equation.primitive.name)
@@ -80,7 +81,7 @@ def _is_float(atom):
 
 
 def _with_new_bodies(equation, alone):
-    """The same equation around rewritten programs."""
+    """The same equation with its inner programs rewritten; None if nothing changes."""
     old = equation.params
     params = {key: _rewritten(value, alone) for key, value in old.items()}
     if all(params[key] is old[key] for key in old):
@@ -89,7 +90,7 @@ def _with_new_bodies(equation, alone):
 
 
 def _rewritten(value, alone):
-    """A parameter with its programs in the product form; the same object where nothing changes."""
+    """A parameter with its programs in the product form; the same object if nothing changes."""
     if isinstance(value, tuple) and any(isinstance(part, core.ClosedJaxpr) for part in value):
         parts = tuple(_rewritten(part, alone) for part in value)
         return parts if any(a is not b for a, b in zip(parts, value, strict=True)) else value
@@ -116,7 +117,7 @@ def _has_substitute(jaxpr):
 
 
 def bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The jaxprs among the parameters of an equation, also where they stand in a tuple, as branches do."""
+    """The jaxprs among the parameters of an equation, also inside tuples, as branches are."""
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             if isinstance(part, core.ClosedJaxpr):
@@ -151,7 +152,7 @@ def _convolution(equation, alone):
 
 
 def _grouped(one, x, kernel, grid, groups):
-    """Groups of channels are a batch axis of the products."""
+    """A grouped convolution: the groups become a batch axis of the products."""
     x = x.reshape(*x.shape[:3], groups, -1)
     kernel = kernel.reshape(*kernel.shape[:3], groups, -1)
     outputs = jax.vmap(functools.partial(one, grid=grid), (3, 3), 3)(x, kernel)
@@ -159,7 +160,7 @@ def _grouped(one, x, kernel, grid, groups):
 
 
 def _convolution_grid(params, image_shape, kernel_shape):
-    """The rows and columns of a convolution; None where `products` cannot compute it."""
+    """The rows and columns of a convolution; None if `products` cannot compute it."""
     numbers = params["dimension_numbers"]
     sizes = [image_shape[axis] for axis in numbers.lhs_spec[2:]]
     kernel_sizes = [kernel_shape[axis] for axis in numbers.rhs_spec[2:]]
@@ -175,14 +176,14 @@ def _convolution_grid(params, image_shape, kernel_shape):
 
 
 def _grid(axes: Sequence[Axis]) -> Grid | None:
-    """Rows and columns; one axis alone is the columns of an image of one row."""
+    """Rows and columns. A single axis is the columns of an image with one row."""
     if not 1 <= len(axes) <= 2 or not all(map(is_usable, axes)):
         return None
     return axes[0] if len(axes) == 2 else Axis(1, 1, 1, (0, 0)), axes[-1]
 
 
 def _is_default(precision):
-    """Whether a product computes in this precision when it is asked for none."""
+    """Whether this precision is the one of a product that names none."""
     default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     if precision is None or default not in _PRECISIONS:
         return precision is None
@@ -211,12 +212,12 @@ def _window(compute):
 
 
 def _image(x, spec):
-    """(B, H, W, C) of an array whose axes (batch, channels, *spatial) are those of `spec`."""
+    """The array as (B, H, W, C); `spec` gives its axes (batch, channels, *spatial)."""
     return _flat(jnp.transpose(x, (spec[0], *spec[2:], spec[1])), 1)
 
 
 def _flat(x, row):
-    """With an axis of one row where there are columns alone."""
+    """Adds an axis of one row to an array with only columns."""
     return jnp.expand_dims(x, row) if x.ndim == 3 else x
 
 

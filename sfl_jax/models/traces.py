@@ -1,7 +1,7 @@
-"""A whole Flax module as one flat program: what depends on what, in the order in which it was written."""
+"""A whole Flax module as one flat program, with its equations in the order of the code."""
 
 # pyright: reportPrivateImportUsage=false
-# Newer releases of JAX export `jax.extend.core.ClosedJaxpr` without saying so in their types.
+# Newer releases of JAX export `jax.extend.core.ClosedJaxpr`, but their types do not say so.
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """A module that is to be cut, and the input that says for which shapes. Hashable, and opaque to Flax.
+    """A module to cut, and the shapes of its input. Hashable, and opaque to Flax.
 
-    kinds: ((shape, type), ...) of the example's arrays, each with samples along its first axis. structure: of
-    their pytree. max_arrays: that may cross a cut.
+    kinds: ((shape, type), ...) of the example's arrays, with samples along the first axis. structure: that of
+    their pytree. max_arrays: how many arrays may cross a cut.
     """
 
     module: nn.Module
@@ -33,7 +33,7 @@ class Whole:
     max_arrays: int = 1
 
     def example(self, batch: int | None = None, float_type: Any = None) -> PyTree:
-        """Shapes of an input of so many samples."""
+        """The shapes of an input of `batch` samples; None: as many as the example has."""
         shapes = [
             jax.ShapeDtypeStruct((batch or shape[0], *shape[1:]), _typed(dtype, float_type))
             for shape, dtype in self.kinds
@@ -44,10 +44,12 @@ class Whole:
 class Program(NamedTuple):
     """A traced pass of a module.
 
-    equations: in order, with no calls of other programs but loops, branches and own gradients. consts: values
-    of variables that are constant. key, variables, inputs: variables of the program. outputs, states: what it
-    makes, the latter by path. modules: the class of each module by path. normalised: see
-    `units.batch_norm_values`.
+    equations: in order. Calls of other programs are written out, except loops, branches and custom gradients.
+    consts: the values of constant variables.
+    key, variables, inputs: variables of the program.
+    outputs, states: its results; the states by path.
+    modules: the class of each module by path.
+    normalised: see `units.batch_norm_values`.
     """
 
     equations: list[core.JaxprEqn]
@@ -63,7 +65,7 @@ class Program(NamedTuple):
 
 
 def trace(whole: Whole, train: bool, batch: int, float_type: Any = None) -> Program:
-    """The pass of a batch in one mode. `float_type` is that of input and variables; None leaves their own."""
+    """The pass of a batch in one mode. float_type: type of input and variables; None keeps their own."""
     return _trace(whole, train, batch, float_type, circumstances())
 
 
@@ -114,7 +116,7 @@ def variables(whole: Whole) -> PyTree:
 
 
 def initial(whole: Whole) -> tuple[core.ClosedJaxpr, dict[Path, Any]]:
-    """(the flat program that draws a module's variables from a key, what it makes by path)."""
+    """(the flat program that draws a module's variables from a key, its outputs by path)."""
     return _initial(whole, circumstances())
 
 
@@ -140,7 +142,7 @@ def _name(entry):
 
 
 def flattened(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The program with the programs that it calls written out."""
+    """The program, with the programs that it calls written out."""
     return jax.make_jaxpr(functools.partial(substitutes.evaluate, program, other=_written_out))(
         *program.in_avals
     )
@@ -154,7 +156,7 @@ def _written_out(equation):
 
 
 def needed(equations: list[core.JaxprEqn], atoms: Any, given: Any = ()) -> list[core.JaxprEqn]:
-    """The equations that make `atoms` of what is given, in order."""
+    """The equations that compute `atoms` from `given`, in order."""
     wanted = {atom for atom in atoms if isinstance(atom, core.Var)} - set(given)
     kept = []
     for equation in reversed(equations):
@@ -169,7 +171,7 @@ def _key():
 
 
 def circumstances() -> tuple[Any, ...]:
-    """Settings of JAX, and the devices that it maps over, under which a program is another."""
+    """The settings of JAX and the devices it maps over, which change a program; used as a cache key."""
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return jnp.result_type(float), precision, jax.sharding.get_abstract_mesh()
 

@@ -1,8 +1,8 @@
-"""What a chain asks of its units.
+"""What a chain requires of its units.
 
 A unit is any Flax module that maps one array (B, ...) to another, or a pytree of these to a pytree. It may
-take `train`. Its own initialisers make its variables. It may draw from any random stream, and keep state in
-any collection. Its attributes mean what its author wants: this project's own units are known by their class,
+take `train`. Its own initialisers make its variables. It may draw from any random stream and keep state in
+any collection. Names of its attributes have no meaning here: this project's own units have the class
 `OwnUnit`.
 """
 
@@ -23,16 +23,16 @@ from jaxtyping import Array, Key, PyTree
 from sfl_jax.errors import BadInput
 from sfl_jax.models import layers, substitutes
 
-DROPOUT = 2**32 - 1  # folded into a unit's key: no other draws start from there
-FACTORS = "factors"  # the collection in which a chain gives its own units their factors of stochastic depth
+DROPOUT = 2**32 - 1  # folded into a unit's key; no other draws use this number
+FACTORS = "factors"  # the collection in which a chain gives its own units factors of stochastic depth
 
 
 class OwnUnit(nn.Module):
-    """A unit of this project, of `layers`: it takes `train` and draws from the stream `drop`."""
+    """A unit of this project, made of `layers`. It takes `train` and draws from the stream `drop`."""
 
     @nn.nowrap
     def initial(self, key: Key[Array, ""], shapes: PyTree) -> PyTree:
-        """Fresh variables of these shapes, each drawn by NumPy as its name says: nothing compiles."""
+        """New variables of these shapes. Names select initialisers. NumPy draws, so nothing compiles."""
         leaves, structure = jax.tree.flatten_with_path(shapes)
         values = [
             layers.INITIALISERS[path[-1].key](jax.random.fold_in(key, number), leaf.shape)
@@ -42,7 +42,7 @@ class OwnUnit(nn.Module):
 
 
 def name(unit: nn.Module, index: int) -> str:
-    """The unit's name, or else its class and its index in the whole network."""
+    """The unit's name; if it has none, its class and its index in the whole network."""
     return unit.name or f"{type(unit).__name__}{index}"
 
 
@@ -50,13 +50,13 @@ def hashable(unit: Any, index: int) -> nn.Module:
     """The unit with lists and dicts among its attributes frozen, as Flax does when it binds a module.
 
     Raises:
-      BadInput: it is no module, or has an attribute that cannot be hashed even so, as an array.
+      BadInput: it is not a module, or an attribute cannot be hashed, such as an array.
     """
     if not isinstance(unit, nn.Module):
         is_class = isinstance(unit, type) and issubclass(unit, nn.Module)
         raise BadInput(
             f"unit {index}: must be a Flax module; got "
-            + (f"the class {unit.__name__}, which must be called first" if is_class else repr(unit))
+            + (f"the class {unit.__name__}; call it first" if is_class else repr(unit))
         )
     unit = _frozen(unit)
     try:
@@ -66,8 +66,8 @@ def hashable(unit: Any, index: int) -> nn.Module:
             f"{key} ({type(value).__name__})" for key, value in _attributes(unit) if not _hashes(value)
         )
         raise BadInput(
-            f"unit {name(unit, index)}: its attributes must be hashable, since they decide what is compiled; "
-            f"not so: {bad}; an array may be a variable of the unit"
+            f"unit {name(unit, index)}: attributes must be hashable, since they decide what is compiled; "
+            f"not hashable: {bad}; an array can be a variable of the unit"
         ) from None
     return unit
 
@@ -100,20 +100,18 @@ def _hashes(value):
 
 
 def in_form(unit: nn.Module, layer_form: str) -> nn.Module:
-    """An own unit with its convolutions in this form: same variables. Others unchanged."""
+    """An own unit with its convolutions in this form and the same variables; other units unchanged."""
     has_form = isinstance(unit, OwnUnit) and hasattr(unit, "form")
     return unit.clone(form=layer_form) if has_form else unit
 
 
 def reference_form(unit: nn.Module) -> nn.Module:
-    """A unit in the `conv` form, whose trace is shorter and is counted."""
+    """A unit in the `conv` form, which has a shorter trace; its work is counted there."""
     return in_form(unit, "conv")
 
 
 def kind(unit: nn.Module) -> nn.Module:
-    """An own unit without name and survival: what equal blocks share, so that it is traced once. Others
-    unchanged.
-    """
+    """An own unit without name and survival, so that equal blocks are traced once; other units unchanged."""
     if not isinstance(unit, OwnUnit):
         return unit
     same: dict[str, Any] = {"survival": 0.5} if survival(unit) < 1 else {}
@@ -121,13 +119,13 @@ def kind(unit: nn.Module) -> nn.Module:
 
 
 def survival(unit: nn.Module) -> float:
-    """The probability with which the branch of an own block is kept; 1 for every other unit."""
+    """The probability that the branch of an own block is kept; 1 for every other unit."""
     return getattr(unit, "survival", 1.0) if isinstance(unit, OwnUnit) else 1.0
 
 
 def streams(unit: nn.Module, key: Any) -> dict[str, Any]:
-    """The random streams of a unit. Flax draws every stream that is not given from `params`; `dropout` is
-    given, since a unit may ask whether it is there.
+    """The random streams of a unit. Flax draws missing streams from `params`. `dropout` is given, because a
+    unit may check whether it is there.
     """
     if isinstance(unit, OwnUnit):
         return {"drop": key}
@@ -135,12 +133,12 @@ def streams(unit: nn.Module, key: Any) -> dict[str, Any]:
 
 
 def given_factors(unit: nn.Module, factors: Array, place: Array) -> dict[str, PyTree]:
-    """Factors of stochastic depth as an own unit takes them, by collection; nothing for others."""
+    """Factors of stochastic depth for an own unit, by collection; nothing for other units."""
     return {FACTORS: {"drop_path": {"samples": factors[place]}}} if isinstance(unit, OwnUnit) else {}
 
 
 class Shapes(NamedTuple):
-    """What a unit makes of an input: its output, and its variables by collection; shapes of both."""
+    """The shapes of a unit's output, and of its variables by collection."""
 
     output: PyTree
     variables: dict[str, PyTree]
@@ -148,7 +146,7 @@ class Shapes(NamedTuple):
 
 @contextlib.contextmanager
 def named_errors(part: str, x: PyTree) -> Iterator[None]:
-    """While it lasts, any error is a BadInput that names the part, its input's shape and what is wrong."""
+    """Turns any error in the block into a BadInput that names the part, its input's shape and the error."""
     try:
         yield
     except BadInput:
@@ -159,7 +157,7 @@ def named_errors(part: str, x: PyTree) -> Iterator[None]:
 
 
 def described(x: PyTree) -> str:
-    """The shapes and types of a pytree of arrays on one line."""
+    """The shapes and types of a pytree of arrays, on one line."""
     leaves = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in jax.tree.leaves(x)]
     return f"input of shape {leaves[0]}" if len(leaves) == 1 else f"inputs of shapes {', '.join(leaves)}"
 
@@ -172,7 +170,7 @@ def shapes(unit: nn.Module, x: PyTree) -> Shapes:
 
 
 def init(unit: nn.Module, key: Key[Array, ""], x: PyTree, shapes: Shapes) -> dict[str, PyTree]:
-    """Fresh variables by collection: as `unit.init` draws them, unless the unit is our own."""
+    """New variables by collection: those of `unit.init`, or of `OwnUnit.initial` for an own unit."""
     if isinstance(unit, OwnUnit):
         return unit.initial(key, shapes.variables)
     leaves, structure = jax.tree.flatten(x)
@@ -187,9 +185,9 @@ def apply(
     rngs: dict[str, Any],
     layer_form: str = "conv",
 ) -> tuple[PyTree, dict[str, PyTree]]:
-    """(output, the state after it by collection): all that is neither a parameter nor a given factor.
+    """(output, the new state by collection). State is all that is neither a parameter nor a given factor.
 
-    `layer_form` is that of `layers.FORMS` for a user's unit; an own unit has its form in an attribute.
+    layer_form: one of `layers.FORMS`, for a user's unit; an own unit has its form in an attribute.
     """
     fixed = ("params", FACTORS) if isinstance(unit, OwnUnit) else ("params",)
     mutable = [collection for collection in variables if collection not in fixed]
@@ -203,15 +201,15 @@ def apply(
 
 
 def batch_norm_values(found: list[tuple[tuple[str, ...], int]]) -> Any:
-    """While it lasts, every batch norm that uses the statistics of its batch adds to `found` its path, and
-    over how many values it averages. A batch norm is a module that keeps a running `mean` and `var`.
+    """In this context, each batch norm that uses its batch's statistics adds (path, number of values that it
+    averages over) to `found`. A batch norm is a module that keeps a running `mean` and `var`.
     """
 
     def look(call, args, kwargs, context):
         module, is_call = context.module, context.method_name == "__call__"
         before = _running(module) if is_call else None
         result = call(*args, **kwargs)
-        # What only reads its running statistics is the same for every batch.
+        # A module that only reads running statistics does not depend on the batch.
         if before is not None and _running(module) is not before:
             found.append((module.path, math.prod(args[0].shape) // before.size))
         return result
@@ -220,7 +218,7 @@ def batch_norm_values(found: list[tuple[tuple[str, ...], int]]) -> Any:
 
 
 def _running(module):
-    """The running mean of a batch norm, None where the module is none."""
+    """The running mean of a batch norm; None for any other module."""
     if not all(module.has_variable("batch_stats", part) for part in ("mean", "var")):
         return None
     return module.get_variable("batch_stats", "mean")
@@ -233,7 +231,7 @@ def _init_by_flax(unit, key, kinds, structure):
 
 
 def mode(unit: nn.Module, train: bool) -> dict[str, Any]:
-    """{"train": train} where the unit takes it."""
+    """{"train": train} if the unit takes it."""
     return {"train": train} if _takes_train(type(unit)) else {}
 
 

@@ -17,7 +17,7 @@ LAYERS = (
 
 
 class Layer(nn.Module):
-    """3x3 convolution, batch norm, ReLU, and max pooling where it is due."""
+    """3x3 convolution, batch norm, ReLU, and 2x2 max pooling if `is_pooled` and the image is large enough."""
 
     features: int
     is_pooled: bool

@@ -28,7 +28,7 @@ class Embedding(nn.Module):
         side = SMALL_PATCH if max(x.shape[1:3]) <= SMALL_IMAGE else PATCH
         batch, height, width, channels = x.shape
         if height % side or width % side:
-            raise BadInput(f"images of {height}x{width}: sides must be multiples of {side}, the patch's")
+            raise BadInput(f"images of {height}x{width}: sides must be multiples of {side}, the patch size")
         rows, columns = height // side, width // side
         x = x[:, : rows * side, : columns * side].reshape(batch, rows, side, columns, side, channels)
         x = x.swapaxes(2, 3).reshape(batch, rows * columns, side * side * channels)
@@ -40,7 +40,7 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each behind a layer norm and beside a residual."""
+    """Attention and a perceptron, each after a layer norm and with a residual."""
 
     dtype: Any = None
 

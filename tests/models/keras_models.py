@@ -1,4 +1,4 @@
-"""EfficientNetV2 of keras.applications with random variables: the oracle that the chains are held to."""
+"""EfficientNetV2 of keras.applications with random variables: the oracle of the chains' tests."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ MINI = "efficientnetv2-mini"  # the stages of tiny below Keras' head: every kind
 
 
 class Passes(NamedTuple):
-    """What a network makes of a batch: logits in inference and in training, and from training the updated
+    """The results of a batch: logits in inference and in training, and from training the updated
     batch-norm statistics and the gradients of `sum(logits * direction)`. In the end by Keras' names.
     """
 
@@ -31,7 +31,7 @@ class Passes(NamedTuple):
 
 @contextlib.contextmanager
 def precision(dtype):
-    """Keras and JAX in float32, or both in float64: Keras on JAX then has to be kept from narrowing it."""
+    """Sets Keras and JAX both to float32 or both to float64, and keeps Keras from narrowing float64."""
     before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
@@ -46,7 +46,7 @@ def precision(dtype):
 
 @contextlib.contextmanager
 def mini_variant():
-    """While it lasts, `models.create` knows MINI."""
+    """In this context `models.create` knows MINI."""
     variant = efficientnet_v2.VARIANTS["efficientnetv2-tiny"]._replace(head_channels=1280)
     known = mock.patch.dict(registry.NETWORKS._members, {MINI: efficientnet_v2.units})
     with mock.patch.dict(efficientnet_v2.VARIANTS, {MINI: variant}), known:
@@ -54,7 +54,7 @@ def mini_variant():
 
 
 def make(variant, /, size=32, channels=3, classes=10, **options):
-    """A model that drops nothing. All its variables are random, so that no two can stand for each other."""
+    """A model that drops nothing. All variables are random, so that a swap of two is noticed."""
     options = {"include_preprocessing": False, "classifier_activation": None} | options
     options |= {"weights": None, "input_shape": (size, size, channels), "classes": classes}
     with mock.patch.object(keras.initializers.VarianceScaling, "__call__", _zeros):
@@ -81,10 +81,10 @@ def randomise(model, seed=0):
 
 
 def passes(model, images, direction, eagerly=False, backward=True):
-    """backward: whether there are gradients, else none.
+    """backward: whether to compute gradients.
 
-    eagerly: without compiling, one operation after the other. XLA:CPU makes the gradient of a depthwise
-    kernel dense, (C, C) of it; all at once, those of L took 38 GB.
+    eagerly: runs one operation at a time, without compiling. XLA:CPU makes the gradient of a depthwise kernel
+    dense, (C, C); compiled, those of L took 38 GB together.
     """
     trainable, others = ([v.value for v in vs] for vs in _variables(model))
 
@@ -100,7 +100,7 @@ def passes(model, images, direction, eagerly=False, backward=True):
             gradients, (_, (training, updated)) = [], loss(trainable)
         return Passes(inference, training, updated, gradients)
 
-    # Optimised: XLA:CPU has no fast convolution in float64, and what it compiles in a hurry is slower still.
+    # Optimised: XLA:CPU has no fast convolution in float64, and without optimisations it is slower still.
     result = run(trainable, others) if eagerly else jax.jit(run)(trainable, others)
     named = [
         {variable.path: value for variable, value in zip(vs, values, strict=True)} if values else {}
@@ -115,12 +115,12 @@ def inference(model, images):
 
 
 def compiled(function, *arguments):
-    """Compiled in less time than it would take by default, and run."""
+    """Compiles faster than by default, and runs."""
     return jax.jit(function).lower(*arguments).compile(compiler_options=compiling.FAST)(*arguments)
 
 
 def batch(size, channels=3, count=4, classes=10):
-    """Pixels, and a direction for the logits."""
+    """(pixels, a direction for the logits)."""
     rng = np.random.default_rng(size)
     pixels = rng.integers(0, 256, (count, size, size, channels))
     return jnp.asarray(pixels, float), jnp.asarray(rng.normal(size=(count, classes)))

@@ -1,4 +1,4 @@
-"""Layers and units of EfficientNetV2 in NumPy, from the paper and TensorFlow's rules, slow and plain."""
+"""Layers and units of EfficientNetV2 in plain NumPy, from the paper and TensorFlow's rules."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def convolution(images, kernel, stride=1):
 
 
 def depthwise(images, kernel, stride=1):
-    """Kernel (kh, kw, 1, C): the dense convolution that mixes no channels."""
+    """Kernel (kh, kw, 1, C): a dense convolution that mixes no channels."""
     return convolution(images, kernel * np.eye(kernel.shape[-1]), stride)
 
 
@@ -57,7 +57,7 @@ def classifier(x, params, _):
 
 
 def fused_once(x, params, stats, stride=1):
-    """The Fused-MBConv of expansion 1."""
+    """The Fused-MBConv with expansion 1."""
     return silu(_norm(convolution(x, params["project_conv"]["kernel"], stride), "project_bn", params, stats))
 
 

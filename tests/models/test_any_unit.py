@@ -17,7 +17,7 @@ KEY = jax.random.key(5)
 
 
 class Down(nn.Module):
-    """Halves the image, and hands on what it was before."""
+    """Halves the image, and also outputs the image before it."""
 
     features: int
 
@@ -30,7 +30,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Doubles the image, and takes the last skip."""
+    """Doubles the image, and takes in the last skip."""
 
     features: int
 
@@ -42,12 +42,12 @@ class Up(nn.Module):
         return (x, skips[:-1]) if skips[1:] else x
 
 
-CHAIN = Chain([Down(3), Down(2), Up(2), Up(4)], layer_form="conv")  # which compiles fastest
+CHAIN = Chain([Down(3), Down(2), Up(2), Up(4)], layer_form="conv")  # conv compiles fastest
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 1)), jnp.float32)
 
 
 def loss_and_gradients(halves, variables):
-    """Of a training pass through halves one after the other, with the whole's variables."""
+    """Loss and gradients of a training pass through the halves in order, with the whole's variables."""
 
     def loss_of(params):
         x, stats, rest = IMAGES, (), variables._replace(params=params)
@@ -101,7 +101,7 @@ def test_all_that_crosses_is_counted():
 
 
 class Masked(nn.Module):
-    """Hands on integers and bools beside its activations."""
+    """Outputs integers and bools beside its activations."""
 
     @nn.compact
     def __call__(self, x):
@@ -117,7 +117,7 @@ def test_integers_may_cross():
 
 
 class Typed(nn.Module):
-    """A dense layer, parameters and arithmetic in one float type."""
+    """A dense layer with parameters and arithmetic in one float type."""
 
     dtype: Any
 
@@ -149,7 +149,7 @@ def test_units_may_have_any_float_type(dtype):
 
 
 class Failing(nn.Module):
-    """Wants maps, and says so on two lines."""
+    """Needs maps, and says so in an error of two lines."""
 
     @nn.compact
     def __call__(self, x):

@@ -14,11 +14,11 @@ from sfl_jax.models import Chain, Variables, efficientnet_v2, layers, units
 
 TOLERANCE = {False: 1e-5, True: 1e-10}  # by x64
 KEY = jax.random.key(11)
-EVERY_CUT = range(9)  # of tiny
+EVERY_CUT = range(9)  # of efficientnetv2-tiny
 
 
 class Case(NamedTuple):
-    """A chain in the conv form, which compiles fastest, that drops often; its variables and a batch."""
+    """A chain that drops often, in the conv form (it compiles fastest); its variables and a batch."""
 
     chain: Chain
     variables: Variables
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What training makes of a batch; the last two with one pytree per unit."""
+    """The results of training on a batch; the last two have one pytree per unit."""
 
     loss: jax.Array
     logits: jax.Array
@@ -51,7 +51,7 @@ def make_case(name, size, batch, x64, form="conv"):
     with jax.enable_x64(x64):
         chain = create(name, layer_form=form)
         variables = chain.init(jax.random.key(0), jnp.asarray(images))
-        # Away from the initial ones and zeros, where scales and biases might stand for each other.
+        # Not the initial ones and zeros: with those, swapped scales or biases would not be noticed.
         noisy = jax.tree.map(lambda x: jnp.asarray(x + rng.uniform(0, 0.1, x.shape), dtype), variables)
         return Case(chain, noisy, jnp.asarray(images), jnp.asarray(labels))
 
@@ -62,7 +62,7 @@ def cross_entropy(logits, labels):
 
 @jax.custom_vjp
 def scaled(x):
-    """A link that is not the identity, and no derivative of itself either."""
+    """A codec that is not the identity, and whose gradient is not its derivative."""
     return 0.5 * x
 
 
@@ -83,8 +83,8 @@ def whole_pass(case, key=KEY, linked_cut=None):
 
 
 def pass_in_halves(case, cut, client_key=KEY, server_key=KEY, shift=0, up=1.0, down=1.0):
-    """Client forward, server forward and backward, client backward; smashed data and its gradient cross,
-    times `up` and `down`.
+    """Client forward, server forward and backward, client backward. The smashed data are multiplied by `up`,
+    their gradient by `down`.
     """
     client, server = case.chain.split(cut)
     server = Chain(server.units, server.first_unit + shift)
@@ -106,14 +106,14 @@ def pass_in_halves(case, cut, client_key=KEY, server_key=KEY, shift=0, up=1.0, d
 
 
 def distance(actual, expected):
-    """Norm of the difference over the norm of what is expected."""
+    """The norm of the difference over the norm of the expected values."""
     finite.pairs(actual, expected)
     actual, expected = (ravel_pytree(tree)[0] for tree in (actual, expected))
     return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
 def assert_close(actual, expected, tolerance):
-    """Loss and logits, statistics and gradients, the latter two unit by unit."""
+    """Compares loss and logits, then statistics and gradients unit by unit."""
     assert distance(actual[:2], expected[:2]) < tolerance
     for of_units, expected_of_units in zip(actual[2:], expected[2:], strict=True):
         for unit, pair in enumerate(zip(of_units, expected_of_units, strict=True)):
@@ -133,7 +133,7 @@ def check_cut(name, size, batch, cut, x64):
 
 
 def check_linked_cut(name, size, batch, cut, x64):
-    """With a link that shows: the cut and both directions of the link matter."""
+    """With a codec that is not the identity the cut and both directions matter."""
     with jax.enable_x64(x64):
         case = make_case(name, size, batch, x64)
         whole = whole_pass(case, linked_cut=cut)
@@ -194,7 +194,7 @@ def test_a_link_at_cuts_of_b0_and_s_is_that_between_client_and_server(name, cut,
 @pytest.mark.parametrize("cut", [0, 3, 6])
 @pytest.mark.parametrize("mutation", [{"server_key": jax.random.key(12)}, {"shift": 1}, {"client_key": KEY}])
 def test_halves_with_other_randomness_are_another_network(cut, mutation):
-    """A server half with another key, or with misnumbered units, differs; with the same key it does not."""
+    """A server half with another key or wrong unit numbers differs; with the same key it does not."""
     case = make_case("efficientnetv2-tiny", 16, 8, False)
     expected = reference("efficientnetv2-tiny", 16, 8, False)
     halves = pass_in_halves(case, cut, **mutation)
@@ -204,7 +204,7 @@ def test_halves_with_other_randomness_are_another_network(cut, mutation):
 
 @pytest.mark.parametrize(("number", "is_its_own"), [(7, True), (6, False), (8, False)])
 def test_a_block_drops_what_its_number_in_the_network_says(number, is_its_own):
-    """Unit 7 of the network draws by itself what it draws in a chain, where all units draw together."""
+    """Unit 7 alone draws the same numbers as in a chain, where all units draw together."""
     block = efficientnet_v2.FusedMBConv(8, 8, 1, 3, 1, 0.5, name="block")
     chain = Chain((block.clone(survival=1.0), block), 6)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4, 4, 8)), jnp.float32)
@@ -252,7 +252,7 @@ def test_both_forms_of_the_chain_are_equal():
 
 @pytest.mark.parametrize(("form", "convolves"), [("product", False), ("conv", True)])
 def test_vmapped_products_leave_no_convolution_in_the_program(form, convolves):
-    """A convolution would become a grouped one for clients with their own weights, slow everywhere."""
+    """With per-client weights a convolution would become a grouped one, which is slow everywhere."""
     case = make_case("efficientnetv2-tiny", 8, 2, False, form)
     clients = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), case.variables)
     step = jax.vmap(lambda variables: whole_pass(case._replace(variables=variables)))
@@ -288,7 +288,7 @@ def test_every_variable_starts_as_its_name_says():
 
 
 def test_a_unit_starts_the_same_whatever_the_other_units_are():
-    """And so a server half that starts by itself is the back half of the whole chain."""
+    """So a server half that is initialised alone equals the back half of the whole chain."""
     chain = models.create("efficientnetv2-tiny", in_channels=1)
     variables = init(chain, 5)
     other = init(models.create("efficientnetv2-tiny", in_channels=3, num_classes=7), 5, shape=(1, 16, 16, 3))

@@ -1,4 +1,4 @@
-"""Convolutions of a client that is computed alone: the numbers of `lax.conv`, whose gradients JAX derives."""
+"""Convolutions for one client at a time against `lax.conv` and JAX's gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def with_gradients(function, x, kernel, grid):
 
 @pytest.fixture
 def small(monkeypatch):
-    """As large images are computed: no product, and a few samples at a time."""
+    """Forces the path of large images: no product, and a few samples at a time."""
     monkeypatch.setattr(convolutions, "FEW", 0)
     monkeypatch.setattr(convolutions, "CACHED_BYTES", 1e4)
 
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_lax(small, name):
         expected = with_gradients(reference, *wide, grid)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    # It does not stand for another padding.
+    # Another padding gives other numbers.
     other = (grid[0], grid[1]._replace(pads=(grid[1].padding[0] + 1, max(grid[1].padding[1] - 1, 0))))
     moved = with_gradients(reference, x, kernel, other)[2]
     assert not np.allclose(moved, expected[2], atol=1e-2)
@@ -63,7 +63,7 @@ def test_the_gradient_by_the_kernel_is_a_sum_over_few_samples(small):
         run = jax.make_jaxpr(lambda x, k: with_gradients(convolutions.convolution_on, x, k, GRIDS["same"]))
         return str(run(x, kernel))
 
-    # 6 x 5 positions of 9 taps of 3 channels are 3240 bytes a sample.
+    # 6 x 5 positions with 9 taps of 3 channels take 3240 bytes per sample.
     assert "scan[" in program(6)
     assert "length=2" in program(6)
     assert "scan[" not in program(3)

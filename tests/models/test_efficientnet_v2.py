@@ -10,14 +10,14 @@ from sfl_jax.models import efficientnet_v2, layers
 
 FUSED_ONCE = efficientnet_v2.FusedMBConv(8, 8, 1, 3, 1, 1.0, "conv")
 FUSED = efficientnet_v2.FusedMBConv(8, 8, 4, 3, 1, 1.0, "conv")
-FUSED_STRIDED = efficientnet_v2.FusedMBConv(8, 8, 4, 3, 2, 1.0, "conv")  # the stride alone forbids a residual
+FUSED_STRIDED = efficientnet_v2.FusedMBConv(8, 8, 4, 3, 2, 1.0, "conv")  # the stride forbids a residual
 MBCONV = efficientnet_v2.MBConv(8, 8, 4, 3, 1, 0.25, 1.0, "conv")
 MBCONV_STRIDED = efficientnet_v2.MBConv(8, 12, 6, 3, 2, 0.25, 1.0, "conv")
 RESIDUAL = [FUSED_ONCE, FUSED, MBCONV]
 
 
 def with_random_variables(unit, shape, seed=0):
-    """Images of `shape` and variables of the unit, none of them at its initial value."""
+    """Images of `shape`, and variables of the unit that all differ from their initial values."""
     rng = np.random.default_rng(seed)
     images = jnp.asarray(rng.normal(size=shape))
     shapes = jax.eval_shape(lambda: unit.init(jax.random.key(0), images, False))
@@ -82,7 +82,7 @@ L = """r4_k3_s1_e1_i32_o32_c1 r7_k3_s2_e4_i32_o64_c1 r7_k3_s2_e4_i64_o96_c1 r10_
     r19_k3_s1_e6_i192_o224_se0.25 r25_k3_s2_e6_i224_o384_se0.25 r7_k3_s1_e6_i384_o640_se0.25"""
 XL = """r4_k3_s1_e1_i32_o32_c1 r8_k3_s2_e4_i32_o64_c1 r8_k3_s2_e4_i64_o96_c1 r16_k3_s2_e4_i96_o192_se0.25
     r24_k3_s1_e6_i192_o256_se0.25 r32_k3_s2_e6_i256_o512_se0.25 r8_k3_s1_e6_i512_o640_se0.25"""
-RELEASED = {  # blocks, width, depth, dropout, size of evaluation
+RELEASED = {  # blocks, width, depth, dropout, image size in evaluation
     "b0": (BASE, 1.0, 1.0, 0.2, 224), "b1": (BASE, 1.0, 1.1, 0.2, 240), "b2": (BASE, 1.1, 1.2, 0.3, 260),
     "b3": (BASE, 1.2, 1.4, 0.3, 300), "s": (S, 1.0, 1.0, 0.2, 384), "m": (M, 1.0, 1.0, 0.3, 480),
     "l": (L, 1.0, 1.0, 0.4, 480), "xl": (XL, 1.0, 1.0, 0.4, 512),
@@ -226,5 +226,5 @@ def test_what_does_not_exist_is_refused_in_one_line(arguments, named):
 
 def test_images_of_other_channels_are_refused():
     chain = models.create("efficientnetv2-tiny", in_channels=1)
-    with pytest.raises(ValueError, match="images have 3 channels, the stem was made for 1"):
+    with pytest.raises(ValueError, match="images have 3 channels; the stem takes 1"):
         chain.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))

@@ -14,19 +14,17 @@ from models.keras_models import MINI, Passes
 from sfl_jax import models
 from sfl_jax.models import keras_weights
 
-EXACT = 1e-9  # of float64 logits, relative
-DEEP = 1e-7  # of what training gives in float64: batch norm of 1x1 images amplifies rounding unit by unit
-NEGLIGIBLE = (
-    1e-4  # a gradient so much smaller than all of them is 0 but for rounding: batch norm undoes a bias
-)
+EXACT = 1e-9  # float64 logits, relative
+DEEP = 1e-7  # training in float64: batch norm of 1x1 images amplifies rounding unit by unit
+NEGLIGIBLE = 1e-4  # a gradient this much smaller than all others is rounding of 0: batch norm cancels a bias
 VARIANTS = [f"efficientnetv2-{name}" for name in ("b0", "b1", "b2", "b3", "s", "m", "l")]
 BETWEEN = [f"efficientnetv2-{name}" for name in ("b1", "b2", "m")]
-LARGE = VARIANTS[4:]  # whose gradients fit into memory with Keras run eagerly and a chain of products
+LARGE = VARIANTS[4:]  # gradients fit in memory only with eager Keras and a chain of products
 
 
 @pytest.fixture(autouse=True)
 def give_memory_back():
-    """What was compiled for the large variants is gigabytes, and of no use to the next test."""
+    """Programs of the large variants take gigabytes, and the next test cannot use them."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -48,7 +46,7 @@ def scaled(images, scaling):
 
 
 def passes(chain, variables, images, direction, backward=True, large=False):
-    """large: compiled in a hurry, since that takes less memory: 6 GB for L, with Keras run eagerly."""
+    """large: compiles with few optimisations, which takes less memory: 6 GB for L, with eager Keras."""
 
     def run(variables):
         def loss(params):
@@ -58,7 +56,7 @@ def passes(chain, variables, images, direction, backward=True, large=False):
         inference, _ = chain.apply(variables, images)
         if backward:
             gradients, (training, batch_stats) = jax.grad(loss, has_aux=True)(variables.params)
-        else:  # something of their form
+        else:  # placeholders of the same shapes
             gradients, (_, (training, batch_stats)) = variables.params, loss(variables.params)
         return Passes(inference, training, batch_stats, gradients)
 
@@ -79,7 +77,7 @@ def distance(actual, expected, floor=0.0):
 
 
 def errors(actual, expected):
-    """The largest relative error of each part; statistics and gradients variable by variable."""
+    """The largest relative error of each part; for statistics and gradients over each variable."""
     stats = {name: value for name, value in expected.batch_stats.items() if "/moving_" in name}
     assert set(actual.batch_stats) == set(stats)
     assert set(actual.gradients) == set(expected.gradients)
@@ -119,7 +117,7 @@ def check(name, size, form="conv", backward=True):
     with keras_models.precision("float64"):
         model = keras_models.make(name, size)
         chain, variables, scaling = chain_of(model, name, form)
-        # Where the last images are 1x1, batch norm needs some more of them.
+        # If the last images are 1x1, batch norm needs a larger batch.
         pixels, direction = keras_models.batch(size, count=4 if size == 32 else 2)
         images = scaled(pixels, scaling)
         large = name in LARGE
@@ -141,8 +139,8 @@ def test_every_kind_of_unit_is_keras(size, form):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [*((name, 32) for name in VARIANTS), (VARIANTS[0], 45)])
 def test_training_and_inference_are_keras(name, size):
-    """Odd sizes are held at b0, for every kind of unit and by the float32 logits of all; gradients at the
-    ends of both families and for every kind of unit: what lies between are more and wider units.
+    """Odd sizes are checked at b0, for every kind of unit, and by float32 logits of all variants. Gradients
+    are checked at the ends of both families; the variants between have only more and wider units.
     """
     check(name, size, "product" if name in LARGE else "conv", backward=name not in BETWEEN)
 

@@ -1,4 +1,4 @@
-"""Files that Keras wrote into chains, chains into files that Keras reads, and what is refused."""
+"""Loading Keras' files into chains, saving chains for Keras, and what is refused."""
 
 import collections
 import functools
@@ -23,7 +23,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.models import keras_files, keras_weights
 from sfl_jax.models.keras_weights import CENTRED, IMAGENET, SIGNED
 
-# Keras on JAX, when it reads its own variables.
+# Keras on JAX raises this warning when it reads its own variables.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FORMATS = ["mini.weights.h5", "mini.keras", "whole.h5", "weights.h5"]
@@ -42,7 +42,7 @@ def chain_of(channels=3, classes=10, name=MINI):
 
 def write(directory, name, keras_model):
     path = str(directory / name)
-    if name == "weights.h5":  # as Keras 2 wrote it, and the ImageNet weights with it
+    if name == "weights.h5":  # the format of Keras 2 and of the ImageNet weights
         with h5py.File(path, "w") as file:
             legacy_h5_format.save_weights_to_hdf5_group(file, keras_model)
     elif name.endswith(".weights.h5"):
@@ -54,12 +54,12 @@ def write(directory, name, keras_model):
 
 @pytest.fixture
 def apart():
-    """A file is tried in a process of its own first, as always in use."""
+    """A separate process reads a file first, as in real use."""
 
 
 @pytest.fixture(autouse=True)
 def not_apart(request, monkeypatch):
-    """It is not where its soundness is not in question, since a process costs time."""
+    """Tests of sound files skip the separate process, which takes time."""
     if "apart" not in request.fixturenames:
         monkeypatch.setattr(keras_files, "_try_to_read", lambda path: None)
 
@@ -99,7 +99,7 @@ def test_the_scaling_is_that_of_the_model_in_the_file(tmp_path, name, options, s
     chain, fresh = chain_of()
     path = write(tmp_path, name, model(**options))
     if (name, scaling) == ("weights.h5", SIGNED):
-        scaling = CENTRED  # a list of layers of weights alone proves nothing: Google's, for this variant
+        scaling = CENTRED  # the list of layers in weights alone proves nothing: the variant decides
     assert keras_weights.load(path, MINI, chain, fresh).scaling == scaling
 
 
@@ -170,7 +170,7 @@ def test_a_file_without_a_classifier_gets_a_fresh_one(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"include_preprocessing": True}])
 def test_grey_images_are_colour_images_of_equal_channels(options):
-    """For scalings that treat all channels alike; a stem that forgets the sum is another network."""
+    """For scalings that are equal in all channels."""
     grey, fresh = chain_of(channels=1)
     loaded = keras_weights.load(model(**options), MINI, grey, fresh)
     pixels, _ = keras_models.batch(32, channels=1)
@@ -201,7 +201,7 @@ def test_grey_images_under_imagenet_scaling_are_exact_inside_the_image():
         stems.append(chain.split(1)[0].apply(chain.split_variables(variables, 1)[0], images)[0])
     expected, found = stems
     np.testing.assert_allclose(found[:, 1:-1, 1:-1], expected[:, 1:-1, 1:-1], atol=1e-4)
-    assert not finite.are_close(found, expected, atol=1e-3)  # the padding is of another grey
+    assert not finite.are_close(found, expected, atol=1e-3)  # the padding has another grey
 
 
 NESTED = ["n.weights.h5", "n.keras", "n.h5", "weights.h5", "live"]
@@ -227,7 +227,7 @@ def test_a_model_inside_a_model_is_found_with_the_classifier_behind_it(tmp_path)
         source = outer if name == "live" else write(tmp_path, name, outer)
         variables, scaling, classes = keras_weights.load(source, MINI, chain, fresh)
         assert classes == 10
-        # An .h5 of weights alone does not say how an inner model scales its images.
+        # An .h5 with weights alone does not say how an inner model scales its images.
         assert scaling == (CENTRED if name == "weights.h5" else IMAGENET)
         assert_same(variables.params[:-1], headless.variables.params[:-1])
         assert_same(variables.batch_stats, headless.variables.batch_stats)
@@ -243,12 +243,13 @@ def test_a_whole_network_inside_a_model_keeps_its_own_classifier(tmp_path):
     assert found.classes == 10
 
 
-AROUND = {  # what stands around an inner model, and what is said
-    "variables around it, of dense": lambda: nested(keras.layers.Dense(10, name="dense")),
-    "variables around it, of dense, dense_1": lambda: nested(
+AROUND = {  # message: a model with something around its inner model
+    "variables outside the inner one, of dense": lambda: nested(keras.layers.Dense(10, name="dense")),
+    "variables outside the inner one, of dense, dense_1": lambda: nested(
         keras.layers.Dense(20, name="dense"), keras.layers.Dense(10, name="dense_1"),
         include_top=False, pooling="avg"),
-    "scales the images outside of it": lambda: nested(before=[keras.layers.Rescaling(1 / 255)]),
+    "a layer outside the inner one that scales images":
+        lambda: nested(before=[keras.layers.Rescaling(1 / 255)]),
 }  # fmt: skip
 
 
@@ -256,16 +257,16 @@ AROUND = {  # what stands around an inner model, and what is said
 def test_what_changes_the_model_inside_a_model_is_refused(tmp_path, said):
     _, outer = AROUND[said]()
     for source in (outer, write(tmp_path, "n.weights.h5", outer)):
-        with pytest.raises(BadInput, match=f": holds a model inside a model, and {said}; save the inner one"):
+        with pytest.raises(BadInput, match=f": holds a model inside a model, with {said}; save the inner"):
             keras_weights.load(source, MINI, *chain_of())
 
 
 def test_two_models_inside_a_model_are_refused():
     two = [keras_files.Stored({"conv2d": [np.zeros(1)]}, True, True)] * 2
-    with pytest.raises(BadInput, match=r"^here: holds a model inside a model, and 2 of them; save"):
+    with pytest.raises(BadInput, match=r"^here: holds a model inside a model, with 2 inner models; save"):
         keras_files.within(keras_files.Stored({}, True, True), two, "here")
     for name in ("rescaling", "normalization_1"):
-        with pytest.raises(BadInput, match="scales the images outside of it"):
+        with pytest.raises(BadInput, match="outside the inner one that scales images"):
             keras_files.within(keras_files.Stored({name: []}, True, True), two[:1], "here")
     augmentation = keras_files.Stored({"random_flip": []}, True, True)
     assert keras_files.within(two[0], [augmentation], "here") is two[0]
@@ -281,7 +282,7 @@ def _replace(file, name, value):
 
 
 STEM = "layers/conv2d/vars/0"
-BROKEN = {  # what is done to a .weights.h5, and what is said
+BROKEN = {  # message: a change of a .weights.h5
     "no stem_conv/kernel; ": lambda file: _delete(file, STEM),
     "no stem_bn/moving_variance; ": lambda file: _delete(file, "layers/batch_normalization/vars/3"),
     "no block2a_expand_bn/gamma; ": lambda file: _delete(file, "layers/batch_normalization_2"),
@@ -293,7 +294,7 @@ BROKEN = {  # what is done to a .weights.h5, and what is said
         lambda file: _replace(file, STEM, np.full((3, 3, 3, 8), np.nan, np.float32)),
     "predictions/bias has shape":
         lambda file: _replace(file, "layers/dense/vars/1", np.zeros(9, np.float32)),
-    "predictions/kernel has shape": # other classes, of something else
+    "predictions/kernel has shape": # other classes and other features
         lambda file: _replace(file, "layers/dense/vars/0", np.zeros((640, 7), np.float32)),
     "stem_conv holds 2 variables; efficientnetv2-mini has 1":
         lambda file: file.create_dataset("layers/conv2d/vars/1", data=np.zeros(8)),
@@ -339,7 +340,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path, apart):
 
 
 def test_another_variant_is_refused(tmp_path):
-    """Whichever way round, of two that share many layers."""
+    """In both directions, for two variants that share many layers."""
     path = write(tmp_path, "mini.weights.h5", model())
     for name, variable in [
         ("efficientnetv2-b0", "stem_conv/kernel"),
@@ -353,7 +354,7 @@ def test_another_variant_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkeypatch, apart):
-    """HDF5 has no sums: numbers changed in place are what the file says. A .keras archive has sums."""
+    """HDF5 has no checksums, so changed numbers are read as they are. A .keras archive has checksums."""
     monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("unpickled"))
     monkeypatch.setattr(keras_files, "PATIENCE_S", 5.0)
     chain, fresh = chain_of()
@@ -388,7 +389,7 @@ def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkey
      ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "damaged: reading it crashes")],
 )  # fmt: skip
 def test_a_file_that_keeps_or_crashes_the_library_is_refused(program, line, tmp_path, monkeypatch, apart):
-    """What HDF5 does with some damaged attributes, and may do with others."""
+    """HDF5 does both with some damaged attributes."""
     path = write(tmp_path, "weights.h5", model())
     monkeypatch.setattr(keras_files, "READ_ALL", program)
     monkeypatch.setattr(keras_files, "PATIENCE_S", 1.0)

@@ -48,7 +48,7 @@ def test_both_forms_are_the_convolution(kind, height, width, kernel_size, stride
 
 @pytest.mark.parametrize("size", [(5, 6), (1, 2)])
 def test_both_forms_are_the_convolution_to_fewer_channels(size):
-    """Which is shifted after the product, not before."""
+    """With fewer output channels the product comes before the shifts."""
     check_forms("narrowing", *size, kernel_size=3, stride=1)
 
 
@@ -70,7 +70,7 @@ def check_forms(kind, height, width, kernel_size, stride):
     results = both_forms(images, kernel)
     for outputs, of_images, of_kernel in results:
         np.testing.assert_allclose(outputs, expected, rtol=1e-12, atol=1e-12)
-        # The convolution is linear in either argument, so both gradients meet the outputs in one number.
+        # The convolution is linear in both arguments, so both gradients give the same inner product.
         meeting = np.vdot(weights, expected)
         np.testing.assert_allclose(
             [np.vdot(images, of_images), np.vdot(kernel, of_kernel)], meeting, rtol=1e-10
@@ -81,7 +81,7 @@ def check_forms(kind, height, width, kernel_size, stride):
 
 @pytest.mark.parametrize("form", layers.FORMS)
 def test_odd_padding_goes_after_the_image(form):
-    """On even sizes with stride 2 a mirrored convolution is another one; on odd sizes it is not."""
+    """With stride 2 mirroring changes the convolution on even sizes, and does not on odd sizes."""
     kernel = normal(3, 3, 2, 2)
 
     def run(x, kernel):
@@ -148,7 +148,7 @@ def test_initialising_in_training_mode_moves_no_statistics():
 
 
 def test_batch_norm_of_constant_channels_stays_finite():
-    """The mean of squares less the square of the mean falls below -epsilon for some of these in float32."""
+    """For some of these, mean of squares minus square of mean is below -epsilon in float32."""
     constants = 1000 + np.arange(64, dtype=np.float32) / 7
     x = jnp.asarray(np.broadcast_to(constants, (1000, 64)))
     squares = (x * x).mean(0) - x.mean(0) ** 2

@@ -1,4 +1,4 @@
-"""Whole Flax modules that are cut by themselves: where, and that nothing else changes."""
+"""Whole Flax modules cut automatically: where the cuts are, and that nothing else changes."""
 
 import functools
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.models import Chain, Variables
 
 KEY = jax.random.key(2)
-NAMES = {  # the units that a person would name, by their largest module
+NAMES = {  # the expected units, by their largest module
     "resnet": ["Conv_0", "ResidualBlock_0", "ResidualBlock_1", "Dense_0"],
     "vit": ["Conv_0", "Encoder_0.EncoderBlock_0", "Encoder_0.EncoderBlock_1", "Dense_0"],
     "unet": ["DoubleConv_0", "DoubleConv_2", "DoubleConv_4", "Conv_0"],
@@ -77,7 +77,7 @@ def test_a_module_is_cut_where_a_person_would_cut_it(name):
     [("vit", 1), *(pytest.param(name, 5, marks=pytest.mark.slow) for name in NAMES if name != "unet")],
 )
 def test_a_chain_is_the_module(name, size):
-    """In inference, in batches of any size; every variable comes back under its name."""
+    """In inference and at any batch size; every variable returns under its name."""
     case = make_case(name)
     variables = case.chain.divide_variables(case.whole)
     assert_close(case.chain.unite_variables(variables), case.whole, 0)
@@ -133,7 +133,7 @@ def test_halves_draw_what_the_whole_chain_draws_at_every_cut(name):
 
 
 def masked_chain(is_shared):
-    """Of a module that drops after each of its first two layers; and variables that leave nothing at 0."""
+    """(chain, variables, input) of a module that drops after its first two layers; else no output is 0."""
     module, x = whole_nets.SharedMask(is_shared), jnp.ones((2, 40))
     shapes = jax.eval_shape(functools.partial(module.init, train=False), KEY, x)
     chain = Chain.from_module(module, x)
@@ -160,7 +160,7 @@ def test_a_piece_runs_on_devices_that_are_mapped_in_one_way_and_in_another():
         return chain.apply(Variables(({}, {}), ({}, {})), x)[0]
 
     mesh, own = jax.sharding.Mesh(jax.devices()[:1], ("device",)), jax.sharding.PartitionSpec("device")
-    mapped = jax.pmap(run, devices=jax.devices()[:1])(x[None])  # which traces a batch of five first
+    mapped = jax.pmap(run, devices=jax.devices()[:1])(x[None])  # traces a batch of five first
     sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=own, out_specs=own, check_vma=False))(x)
     np.testing.assert_allclose(mapped[0], run(x), rtol=1e-6)
     np.testing.assert_allclose(sharded, run(x), rtol=1e-6)
@@ -171,7 +171,7 @@ def test_what_is_shared_stays_together():
     for is_tied, names in ((True, ["Embed_0", "head"]), (False, ["Embed_0", "Dense_0", "last", "head"])):
         chain = Chain.from_module(whole_nets.Tied(is_tied), words)
         assert [unit.name for unit in chain.units] == names
-    # One mask for two places is drawn in one unit: nothing is dropped before its first cut.
+    # A mask for two places is drawn in one unit, so nothing is dropped before the first cut.
     chain, variables, x = masked_chain(is_shared=True)
     smashed, _ = chain.split(1)[0].apply(chain.split_variables(variables, 1)[0], x, True, KEY)
     assert (smashed > 0).all()
@@ -189,7 +189,7 @@ def test_a_state_belongs_to_the_unit_that_writes_it():
 
 
 def test_variables_start_as_the_module_draws_them():
-    """Each unit as the whole module with a key of its own would draw it."""
+    """Each unit starts with the numbers that the whole module draws from the unit's key."""
     chain, units, x = masked_chain(is_shared=False)
     variables = chain.init(KEY, x)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, units)
@@ -201,7 +201,7 @@ def test_variables_start_as_the_module_draws_them():
 
 @pytest.mark.slow
 def test_clients_with_their_own_weights_train_in_the_product_form():
-    """vmapped and compiled, where every convolution is a product."""
+    """vmapped and compiled, every convolution is a product."""
     case = make_case("resnet")
     chain = Chain(case.chain.units)
     two = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x]), chain.divide_variables(case.whole))
@@ -241,7 +241,7 @@ def test_what_cannot_be_cut_or_run_is_said():
     case = make_case("resnet")
     variables = case.chain.divide_variables(case.whole)
     with pytest.raises(
-        BadInput, match=r"^unit Conv_0: must be given \[\(2, 8, 8, 1\)\].*got input of shape \(2, 8, 6, 1\)"
+        BadInput, match=r"^unit Conv_0: must get .* \[\(2, 8, 8, 1\)\]; got input of shape \(2, 8, 6, 1\)"
     ):
         case.chain.apply(variables, case.images[:, :, :6])
     with pytest.raises(BadInput, match=r"^module ResNet: cannot run on input of shape \(2, 8\) float32: \w+"):

@@ -45,7 +45,7 @@ def depthwise(kernel_size=3, stride=1):
 
 
 def single(*layers_of_unit, shape, first_unit=1):
-    """The profile of a chain of one unit; it is the network's first where `first_unit` is 0."""
+    """The profile of a chain with one unit, which is the network's first if `first_unit` is 0."""
     profile = models.profile(Chain((Unit(layers_of_unit),), first_unit), shape)
     return {field: value[0] for field, value in profile._asdict().items()}
 
@@ -81,7 +81,7 @@ def test_at_the_size_of_mnist(name, channels, macs, smashed):
 
 
 def test_where_work_and_parameters_of_s_are_at_the_size_of_mnist():
-    """Work sits early, parameters late: % of either up to the end of the stem, each stage, the head."""
+    """Work is early, parameters are late: % of both up to the end of the stem, of each stage, of the head."""
     coloured, grey = (models.profile(models.create("efficientnetv2-s", 10, c), (32, 32, c)) for c in (3, 1))
     cuts = np.array([1, 3, 7, 11, 17, 26, 41, 42])
     macs, parameters = (
@@ -96,8 +96,8 @@ def test_where_work_and_parameters_of_s_are_at_the_size_of_mnist():
     assert b0.parameters.sum() == pytest.approx(5.87e6, abs=5e3)
 
 
-# Layer, input shape, forward MACs, how many times as many its gradient has with and without that of the
-# input, parameters, state.
+# Layer, input shape, forward MACs, the gradient's MACs over the forward's with and without the gradient of
+# the input, parameters, state.
 BY_HAND = [
     (conv(7, 3, 2), (9, 6, 5), 5 * 3 * 9 * 5 * 7, 2, 1, 9 * 5 * 7, 0),
     (conv(4, 3), (8, 8, 2), 64 * 9 * 2 * 4, 2, 1, 9 * 2 * 4, 0),
@@ -109,7 +109,7 @@ BY_HAND = [
     (depthwise(3, 2), (6, 5, 8), 9 * 9 * 8, 2, 1, 9 * 8, 0),
     (depthwise(5, 2), (7, 8, 3), 16 * 25 * 3, 2, 1, 25 * 3, 0),
     (layers.Dense(10), (64,), 640, 2, 1, 650, 0),
-    # Of its four gradient products, the one of the input of `reduce` alone is not needed for the parameters.
+    # The parameters need three of its four gradient products: not that of the input of `reduce`.
     (layers.SqueezeExcite(4), (5, 5, 16), 128, 2, 1.5, 128 + 20, 0),
     (layers.BatchNorm(), (5, 5, 16), 0, 0, 0, 32, 32),
 ]
@@ -178,18 +178,16 @@ def test_units_by_hand():
     ],
 )
 def test_activations_are_what_a_sample_leaves_for_the_backward_pass(unit_layers, shape, floats):
-    """Linear layers keep their input, whatever their kernels weigh; a dropped branch keeps one factor."""
+    """Linear layers keep their input, at any size of kernel; a dropped branch keeps one factor."""
     kept = single(*unit_layers, shape=shape)["activations"]
-    if (
-        floats is None
-    ):  # what an activation function keeps is up to its derivative: its input, and maybe the slope
+    if floats is None:  # an activation function keeps its input, and may keep the slope
         assert math.prod(shape) <= kept <= 3 * math.prod(shape)
     else:
         assert kept == floats
 
 
 def test_a_mask_of_bools_counts_a_quarter_of_its_values():
-    """Dropout leaves its mask; whether it also leaves the zeros that it puts in is up to its derivative."""
+    """Dropout keeps its mask; its derivative may also keep the zeros that it inserts."""
     chain = Chain((efficientnet_v2.Classifier(10, 0.2),), first_unit=1)
     assert models.profile(chain, (64,)).activations[0] - 64 in (64 // 4, 64 // 4 + 64)
 

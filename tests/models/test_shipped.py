@@ -1,4 +1,4 @@
-"""Shipped networks but EfficientNet: their published sizes, what they compute, and that they learn."""
+"""Shipped networks except EfficientNet: their published sizes, what they compute, and that they learn."""
 
 import finite
 import jax
@@ -10,8 +10,8 @@ from jax import lax
 from sfl_jax import models, registry
 from sfl_jax.errors import BadInput
 
-# Parameters and multiply-accumulates of one image, and state. ResNet-18 and VGG-11 as kuangliu/pytorch-cifar
-# has them; CNN and 2NN as McMahan et al. (2017) count them; DeiT-Ti as Touvron et al. (2021).
+# Parameters, multiply-accumulates of one image, and state. ResNet-18 and VGG-11: those of
+# kuangliu/pytorch-cifar; CNN and 2NN: the counts of McMahan et al. (2017); DeiT-Ti: Touvron et al. (2021).
 PUBLISHED = {
     "resnet18": ((32, 32, 3), 10, 11_173_962, 555.4e6, 9_600),
     "vgg11": ((32, 32, 3), 10, 9_231_114, 152.9e6, 5_504),
@@ -143,7 +143,7 @@ of_each_network = pytest.mark.parametrize(
 
 @of_each_network
 def test_it_computes_what_is_published(name):
-    """In float64, with variables that are none of the initial ones, in both forms, cut anywhere."""
+    """In float64, with variables that differ from the initial ones, in both forms, at every cut."""
     shape = PUBLISHED[name][0] if name != "vit-tiny" else (32, 32, 3)
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):

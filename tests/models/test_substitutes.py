@@ -1,4 +1,4 @@
-"""A user's units in the product form: the numbers of Flax, from products and shifts."""
+"""A user's units in the product form give Flax's numbers with products and shifts."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ from sfl_jax.models import Chain, substitutes
 
 WINDOWS = ("conv_general_dilated", "reduce_window")
 RAGGED = ((1, 2), (0, 1))
-CONVOLUTIONS = [  # of 4 channels: strides, paddings, dilations and groups in turn
+CONVOLUTIONS = [  # with 4 channels: strides, paddings, dilations and groups in turn
     nn.Conv(6, (3, 2), strides=(2, 1), padding="VALID", use_bias=False),
     nn.Conv(3, (2, 3), padding=RAGGED),
     nn.Conv(5, (3, 3), strides=2, padding="CIRCULAR", kernel_dilation=2),
@@ -71,7 +71,7 @@ def is_replaced(function, *arguments):
 
 
 def check(function, *arguments):
-    """Equal outputs and gradients of two clients with their own arguments, and nothing left of `lax.conv`."""
+    """Equal outputs and gradients for two clients with their own arguments, and no `lax.conv` left."""
     fast = substitutes.in_product_form(function)
     assert is_replaced(fast, *arguments)
     two = jax.tree.map(lambda x: jnp.stack([x, 2 * x[::-1]]), arguments)
@@ -82,7 +82,7 @@ def check(function, *arguments):
 
     found, expected = both(two)
     assert_same(found, expected)
-    assert not finite.are_close(found[0][0], found[0][1])  # each client with its own
+    assert not finite.are_close(found[0][0], found[0][1])  # the clients differ
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ class Net(nn.Module):
 
 
 def run_both(module, x):
-    """(output, gradients, state) of a unit in the product form, and of the module as Flax runs it."""
+    """(output, gradients, state) of a unit in the product form, and of the module in Flax."""
     chain = Chain([module])
     variables = chain.init(jax.random.key(1), x)
     own = chain.unit_variables(variables, 0)

@@ -1,4 +1,4 @@
-"""Units that are not our own: any Flax module, taken as Flax takes it."""
+"""Units of a user: any Flax module, run as Flax runs it."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
 
 
 class Scaled(nn.Module):
-    """Initialisers of its own, names that no unit of ours has, and attributes with names that ours have."""
+    """Has own initialisers, variable names that no unit of ours has, and attribute names that ours have."""
 
     features: int
     survival: float = 0.9
@@ -40,7 +40,7 @@ class Scaled(nn.Module):
 
 
 class Noisy(nn.Module):
-    """Draws from two streams, of which one is that of Flax's own layers."""
+    """Draws from two streams: its own and that of Flax's layers."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -49,7 +49,7 @@ class Noisy(nn.Module):
 
 
 class Counting(nn.Module):
-    """State of its own: an integer among the statistics, and a collection with another name."""
+    """Has own state: an integer among the statistics, and a collection with another name."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -73,7 +73,7 @@ class Function(nn.Module):
 
 
 class Normed(nn.Module):
-    """Batch norm of Flax, over every value of a channel."""
+    """Flax's batch norm over all values of a channel."""
 
     is_frozen: bool = False
 
@@ -83,7 +83,7 @@ class Normed(nn.Module):
 
 
 class OwnNorm(nn.Module):
-    """A user's own batch norm, over maps of any number of axes."""
+    """A user's own batch norm, over maps with any number of axes."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -115,7 +115,7 @@ def test_a_unit_starts_as_its_own_initialisers_say():
 
 
 def test_our_own_units_start_with_the_numbers_that_they_always_had():
-    """And by NumPy, so that nothing compiles: 14 000 parameters of three kinds, the constants among them."""
+    """NumPy draws them, so that nothing compiles: 14 000 parameters of three kinds, including constants."""
     variables = models.create("efficientnetv2-tiny").init(jax.random.key(7), jnp.zeros((1, 16, 16, 1)))
     found = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(variables):
@@ -124,7 +124,7 @@ def test_our_own_units_start_with_the_numbers_that_they_always_had():
 
 
 def test_attributes_of_a_unit_are_its_own():
-    """`survival` and `form` mean something in our blocks; in a user's unit they mean what its author says."""
+    """`survival` and `form` have a meaning in our blocks, but not in a user's unit."""
     chain = Chain([Scaled(5)])
     variables = chain.init(KEY, X)
     expected = np.tile(3 * variables.params[0]["gain"] / 2 * 0.9, (4, 1))
@@ -189,7 +189,7 @@ def test_a_list_of_units_is_a_chain():
 
 
 class Listed(nn.Module):
-    """Attributes as people write them."""
+    """Has attributes that are lists and dicts."""
 
     features: list
     options: dict = dataclasses.field(default_factory=lambda: {"bias": [True, False]})
@@ -215,11 +215,11 @@ def test_attributes_may_be_lists_and_dicts():
 
 def test_what_cannot_be_a_unit_is_refused_by_name():
     for unit, said in (
-        (nn.Dense, "unit 1: must be a Flax module; got the class Dense, which must be called first"),
+        (nn.Dense, "unit 1: must be a Flax module; got the class Dense; call it first"),
         (print, "unit 1: must be a Flax module; got <built-in function print>"),
         (
             Listed([np.ones(2)]),
-            r"unit Listed1: its attributes must be hashable, .*; not so: features \(tuple\)",
+            r"unit Listed1: attributes must be hashable, .*; not hashable: features \(tuple\)",
         ),
     ):
         with pytest.raises(BadInput, match=f"^{said}"):
@@ -227,7 +227,7 @@ def test_what_cannot_be_a_unit_is_refused_by_name():
 
 
 class Asking(nn.Module):
-    """Drops where there is a stream for it, as networks do that know no `train`."""
+    """Drops if there is a stream for it, as networks without a `train` argument do."""
 
     @nn.compact
     def __call__(self, x):
@@ -275,7 +275,7 @@ def repeated(function, times):
 
 
 ONE = 6 * 6
-COUNTED = {  # a function, and products forward and in its gradient, by hand
+COUNTED = {  # (function, products forward, products in its gradient), counted by hand
     "unrolled": (repeated(product, 10), 10, 20),
     "scan": (lambda x, w: lax.scan(lambda x, _: (product(x, w), None), x, length=10)[0], 10, 20),
     "fori_loop": (ten_turns(product), 10, 20),
@@ -298,7 +298,7 @@ def test_products_in_loops_and_branches_are_counted(name):
     assert (profile.forward_macs[0], profile.backward_macs[0]) == (forward * ONE, backward * ONE)
 
 
-OTHER_PRODUCTS = {  # a function, and multiply-accumulates forward and in its gradient, by hand, of one sample
+OTHER_PRODUCTS = {  # (function, MACs of one sample forward, in its gradient), counted by hand
     "rows by group": (lambda x, w: lax.ragged_dot(x, jnp.stack([w, w]), jnp.array([1, 0])), 36, 36 + 36),
     "a triangle": (lambda x, w: lax.linalg.triangular_solve(jnp.tril(w) + jnp.eye(6), x), 18, 36 + 36),
     "a solution": (lambda x, w: jnp.linalg.solve(jnp.eye(6) + w, x[0])[None], 72 + 36, 36 + 36),
@@ -321,7 +321,7 @@ def test_work_that_cannot_be_counted_is_refused_by_the_name_of_its_unit():
         return lax.while_loop(lambda x: x.sum() < 9, lambda x: product(x, w), x)
 
     chain = Chain([nn.Dense(6), Function(until_large)])
-    with pytest.raises(BadInput, match=r"^unit Function1: a while loop holds matrix products") as error:
+    with pytest.raises(BadInput, match=r"^unit Function1: a while loop has matrix products") as error:
         models.profile(chain, (6,))
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Known networks, each written as one Flax module that knows nothing of units; tiny."""
+"""Tiny versions of known networks, each written as one Flax module without units."""
 
 import functools
 
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """As ResNet-18: a stem with pooling, and stages of blocks."""
+    """ResNet-18: a stem with pooling, and stages of blocks."""
 
     stages: tuple[int, ...] = (1, 1)
 
@@ -148,7 +148,7 @@ class EfficientNetV2(nn.Module):
 
 
 class Tied(nn.Module):
-    """A language model whose table of words is used at both ends, between two layers that are not."""
+    """A language model that uses its table of words at both ends, with two other layers between."""
 
     is_tied: bool = True
 
@@ -162,7 +162,7 @@ class Tied(nn.Module):
 
 
 class SharedMask(nn.Module):
-    """Drops by one mask at two places, or by two."""
+    """Drops at two places, by one shared mask or by two."""
 
     is_shared: bool
 
@@ -178,7 +178,7 @@ class SharedMask(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Two layers, of which each leaves the mean of its outputs, that nobody reads; and two outputs."""
+    """Two layers that each store the mean of their outputs, which nothing reads; and two outputs."""
 
     @nn.compact
     def __call__(self, x, train):

@@ -369,7 +369,7 @@ def test_pull_under_a_shared_band_is_what_a_second_less_brings(tiny, band):
 
 
 def test_a_full_server_holds_up_also_where_a_client_alone_ends_as_late(planned):
-    """A client alone that ends within rounding of the round, as with very many clients, does not hold it up."""
+    """With many clients, one that trains alone may end within rounding of the round without holding it up."""
     alone = int(np.argmin(planned.plan.shares))
     shares = np.where(np.arange(12) == alone, 0.0, planned.plan.shares)
     shares *= TINY.server_flops / shares.sum()

@@ -1,4 +1,4 @@
-"""A run: every round it plans, trains a cohort, evaluates, and keeps its clocks."""
+"""A run plans each round, trains a cohort, evaluates the model and keeps its clocks."""
 
 from sfl_jax.run.loop import Diverged
 from sfl_jax.run.parts import Parts

@@ -1,9 +1,13 @@
-"""Checkpoints on disk: whole or absent, written while training goes on, and checked before use.
+"""Checkpoints on disk. A checkpoint is whole or absent, is written while training goes on, and is checked
+before use.
 
-`checkpoints/000012/` is the state after round 12: `model/` (orbax: the numbers of every type, one after the
-other), `arrays.json` (which leaves they are: path, type and shape of each, whatever they were packed in),
-`progress.json`, and `SHA256SUMS` of all, which `sha256sum -c` understands too. It takes this name in one
-step, once all of it is on the disk. Files that SHA256SUMS does not list are somebody else's.
+`checkpoints/000012/` is the state after round 12. It gets this name in one step, when all its files are on
+the disk:
+- `model/`: the model's numbers, one array for each type, saved by orbax;
+- `arrays.json`: path, type and shape of each leaf, whatever the packing;
+- `progress.json`: `Progress`;
+- `SHA256SUMS`: digests of the other files, in the form of `sha256sum -c`. Files that it does not list are
+ignored.
 """
 
 import collections
@@ -33,18 +37,18 @@ from sfl_jax.federated.packing import as_packed, plain, plain_like
 from sfl_jax.files import ensure_room, unfinished
 
 MODEL, ARRAYS, PROGRESS, SUMS = "model", "arrays.json", "progress.json", "SHA256SUMS"
-STAGING_SPARE_BYTES = 10**6  # beside the arrays
-STAGING_AGE_S = 60.0  # by then whoever made a staging directory has locked it
-_UNFINISHED = re.compile(r"\.\d{6,}\.(part|old)(\..+)?")  # names of what was being written or replaced
+STAGING_SPARE_BYTES = 10**6  # for other files than the arrays
+STAGING_AGE_S = 60.0  # by this age, a staging directory in use is locked
+_UNFINISHED = re.compile(r"\.\d{6,}\.(part|old)(\..+)?")  # checkpoints that were being written or replaced
 
 
 class Progress(NamedTuple):
-    """What a run has reached, besides its model.
+    """How far a run has come, beside its model.
 
-    round: rounds done. simulated_s: every planning method's clock. wall_s, compile_s: clocks of the machine.
-    log_bytes, log_sha256: how much of metrics.jsonl belongs to these rounds, and its digest.
-    settings: the flags of the run. inputs: digests of what its flags name. network: what else says which
-    network the model is of, and what it is given: num_classes, image_channels, input_scaling.
+    round: rounds done. simulated_s: the clock of each planning method. wall_s, compile_s: clocks of the
+    machine. log_bytes, log_sha256: size and digest of these rounds' part of metrics.jsonl. settings: the
+    flags of the run. inputs: digests of the files that flags name. network: what else identifies the network
+    and its input: num_classes, image_channels, input_scaling.
     """
 
     round: int
@@ -58,10 +62,12 @@ class Progress(NamedTuple):
     network: dict[str, Any]
 
 
-class Stored(NamedTuple):
-    """A model as it is saved: orbax spends more on each array than on its numbers.
+class SavedModel(NamedTuple):
+    """A model in the form in which it is saved. A few large arrays save faster than many small ones with
+    orbax.
 
-    numbers: those of all leaves of a type, by its name. arrays: path, type and shape of each leaf.
+    numbers: all leaves of one type in one vector, by the type's name. arrays: path, type and shape of each
+    leaf.
     """
 
     numbers: dict[str, np.ndarray]
@@ -69,45 +75,47 @@ class Stored(NamedTuple):
 
 
 class Damaged(Exception):
-    """A checkpoint cannot be used; the message says why."""
+    """A checkpoint cannot be used. The message says why."""
 
 
 class OtherForm(ValueError):
-    """A model has other arrays than those that are wanted; the message names the first."""
+    """A model's arrays are not those expected. The message names the first that differs."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of which stay. One thread writes them, one at a time."""
+    """The checkpoints of one run. The newest `keep` stay. One thread writes them, one at a time."""
 
     def __init__(self, directory: Path, keep: int):
-        # Once: orbax takes no relative path, and whoever changes the directory later means the same place.
+        # Orbax takes no relative path. Resolved once, so that a later change of directory does not matter.
         self.directory, self.keep = directory.absolute(), keep
         self._damaged: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, model: Any, progress: Progress) -> None:
-        """Copy `model` to the host and write it in the background. Raises what the save before raised."""
+        """Copies `model` to the host and writes it in the background. Raises what the last save raised."""
         self.wait()
-        # A copy: the next round takes over the buffers of this one.
-        self._writing = self._writer.submit(self._write, to_stored(model), progress)
+        # A copy, because the next round reuses the buffers of this one.
+        self._writing = self._writer.submit(self._write, to_saved(model), progress)
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what the writing raised."""
+        """Waits until nothing is being written. Raises what the writing raised."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Until nothing is being written, whatever comes of it."""
+        """Waits until nothing is being written. Raises nothing."""
         self._writer.shutdown()
 
     def newest(self, log: bytes) -> Progress | None:
-        """The progress of the newest checkpoint that is whole and whose rounds are in `log`; None where there
-        is none at all. A damaged one before it is passed over with a warning.
+        """The progress of the newest usable checkpoint, or None if there is no checkpoint.
+
+        A checkpoint is usable if it is whole and its rounds are in `log`. Damaged ones are skipped with a
+        warning.
 
         Raises:
-          BadInput: there are checkpoints, but not one that can be used.
+          BadInput: there are checkpoints, but none is usable.
         """
         damages = {}
         for path in reversed(self._paths()):
@@ -128,8 +136,9 @@ class Checkpoints:
         return None
 
     def ensure_room(self, workdir: str, model: Any) -> None:
-        """BadInput where the checkpoints that are still to come do not fit on the disk; OSError where one
-        does not fit into the temporary directory.
+        """Raises BadInput if the coming checkpoints do not fit on the disk.
+
+        Raises OSError if one does not fit into the temporary directory.
         """
         missing = max(1, self.keep + 1 - len(self._paths()))
         model_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
@@ -137,10 +146,11 @@ class Checkpoints:
         _ensure_staging_room(model)
 
     def restore(self, progress: Progress, like: Any) -> Any:
-        """The model of a checkpoint in NumPy arrays; `like` has its structure, shapes and types.
+        """The model of a checkpoint in NumPy arrays, with the structure, shapes and types of `like`.
 
         Raises:
-          BadInput: it is another network's, or its numbers cannot be read although its sums fit.
+          BadInput: it belongs to another network, or its numbers cannot be read although their digests are
+            right.
         """
         path = self.directory / _name(progress.round)
         try:
@@ -160,10 +170,10 @@ class Checkpoints:
     def _put(self, model, progress):
         path = self.directory / _name(progress.round)
         part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-        for left in (part, old):  # of a run that was killed
+        for left in (part, old):  # left by a run that was killed
             _remove(left)
         part.mkdir(parents=True)
-        # Orbax meets a full disk with tracebacks of its own threads; copying meets it with an error.
+        # On a full disk orbax prints tracebacks from its threads; a copy fails with a plain error.
         _ensure_staging_room(model.numbers)
         with _staging() as staging:
             _save_numbers(staging / MODEL, model.numbers)
@@ -173,7 +183,7 @@ class Checkpoints:
         (part / SUMS).write_text(_sums(part))
         for inside in [*part.rglob("*"), part]:
             _sync(inside)
-        if path.exists():  # damaged, or of rounds that are being run again
+        if path.exists():  # damaged, or from rounds that are now run again
             path.rename(old)
         part.rename(path)
         _sync(self.directory)
@@ -181,14 +191,14 @@ class Checkpoints:
         self._delete_superseded(progress.round)
 
     def _delete_superseded(self, round):
-        """Delete what is not kept. What cannot be deleted is in nobody's way: the next save tries again."""
+        """Deletes superseded checkpoints. If one cannot be deleted, the next save tries again."""
         paths = [path for path in self._paths() if int(path.name) <= round]
         whole = [path for path in paths if path.name not in self._damaged]
         for path in {*paths} - {*whole[-self.keep :]} | self._unfinished("part", "old"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _unfinished(self, *kinds):
-        """What a writing that was broken off left, of these kinds."""
+        """Paths of these kinds that an interrupted writing left."""
         found = ((path, _UNFINISHED.fullmatch(path.name)) for path in self.directory.glob(".*"))
         return {path for path, match in found if match and match[1] in kinds}
 
@@ -200,16 +210,16 @@ class Checkpoints:
         )
 
 
-def to_stored(model: Any) -> Stored:
-    """A copy of a model's leaves, on the host."""
+def to_saved(model: Any) -> SavedModel:
+    """Copies a model's leaves to the host."""
     own, by_type = plain(model), {}
     for leaf in map(np.asarray, jax.tree.leaves(own)):
         by_type.setdefault(leaf.dtype.name, []).append(leaf.ravel())
-    return Stored({name: np.concatenate(parts) for name, parts in by_type.items()}, _arrays(own))
+    return SavedModel({name: np.concatenate(parts) for name, parts in by_type.items()}, _arrays(own))
 
 
-def from_stored(model: Stored, like: Any) -> Any:
-    """The model that was stored, packed as `like`. OtherForm where its leaves are not those of `like`."""
+def from_saved(model: SavedModel, like: Any) -> Any:
+    """The saved model, packed like `like`. OtherForm if its leaves are not those of `like`."""
     wanted = plain_like(like)
     _check_arrays(model.arrays, wanted)
     leaves, used = [], dict.fromkeys(model.numbers, 0)
@@ -228,12 +238,12 @@ def _arrays(tree):
 def _check_arrays(arrays, like):
     wanted = _arrays(like)
     if not isinstance(arrays, list):
-        raise OtherForm(f"no list of arrays instead of {len(wanted)}")
+        raise OtherForm(f"not a list of {len(wanted)} arrays")
     for there, own in itertools.zip_longest(arrays, wanted):
         if there == own:
             continue
         if ".arrays[" in str(there):
-            raise OtherForm("it names no leaves, as an earlier release saved it, which can go on from it")
+            raise OtherForm("its arrays have no names; an earlier release saved it and can go on from it")
         raise OtherForm(f"{there} instead of {own}")
 
 
@@ -248,21 +258,22 @@ def _read(path, log) -> Progress:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Damaged(_line(error)) from error
     if [*map(type, progress)] != [int, dict, float, float, int, str, dict, dict, dict]:
-        raise Damaged(f"{PROGRESS} is not of this form")
+        raise Damaged(f"{PROGRESS} has other fields or types")
     if path.name != _name(progress.round):
-        raise Damaged(f"it is that of round {progress.round}")
+        raise Damaged(f"it is of round {progress.round}")
     if hashlib.sha256(log[: progress.log_bytes]).hexdigest() != progress.log_sha256:
-        raise Damaged("metrics.jsonl lacks its rounds")
+        raise Damaged("metrics.jsonl does not hold its rounds")
     return progress
 
 
 def _check_sums(path):
-    """Damaged where a file that SHA256SUMS lists is missing or another, or where it does not list them all.
-    What it does not list, as a file manager or NFS leaves it, is not of the checkpoint.
+    """Damaged if a file that SHA256SUMS lists is missing or differs, or if its list is not complete.
+
+    Other files do not matter: file managers and NFS leave some.
     """
     listed = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]
     if any(len(pair) != 2 for pair in listed):
-        raise Damaged(f"{SUMS} is not of this form")
+        raise Damaged(f"{SUMS} has a line without a name")
     for digest, name in listed:
         if not (path / name).resolve().is_relative_to(path.resolve()) or _digest(path / name) != digest:
             raise Damaged(f"{name} differs from {SUMS}")
@@ -272,7 +283,7 @@ def _check_sums(path):
 
 
 def _sums(path) -> str:
-    """A line of digest and name for every file below `path`."""
+    """One line with digest and name for every file below `path`."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != SUMS)
     return "".join(f"{_digest(file)}  {file.relative_to(path)}\n" for file in files)
 
@@ -283,14 +294,14 @@ def _digest(file):
 
 @contextlib.contextmanager
 def _staging():
-    """A directory for this save alone, locked while it lasts: nobody takes one in use for a dead run's."""
+    """A temporary directory for one save. It is locked, so that no other run takes it for a dead run's."""
     place, prefix = Path(tempfile.gettempdir()), f"sfl_jax-{os.getuid()}-"
     for left in place.glob(f"{prefix}*"):
         _sweep(left)
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks has no sweeping either
+        with contextlib.suppress(OSError):  # on a file system without locks, _sweep removes nothing either
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with unfinished(path):
             yield path
@@ -300,7 +311,7 @@ def _staging():
 
 
 def _sweep(path):
-    """Remove a staging directory whose run was killed: nobody holds its lock, and it is not a new one."""
+    """Removes the staging directory of a run that was killed. It is old, and nobody holds its lock."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -312,19 +323,19 @@ def _sweep(path):
 
 
 def _remove(path):
-    """Make room for another of this name: what cannot be deleted, as what is read on NFS, moves away."""
+    """Frees this name. What cannot be deleted, such as a file being read on NFS, is renamed."""
     shutil.rmtree(path, ignore_errors=True)
     if path.exists():
         path.rename(tempfile.mkdtemp(prefix=f"{path.name}.", dir=path.parent))
 
 
 def _checkpointer():
-    """Of this process alone: of several, only one writes, and each reads for itself."""
+    """Works in this process alone: only one process writes, and each reads for itself."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
     )
-    # Trained floats hardly shrink, and a save would take the cores from the round beside it for longer.
+    # Compression hardly shrinks trained floats, and it takes the cores away from the running round.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
@@ -335,7 +346,7 @@ def _save_numbers(path, numbers):
 
 
 def _ensure_staging_room(model):
-    """OSError where the temporary directory has no room for a copy of `model`, and a little more."""
+    """OSError if the temporary directory has no room for a copy of `model` and some spare bytes."""
     place, size = tempfile.gettempdir(), sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     if shutil.disk_usage(place).free < 1.1 * size + STAGING_SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
@@ -349,18 +360,18 @@ def _copy(source, target):
 
 
 def _restore_model(path, like):
-    """Arrays as they are on the disk: neither cast, nor cut, nor placed on devices."""
+    """Reads arrays as they are on the disk: neither cast, nor cut, nor placed on devices."""
     try:
         arrays = json.loads((path / ARRAYS).read_text())
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path / ARRAYS}: cannot be read ({_line(error)})") from error
     wanted = plain_like(like)
     _check_arrays(arrays, wanted)
-    return from_stored(Stored(_read_numbers(path / MODEL, wanted), arrays), like)
+    return from_saved(SavedModel(_read_numbers(path / MODEL, wanted), arrays), like)
 
 
 def _read_numbers(path, like):
-    """Those of a model like this, by type."""
+    """The numbers of a model like `like`, by type."""
     sizes = collections.Counter()
     for leaf in jax.tree.leaves(like):
         sizes[leaf.dtype] += math.prod(leaf.shape)
@@ -371,7 +382,7 @@ def _read_numbers(path, like):
             numbers = reader.restore(path, args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy))
     except MemoryError:
         raise
-    except Exception as error:  # any: the files are what was written, so it is orbax or the disk that fails
+    except Exception as error:  # any: the digests are right, so orbax or the disk failed
         raise BadInput(f"{path}: cannot be read ({_line(error)})") from error
     for name, one in wanted.items():
         if (numbers[name].shape, numbers[name].dtype) != (one.shape, one.dtype):

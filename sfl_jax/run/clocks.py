@@ -13,7 +13,7 @@ from sfl_jax.run.rounds import cohort
 
 
 def own_method(planner: Planner) -> str:
-    """What the method of a run is called beside the others."""
+    """The name of the run's own method beside the others, with the options that are not the default."""
     name = planner.method
     if planner.band != "fixed":
         name += f", {planner.band} band"
@@ -29,11 +29,12 @@ def own_method(planner: Planner) -> str:
 def clocks(
     parts: Parts, rounds: int, rivals: Sequence[str] | None = None
 ) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Simulated seconds at the end of each of a run's rounds, by method; the run's own plan comes first, and
-    then `rivals`, or all.
+    """Returns the simulated seconds at the end of each round, by method. The run's own method comes first,
+    then `rivals`, or every method if `rivals` is None.
 
-    Without deadlines training is the same under every method, so its plans are all that a clock needs. With
-    them it is not, since who comes in time depends on the plan: these are the clocks alone then.
+    Without deadlines, training is the same under every method, so these clocks compare whole trainings. With
+    deadlines the plan decides who comes in time, so each method would train differently. Then only the clocks
+    can be compared.
     """
     planner, factor = parts.planner, parts.faults.deadline_factor
     name = own_method(planner)

@@ -1,4 +1,4 @@
-"""What computes the rounds: the data on the devices, and compiled programs."""
+"""Compiles a run's rounds and its evaluation, and places its data on the devices."""
 
 import dataclasses
 import time
@@ -22,10 +22,9 @@ from sfl_jax.run.state import State
 
 
 class Engine(NamedTuple):
-    """What computes the rounds: the data on the devices, and compiled programs.
+    """The placed data and the compiled programs of a run.
 
-    held_out: the samples to test on, None where there are none. tried: seconds that were measured of each
-    alternative.
+    held_out: the test samples, or None without any. tried: measured seconds of each alternative.
     """
 
     samples: Samples
@@ -43,10 +42,11 @@ def compile_rounds(
     say: Say = silent,
     more: bool = True,
 ) -> tuple[Parts, Engine]:
-    """(the parts with nothing left open in their execution, what computes the rounds after `state`).
+    """Returns the parts with a settled execution, and the engine for the rounds after `state`.
 
-    before, notes: see `tuning.settle`. A chunk that was left open shrinks until the compiled round fits into
-    the memory; BadInput where none does. more: whether there is a round to come.
+    A chunk size that the execution leaves open shrinks until the compiled round fits into the memory. Raises
+    BadInput if no size fits. `more` says whether a round is to come; without one no round is compiled.
+    `before` and `notes`: see `tuning.settle`.
     """
     data, devices, own = parts.data, parts.devices, parts.training
     images = entering_network(own.preprocess, data, parts.batch_size)
@@ -91,24 +91,24 @@ def compile_rounds(
 
 
 def program(parts: Parts, settled: Execution) -> str:
-    """What tells the compiled round from others of its network."""
+    """The label of the compiled round among those of its network."""
     return f"{parts.program}, {settled.mode} {settled.clients_per_chunk}"
 
 
 def arguments(parts: Parts, engine: Engine, state: State, prepared: Prepared) -> tuple[Any, ...]:
-    """The arguments of `Rounds` for a round after `state`."""
+    """The arguments of `Rounds.__call__` for the round after `state`."""
     key = planning.round_key(parts.seed, prepared.round, planning.TRAINING)
     return state.model, engine.samples, prepared.assignments, key, prepared.learning_rate
 
 
 def entering_network(preprocess: Any, data: Dataset, batch: int) -> Any:
-    """The shape and the type of a batch that enters the network. float64 is float32 to JAX by default."""
+    """The shape and type of a batch that enters the network. JAX makes float64 into float32 by default."""
     shape, dtype = data.train_images.shape[1:], jax.dtypes.canonicalize_dtype(data.train_images.dtype)
     return jax.eval_shape(preprocess, jax.ShapeDtypeStruct((batch, *shape), dtype))
 
 
 def _place_held_out(parts, evaluate, state, placed):
-    """The held-out samples on the devices, in batches with which `evaluate` fits into the memory."""
+    """The test samples on the devices, in batches small enough for the memory."""
     batch, images, labels = batch_of(parts.image_shape), parts.data.test_images, parts.data.test_labels
     while True:
         held_out = federated_devices.place_held_out(images, labels, parts.devices, batch)

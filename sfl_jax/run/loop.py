@@ -1,4 +1,4 @@
-"""The loop over rounds: plan, train, evaluate now and then, and log."""
+"""The loop over rounds: plan, train, evaluate where it is due, log."""
 
 import functools
 import logging
@@ -18,11 +18,11 @@ from sfl_jax.run.parts import Parts
 from sfl_jax.run.rounds import Prepared, prepare
 from sfl_jax.run.state import State
 
-SHORT_S = 2.0  # a round that takes less is followed by the next before it is read
+SHORT_S = 2.0  # after a round shorter than this, the next is sent before its results are read
 
 
 class Diverged(ArithmeticError):
-    """A number of a round is not finite; `state` is that before the round."""
+    """A number of a round is not finite. `state` is the state before that round."""
 
     def __init__(self, message: str, state: State):
         super().__init__(message)
@@ -30,17 +30,17 @@ class Diverged(ArithmeticError):
 
 
 class Sent(NamedTuple):
-    """A round that the devices compute: the states before and after it, and what will be read of it.
+    """A round that the devices compute, with the states before and after it.
 
-    began_s: the clock when its preparation began.  ended_s, tested_s: when the round was done, and when its
-    evaluation was.
+    began_s: when its preparation began. ended_s: when the round was done. tested_s: when its evaluation was
+    done. All three are seconds of the run's clock.
     """
 
     prepared: Prepared
     before: State
     state: State
     outcome: Outcome
-    tested: Any  # (loss, accuracy) on held-out samples; None where it is not evaluated
+    tested: Any  # (loss, accuracy) on the test samples; None if the round is not evaluated
     began_s: float
     ended_s: Future[float]
     tested_s: Future[float]
@@ -54,14 +54,15 @@ def run(
     clock: metrics.Stopwatch | None = None,
     pauses: Callable[[int], bool] = lambda round: False,
 ) -> Iterator[tuple[State, metrics.Round]]:
-    """Runs rounds until so many are done; yields the state after each and its metrics. Raises Diverged.
+    """Runs rounds until `until` are done. Yields the state after each round and its line. Raises Diverged.
 
-    Where rounds are short the next is sent off before the metrics of one are read, so that the devices need
-    not wait; the model of the state that is yielded is donated then, see `is_held`. `pauses` says that the
-    state after so many rounds will be wanted. Long rounds gain nothing by this, and can be stopped sooner.
+    If rounds are short, the next round is sent to the devices before the results of the last are read. So the
+    devices never wait. But then the model of the yielded state is already donated, see `is_held`. `pauses(n)`
+    says whether the caller needs the state after n rounds; the loop then waits. Long rounds gain nothing from
+    this, and without it a run stops sooner.
     """
     clock = clock or metrics.Stopwatch()
-    free_s, lasted_s = clock.seconds, math.inf  # since when the devices are idle; how long they were busy
+    free_s, lasted_s = clock.seconds, math.inf  # when the devices became idle; how long they were busy
     with ThreadPoolExecutor(1, "rounds") as pool:
         follow = functools.partial(_send, parts, engine, until, clock, pool)
         sent = follow(state)
@@ -70,7 +71,7 @@ def run(
             if lasted_s < SHORT_S and not pauses(sent.state.round):
                 try:
                     following = follow(sent.state, sent.outcome)
-                except Exception as error:  # not before the round that is done has been yielded
+                except Exception as error:  # raised below, after the finished round has been yielded
                     failure = error
             ended_s, tested_s = sent.ended_s.result(), sent.tested_s.result()
             outcome, tested = jax.device_get(federated_devices.on_first((sent.outcome, sent.tested)))
@@ -84,7 +85,7 @@ def run(
 
 
 def _send(parts, engine, until, clock, pool, state, previous=None) -> Sent | None:
-    """Plan the round after `state` and send it off to the devices; None after the last."""
+    """Plans the round after `state` and sends it to the devices. None after the last round."""
     if state.round >= until:
         return None
     began_s, prepared = clock.seconds, prepare(parts, state.round)
@@ -101,7 +102,7 @@ def _send(parts, engine, until, clock, pool, state, previous=None) -> Sent | Non
 
 
 def _clock_after(arrays, clock):
-    """The clock once these are computed. In a thread of its own, or whatever else is done would be in it."""
+    """The clock when these arrays are computed. It runs in its own thread, so other work adds nothing."""
     jax.block_until_ready(arrays)
     return clock.seconds
 
@@ -116,13 +117,14 @@ def _line(parts, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
     return metrics.Round(
         sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
         done.plan.bound_s, sent.state.simulated_s[parts.planner.method], wall_s, trained / took_s,
-        int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan, *done.ledger,
+        int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan, done.ledger,
     )  # fmt: skip
 
 
 def _judge(parts, sent: Sent, outcome: Outcome) -> None:
-    """Name the clients whose numbers are not finite. Raises Diverged where that ends the run, which has left
-    the model as it was.
+    """Warns of clients that are left out. Raises Diverged if a number that is not finite ends the run.
+
+    `Diverged.state` then holds the model before the round.
     """
     done = sent.prepared
     for line in done.left_out:

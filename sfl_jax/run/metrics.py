@@ -1,4 +1,4 @@
-"""What a run measures: a line of JSON a round, and clocks that keep compiling apart from training."""
+"""The lines of metrics.jsonl, and clocks that keep compiling apart from training."""
 
 import hashlib
 import json
@@ -7,16 +7,18 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from sfl_jax.run.ledger import Ledger
+
 
 class Round(NamedTuple):
-    """One line of metrics.jsonl. None where a round was not evaluated.
+    """One line of metrics.jsonl. The test numbers are None if the round was not evaluated.
 
-    round_s, bound_s, simulated_s: seconds of the simulated fleet; wall_s and client_samples_per_s are clocks
-    of this machine. The bytes are those of all clients that came, see `ledger`; older runs noted none.
+    round_s, bound_s, simulated_s: seconds of the simulated fleet. wall_s, client_samples_per_s: clocks of
+    this machine. ledger: None in lines of releases that did not count bytes.
     """
 
     round: int
@@ -30,15 +32,28 @@ class Round(NamedTuple):
     client_samples_per_s: float
     clients: int
     mean_cut: float
-    model_down_bytes: int = 0
-    smashed_up_bytes: int = 0
-    labels_up_bytes: int = 0
-    gradient_down_bytes: int = 0
-    model_up_bytes: int = 0
+    ledger: Ledger | None = None
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Round":
+        """The round with these values. Raises TypeError for missing or unknown names."""
+        values = {**values}
+        bytes_by_kind = {name: values[name] for name in Ledger._fields if name in values}
+        others = {name: value for name, value in values.items() if name not in Ledger._fields}
+        return cls(**others, ledger=Ledger(**bytes_by_kind) if bytes_by_kind else None)
+
+    def to_json(self) -> dict[str, int | float | None]:
+        """The values of the line by name. A number that is not finite becomes None."""
+        flat = self._asdict() | (self.ledger._asdict() if self.ledger else {})
+        del flat["ledger"]
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in flat.items()
+        }
 
 
 def attendance(cohort_size: int, clients: int, came: Sequence[int]) -> str:
-    """ "4 of 100 clients, of which 2.3 contributed on average"; `came`: how many did in each round."""
+    """For example "4 of 100 clients, of which 2.3 contributed on average". came: the number in each round."""
     asked = f"{cohort_size} of {clients} clients"
     mean = sum(came) / max(len(came), 1)
     return (
@@ -47,10 +62,10 @@ def attendance(cohort_size: int, clients: int, came: Sequence[int]) -> str:
 
 
 class Log:
-    """metrics.jsonl, of which the first `kept_bytes` stay; never half a line of it is on the disk for long.
+    """Writes metrics.jsonl after its first `kept_bytes`. Half a line never stays on the disk.
 
-    bytes, sha256: of the lines that are on the disk. came, mean_cuts: of every round, also of lines that are
-    still to be written; no cut of a round to which nobody came.
+    bytes, sha256: size and digest of the lines on the disk. came, mean_cuts: from every round, also from
+    lines that are not on the disk yet. A round to which nobody came has no mean cut.
     """
 
     def __init__(self, path: Path, kept_bytes: int = 0):
@@ -67,18 +82,14 @@ class Log:
         self.bytes = kept_bytes
 
     def write(self, metrics: Round) -> None:
-        """Add a line. OSError where it cannot be written; it is tried again with the next."""
-        values = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in metrics._asdict().items()
-        }
-        self._pending += json.dumps(values).encode() + b"\n"
+        """Adds a line. Raises OSError if the disk refuses it; the next write tries it again."""
+        self._pending += json.dumps(metrics.to_json()).encode() + b"\n"
         self.came.append(metrics.clients)
         self.mean_cuts += [metrics.mean_cut] if math.isfinite(metrics.mean_cut) else []
         self.flush()
 
     def flush(self) -> None:
-        """Write the lines that could not be written before. OSError where that fails again."""
+        """Writes the lines that the disk refused before. Raises OSError if that fails again."""
         rest = self._pending
         try:
             while rest:
@@ -92,7 +103,7 @@ class Log:
         self._pending = b""
 
     def sync(self) -> None:
-        """Flush, and wait until the disk has it all."""
+        """Flushes, then waits until all lines are on the disk."""
         self.flush()
         os.fsync(self._file.fileno())
 
@@ -105,7 +116,7 @@ class Log:
 
 
 class CompileClock:
-    """Seconds that JAX spends tracing, lowering and compiling, and how often it compiles, within a `with`."""
+    """Counts JAX's compilations within a `with`, and the seconds of tracing, lowering and compiling."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.compilations = seconds, 0
@@ -124,7 +135,7 @@ class CompileClock:
 
 
 class Stopwatch:
-    """Wall seconds since it was made, added to those of before."""
+    """Wall seconds since it was made, plus `before_s`."""
 
     def __init__(self, before_s: float = 0.0):
         self._start = time.perf_counter() - before_s

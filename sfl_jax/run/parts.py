@@ -1,4 +1,4 @@
-"""The parts that a run is composed of, and the rule that says its learning rates."""
+"""The parts that a run is composed of, and the rule for its learning rate."""
 
 import dataclasses
 import functools
@@ -17,37 +17,44 @@ from sfl_jax.models import Profile, Variables
 from sfl_jax.planning import Planner
 from sfl_jax.schemes import Scheme
 
-RIVALS = ("no_split", "common_cut")  # whose clocks run beside the plan's
-Say = Callable[[str], None]  # is told what is being done, for a person who waits
+RIVALS = ("no_split", "common_cut")  # planning methods whose clocks run beside that of the plan
+Say = Callable[[str], None]  # shows a line to a person who waits
 
 
 def silent(line: str) -> None:
-    """Tells nobody."""
+    """A `Say` that shows nothing."""
 
 
 def always(round: int) -> float:
-    """The same rate in every round."""
+    """A learning rate that stays the same in every round."""
     return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """All that a run needs and that stays the same from round to round.
+    """The parts of a run that stay the same from round to round.
 
     Attributes:
-      data: the samples. division: the indices of each client's training samples.
-      fleet: the clients, with their samples. profile, terms: the costs of the network, and of each client.
-      training: the network, the optimisers, and what prepares images.
+      data: the samples.
+      division: the indices of each client's training samples.
+      fleet: the clients, with their samples.
+      profile: the costs of the network. terms: the costs of each client.
+      training: the network, the optimisers and the preprocessing.
       initial: makes the variables before the first round.
       scheme: whose copy of a unit a step uses, and who waits for whom.
-      planner, faults: how rounds are planned, and what goes wrong in them.
-      image_shape: (H, W, C) of what enters the network.
-      cohort_size, local_epochs, batch_size: of every round. rate: the learning rate by round.
-      eval_every: rounds between evaluations. seed: of cohorts, batches, delays and training.
-      execution: how the devices are asked to compute it. devices: those of all processes.
-      rivals: planning methods whose clocks run beside the plan's.
-      metric: of each held-out sample; its mean is the accuracy of a line.
-      network: what a person calls the network. program: what tells its compiled round from others.
+      planner: how rounds are planned.
+      faults: what goes wrong in rounds.
+      image_shape: (H, W, C) of the samples that enter the network.
+      cohort_size, local_epochs, batch_size: the same in every round.
+      rate: the learning rate by round.
+      eval_every: rounds between evaluations.
+      seed: draws cohorts, batches, delays and training.
+      execution: how the devices compute a round; some choices may be open.
+      devices: the devices of all processes.
+      rivals: planning methods whose clocks run beside that of the plan.
+      metric: a number for each test sample; its mean is a line's accuracy.
+      network: a readable name of the network.
+      program: distinguishes the compiled round from others of the same network.
     """
 
     data: datasets.Dataset
@@ -76,19 +83,20 @@ class Parts:
 
     @functools.cached_property
     def steps_max(self) -> int:
-        """Local steps of the longest session."""
+        """The local steps of the longest session."""
         return datasets.max_steps(self.division, self.local_epochs, self.batch_size)
 
     @property
     def optimizer_slots(self) -> int:
-        """Numbers that the local optimiser keeps for each parameter."""
+        """How many numbers the local optimiser keeps for each parameter."""
         return self.training.optimizer.slots
 
 
 def cosine(rate: float, rounds: int, warmup_rounds: int = 0, falls: bool = True) -> Callable[[int], float]:
-    """The rate by round: it rises linearly over the warm-up, then falls to 0 along a half cosine, or stays.
+    """Returns the learning rate by round. It rises linearly during the warm-up. Then it falls to 0 along a
+    half cosine, or stays if `falls` is False.
 
-    A run with fewer rounds than the warm-up takes rises to its end.
+    If the run has fewer rounds than the warm-up, the rate rises until the last round.
     """
     warmup = min(warmup_rounds, rounds)
 

@@ -1,4 +1,4 @@
-"""What a run leaves on disk round by round."""
+"""Writes a run's files round by round."""
 
 import contextlib
 import dataclasses
@@ -18,23 +18,25 @@ from sfl_jax.run.checkpoints import Checkpoints, Progress
 from sfl_jax.run.state import State, is_held
 
 LOG, CONFIG, PAGE = "metrics.jsonl", "config.json", "report.html"
-# What is in every file of this name that this package writes: others are somebody's own.
+# Every file of this name that this package writes contains this text. A file without it belongs to the user.
 MARKS = {CONFIG: b'"allow_config_change"', PAGE: b'<meta name="generator" content="sfl_jax">'}
 
 
 def logged(workdir: str) -> list[metrics.Round]:
-    """The rounds of a run so far, but for a line that is not whole yet. BadInput where there are none, or the
-    file is damaged.
+    """Returns the rounds of a run from its metrics.jsonl, without an unfinished last line.
+
+    Raises BadInput if there are no rounds, or if the file is damaged.
     """
     path = Path(paths.expand("workdir", workdir)) / LOG
     try:
         *whole, _ = path.read_bytes().split(b"\n")
-        lines = [metrics.Round(**json.loads(line)) for line in whole]
+        lines = [metrics.Round.from_json(json.loads(line)) for line in whole]
     except OSError as error:
-        raise BadInput(f"workdir={workdir}: no round is here, {LOG} cannot be read") from error
+        raise BadInput(f"workdir={workdir}: has no rounds; {LOG} cannot be read") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: is damaged ({error})") from error
-    are_numbers = all(isinstance(value, int | float | None) for line in lines for value in line)
+    values = [value for line in lines for value in line.to_json().values()]
+    are_numbers = all(isinstance(value, int | float | None) for value in values)
     if not lines or not are_numbers or [line.round for line in lines] != list(range(1, len(lines) + 1)):
         raise BadInput(f"{path}: must hold rounds 1, 2, ..., one a line")
     return lines
@@ -42,10 +44,11 @@ def logged(workdir: str) -> list[metrics.Round]:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """When a run is saved: every so many rounds or seconds, 0 for never by that clock alone.
+    """When a run saves checkpoints: every `every_rounds` rounds and every `every_s` seconds. 0 turns a rule
+    off.
 
-    stops: whether a disk that refuses a file ends the run with NotWritten. Otherwise a warning says it, and
-    what was not written is tried again with the next round or checkpoint.
+    stops: whether the run ends with NotWritten if the disk refuses a file. If not, the run warns and goes on.
+    The next round or checkpoint tries again.
     """
 
     every_rounds: int = 0
@@ -54,10 +57,10 @@ class Saving:
 
 
 class Recorder:
-    """Writes config.json at the start, the line of every round, and a checkpoint where one is due.
+    """Writes config.json at the start, a line for every round, and checkpoints when they are due.
 
-    settings: what describes the run in config.json and in its checkpoints. clock, compiling: the run's
-    clocks. saved_round: that of the newest checkpoint.
+    settings: describe the run in config.json and in its checkpoints. clock, compiling: the run's clocks.
+    saved_round: the round of the newest checkpoint.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Recorder:
         network: dict[str, Any],
         environment: dict[str, Any],
     ) -> None:
-        """Describe the run, save its first state. BadInput or OSError where the disk does not let it."""
+        """Writes config.json and saves the first state. Raises BadInput or OSError if the disk refuses."""
         self._inputs, self._network = inputs, network
         self.checkpoints.ensure_room(str(self.workdir), state.model)
         with whole_file(self.workdir / CONFIG) as file:
@@ -98,41 +101,41 @@ class Recorder:
             raise BadInput(f"workdir={self.workdir}: {error}; choose another place") from error
 
     def add(self, state: State, line: metrics.Round) -> None:
-        """The line of a round, and a checkpoint if it is time for one and the state is there still."""
+        """Writes the line of a round. Saves a checkpoint if one is due and the state is still held."""
         self._try(lambda: self.log.write(line))
         if self.is_due(state.round) and is_held(state):
             self.save(state)
 
     def is_due(self, round: int) -> bool:
-        """Whether it is time for a checkpoint after so many rounds."""
+        """Whether a checkpoint is due after `round` rounds."""
         every, every_s = self.saving.every_rounds, self.saving.every_s
         late = every_s and time.monotonic() - self._saved_at >= every_s
         return bool(late or (every and round % every == 0))
 
     def save(self, state: State, wait: bool = False) -> None:
-        """A checkpoint of `state`, unless it has one; `wait`: until it is on the disk."""
-        self._wait()  # a writing that failed since was none
+        """Saves a checkpoint of `state` unless there is one. `wait`: return when it is on the disk."""
+        self._wait()  # if the last writing failed, saved_round must say so first
         if state.round != self.saved_round and self._try(lambda: self._save(state)):
             self.saved_round, self._saved_at = state.round, time.monotonic()
         if wait:
             self._wait()
 
     def _wait(self):
-        own, self.saved_round = self.saved_round, -1  # also where it raises
+        own, self.saved_round = self.saved_round, -1  # stays -1 if waiting raises
         if self._try(self.checkpoints.wait):
             self.saved_round = own
 
     def came(self) -> list[int]:
-        """How many clients' work went into each round, of the lines that are still to be written too."""
+        """How many clients contributed to each round, also to rounds whose lines are not written yet."""
         return self.log.came
 
     def mean_cuts(self) -> list[float]:
-        """Of those of each round to which somebody came."""
+        """The mean cut of each round to which somebody came."""
         return self.log.mean_cuts
 
     def rescue(self, state: State) -> bool:
-        """Save what is done, before an error ends the run; whether that is on the disk. Raises nothing: the
-        error is what is to be said.
+        """Saves the state before an error ends the run. Returns whether the state is on the disk. Raises
+        nothing, so that the first error is the one that is reported.
         """
         with contextlib.suppress(Exception):
             if is_held(state):
@@ -140,7 +143,7 @@ class Recorder:
         return self.saved_round == state.round
 
     def close(self) -> None:
-        """Nothing is written after it, so that the workdir can be another's."""
+        """Ends all writing, so that another run may use the workdir."""
         self.checkpoints.close()
         self.log.close()
 
@@ -153,7 +156,7 @@ class Recorder:
         self.checkpoints.save(federated_devices.on_first(state.model), progress)
 
     def _try(self, write) -> bool:
-        """Whether it could be written."""
+        """Whether the writing succeeded."""
         try:
             write()
         except OSError as error:
@@ -165,7 +168,7 @@ class Recorder:
 
 
 class Silent(Recorder):
-    """The recorder of a process that leaves the writing to another."""
+    """The recorder of a process that writes nothing, because another process writes."""
 
     def __init__(self, clock: metrics.Stopwatch, compiling: metrics.CompileClock):
         self.clock, self.compiling = clock, compiling

@@ -1,4 +1,4 @@
-"""A round before it runs: its cohort, its plan and its batches, all made on the host."""
+"""Prepares a round on the host: its cohort, its plan and its batches."""
 
 import math
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from sfl_jax.run.parts import Parts
 class Prepared(NamedTuple):
     """A round before it runs.
 
-    left_out: whom no plan serves with the links of this round, and why. rival_s: the round's seconds under
-    other planning methods. ledger: its bytes.
+    left_out: names each client that no plan can serve in this round, and says why. rival_s: the round's
+    seconds under other planning methods. ledger: the bytes of the round.
     """
 
     round: int
@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(parts: Parts, round: int) -> Prepared:
-    """Cohort, plan and batches of a round."""
+    """The cohort, plan and batches of a round."""
     ids, clients, terms = cohort(parts, round)
     plan, present, left_out = planning.serve(parts.planner, clients, terms, round)
     indices, steps = datasets.batches(
@@ -40,7 +40,7 @@ def prepare(parts: Parts, round: int) -> Prepared:
     assert clients.samples is not None
     delayed, factor = parts.faults.delays(parts.seed, round, ids), parts.faults.deadline_factor
     comers = planning.turnout(parts.planner, factor, terms, plan, delayed, present)
-    # A client that does not come keeps its place, so that nothing compiles, and does nothing in it.
+    # An absent client keeps its place with 0 steps. So shapes stay the same, and nothing compiles again.
     weights = np.where(comers.came, clients.samples, 0).astype(np.float32)
     steps = np.where(comers.came, steps, 0).astype(np.int32)
     turn = fleet.order(parts.seed, round, len(ids)).astype(np.int32) if parts.scheme.has_order else None
@@ -54,7 +54,7 @@ def prepare(parts: Parts, round: int) -> Prepared:
 
 
 def cohort(parts: Parts, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms]:
-    """Who takes part in a round (indices), and their terms with the links of that round."""
+    """The indices of a round's clients, these clients, and their terms with the round's links."""
     ids = cohort_ids(parts, round)
     clients = parts.fleet.take(ids)
     return ids, clients, planning.linked(parts.planner, clients, parts.terms.take(ids), round, ids)
@@ -66,7 +66,9 @@ def cohort_ids(parts: Parts, round: int) -> np.ndarray:
 
 
 def _round_s(parts, terms, method, delayed, present) -> float:
-    """A rival's round of the same clients and delays, infinite where it cannot serve each of them."""
+    """The round's seconds under a rival method with the same clients and delays. Infinite if it is
+    infeasible.
+    """
     planner, factor = parts.planner, parts.faults.deadline_factor
     try:
         plan = optim.solve(terms, planner.server_flops, method, planner.barrier, present=present)

@@ -1,4 +1,4 @@
-"""`Run`: the parts of a training put together, and what can be done with it."""
+"""`Run`: a training composed of its parts, and what can be done with it."""
 
 import functools
 import sys
@@ -31,7 +31,7 @@ Line = metrics.Round
 
 
 class Evaluated(NamedTuple):
-    """How good the model is on some samples: its mean loss, and its mean metric."""
+    """The model's mean loss and mean metric on some samples."""
 
     loss: float
     accuracy: float
@@ -45,37 +45,38 @@ class Run:
             print(line.round, line.test_accuracy, line.simulated_s)
 
     Args:
-      chain: the network, `sfl_jax.Chain([...])` of Flax modules or `sfl_jax.models.create(name)`.
-      data: the samples, as of `sfl_jax.datasets.from_arrays` or `load`.
-      fleet: the clients, as of `sfl_jax.fleet.random_fleet` or `read_fleet`.
-      optimizer: of the local steps, an optax transformation with its learning rate.
-      scheme: whose copy of a unit a step uses: "sfl", "sfl_v2", "psl", "sl" or "fl", or one of
-        `sfl_jax.schemes` with options of its own.
-      codec: what is done to smashed data at the cut, and to their gradient: a name such as "int8" or
-        "topk:0.1", or one of `sfl_jax.codecs`. Of several the planner chooses for every client.
-      codec_down: that of the gradient alone.
-      planner: how each round is planned.
-      cohort_size: clients that take part in a round; all where it is left out.
-      local_epochs, batch_size: of a client in a round.
+      chain: the network: `sfl_jax.Chain([...])` of Flax modules, or `sfl_jax.models.create(name)`.
+      data: the samples, for example from `sfl_jax.datasets.from_arrays` or `load`.
+      fleet: the clients, for example from `sfl_jax.fleet.random_fleet` or `read_fleet`.
+      optimizer: the optimiser of the local steps: an optax transformation with its learning rate.
+      scheme: "sfl", "sfl_v2", "psl", "sl" or "fl", or a member of `sfl_jax.schemes` with its own options. It
+        says whose copy of a unit a step uses.
+      codec: changes smashed data and their gradient at the cut. A name such as "int8" or "topk:0.1", or a
+        member of `sfl_jax.codecs`. From a list of codecs the planner chooses one for each client.
+      codec_down: another codec for the gradient.
+      planner: plans each round.
+      cohort_size: how many clients take part in a round; by default all.
+      local_epochs, batch_size: the work of a client in a round.
       rate: a factor on the learning rate by round, counted from 0.
-      partition: how the training samples are divided: "iid", "dirichlet", "shards", "quantity", "fleet" (by
-        the fleet's column samples), "auto" (the splits of the data, else fleet where it has that column, else
-        iid), or the indices of each client's samples.
-      preprocess: stored samples (B, ...) to what the network takes; by default uint8 becomes -1 to 1, and
+      partition: divides the training samples among clients: "iid", "dirichlet", "shards", "quantity", "fleet"
+        (as the column samples of the fleet says), or the indices of each client's samples. "auto" takes the
+        splits of the data, else the fleet's column if there is one, else iid.
+      preprocess: turns stored samples (B, ...) into the network's input. By default uint8 becomes -1 to 1;
         floats and tokens stay as they are.
-      variables: to start from; fresh ones where they are left out.
-      server_optimizer: of the server, an optax transformation of the clients' mean change.
+      variables: the initial variables; by default they are drawn.
+      server_optimizer: an optax transformation that the server applies to the clients' mean change.
       faults: what goes wrong with clients.
-      execution: how the devices compute a round. devices: how many to use; 0 is all.
+      execution: how the devices compute a round.
+      devices: how many devices to use; 0 is all.
       eval_every: rounds between evaluations on the test samples.
-      loss: of each sample, a function of logits (B, classes) and labels (B,), cross-entropy by default.
-      metric: of each test sample, likewise; its mean is `Line.test_accuracy`.
-      skip_diverged: whether a client whose numbers are not finite is left out instead of ending the run.
-      rivals: planning methods whose simulated clocks run beside the plan's, see `State.simulated_s`.
-      seed: of all that is random but plans and links, which `planner.seed` draws.
+      loss: the loss of each sample, from logits (B, classes) and labels (B,). By default cross-entropy.
+      metric: a number for each test sample, from the same. Its mean is `Line.test_accuracy`.
+      skip_diverged: whether to leave out a client whose numbers are not finite. If False, it ends the run.
+      rivals: planning methods whose simulated clocks run beside that of the plan, see `State.simulated_s`.
+      seed: draws everything random except plans and links, which `planner.seed` draws.
 
     Raises:
-      BadInput: a part that is none, or values that do not fit together; the line names the part.
+      BadInput: a part is not valid, or parts do not fit together; the line names the part.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Run:
         if not isinstance(optimizer, optimizers.LocalOptimizer):
             if not isinstance(optimizer, optax.GradientTransformation):
                 kind = type(optimizer).__name__
-                raise BadInput(f"optimizer: {kind}; must be one of optax, such as optax.sgd(0.05)")
+                raise BadInput(f"optimizer: {kind}; must be an optax transformation, such as optax.sgd(0.05)")
             optimizer = optimizers.of_optax(optimizer, params)
         division = _divide(data, fleet, partition, seed)
         suiting.check_steps(scheme, division, batch_size)
@@ -163,7 +164,7 @@ class Run:
 
     @classmethod
     def of(cls, parts: Parts) -> "Run":
-        """A run of parts that were checked already; `start` or `resume` gives it a state."""
+        """A run of parts that were checked already. `start` or `resume` gives it a state."""
         run = cls.__new__(cls)
         run._use(parts)
         return run
@@ -172,43 +173,43 @@ class Run:
         self.parts = parts
         self.engine: Engine | None = None
         self._state: State | None = None
-        self._before: Execution | None = None  # how the run that goes on was computed
+        self._before: Execution | None = None  # how the restored run was computed
         self.lines: list[Line] = []
         self._stopwatch, self._compiling = metrics.Stopwatch(), metrics.CompileClock()
 
     @property
     def state(self) -> State:
-        """What changes from round to round; fresh before the first."""
+        """The state of the run. It is drawn when it is first needed."""
         if self._state is None:
             self._state = start(self.parts)
         return self._state
 
     @property
     def round(self) -> int:
-        """Rounds that are done."""
+        """How many rounds are done."""
         return self.state.round
 
     @property
     def is_held(self) -> bool:
-        """Whether the model is there still, and not given to a round that is under way."""
+        """Whether the model still exists. It does not while it is donated to a round."""
         return is_held(self.state)
 
     @property
     def tried(self) -> dict[Any, float]:
-        """Seconds that were measured of each alternative, once the run is compiled."""
+        """Measured seconds of each alternative, once the run is compiled."""
         return self.engine.tried if self.engine else {}
 
     @property
     def variables(self) -> models.Variables:
-        """The global model, in NumPy arrays; a tuple with one pytree per unit for each of its fields."""
+        """The global model in NumPy arrays. Each field is a tuple with one pytree for each unit."""
         return jax.device_get(federated_devices.on_first(self.state.model).variables)
 
     def start(self) -> None:
-        """Draw the first weights now, or read them, instead of when they are first needed."""
+        """Draws or reads the first weights now. Otherwise this happens when they are first needed."""
         self._state = start(self.parts)
 
     def resume(self, checkpoints: Any, progress: Any) -> None:
-        """Go on from a checkpoint."""
+        """Goes on from a checkpoint."""
         self._state = resume(self.parts, checkpoints, progress)
 
     def compile(
@@ -218,9 +219,9 @@ class Run:
         notes: Path | None = None,
         say: Say = silent,
     ) -> None:
-        """Settle how the devices compute, place the data, and compile a round and an evaluation.
+        """Settles the execution, places the data, and compiles a round and an evaluation.
 
-        until: rounds of the whole run; no round is compiled where they are done. before, notes: see
+        until: rounds of the whole run. If they are done, no round is compiled. before, notes: see
         `tuning.settle`.
         """
         more, before = until is None or self.round < until, before or self._before
@@ -233,16 +234,17 @@ class Run:
         pauses: Callable[[int], bool] = lambda round: True,
         progress: bool | None = None,
     ) -> Iterator[Line]:
-        """Train so many rounds more; yields the line of each when it is done.
+        """Trains `rounds` more rounds. Yields the line of each round when it is done.
 
         Args:
-          clock: of the lines' `wall_s`.
-          pauses: whether the state after so many rounds will be wanted. Where it is not, short rounds are
-            sent ahead, and the model after a line may be gone, see `is_held`.
-          progress: whether to show a bar; by default on a terminal.
+          clock: measures the lines' `wall_s`.
+          pauses: whether the caller needs the state after n rounds in all. If not, short rounds are sent
+            ahead, and the model after a line may be gone, see `is_held`.
+          progress: whether to show a progress bar; by default on a terminal.
 
         Raises:
-          BadInput: no rounds, or one that cannot be planned. loop.Diverged: numbers that are not finite.
+          BadInput: `rounds` is less than 1, or a round cannot be planned.
+          loop.Diverged: numbers are not finite.
         """
         _check_positive("rounds", rounds)
         until, ours = self.round + rounds, clock is None
@@ -265,7 +267,7 @@ class Run:
             raise
 
     def predict(self, images: Any) -> np.ndarray:
-        """Logits (N, classes) of samples (N, ...) as they were given to train on, in inference mode."""
+        """Logits (N, classes) of samples (N, ...) in inference mode. Samples have the form of the data."""
         images = datasets.as_stored("images", images, self.parts.data.train_images)
         model = federated_devices.on_first(self.state.model).packed
         size = min(batch_of(self.parts.image_shape), len(images))
@@ -277,7 +279,7 @@ class Run:
         return np.concatenate(logits)[: len(images)]
 
     def evaluate(self, images: Any = None, labels: Any = None) -> Evaluated:
-        """Loss and accuracy of the model on these samples, by default on the test samples."""
+        """Loss and accuracy of the model on these samples; by default on the test samples."""
         data = self.parts.data
         images, labels = (data.test_images, data.test_labels) if images is None else (images, labels)
         labels = np.asarray(labels)
@@ -299,22 +301,22 @@ class Run:
         return np.asarray(self.parts.metric(jnp.asarray(logits), jnp.asarray(labels)), np.float64)
 
     def plan(self) -> Planned:
-        """The plan of the next round, with what it is made from."""
+        """The plan of the next round, with the clients and costs that it is made from."""
         parts = self.parts
         _, clients, terms = cohort(parts, self.round)
         plan = planning.serve(parts.planner, clients, terms, self.round).plan
         return Planned(parts.planner, parts.profile, clients, terms, plan)
 
     def save(self, path: str | Path) -> None:
-        """Save the run in a directory, from which `restore` goes on with the same bits."""
+        """Saves the run in a directory. `restore` goes on from there with the same bits."""
         clocks = self._stopwatch.seconds, self._compiling.seconds
         saving.save(Path(path), self.parts, self.state, self.lines, *clocks)
 
     @classmethod
     def restore(cls, path: str | Path, **parts: Any) -> "Run":
-        """The run that was saved in a directory; its parts are given again, as to `Run`.
+        """Returns the run saved in a directory. Give it the same parts as `Run` was given.
 
-        Raises BadInput where nothing is saved there, or a part is not the one it was made with.
+        Raises BadInput if no run is saved there, or if a part differs from that of the saved run.
         """
         run = cls(**parts)
         checkpoints, progress, run.lines = saving.read(Path(path), run.parts)
@@ -335,9 +337,9 @@ def _fresh(chain, entering, seed) -> models.Variables:
 
 
 def _given(variables, like) -> models.Variables:
-    """The variables to start from. BadInput where they are another network's."""
+    """The initial variables. BadInput if they belong to another network."""
     if jax.tree.structure(variables) != jax.tree.structure(like):
-        raise BadInput("variables: must be those of the chain, as chain.init makes them")
+        raise BadInput("variables: must have the structure that chain.init returns")
     for given, wanted in zip(jax.tree.leaves(variables), jax.tree.leaves(like), strict=True):
         if given.shape != wanted.shape:
             raise BadInput(f"variables: an array of shape {given.shape}; the chain has {wanted.shape} there")
@@ -348,7 +350,7 @@ def _divide(data, fleet, partition, seed) -> list[np.ndarray]:
     """The indices of each client's training samples."""
     if not isinstance(partition, str):
         if len(partition) != len(fleet):
-            raise BadInput(f"partition: of {len(partition)} clients; the fleet has {len(fleet)}")
+            raise BadInput(f"partition: has {len(partition)} clients; the fleet has {len(fleet)}")
         return list(datasets.check_splits("partition", partition, len(data.train_labels)))
     if partition == "auto" and data.splits:
         return _divide(data, fleet, data.splits, seed)
@@ -360,12 +362,12 @@ def _divide(data, fleet, partition, seed) -> list[np.ndarray]:
 
 
 def _name(chain, image_shape) -> str:
-    """What tells networks apart where measurements are kept."""
+    """A name that distinguishes networks in the notes of earlier measurements."""
     return f"{saving.described(chain.units)[:16]} at {'x'.join(map(str, image_shape))}"
 
 
 def _shown(going, done, until, shows):
-    """The rounds, with a bar on a terminal."""
+    """The rounds, with a progress bar on a terminal."""
     if not (shows and sys.stderr.isatty()):
         return going
     from tqdm import tqdm

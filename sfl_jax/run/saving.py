@@ -1,4 +1,4 @@
-"""Saves a `Run` and reads it back, with a fingerprint of each part."""
+"""Saves a `Run` and reads it back. A fingerprint of each part tells whether the parts are the same."""
 
 import contextlib
 import dataclasses
@@ -28,9 +28,9 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def save(
     path: Path, parts: Parts, state: State, lines: Sequence[metrics.Round], wall_s: float, compile_s: float
 ) -> None:
-    """Write metrics.jsonl and a checkpoint of the state; OSError where the disk does not let it."""
+    """Writes metrics.jsonl and a checkpoint of the state. OSError if the disk refuses."""
     path.mkdir(parents=True, exist_ok=True)
-    with unfinished(path / f".{LOG}.part") as part:  # what was saved before stays whole until it is replaced
+    with unfinished(path / f".{LOG}.part") as part:  # an earlier file stays whole until it is replaced
         with contextlib.closing(metrics.Log(part)) as log:
             for line in lines:
                 log.write(line)
@@ -48,7 +48,7 @@ def save(
 
 
 def read(path: Path, parts: Parts) -> tuple[Checkpoints, Progress, list[metrics.Round]]:
-    """(the checkpoints, what the newest has reached, its lines); BadInput where they are of other parts."""
+    """Returns the checkpoints, the progress of the newest, and its lines. BadInput if parts differ."""
     checkpoints = Checkpoints(path / "checkpoints", keep=1)
     log = path / LOG
     progress = checkpoints.newest(log.read_bytes() if log.is_file() else b"")
@@ -61,7 +61,7 @@ def read(path: Path, parts: Parts) -> tuple[Checkpoints, Progress, list[metrics.
 
 
 def fingerprints(parts: Parts, rounds: int) -> dict[str, str]:
-    """What tells each part of a run from another; of the rate, in the rounds that are done."""
+    """A fingerprint of each part of a run. That of the rate covers the rounds that are done."""
     training = parts.training
     model = model_like(training, parts.image_shape)
     like = jax.eval_shape(lambda model: model.variables, model)
@@ -90,9 +90,10 @@ def fingerprints(parts: Parts, rounds: int) -> dict[str, str]:
 
 
 def _behaviour(optimizer, params) -> list[str]:
-    """The form of an optimiser's state, and two of its updates: its rates are nowhere else to be seen.
+    """The structure of an optimiser's state, and the numbers of two updates.
 
-    The updates are those of parameters of the same names and numbers of axes, each of size 2.
+    An optimiser shows its rates only in its updates. They are computed on small parameters, which have the
+    same names and numbers of axes, each axis of size 2.
     """
     if optimizer is None:
         return []
@@ -107,7 +108,7 @@ def _behaviour(optimizer, params) -> list[str]:
 
 
 def described(*things: Any) -> str:
-    """SHA-256 of how Python writes something, without addresses of this process."""
+    """SHA-256 of the `repr` of some things, without memory addresses."""
     return hashlib.sha256(_ADDRESS.sub("", repr(things)).encode()).hexdigest()
 
 

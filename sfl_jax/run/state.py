@@ -1,4 +1,4 @@
-"""What changes from round to round."""
+"""The state of a run: what changes from round to round."""
 
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ from sfl_jax.run.parts import Parts
 
 
 class State(NamedTuple):
-    """All that changes from round to round: the model on the devices, and each planning method's simulated
-    seconds.
+    """All that changes from round to round.
+
+    model: on the devices. simulated_s: the simulated seconds so far, by planning method.
     """
 
     round: int
@@ -28,10 +29,10 @@ def start(parts: Parts) -> State:
 
 
 def resume(parts: Parts, checkpoints: Any, progress: Any) -> State:
-    """The state of a checkpoint."""
+    """The state saved in a checkpoint."""
     model = checkpoints.restore(progress, model_like(parts.training, parts.image_shape))
     now, before = parts.planner.method, next(iter(progress.simulated_s))
-    # A planning method that was changed goes on from the clock of the one before.
+    # If the run's method changed, its clock goes on from that of the method before.
     clocks = {name: progress.simulated_s[before if name == now else name] for name in (now, *parts.rivals)}
     return State(progress.round, federated_devices.replicate(model, parts.devices), clocks)
 
@@ -42,7 +43,7 @@ def initial_model(parts: Parts) -> Model:
 
 
 def model_like(training: Training, image_shape: tuple[int, ...]) -> Model:
-    """The shapes of a run's model. Nothing is computed."""
+    """The shapes of a run's model. Computes nothing."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.result_type(float))
     return jax.eval_shape(
         lambda key, images: start_model(training, training.chain.init(key, images)), jax.random.key(0), images
@@ -50,5 +51,5 @@ def model_like(training: Training, image_shape: tuple[int, ...]) -> Model:
 
 
 def is_held(state: State) -> bool:
-    """Whether the model of this state is there still, and not donated to a round."""
+    """Whether the model of this state still exists, and is not donated to a round."""
     return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))

@@ -1,4 +1,4 @@
-"""What a scheme asks of the other parts of a run: those that cannot be are refused by name."""
+"""Checks that the other parts of a run suit its scheme."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from sfl_jax.schemes import CHUNKS, DEADLINE, SEVERAL_DEVICES, Scheme
 
 
 def planner_for(scheme: Scheme, planner: Planner) -> Planner:
-    """The planner under the scheme's clock. Without a split there is nothing to choose."""
+    """The planner with the scheme's clock. Scheme `fl` splits nothing, so its method is no_split."""
     if scheme.name == "fl":
         return dataclasses.replace(planner, method="no_split")
     if scheme.clock == "session":
         return planner
     if planner.barrier != "session":
-        raise BadInput(f"barrier={planner.barrier}: scheme={scheme.name} has a clock of its own")
+        raise BadInput(f"barrier={planner.barrier}: must be session; scheme={scheme.name} has its own clock")
     return dataclasses.replace(planner, barrier=scheme.clock)
 
 
 def devices_for(scheme: Scheme, count: int) -> list[Any]:
-    """The devices to use, `count` of each process; 0 is all that the scheme can use."""
+    """The devices to use, `count` of each process. 0 means all that the scheme can use."""
     if SEVERAL_DEVICES in scheme.allows:
         return federated_devices.choose_devices(count)
     if count > 1:
@@ -38,7 +38,7 @@ def devices_for(scheme: Scheme, count: int) -> list[Any]:
 
 
 def execution_for(scheme: Scheme, execution: Execution, cohort_size: int) -> Execution:
-    """The execution with as many clients at once as the scheme must have."""
+    """The execution, with the number of clients at once that the scheme needs."""
     if CHUNKS in scheme.allows:
         return execution
     size = 1 if scheme.has_order else cohort_size
@@ -51,15 +51,15 @@ def execution_for(scheme: Scheme, execution: Execution, cohort_size: int) -> Exe
 
 
 def check_faults(scheme: Scheme, faults: Faults, skip_diverged: bool) -> None:
-    """BadInput for a fault that the scheme cannot train with."""
+    """BadInput for a fault that the scheme does not allow."""
     if skip_diverged and scheme.needs_equal_steps:
         raise BadInput(
-            "on_divergence=skip_client: server_batch=joined needs every client, so that none can be left out"
+            "on_divergence=skip_client: must be stop with server_batch=joined, which needs every client"
         )
     if faults.deadline_factor and DEADLINE not in scheme.allows:
         raise BadInput(
-            f"deadline_factor={faults.deadline_factor:g}: scheme={scheme.name} has no deadline, since a late "
-            "client has moved the server already"
+            f"deadline_factor={faults.deadline_factor:g}: must be 0 with scheme={scheme.name}, where a late "
+            "client has changed the server already"
         )
     if faults.drop_probability and scheme.needs_equal_steps:
         raise BadInput(
@@ -69,10 +69,10 @@ def check_faults(scheme: Scheme, faults: Faults, skip_diverged: bool) -> None:
 
 
 def check_steps(scheme: Scheme, division: Sequence[np.ndarray], batch_size: int) -> None:
-    """BadInput where clients have other numbers of steps and the scheme needs equal ones."""
+    """BadInput if the scheme needs equal numbers of steps and the clients' numbers differ."""
     steps = [max(len(share) // batch_size, 1) for share in division]
     if scheme.needs_equal_steps and len(set(steps)) > 1:
         raise BadInput(
-            f"server_batch=joined: needs clients of equal numbers of steps; they have {min(steps)} to "
-            f"{max(steps)} an epoch"
+            f"server_batch=joined: needs the same number of steps from every client; they have {min(steps)} "
+            f"to {max(steps)} in an epoch"
         )

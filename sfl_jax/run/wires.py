@@ -1,4 +1,4 @@
-"""What crosses the cut under each codec: bits for plans and clocks, and links for training."""
+"""Bits that cross the cut under each codec, for plans and clocks, and links for training."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,8 +12,9 @@ from sfl_jax.federated.crossing import Link, Links
 def pairs(
     up: str | Codec | Sequence[str | Codec], down: str | Codec | None = None
 ) -> tuple[tuple[Codec, Codec], ...]:
-    """(codec of smashed data, codec of their gradient) of each choice; `down` is that of all, or as `up`. A
-    codec that is named twice is one choice.
+    """Returns the choices of (codec of smashed data, codec of their gradient). Equal choices appear once.
+
+    down: the gradient's codec in every choice. None takes the codec of the smashed data.
     """
     several = (up,) if isinstance(up, str | Codec) else tuple(up)
     made = dict.fromkeys(codecs.create(one) for one in several)
@@ -21,7 +22,7 @@ def pairs(
 
 
 def wires(chosen: Sequence[tuple[Codec, Codec]], profile: models.Profile) -> Mapping[str, optim.Wire]:
-    """The bits of a sample at each cut, by the name of the codec of smashed data."""
+    """The bits of one sample at each cut, by the name of the codec of smashed data."""
 
     def bits(codec):
         return np.array([sum(map(codec.bits, shapes)) for shapes in profile.shapes], np.float64)
@@ -30,7 +31,7 @@ def wires(chosen: Sequence[tuple[Codec, Codec]], profile: models.Profile) -> Map
 
 
 def links(chosen: Sequence[tuple[Codec, Codec]]) -> Links:
-    """What training does at the cut; None where nothing is done."""
+    """What training applies at the cut: a link, a tuple of links, or None for the identity."""
     first, *others = (_link(*pair) for pair in chosen)
     return (first, *others) if others else first
 

@@ -263,7 +263,7 @@ LINE = b'{"round": 1}\n'
     [
         ("config.json", None, "no run is here, config.json cannot be read"),
         ("config.json", b"{", "config.json: is damaged"),
-        ("metrics.jsonl", None, "no round is here, metrics.jsonl cannot be read"),
+        ("metrics.jsonl", None, "has no rounds; metrics.jsonl cannot be read"),
         ("metrics.jsonl", b"", "must hold rounds 1, 2, ..., one a line"),
         ("metrics.jsonl", LINE, "metrics.jsonl: is damaged"),
         ("metrics.jsonl", b"[]\n", "metrics.jsonl: is damaged"),

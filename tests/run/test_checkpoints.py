@@ -22,7 +22,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated import packing
 from sfl_jax.federated.round import Model
 from sfl_jax.run import checkpoints as checkpoints_module
-from sfl_jax.run.checkpoints import Checkpoints, Progress, from_stored, to_stored
+from sfl_jax.run.checkpoints import Checkpoints, Progress, from_saved, to_saved
 
 LOG = b"".join(b"round %d\n" % number for number in range(1, 10))
 
@@ -185,7 +185,7 @@ def test_a_file_that_somebody_left_in_a_checkpoint_is_not_of_it(name, copy, capl
         (lambda lines: lines[:-1], "SHA256SUMS lacks progress.json"),
         (lambda lines: [lines[0], lines[-1]], "SHA256SUMS lacks model"),
         (lambda lines: [], "SHA256SUMS lacks arrays.json, model, progress.json"),
-        (lambda lines: [*lines, "0123"], "SHA256SUMS is not of this form"),
+        (lambda lines: [*lines, "0123"], "SHA256SUMS has a line without a name"),
         (
             lambda lines: [*lines, lines[0].replace("arrays.json", "../000002/arrays.json")],
             "differs from SHA256",
@@ -242,7 +242,7 @@ def test_the_sums_can_be_checked_by_hand(saved):
 
 def test_a_log_that_lost_lines_is_noticed(saved, caplog):
     assert Checkpoints(saved, keep=2).newest(LOG[: len("round 1\n") * 3]) == progress(2)
-    assert "metrics.jsonl lacks its rounds" in caplog.text
+    assert "metrics.jsonl does not hold its rounds" in caplog.text
     assert Checkpoints(saved, keep=2).newest(LOG.replace(b"round 4", b"round 5")) == progress(2)
 
 
@@ -286,15 +286,15 @@ def test_another_network_is_refused(saved):
 
 def test_arrays_of_other_names_or_forms_are_refused_although_their_numbers_are_as_many(saved):
     like = jax.eval_shape(lambda: model(0))
-    packed = to_stored(model(5))
-    same = from_stored(packed, like)
+    packed = to_saved(model(5))
+    same = from_saved(packed, like)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(model(5)), strict=True):
         np.testing.assert_array_equal(a, b)
     swapped = packed._replace(arrays=[packed.arrays[1], packed.arrays[0], *packed.arrays[2:]])
     turned = [[name, dtype, shape[::-1]] for name, dtype, shape in packed.arrays]
     for other in (swapped, packed._replace(arrays=turned), packed._replace(arrays=packed.arrays[:-1])):
         with pytest.raises(ValueError, match="instead of"):
-            from_stored(other, like)
+            from_saved(other, like)
 
 
 def test_leaves_are_known_by_their_paths_however_they_are_packed(saved, monkeypatch):
@@ -335,17 +335,17 @@ def test_a_leaf_of_another_name_is_refused_although_its_form_is_the_same(names, 
 def test_a_checkpoint_of_an_earlier_release_is_refused_in_a_line_that_says_so(copy):
     path = copy / "000005" / "arrays.json"
     path.write_text('[[".packed.params.arrays[0][0]", "float32", [304]]]')
-    with pytest.raises(BadInput, match=r"it names no leaves, as an earlier release saved it"):
+    with pytest.raises(BadInput, match="its arrays have no names; an earlier release saved it"):
         Checkpoints(copy, keep=2).restore(progress(5), jax.eval_shape(lambda: model(0)))
 
 
 def test_arrays_of_several_types_and_none_at_all():
     tree = {"a": np.arange(6.0).reshape(2, 3), "b": np.int32(7), "c": np.float32([1, 2]), "d": np.int32([8])}
-    back = from_stored(to_stored(tree), tree)
+    back = from_saved(to_saved(tree), tree)
     for name, given in tree.items():
         np.testing.assert_array_equal(back[name], given)
         assert back[name].dtype == given.dtype
-    assert from_stored(to_stored(()), ()) == ()
+    assert from_saved(to_saved(()), ()) == ()
 
 
 def test_what_the_disk_refuses_is_raised_and_leaves_nothing(tmp_path):

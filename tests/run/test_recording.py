@@ -15,6 +15,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated.round import Model
 from sfl_jax.run import metrics, recording
 from sfl_jax.run.checkpoints import Checkpoints
+from sfl_jax.run.ledger import Ledger
 from sfl_jax.run.state import State
 
 ROUNDS = 7
@@ -135,6 +136,15 @@ def test_what_is_done_is_saved_before_an_error_ends_the_run(clock, tmp_path, mon
         Fails(monkeypatch, 9)
         assert not own.rescue(state(2))
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [0, 1]
+
+
+def test_bytes_are_read_back_and_missing_in_lines_of_older_releases():
+    own = line(1)._replace(ledger=Ledger(1, 2, 3, 4, 5))
+    assert own.to_json()["labels_up_bytes"] == 3
+    assert metrics.Round.from_json(own.to_json()) == own
+    old = {name: value for name, value in own.to_json().items() if name not in Ledger._fields}
+    assert metrics.Round.from_json(old) == line(1)
+    assert line(1).to_json() == old
 
 
 def test_clients_are_counted_over_the_whole_run(clock, tmp_path, monkeypatch):

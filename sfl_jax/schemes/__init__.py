@@ -10,8 +10,9 @@ __all__ = ["CHUNKS", "DEADLINE", "SCHEMES", "SEVERAL_DEVICES", "Scheme", "create
 
 
 def create(scheme: str | Scheme, **options: Any) -> Scheme:
-    """The scheme of this name with its options, or the scheme itself. BadInput for what is none, or for an
-    option that it does not have.
+    """Returns the scheme of this name with these options. A `Scheme` is returned unchanged.
+
+    Raises BadInput for an unknown scheme, or for an option that it does not have.
     """
     if isinstance(scheme, Scheme):
         return scheme

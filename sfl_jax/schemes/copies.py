@@ -1,7 +1,7 @@
-"""Copies of units, each with an optimiser state of its own, and one local step of them.
+"""Copies of units with an optimiser state for each unit, and one local step on them.
 
-A scheme says whose copy of a unit a step uses. With unequal cuts the shared copy of a unit is moved by some
-clients alone, so that every unit needs its own state: Adam's count of steps differs from unit to unit.
+With unequal cuts, different clients step different units of the server's copy. So Adam's count of steps
+differs by unit, and each unit needs its own state.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from sfl_jax.models import Variables
 
 
 class Copy(NamedTuple):
-    """A copy of one unit: its packed parameters and statistics, and the state of its optimiser.
+    """A copy of one unit: packed parameters and statistics, and its optimiser's state.
 
-    With a leading axis, the copies of several clients.
+    With a leading axis it holds the copies of several clients.
     """
 
     params: tuple[Array, ...]
@@ -28,11 +28,11 @@ class Copy(NamedTuple):
     state: Any
 
 
-Copies = tuple[Copy, ...]  # one for each unit
+Copies = tuple[Copy, ...]  # one copy for each unit
 
 
 def states(training: Training, packed: PackedVariables) -> tuple[Any, ...]:
-    """A fresh optimiser state for each unit. BadInput where the optimiser needs all units together."""
+    """A fresh optimiser state for each unit. BadInput if the optimiser needs all units together."""
     try:
         return tuple(
             training.optimizer.init(_for_optimizer(training, packed, place, arrays))
@@ -40,18 +40,18 @@ def states(training: Training, packed: PackedVariables) -> tuple[Any, ...]:
         )
     except Exception as error:
         raise BadInput(
-            "optimizer: cannot begin with one unit alone, and this scheme gives each unit its own state "
+            "optimizer: cannot start with one unit alone, and this scheme gives each unit its own state "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
 
 
 def copies(packed: PackedVariables, of_units: Sequence[Any]) -> Copies:
-    """The global variables as copies with these optimiser states."""
+    """Copies of the global variables with these optimiser states, one for each unit."""
     return tuple(map(Copy, packed.params.arrays, packed.batch_stats.arrays, of_units))
 
 
 def variables(of_units: Sequence[Copy | tuple[Any, ...]], like: PackedVariables) -> PackedVariables:
-    """The variables of copies; only their first two fields are read."""
+    """The variables that these copies hold. Reads only the first two fields of a copy."""
     params, stats = (tuple(unit[field] for unit in of_units) for field in (0, 1))
     return PackedVariables(Packed(params, like.params.layouts), Packed(stats, like.batch_stats.layouts))
 
@@ -59,7 +59,7 @@ def variables(of_units: Sequence[Copy | tuple[Any, ...]], like: PackedVariables)
 def batch(
     training: Training, samples: Samples, one: Assignment, index: Any, round_key: Key[Array, ""]
 ) -> tuple[Array, Array, Key[Array, ""]]:
-    """(images, labels, key) of a client's step."""
+    """Returns (images, labels, key) for a client's step."""
     rows = one.batches[index]
     key = jax.random.fold_in(jax.random.fold_in(round_key, one.client), index)
     return training.preprocess(samples.images[rows]), samples.labels[rows], key
@@ -75,8 +75,9 @@ def step(
     round_key: Key[Array, ""],
     rate: Float[Array, ""],
 ) -> tuple[Copies, Float[Array, ""], Bool[Array, ""]]:
-    """(the copies after a client's step, its loss, whether all of it is finite). A step that is not finite
-    changes nothing, and its loss is 0.
+    """Returns (the copies after a client's step, its loss, whether all its numbers are finite).
+
+    A step with numbers that are not finite changes nothing, and its loss is 0.
     """
     images, labels, key = batch(training, samples, one, index, round_key)
     held = variables(units, like)
@@ -98,7 +99,7 @@ def step(
 def moved(
     training: Training, like: PackedVariables, place: int, unit: Copy, gradients: Any, rate: Float[Array, ""]
 ) -> Copy:
-    """The copy of unit `place` after a step of its optimiser along packed gradients."""
+    """The copy of unit `place` after one optimiser step along packed gradients."""
     now, own = (_for_optimizer(training, like, place, arrays) for arrays in (unit.params, gradients))
     updates, state = training.optimizer.update(own, unit.state, now)
     new: Any = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), now, updates)
@@ -107,7 +108,7 @@ def moved(
 
 
 def chosen(condition: Bool[Array, "*K"], new: Any, old: Any) -> Any:
-    """`new` where the condition holds, else `old`; it may be one for each client."""
+    """`new` where the condition holds, else `old`. The condition may have one entry for each client."""
 
     def of_leaf(a, b):
         return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
@@ -121,8 +122,10 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 
 def _for_optimizer(training, like, place, arrays) -> Any:
-    """Packed arrays of unit `place` as the optimiser takes them. One that looks at a leaf, or at names, gets
-    the unit's own tree in its place among empty ones.
+    """Packed arrays of unit `place`, in the form that the optimiser takes.
+
+    An optimiser that looks at single leaves or names gets a tuple of trees. Only that of this unit is not
+    empty.
     """
     layouts = like.params.layouts
     packed = Packed((arrays,), (layouts[place],))

@@ -1,4 +1,4 @@
-"""One step of all clients together, on units of which some have one copy for all."""
+"""One step of all clients together. Some units have one shared copy, the others a copy for each client."""
 
 import dataclasses
 import functools
@@ -15,30 +15,32 @@ from sfl_jax.federated.session import Training, together
 from sfl_jax.models import Variables
 from sfl_jax.schemes.copies import all_finite, batch, chosen, moved
 
-JOINED = 2**31 - 1  # in place of a client's number in the key of a joined batch
+JOINED = 2**31 - 1  # the key of a joined batch has this instead of a client's number
 
 
 @dataclasses.dataclass(frozen=True)
 class Lockstep:
-    """One step of all clients. Copies come in two tuples: rows, of the units that a client has copies of, and
-    shared.
+    """One step of all clients.
+
+    `rows` are the copies of units that each client has a copy of, with a leading axis of clients. `shared`
+    are the copies of the other units.
     """
 
     training: Training
     like: PackedVariables
-    shared_at: list[bool]  # of each unit
-    is_joined: bool  # whether the shared units see one batch of all clients
+    shared_at: list[bool]  # for each unit, whether it is shared
+    is_joined: bool  # whether shared units see one joined batch of all clients
     samples: Any
     round_key: Any
     rate: Any
 
     def zeros(self, shared):
-        """The sums of no chunk: gradients and statistics of shared units, and the number of clients."""
+        """Sums to start from: gradients and statistics of shared units, and a number of clients."""
         stats = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), tuple(u.stats for u in shared))
         return jax.tree.map(jnp.zeros_like, tuple(u.params for u in shared)), stats, jnp.zeros((), jnp.int32)
 
     def moved(self, shared, gradients, stats, count):
-        """The shared copies after a step along the mean gradient; as they were where nobody took part."""
+        """The shared copies after a step along the mean gradient. Unchanged if no client took part."""
         parts = zip(self._places(True), shared, gradients, stats, strict=True)
         new = tuple(
             moved(self.training, self.like, place, unit, _over(own, count), self.rate)._replace(
@@ -49,11 +51,11 @@ class Lockstep:
         return chosen(count > 0, new, shared)
 
     def step(self, index, shared, rows, work, losses, is_sound):
-        """(sums of the chunk, its rows, losses and who is sound, after the step `index`).
+        """Returns (sums of the chunk, its rows, its losses, which clients are sound) after step `index`.
 
-        A client whose loss or gradient is not finite would spoil the sums of all. It is left out, and the
-        chunk computed again, until all numbers are finite: once in nearly every round. A chunk in which
-        nobody has a step to do is not computed.
+        One client whose loss or gradient is not finite would spoil the sums of all. It is left out, and the
+        chunk is computed again until all numbers are finite. In nearly every round one computation is enough.
+        A chunk in which no client has a step left is not computed.
         """
 
         def spoils(carry):
@@ -63,7 +65,7 @@ class Lockstep:
             _, is_sound, *_ = carry
             takes_part = is_sound & (index < work.steps)
             (loss, stats, entering), own, of_shared = self._gradients(index, shared, rows, work, takes_part)
-            # In a joined batch one client spoils all losses. So who is to blame is looked for there first.
+            # In a joined batch one client spoils all losses. So the inputs of shared units are judged first.
             fine = jax.vmap(all_finite)((loss, own, stats)) | ~takes_part
             fine = jnp.where((entering | ~takes_part).all(), fine, entering | ~takes_part)
             return fine.all(), is_sound & fine, loss, stats, own, of_shared
@@ -95,9 +97,7 @@ class Lockstep:
         return sums, chosen(takes_part, new, rows), losses, is_sound
 
     def _gradients(self, index, shared, rows, work, takes_part):
-        """(what `_forward` returns, the gradients of rows (K, ...), the sum over clients of those of shared
-        copies).
-        """
+        """Returns (outputs of `_forward`, gradients of rows (K, ...), summed gradients of shared copies)."""
 
         def loss_of(own, of_shared):
             outputs = self._forward(index, own, of_shared, shared, rows, work, takes_part)
@@ -108,9 +108,7 @@ class Lockstep:
         return outputs, *gradients
 
     def _forward(self, index, own, of_shared, shared, rows, work, takes_part):
-        """(the loss of each client, the new statistics of every unit, whether what enters the shared units is
-        finite), all by client.
-        """
+        """Returns by client (loss, statistics of all units, whether the input of shared units is finite)."""
         training, chain = self.training, self.training.chain
         most, tail = training.tail - sum(self.shared_at), training.tail
         images, labels, keys = jax.vmap(
@@ -123,7 +121,7 @@ class Lockstep:
             return crossing.hook(training.link, tail, one.cut, one.codec, key, crossing.CLIENTS)
 
         def part(units, first, params, stats, x, key, one=None):
-            """What a part of the chain makes of x. Between two of its units the link acts."""
+            """Applies part of the chain to x. The link acts between two units of the part."""
             at_boundary = None if one is None else link_of(one, key)
             now = Variables(
                 Packed(params, self.like.params.layouts[first : first + len(units)]).unpack(),
@@ -133,7 +131,7 @@ class Lockstep:
             return y, pack(new.batch_stats).arrays
 
         def crossed(unit, one, x, key):
-            """x as it enters a unit of another part."""
+            """x after the link, when it enters a unit of the next part."""
             hook = link_of(one, key)
             return x if hook is None or unit >= len(chain) else hook(unit, x)
 
@@ -145,7 +143,7 @@ class Lockstep:
 
         x, head_stats = together(run_head)(own[:most], own_stats[:most], images, keys, work)
         entering = jax.vmap(all_finite)(x)
-        # Who takes no part may have numbers that are not finite; another's stand in for them.
+        # A client that takes no part may have numbers that are not finite. Another's replace them.
         x = jax.tree.map(lambda leaf: chosen(takes_part, leaf, leaf[jnp.argmax(takes_part)][None]), x)
         if self.is_joined and shared:
             step_key = jax.random.fold_in(jax.random.fold_in(self.round_key, JOINED), index)

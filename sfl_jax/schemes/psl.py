@@ -1,4 +1,4 @@
-"""`psl`: parallel split learning. All clients take a step together, and the server's half moves once."""
+"""`psl`: parallel split learning. All clients take each step together, and the server updates once."""
 
 import dataclasses
 from typing import Any
@@ -23,20 +23,20 @@ from sfl_jax.schemes.turns import by_unit
 class Psl(Scheme):
     """Parallel split learning (Jeon and Kim 2020; Lin et al., arXiv 2403.13101).
 
-    Units from `most` on have one copy. It takes a step along the mean gradient over the samples of all
-    clients that still have a step to do. Each client has own copies of the units below, those between its cut
-    and `most` on the server. They are averaged at the end of the round. With `most` 0 it is SGD with large
-    batches; with `most` L it is federated averaging.
+    Units from `most` on have one shared copy. It steps along the mean gradient over the samples of all
+    clients that still have a step to do. Each unit below `most` has a copy for every client. A client's
+    copies from its cut to `most` are on the server. All copies are averaged at the end of the round. With
+    `most` 0, psl is SGD with large batches. With `most` L, it is federated averaging.
 
     Attributes:
-      most: the largest cut of the run; None is the number of units. It is compiled into the round.
-      server_batch: "separate": each client's batch is normalised by itself, and the mean of the statistics
-        is kept. "joined": the server sees one batch of all clients' samples. All clients then need the same
-        number of steps, and nobody may be missing.
-      keeps_state: whether the optimiser's state of the single copies outlives the round.
+      most: the largest cut of the run; None means the number of units. It is compiled into the round.
+      server_batch: "separate" normalises each client's batch by itself and keeps the mean of the statistics.
+        "joined" gives the server one batch with all clients' samples. Then every client must take part, with
+        the same number of steps.
+      keeps_state: whether the optimiser state of the shared copies is kept for the next round.
 
     Raises:
-      BadInput: a kind of batch that is none, or a negative cut.
+      BadInput: an unknown kind of batch, or a negative cut.
     """
 
     most: int | None = None
@@ -83,10 +83,10 @@ class Psl(Scheme):
     def run_round(
         self, training, size, axis_name, model, samples, work, round_key, rate, previous=None
     ) -> Any:
-        """As `federated.round.run_round`, for one device.
+        """Like `federated.round.run_round`, for one device.
 
-        Memory: a copy of the units below `most` for each client of the round, and what a chunk of `size`
-        clients keeps for its backward pass.
+        Memory: a copy of the units below `most` for each client of the round, and what `size` clients keep
+        for the backward pass.
         """
         like, clients = model.packed, len(work.client)
         size = clients if self.server_batch == "joined" else size
@@ -141,7 +141,7 @@ class Psl(Scheme):
 
 
 def _mean(copy, before, weight, total):
-    """The weighted mean of clients' copies of a unit."""
+    """The weighted mean of the clients' copies of a unit."""
 
     def of_leaf(x, before):
         x = jax.vmap(change, (0, None))(x, before)

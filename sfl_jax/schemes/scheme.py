@@ -1,4 +1,4 @@
-"""What a scheme declares of itself, and what all schemes share."""
+"""What a scheme declares, and what all schemes share."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -9,17 +9,17 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated.session import Training
 from sfl_jax.models import Variables
 
-# What a scheme may allow.
+# Abilities that a scheme may declare in `allows`.
 DEADLINE, SEVERAL_DEVICES, CHUNKS = "deadline", "several_devices", "chunks"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """Who holds, updates and averages which half, and who waits for whom. Static under jit.
+    """Says who holds, updates and averages which half, and who waits for whom. Static under jit.
 
     Attributes:
-      tail_units: the last units that the client holds too (a U-shape), so that labels never leave it.
-      has_order: whether clients are served one after the other, in an order drawn every round.
+      tail_units: how many last units the client also holds (a U-shape). Labels then never leave it.
+      has_order: whether clients are served one after the other, in an order drawn each round.
     """
 
     tail_units: int = 0
@@ -29,23 +29,25 @@ class Scheme:
 
     @property
     def clock(self) -> str:
-        """The barrier of `optim.solve` that is the scheme's clock."""
+        """The barrier of `optim.solve` that computes the scheme's simulated seconds."""
         raise NotImplementedError
 
     @property
     def allows(self) -> frozenset[str]:
-        """What may be asked of the scheme. DEADLINE: a client that comes too late is left out.
-        SEVERAL_DEVICES: they share the clients of a round. CHUNKS: a device computes several clients at once.
+        """The abilities of the scheme.
+
+        DEADLINE: a client that is late is left out. SEVERAL_DEVICES: devices share the clients of a round.
+        CHUNKS: a device computes several clients at once.
         """
         return frozenset()
 
     @property
     def needs_equal_steps(self) -> bool:
-        """Whether all clients of a round must be there and take the same number of steps."""
+        """Whether all clients of a round must take part, with the same number of steps."""
         return False
 
     def check(self, units: int) -> None:
-        """BadInput where the scheme does not suit a network of so many units."""
+        """Raises BadInput if the scheme does not suit a network of `units` units."""
         if not 0 <= self.tail_units < units:
             raise BadInput(
                 f"tail_units={self.tail_units}: must be 0 to {units - 1}, less than the units of the network"
@@ -56,14 +58,14 @@ class Scheme:
         return units
 
     def engine(self) -> Any:
-        """What `Training.scheme` takes: the scheme itself, or None for sessions that run together."""
+        """What `Training.scheme` takes: the scheme itself, or None for independent sessions."""
         return self
 
     def start(self, training: Training, variables: Variables) -> Any:
-        """What survives a round beside the variables, before the first."""
+        """What the scheme keeps from round to round beside the variables, before the first round."""
         return ()
 
 
 def is_own(training: Training, cut: Int[Array, "*K"], unit: int) -> Array:
-    """Whether the client holds the unit: below its cut, or in the tail."""
+    """Whether the client holds the unit: it is below the cut, or in the tail."""
     return (unit < cut) | (unit >= training.tail)

@@ -1,4 +1,4 @@
-"""`sfl` and `fl`: every client has a copy of every unit, and all are averaged at the end of the round."""
+"""`sfl` and `fl`: each client trains a copy of every unit. All copies are averaged after the round."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from sfl_jax.schemes.scheme import CHUNKS, DEADLINE, SEVERAL_DEVICES, Scheme
 class Sfl(Scheme):
     """SplitFed V1 (Thapa et al., arXiv 2004.12088): the server holds a replica of its half for each client.
 
-    With an identity codec the numbers are those of federated averaging, whatever the cuts are.
+    With an identity codec the numbers are those of federated averaging, for any cuts.
     """
 
     name = "sfl"
@@ -29,6 +29,6 @@ class Sfl(Scheme):
 
 @dataclasses.dataclass(frozen=True)
 class Fl(Sfl):
-    """Federated averaging (McMahan et al., arXiv 1602.05629): every client keeps the whole network."""
+    """Federated averaging (McMahan et al., arXiv 1602.05629): each client holds the whole network."""
 
     name = "fl"

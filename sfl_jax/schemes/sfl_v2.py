@@ -1,4 +1,4 @@
-"""`sfl_v2`: clients have their own halves, and the server has one half for all of them."""
+"""`sfl_v2`: each client has its own client half, and the server has one half for all clients."""
 
 import dataclasses
 from typing import Any
@@ -22,16 +22,16 @@ from sfl_jax.schemes.scheme import Scheme, is_own
 class SflV2(Scheme):
     """SplitFed V2 (Thapa et al., arXiv 2004.12088): the server's half learns from one client after the other.
 
-    At the end of a round a unit becomes the mean of the copies of the clients that held it and, with the
-    weight of the others, of the shared copy. With one client it is plain SGD.
+    At the end of a round each unit becomes a weighted mean. Clients that held the unit contribute their own
+    copies. The shared copy has the weight of all other clients. With one client, it is plain SGD.
 
     Attributes:
-      order: "client": a client's whole session, then the next, as the authors' code does. "step": a step of
-        each client in turn, as their text says. Both follow an order that is drawn every round.
-      keeps_state: whether the optimiser's state of the shared copies outlives the round.
+      order: "client" runs a client's whole session, then the next client's, like the authors' code. "step"
+        runs one step of each client in turn, like their paper. Both use an order drawn each round.
+      keeps_state: whether the optimiser state of the shared copies is kept for the next round.
 
     Raises:
-      BadInput: an order that is none.
+      BadInput: an unknown order.
     """
 
     order: str = "client"
@@ -54,9 +54,9 @@ class SflV2(Scheme):
     def run_round(
         self, training, size, axis_name, model, samples, work, round_key, rate, previous=None
     ) -> Any:
-        """As `federated.round.run_round`, for one device.
+        """Like `federated.round.run_round`, for one device.
 
-        Memory: three models with order "client"; a model for each client of the round with "step".
+        Memory: three models with order "client"; with "step", one model for each client of the round.
         """
         if self.order == "client":
             return turns.run_round(
@@ -66,7 +66,7 @@ class SflV2(Scheme):
         return self._step_by_step(training, model, samples, work, round_key, rate, previous)
 
     def _step_by_step(self, training, model, samples, work, round_key, rate, previous):
-        """Row k of a unit's copies is that of client k; the last row is the shared one."""
+        """Row k of a unit's copies belongs to client k. The last row is the shared copy."""
         training = training.alone()
         like, units, clients = model.packed, range(len(training.chain)), len(work.client)
         fresh = copies(like, states(training, like))

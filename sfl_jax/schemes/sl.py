@@ -13,13 +13,13 @@ from sfl_jax.schemes.scheme import Scheme
 
 @dataclasses.dataclass(frozen=True)
 class Sl(Scheme):
-    """Split learning (Gupta and Raskar, arXiv 1810.06060): each client trains where the one before it ended.
+    """Split learning (Gupta and Raskar, arXiv 1810.06060): each client starts where the last one ended.
 
-    The client half is handed on, with its optimiser state. With an identity codec the numbers are those of
-    sequential SGD over the clients' data, whatever the cuts are.
+    A client hands its half on, with the optimiser state. With an identity codec the numbers are those of
+    sequential SGD over the clients' data, for any cuts.
 
     Attributes:
-      keeps_state: whether the optimiser's state outlives the round.
+      keeps_state: whether the optimiser state is kept for the next round.
     """
 
     keeps_state: bool = True
@@ -37,7 +37,7 @@ class Sl(Scheme):
     def run_round(
         self, training, size, axis_name, model, samples, work, round_key, rate, previous=None
     ) -> Any:
-        """As `federated.round.run_round`, for one device. Memory: two models."""
+        """Like `federated.round.run_round`, for one device. Memory: two models."""
         return turns.run_round(
             training, model, samples, work, round_key, rate, previous, has_own=False, keeps=self.keeps_state
         )

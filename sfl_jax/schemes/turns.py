@@ -1,4 +1,4 @@
-"""Whole sessions of clients, one client after the other, on units of which some have one copy for all."""
+"""Whole sessions, one client after the other. The server's half has one copy for all clients."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ def run_round(
     has_own: bool,
     keeps: bool,
 ) -> Any:
-    """A round of sessions in turn; results as of `federated.round.run_round`.
+    """A round of sessions in turn. Returns what `federated.round.run_round` returns.
 
-    has_own: whether a client has copies of its own of the units that it holds, averaged at the end of the
-    round; else all units have one copy. keeps: whether the states of the single copies outlive the round.
-    Memory: three models, however many clients there are.
+    has_own: whether each client has its own copies of the units that it holds, averaged at the end of the
+    round. If False, every unit has one copy. keeps: whether the optimiser states of single copies are kept
+    for the next round. Memory: three models for any number of clients.
     """
     training = training.alone()
     like, units = model.packed, range(len(training.chain))
@@ -88,14 +88,14 @@ def by_unit(like):
 
 
 def variables_of(units, like):
-    """What is averaged of copies of each unit: numbers, or an integer's change since the round began."""
+    """The numbers of each unit that are averaged. For an integer this is its change since the round began."""
     return tuple(
         jax.tree.map(change, unit[:2], before) for unit, before in zip(units, by_unit(like), strict=True)
     )
 
 
 def mixed(own, own_weight, shared, before, total):
-    """The mean of a unit: the weighted sum of clients' own copies, and the shared copy for the others."""
+    """The mean of a unit: the weighted sum of the clients' own copies, and the shared copy for the others."""
 
     def of_leaf(own, shared, before):
         rest = (total - own_weight).astype(own.dtype)

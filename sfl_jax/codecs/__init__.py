@@ -1,4 +1,4 @@
-"""What is done to smashed data and to its gradient at the cut: rounding, quantising, noise."""
+"""Codecs: what is done to smashed data and their gradient at the cut. They round, quantise or add noise."""
 
 from sfl_jax.codecs.codec import Codec, create
 from sfl_jax.codecs.gaussian import Gaussian

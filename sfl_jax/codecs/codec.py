@@ -1,4 +1,4 @@
-"""What a codec is, and how its name becomes one."""
+"""What a codec is, and how a name becomes a codec."""
 
 import abc
 import dataclasses
@@ -16,37 +16,37 @@ from sfl_jax.registry import CODECS
 
 @dataclasses.dataclass(frozen=True)
 class Codec(abc.ABC):
-    """How an array of samples becomes what goes over the wire, and how it comes back.
+    """Turns an array of samples into a payload for the wire, and back.
 
     A codec is frozen and hashable, so it can be static under jit. Its methods are pure functions. They run
-    under jit and vmap, on any float type. Numbers are float32 before anything else is done to them.
-    Neither method needs a gradient: the caller passes gradients on by a rule of its own.
+    under jit and vmap, on any float type, and first convert numbers to float32. They need no gradient,
+    because the caller has its own rule for gradients.
 
-    A sample with a number that is not finite has one after decoding too, so that divergence is seen.
+    A sample with a number that is not finite still has one after decoding, so that divergence is noticed.
 
-    name: the name in the registry. Its numbers, if it has any, are the fields of the dataclass.
+    name: the name in the registry. The dataclass fields are the codec's numbers.
     """
 
     name: ClassVar[str]
 
     @abc.abstractmethod
     def encode(self, x: Float[Array, "B *sample"], key: Key[Array, ""]) -> Any:
-        """The payload of B samples: a pytree of arrays (B, ...) of the types that go over the wire."""
+        """The payload of B samples: a pytree of arrays (B, ...), in the types that go over the wire."""
 
     @abc.abstractmethod
     def decode(self, payload: Any, like: jax.ShapeDtypeStruct) -> Float[Array, "B *sample"]:
-        """The samples of a payload, in the shape and type of `like`, those of the encoded array."""
+        """The samples of a payload. `like` is the shape and type of the encoded array."""
 
     @abc.abstractmethod
     def bits(self, shape: tuple[int, ...]) -> int:
-        """What one sample of this shape takes on the wire, scales and indices included."""
+        """The bits that one sample of this shape takes on the wire, with scales and indices."""
 
     def transmit(self, x: Float[Array, "B *sample"], key: Key[Array, ""]) -> Float[Array, "B *sample"]:
         """What arrives on the other side: `x`, encoded and decoded."""
         return self.decode(self.encode(x, key), jax.ShapeDtypeStruct(x.shape, x.dtype))
 
     def __str__(self) -> str:
-        """The text that `create` makes this codec from."""
+        """The text from which `create` makes this codec."""
         numbers = ",".join(_shortest(value) for value in dataclasses.astuple(self))
         return f"{self.name}:{numbers}" if numbers else self.name
 
@@ -56,10 +56,9 @@ class Codec(abc.ABC):
 
 
 def create(spec: str | Codec) -> Codec:
-    """The codec of a text, "name" or "name:number,number"; a codec is given back as it is.
+    """Returns the codec for a text "name" or "name:number,number". A `Codec` is returned unchanged.
 
-    Raises BadInput for a name that is not registered, for other numbers than it takes, and for numbers that
-    the codec refuses.
+    Raises BadInput for an unknown name, for a wrong count of numbers, or for numbers that the codec refuses.
     """
     if isinstance(spec, Codec):
         return spec
@@ -73,13 +72,13 @@ def create(spec: str | Codec) -> Codec:
     except ValueError:
         numbers = None
     if numbers is None or len(numbers) != len(wanted):
-        form = f"{name}:{','.join(wanted)}, in numbers" if wanted else name
+        form = f"{name}:{','.join(wanted)} with numbers" if wanted else name
         raise BadInput(f"codec={spec}: must be {form}")
     return member(*numbers)
 
 
 def flat(x: Float[Array, "B *sample"]) -> Float[Array, "B n"]:
-    """Samples as vectors of float32."""
+    """Samples as float32 vectors."""
     return x.astype(jnp.float32).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 

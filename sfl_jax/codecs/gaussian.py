@@ -1,4 +1,4 @@
-"""Samples of bounded norm under Gaussian noise, for privacy that can be stated."""
+"""Codec that clips each sample's norm and adds Gaussian noise, for privacy that can be stated."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from sfl_jax.codecs.codec import Codec, flat
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian(Codec):
-    """Each sample is shortened to l2 norm `clip` where it is longer, then each number gets noise of standard
-    deviation sigma · clip. The payload is the float32 array (B, ...).
+    """Clips each sample to l2 norm `clip`, then adds noise of standard deviation sigma · clip to each number.
+    The payload is the float32 array (B, ...).
 
-    A sample with a number that is not finite is NaN throughout.
+    A sample with a number that is not finite becomes NaN throughout.
 
     clip: from 1e-30 to 1e30, in the units of the smashed data. sigma: 0 for no noise, or from 1e-6 to 1e6.
-    Raises BadInput for others, for which float32 could lose the noise.
+    Raises BadInput outside these ranges, where float32 could lose the noise.
     """
 
     name = "gaussian"
@@ -35,8 +35,8 @@ class Gaussian(Codec):
 
     def encode(self, x, key) -> Any:
         samples = flat(x)
-        # Squares of large numbers would be infinite, so all are divided by the largest. XLA may multiply by
-        # its reciprocal instead, which counts as 0 if the largest is above 8.5e37. Hence `smaller`.
+        # Squares of large numbers overflow, so all numbers are divided by the largest. XLA may multiply by
+        # its reciprocal instead, which becomes 0 if the largest is above 8.5e37. `smaller` prevents this.
         largest = jnp.max(jnp.abs(samples), axis=1, keepdims=True, initial=0)
         largest = jnp.where(largest < jnp.finfo(jnp.float32).tiny, 1, largest)
         smaller = jnp.where(largest > 1, 2.0**-10, 1.0)
@@ -53,5 +53,5 @@ class Gaussian(Codec):
         return 32 * math.prod(shape)
 
     def epsilon(self, messages: int, delta: float) -> float:
-        """ε for a sample that this codec sends so many times; see `privacy.epsilon`."""
+        """ε for a sample that this codec sends `messages` times; see `privacy.epsilon`."""
         return privacy.epsilon(self.sigma, messages, delta)

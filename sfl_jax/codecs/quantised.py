@@ -1,4 +1,4 @@
-"""Integers of 8 or 4 bits with one scale a sample, rounded up or down by chance."""
+"""Codecs of 8-bit or 4-bit integers with one scale for each sample and stochastic rounding."""
 
 import dataclasses
 import math
@@ -23,18 +23,18 @@ class Scaled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Quantised(Codec):
-    """The payload is `Scaled`: whole steps of a sample's scale, max|x| / limit.
+    """The payload is `Scaled`: whole steps of the sample's scale, max|x| / limit.
 
-    A number between two steps goes to the upper one with a chance equal to its distance from the lower one.
-    So the mean over keys of what arrives is x, to 2⁻²⁴ of a step and the rounding of float32, and every error
+    A number between two steps is rounded up with a probability equal to its distance from the lower step. So
+    the mean of what arrives, over keys, is x. It is exact to 2⁻²⁴ of a step and float32 rounding. Every error
     is less than a step.
 
-    Chance is dear: random bits take most of the time. A number has 8 random bits of its own, a quarter of a
-    drawn uint32. Alone they would leave a bias of up to 1/512 of a step. 15 more bits, which a sample draws
-    once for all its numbers, place the 256 values between each other, and this removes the bias.
+    Drawing random bits takes most of the time. So each number has only 8 random bits of its own, a quarter of
+    a drawn uint32. These alone would leave a bias of up to 1/512 of a step. A sample draws 15 more bits once,
+    for all its numbers. They shift the 256 values and so remove the bias.
 
-    A sample with a number that is not finite is NaN throughout. One with no number of 1.2e-38 · limit or more
-    in size is 0 throughout, as machines differ in what they do to smaller ones.
+    A sample with a number that is not finite becomes NaN throughout. A sample without a number of at least
+    1.2e-38 · limit in size becomes 0 throughout, because machines treat smaller numbers differently.
     """
 
     limit: ClassVar[int]
@@ -69,7 +69,7 @@ class Int8(_Quantised):
 
 
 class Int4(_Quantised):
-    """Whole steps from -7 to 7, two in a byte: the first half of a sample in the lower four bits."""
+    """Whole steps from -7 to 7, two in a byte. The lower four bits hold the first half of the sample."""
 
     name, limit = "int4", 7
 
@@ -88,13 +88,13 @@ class Int4(_Quantised):
 
 
 def rounded_up_by(dither: Float[Array, "B n"], steps: Float[Array, "B n"]) -> Int8Array[Array, "B n"]:
-    """Numbers rounded up where what they are above a whole number is more than the dither, else down."""
+    """Rounds a number up if its fraction is more than the dither, else down."""
     lower = jnp.floor(steps)
     return (lower + (dither < steps - lower)).astype(jnp.int8)
 
 
 def _dither(key: Key[Array, ""], batch: int, count: int) -> Float[Array, "batch count"]:
-    """Numbers between 0 and 1, each one of the 2²³ odd multiples of 2⁻²⁴ with the same chance."""
+    """Random numbers between 0 and 1: each odd multiple of 2⁻²⁴ has the same probability."""
     own, shared = jax.random.split(key)
     words = jax.random.bits(own, (batch, -(-count // 4)), jnp.uint32)
     own_bits = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(batch, 4 * words.shape[1])[:, :count]

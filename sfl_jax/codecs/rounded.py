@@ -1,4 +1,4 @@
-"""Each number by itself, in a float type of 32 or 16 bits."""
+"""Codecs that round each number to a float type of 32 or 16 bits."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ from sfl_jax.codecs.codec import Codec
 
 @dataclasses.dataclass(frozen=True)
 class _Rounded(Codec):
-    """The payload is the array (B, ...) in the float type that the codec is named after.
+    """The payload is the array (B, ...) in the float type with the codec's name.
 
-    Numbers are rounded to nearest, ties to even. A finite float32 beyond the type's range becomes its largest
-    finite number. Infinity and NaN stay what they are. The key is not used.
+    Numbers are rounded to nearest, ties to even. A finite float32 beyond the type's range becomes the type's
+    largest finite number. Infinity and NaN stay the same. The key is not used.
     """
 
     def encode(self, x, key) -> Any:
@@ -32,7 +32,7 @@ class _Rounded(Codec):
 
 
 class Float32(_Rounded):
-    """Numbers as they are. Those of float64 are rounded, and beyond the range of float32 infinite."""
+    """The numbers as float32. Numbers of float64 are rounded; beyond float32's range they become infinite."""
 
     name = "float32"
 

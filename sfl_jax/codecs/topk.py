@@ -1,4 +1,4 @@
-"""The largest numbers of a sample and where they were."""
+"""Codec that sends the largest numbers of a sample and their places."""
 
 import dataclasses
 import math
@@ -21,14 +21,13 @@ class Largest(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Codec):
-    """The ⌈part · n⌉ of a sample's n numbers that are largest in size; the others arrive as 0.
+    """Sends the ⌈part · n⌉ of a sample's n numbers that are largest in size. The others arrive as 0.
 
-    The payload is `Largest`: float32 values, and indices of the smallest of uint8, uint16 and uint32 that
-    holds them. Of equal numbers the first are kept. Those that are not finite are kept before all others.
-    What is left out is not made up for later (no error feedback): it would have to be kept for each sample.
-    The key is not used.
+    The payload is `Largest`: float32 values, and indices in the smallest of uint8, uint16 and uint32 that
+    holds them. Among equal numbers, the first are kept. Numbers that are not finite are kept before all
+    others. There is no error feedback: it would need memory for every sample. The key is not used.
 
-    part: above 0 and at most 1, taken as the decimal number that it is written as. Raises BadInput otherwise.
+    part: above 0 and at most 1. It means the decimal number as written. Raises BadInput otherwise.
     """
 
     name = "topk"
@@ -55,10 +54,10 @@ class TopK(Codec):
         return self._kept(count) * (32 + 8 * _index_type(count).itemsize)
 
     def _kept(self, count: int) -> int:
-        # In floats 0.1 · 30 is more than 3.
+        # A fraction, because 0.1 · 30 in floats is more than 3.
         return math.ceil(Fraction(repr(float(self.part))) * count)
 
 
 def _index_type(count: int) -> jnp.dtype:
-    """The smallest type for the indices of so many numbers."""
+    """The smallest unsigned type that indexes `count` numbers."""
     return jnp.dtype(jnp.uint8 if count <= 2**8 else jnp.uint16 if count <= 2**16 else jnp.uint32)

@@ -95,6 +95,15 @@ PARTITIONS = Registry(
 )
 _OPTIMIZERS = "sfl_jax.federated.optimizers"
 OPTIMIZERS = Registry("optimizer", {name: f"{_OPTIMIZERS}:{name}" for name in ("sgd", "adam")})
+_SERVER_OPTIMIZERS = "sfl_jax.federated.server_optimizers"
+SERVER_OPTIMIZERS = Registry(
+    "server_optimizer", {name: f"{_SERVER_OPTIMIZERS}:{name}" for name in ("sgd", "adam", "yogi")}
+)
+_SCHEDULES = "sfl_jax.run.schedules"
+SCHEDULES = Registry(
+    "learning_rate_schedule",
+    {name: f"{_SCHEDULES}:{name}" for name in ("constant", "cosine", "linear", "exponential", "step")},
+)
 _SCHEMES = "sfl_jax.schemes"
 SCHEMES = Registry(
     "scheme",
@@ -128,5 +137,8 @@ LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
 SERVER_ORDERS = ("client", "step")  # of sfl_v2
 SERVER_BATCHES = ("separate", "joined")  # of psl
+SAMPLINGS = ("uniform", "size")
+BATCH_NORMS = ("averaged", "local_statistics", "local", "reestimated")
+NORMS = ("batch", "group")  # layers of the networks
 LAYER_FORMS = ("product", "conv")
 EXECUTIONS = ("vmap", "map")

@@ -43,6 +43,6 @@ def dense(drop_rate_scale=1.0, num_classes=10):
     return models.Chain((Front(DROP_RATE * drop_rate_scale, name="front"), Back(num_classes, name="back")))
 
 
-def create(name, num_classes=10, in_channels=1, *, layer_form="product", dtype=None, drop_rate_scale=1.0):
+def create(name, num_classes=10, in_channels=1, *, drop_rate_scale=1.0, **_):
     """In the place of `models.create`: always the dense network."""
     return dense(drop_rate_scale, num_classes)

@@ -52,27 +52,29 @@ def run(config, data, clients, scaling=BLACK_TO_WHITE, initial=None) -> list[Lin
     )  # fmt: skip
     clients = clients.with_samples([len(part) for part in parts])
     params = start = _initial(config) if initial is None else initial
-    moments = [0.0 for _ in params]
+    moments = [(0.0, 0.0) for _ in params]
+    sampling = fleet.Sampling(config.sampling)
     clocks = dict.fromkeys((config.method, "no_split", "common_cut"), 0.0)
     lines = []
     for round in range(config.rounds):
-        ids = fleet.cohort(config.seed, round, config.clients, config.cohort_size)
+        ids, _ = sampling.cohort(config.seed, round, clients.samples, config.cohort_size)
         terms, plan, rivals = plans(config, clients, ids, round)
         round_s, came = waited(config, terms, plan, ids, round)
         for name, rival in {**rivals, config.method: plan}.items():
             clocks[name] += waited(config, terms, rival, ids, round)[0] if rival else math.inf
         here = ids[came]
         trained = [_session(config, data, scaling, start, parts, id, round) for id in here]
-        weights = np.array([len(parts[id]) for id in here], float)
+        weights = np.array([len(parts[id]) if config.sampling == "uniform" else 1 for id in here], float)
         loss = np.nan
         if len(here):
             weights /= weights.sum()
             loss = sum(w * own[1] for w, own in zip(weights, trained, strict=True))
             means = [sum(w * own[0][i] for w, own in zip(weights, trained, strict=True)) for i in range(4)]
-            moments = [
-                config.server_momentum * m + (p - x) for m, p, x in zip(moments, start, means, strict=True)
+            server = {"sgd": _server_sgd, "adam": _server_adam}[config.server_optimizer]
+            moved = [
+                server(p, p - x, m, round + 1, config) for m, p, x in zip(moments, start, means, strict=True)
             ]
-            start = tuple(p - config.server_learning_rate * m for p, m in zip(start, moments, strict=True))
+            start, moments = tuple(p for p, _ in moved), [m for _, m in moved]
         is_tested = (round + 1) % config.eval_every == 0 or round + 1 == config.rounds
         tested = _evaluation(config, data, scaling, start) if is_tested else (None, None)
         lines.append(
@@ -148,6 +150,10 @@ def rate(config, round):
         return config.learning_rate * (round + 1) / config.warmup_rounds
     if config.learning_rate_schedule == "constant":
         return config.learning_rate
+    if config.learning_rate_schedule == "exponential":
+        return config.learning_rate * config.decay_rate ** (
+            (round - config.warmup_rounds) / config.decay_rounds
+        )
     part = (round - config.warmup_rounds) / (config.rounds - config.warmup_rounds)
     return config.learning_rate * math.cos(math.pi / 2 * part) ** 2
 
@@ -180,12 +186,36 @@ def _session(config, data, scaling, start, parts, id, round):
         )
         loss, gradients = _loss_and_gradients(params, x, labels, keep)
         losses.append(loss)
+        gradients = [g + config.proximal * (p - s) for g, p, s in zip(gradients, params, start, strict=True)]
+        if config.clip_norm:
+            gradients = [
+                *_clipped(gradients[:2], config.clip_norm),
+                *_clipped(gradients[2:], config.clip_norm),
+            ]
         moved = [
             step(p, g, s, index + 1, config, rate(config, round))
             for p, g, s in zip(params, gradients, state, strict=True)
         ]
         params, state = tuple(p for p, _ in moved), [s for _, s in moved]
     return params, np.mean(losses)
+
+
+def _clipped(unit, norm):
+    """The gradient of a unit, no longer than `norm`."""
+    length = math.sqrt(sum((part**2).sum() for part in unit))
+    return [part * min(1, norm / length) for part in unit]
+
+
+def _server_sgd(p, change, moments, _, config):
+    trace = config.server_momentum * moments[0] + change
+    return p - config.server_learning_rate * trace, (trace, 0.0)
+
+
+def _server_adam(p, change, moments, step, config):
+    decay = config.server_momentum
+    first, second = decay * moments[0] + (1 - decay) * change, 0.99 * moments[1] + 0.01 * change**2
+    mean, square = first / (1 - decay**step), second / (1 - 0.99**step)
+    return p - config.server_learning_rate * mean / (np.sqrt(square) + config.server_epsilon), (first, second)
 
 
 def _sgd(p, gradient, state, _, config, rate):

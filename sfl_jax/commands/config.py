@@ -34,7 +34,6 @@ AUTO = "auto"
 PARTITIONS = (AUTO, *registry.PARTITIONS)
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
-SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +52,10 @@ class Config:
     image_channels: int = flag(
         1, NETWORK, DATALESS, "channels of an image: 1 is grey, 3 is colour", at_least=1, at_most=4096
     )
+    norm: str = flag(
+        "batch", NETWORK, TRAINING, "the layers that normalise: batch (norm) or group (norm), which knows no "
+        "statistics of a batch", choices=registry.NORMS,
+    )  # fmt: skip
     num_classes: int = flag(10, NETWORK, DATALESS, "classes that the network tells apart", at_least=1)
     layer_form: str = flag(
         AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which way is faster",
@@ -125,12 +128,26 @@ class Config:
         at_least=1,
     )
 
+    augment: str = flag(
+        "none", DATA, TRAINING, "random changes of training images: none; auto (what suits the dataset); "
+        "shift:PIXELS, flip, crop:PART; several with + between",
+    )  # fmt: skip
+
     clients: int = flag(
         0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
     )
     cohort_size: int = flag(
         10, FLEET, PLANNING, "clients that take part in a round; a plan says how long such rounds last, "
         "beside one of all clients", at_least=1,
+    )  # fmt: skip
+    sampling: str = flag(
+        "uniform", FLEET, TRAINING, "how the clients of a round are drawn: uniform, weighted by samples in "
+        "the mean; size: with probability proportional to samples, weighted equally",
+        choices=registry.SAMPLINGS,
+    )  # fmt: skip
+    availability: str = flag(
+        "", FLEET, TRAINING, "a CSV file with the columns client, from_round, until_round: when clients are "
+        "available; empty: always", harmless=True, path=True,
     )  # fmt: skip
     fleet: str = flag(
         RANDOM,
@@ -300,12 +317,39 @@ class Config:
         "cosine",
         LEARNING,
         TRAINING,
-        "how the learning rate changes over the rounds; cosine falls to 0",
-        choices=SCHEDULES,
+        "how the learning rate changes over the rounds; cosine and linear fall to 0; exponential and step "
+        "follow --decay_rate",
+        choices=tuple(registry.SCHEDULES),
+    )
+    decay_rate: float = flag(
+        0.5, LEARNING, TRAINING, "factor of the learning rate in --decay_rounds rounds", above=0, at_most=1
+    )
+    decay_rounds: int = flag(
+        10, LEARNING, TRAINING, "rounds over which the learning rate changes by --decay_rate", at_least=1
     )
     warmup_rounds: int = flag(
         4, LEARNING, TRAINING, "rounds in which the learning rate rises to its full value", at_least=0
     )
+    proximal: float = flag(
+        0.0, LEARNING, TRAINING, "FedProx's factor mu, which holds local parameters near the global ones; 0: "
+        "none", at_least=0,
+    )  # fmt: skip
+    clip_norm: float = flag(
+        0.0, LEARNING, TRAINING, "largest norm of the gradient of a unit in a local step; 0: any", at_least=0
+    )
+    batch_norm: str = flag(
+        "averaged", LEARNING, TRAINING, "normalisation at the end of a round: averaged; local_statistics: "
+        "each client keeps its statistics; local: its scales and biases too; reestimated: statistics of the "
+        "new model", choices=registry.BATCH_NORMS,
+    )  # fmt: skip
+    server_optimizer: str = flag(
+        "sgd", LEARNING, TRAINING, "how the server takes the clients' mean change: sgd, adam or yogi",
+        choices=tuple(registry.SERVER_OPTIMIZERS),
+    )  # fmt: skip
+    server_epsilon: float = flag(
+        1e-3, LEARNING, TRAINING, "with server adam or yogi, the number added to the root of the second "
+        "moment; smaller is more adaptive", above=0,
+    )  # fmt: skip
     server_learning_rate: float = flag(
         1.0, LEARNING, TRAINING, "multiplies the clients' mean change before the model takes it", above=0
     )
@@ -313,7 +357,7 @@ class Config:
         0.5,
         LEARNING,
         TRAINING,
-        "momentum of the clients' mean change from round to round",
+        "momentum of the clients' mean change from round to round; with adam and yogi the decay of its mean",
         at_least=0,
         below=1,
     )

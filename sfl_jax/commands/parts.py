@@ -20,7 +20,7 @@ from sfl_jax.commands.rules import RANDOM
 from sfl_jax.datasets.images import preprocessing, squeezed
 from sfl_jax.digests import digest, digest_of_columns
 from sfl_jax.errors import BadInput
-from sfl_jax.federated import optimizers
+from sfl_jax.federated import optimizers, server_optimizers
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.packing import plain
 from sfl_jax.federated.session import Training
@@ -29,13 +29,15 @@ from sfl_jax.models import keras_weights
 from sfl_jax.planning import Planned, Planner
 from sfl_jax.run import suiting, wires
 from sfl_jax.run.checkpoints import Checkpoints, Progress
-from sfl_jax.run.parts import Parts, Say, cosine, silent
+from sfl_jax.run.parts import Parts, Say, silent
+from sfl_jax.run.schedules import schedule
 from sfl_jax.run.state import model_like
 
 # What a program is made of; the rest is data to it, or does not reach it.
-_SHAPES = ("dataset", "clients", "cohort_size", "partition")
+_SHAPES = ("augment", "dataset", "clients", "cohort_size", "partition")
 _NO_SHAPES = (
-    "seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds", "layer_form",
+    "seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds", "decay_rate",
+    "decay_rounds", "layer_form",
 )  # fmt: skip
 
 
@@ -70,6 +72,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
             "must be images (H, W, C)"
         )
     shares = division.divide(config, file, data.train_labels)
+    datasets.check_images(datasets.augmentation(config.augment, config.dataset), data.train_images.shape[1:])
     notes = [
         *data.notes,
         *squeezed(config.image_size, *data.train_images.shape[1:3]),
@@ -91,7 +94,8 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     notes += division.single_values(config, shares, models.least_normalised(chain, image_shape))
     own_work = work(config, data.train_images.dtype, len(chain))
     terms = optim.terms(profile, clients, own_work, _wires(config, profile))  # pyright: ignore[reportArgumentType] has samples
-    _check_rounds(config, own_planner, clients, terms)
+    own_sampling = sampling(config, clients)
+    _check_rounds(config, own_planner, own_sampling, clients, terms)
     # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
     if progress is not None and _weights_are_gone(config, progress):
         scaling, init_digest = _scaling(progress), progress.inputs["init_from"]
@@ -106,7 +110,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
         functools.partial(_initial, config, chain, image_shape), own_scheme, own_planner, faults, image_shape,
         config.cohort_size, config.local_epochs, config.batch_size, rate(config), config.eval_every,
         config.seed, suiting.execution_for(own_scheme, execution(config), config.cohort_size), devices,
-        network=f"{config.model} at {config.image_size}", program=_program(config),
+        sampling=own_sampling, network=f"{config.model} at {config.image_size}", program=_program(config),
     )  # fmt: skip
     return Built(config, parts, scaling, init_digest, tuple(notes))
 
@@ -116,6 +120,7 @@ def inputs(built: Built) -> dict[str, str]:
     return {
         "dataset": built.parts.data.digest,
         "fleet": digest_of_columns(built.parts.fleet.columns()),
+        "availability": built.parts.sampling.digest,
         "init_from": built.init_digest,
     }
 
@@ -281,16 +286,24 @@ def optimizer(config: Config) -> optimizers.LocalOptimizer:
 
 
 def server_optimizer(config: Config) -> optax.GradientTransformation | None:
-    """SGD on the clients' mean change; None where that is plain federated averaging."""
-    if (config.server_learning_rate, config.server_momentum) == (1, 0):
-        return None
-    return optax.sgd(config.server_learning_rate, config.server_momentum or None)
+    """How the server takes the clients' mean change; None where it takes their mean."""
+    return server_optimizers.create(
+        config.server_optimizer, config.server_learning_rate, config.server_momentum, config.server_epsilon
+    )
+
+
+def sampling(config: Config, clients: fleet.Fleet) -> fleet.Sampling:
+    """How the clients of a round are drawn."""
+    trace = config.availability and fleet.read_availability(config.availability, clients.client.tolist())
+    return fleet.Sampling(config.sampling, trace or None)
 
 
 def rate(config: Config) -> Any:
     """The learning rate by round."""
-    falls = config.learning_rate_schedule != "constant"
-    return cosine(config.learning_rate, config.rounds, config.warmup_rounds, falls)
+    return schedule(
+        config.learning_rate_schedule, config.learning_rate, config.rounds, config.warmup_rounds,
+        config.decay_rate, config.decay_rounds,
+    )  # fmt: skip
 
 
 def _training(config, chain, scaling):
@@ -298,6 +311,9 @@ def _training(config, chain, scaling):
         chain, optimizer(config), preprocessing(config.image_size, *scaling),
         server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
         scheme=scheme(config).engine(), tail_units=config.tail_units, link=wires.links(codec_pairs(config)),
+        augment=datasets.augmentation(config.augment, config.dataset), proximal=config.proximal,
+        clip_norm=config.clip_norm, reestimates=config.batch_norm == "reestimated",
+        personal=suiting.personal_for(scheme(config), config.batch_norm, config.clients),
     )  # fmt: skip
 
 
@@ -306,7 +322,7 @@ def _chain(config, num_classes, channels):
     return models.create(
         config.model, num_classes, channels,
         layer_form="product" if config.layer_form == AUTO else config.layer_form, dtype=dtype,
-        drop_rate_scale=config.drop_rate_scale,
+        drop_rate_scale=config.drop_rate_scale, norm=config.norm,
     )  # fmt: skip
 
 
@@ -317,11 +333,12 @@ def _check_min_cut(config, chain):
         )
 
 
-def _check_rounds(config, own_planner, clients, terms):
-    cohorts = (
-        (round, fleet.cohort(config.seed, round, config.clients, config.cohort_size))
+def _check_rounds(config, own_planner, own_sampling, clients, terms):
+    asked = (
+        (round, own_sampling.cohort(config.seed, round, clients.samples, config.cohort_size))
         for round in range(config.rounds)
     )
+    cohorts = ((round, ids[is_there]) for round, (ids, is_there) in asked if is_there.any())
     try:
         planning.check_rounds(own_planner, clients, terms, cohorts)
     except BadInput as error:
@@ -356,6 +373,8 @@ def _imported(config, chain, image_shape) -> keras_weights.Imported | None:
     """What --init_from names; None where it names nothing."""
     if not config.init_from:
         return None
+    if config.norm != "batch":
+        raise BadInput(f"--init_from={config.init_from}: needs --norm=batch, as the file has it")
     if config.model not in models.VARIANTS:
         raise BadInput(f"--init_from={config.init_from}: needs --model=efficientnetv2-…, not {config.model}")
     fresh = _fresh(config, chain, image_shape)

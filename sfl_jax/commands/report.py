@@ -39,7 +39,7 @@ def report(config: Config) -> int:
         def all_clocks(lines):
             # They follow from settings, data and fleet, on whatever devices are here.
             built = parts.build(dataclasses.replace(run, devices=0, init_from=""), say)
-            workdir.ensure_unchanged(built, names=("dataset", "fleet"))
+            workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
             say(f"planning {len(lines)} rounds by every method")
             return clocks(run.workdir, built.parts, lines)
 

@@ -27,6 +27,9 @@ _NEEDS = {
     "server_batch": ("scheme", ("psl",)),
     "max_cut": ("scheme", ("psl",)),
     "keep_server_state": ("scheme", ("sfl_v2", "psl", "sl")),
+    "decay_rate": ("learning_rate_schedule", ("exponential", "step")),
+    "decay_rounds": ("learning_rate_schedule", ("exponential", "step")),
+    "server_epsilon": ("server_optimizer", ("adam", "yogi")),
 }
 # Flags whose other values need one of the schemes that end with everybody's session.
 _OF_SESSIONS = {"barrier": "session", "band": "fixed", "deadline_factor": 0.0}
@@ -72,6 +75,8 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
             f"--samples_per_client={config.samples_per_client}: is of the random fleet;"
             f" --fleet={config.fleet} says the samples of each client"
         )
+    if "availability" in taken and config.availability and not pathlib.Path(config.availability).is_file():
+        raise BadInput(f"--availability={config.availability}: no such file; give the path of a CSV file")
     if "output" in taken and pathlib.Path(config.output).suffix != ".json":
         raise BadInput(f"--output={config.output}: must end in .json")
     if (

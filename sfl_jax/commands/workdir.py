@@ -13,6 +13,7 @@ from sfl_jax.commands.config import Config, changes
 from sfl_jax.commands.parts import Built, Trained
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_ours
+from sfl_jax.fleet import Sampling
 from sfl_jax.run.checkpoints import Checkpoints, Progress
 from sfl_jax.run.recording import CONFIG, LOG, MARKS
 from sfl_jax.run.state import State, resume
@@ -59,7 +60,7 @@ def trained(workdir: str) -> Trained:
 def ensure_unchanged(
     built: Built,
     progress: Progress | None = None,
-    names: Sequence[str] = ("dataset", "fleet", "init_from"),
+    names: Sequence[str] = ("dataset", "fleet", "availability", "init_from"),
 ) -> None:
     """BadInput where inputs of an experiment are not those of the run in its workdir; `progress`: what that
     has reached, if known.
@@ -130,7 +131,8 @@ def check_inputs(config: Config, progress: Progress, inputs: dict[str, str]) -> 
 
 
 def _other_contents(config, progress, inputs):
-    differ = [name for name in inputs if inputs[name] != progress.inputs.get(name)]
+    # Older runs knew no availability.
+    differ = [name for name in inputs if inputs[name] != progress.inputs.get(name, Sampling().digest)]
     return [f"--{name}={getattr(config, name)} (has other contents now)" for name in differ]
 
 

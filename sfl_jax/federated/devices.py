@@ -172,7 +172,9 @@ def place_held_out(
 
 
 class Evaluation:
-    """evaluate(packed variables, samples from `place_held_out`) -> (mean loss, mean metric), replicated."""
+    """evaluate(packed variables, samples from `place_held_out`) -> what `evaluation.evaluate` returns,
+    replicated.
+    """
 
     def __init__(
         self,
@@ -190,7 +192,7 @@ class Evaluation:
                 functools.partial(body, AXIS), AXIS, in_axes=(None, 0), out_axes=None, devices=devices
             )
 
-    def __call__(self, packed: PackedVariables, held_out: Samples) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, packed: PackedVariables, held_out: Samples) -> tuple[jax.Array, ...]:
         return self._program(packed, held_out)
 
     def bytes_needed(self, packed: PackedVariables, held_out: Samples) -> int:

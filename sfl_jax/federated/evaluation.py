@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +52,12 @@ def evaluate(
     axis_name: str | None,
     packed: PackedVariables,
     samples: Samples,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(mean loss, mean metric) over samples in batches (N', B, ...); labels of -1 do not count.
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " classes"]]:
+    """(mean loss, mean metric, mean metric of each class) over samples in batches (N', B, ...).
 
-    Both are NaN where any logit is not finite: the largest of such logits names a class all the same.
+    Labels of -1 do not count. A class without samples is NaN. There are no classes where logits are not (B,
+    classes). The means are NaN where any logit is not finite: the largest of such logits names a class all
+    the same.
 
     Under `axis_name` these are some of the samples, and the means are those of all devices'.
     """
@@ -68,14 +71,24 @@ def evaluate(
         loss = jnp.where(counts, loss_of(logits, known), 0).sum()
         right = jnp.where(counts, metric(logits, known), False)
         unsound = counts & ~jnp.isfinite(logits).all(-1)
-        return jax.tree.map(jnp.add, sums, (loss, right.sum(), unsound.sum())), None
+        is_class = jax.nn.one_hot(labels, classes_of(logits), dtype=jnp.float32)
+        of_class = is_class.T @ right.astype(jnp.float32), is_class.sum(0)
+        return jax.tree.map(jnp.add, sums, (loss, right.sum(), unsound.sum(), of_class)), None
 
     nothing = jnp.zeros((), jnp.int32)
     first = jax.tree.map(lambda x: x[0], tuple(samples))
-    (_, right, _), _ = jax.eval_shape(add_batch, (jnp.zeros(()), nothing, nothing), first)
-    start = jnp.zeros(()), jnp.zeros((), right.dtype), nothing
+    logits, _ = jax.eval_shape(lambda x: chain.apply(variables, preprocess(x)), first[0])
+    right = jax.eval_shape(metric, logits, first[1])
+    no_class = jnp.zeros(classes_of(logits))
+    start = jnp.zeros(()), jax.eval_shape(jnp.sum, right), nothing, (no_class, no_class)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
     sums, _ = lax.scan(add_batch, start, tuple(samples))
     sums = *sums, (samples.labels >= 0).sum()
-    loss, correct, unsound, total = sums if axis_name is None else lax.psum(sums, axis_name)
+    loss, correct, unsound, by_class, total = sums if axis_name is None else lax.psum(sums, axis_name)
     total = jnp.where(unsound > 0, jnp.nan, total)
-    return loss / total, correct / total
+    return loss / total, correct / total, by_class[0] / by_class[1]
+
+
+def classes_of(logits: Any) -> int:
+    """The classes of logits (B, classes); 0 of other outputs."""
+    return logits.shape[1] if getattr(logits, "ndim", 0) == 2 else 0

@@ -37,6 +37,7 @@ FEATURES_DOWN, GRADIENT_UP = "features_down", "gradient_up"  # with a tail
 KINDS = (MODEL_DOWN, SMASHED_UP, LABELS_UP, FEATURES_DOWN, GRADIENT_UP, GRADIENT_DOWN, MODEL_UP)
 # Folded into the key of a step for the link, then the direction, then, at the tail alone, the boundary.
 LINK, UP, DOWN, TAIL = 2**31, 0, 1, 2**31
+AUGMENT = 2**31 + 1  # the same for the random change of a step's images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,9 @@ class World:
     units: of the whole network. variables: of each unit, by collection, as Flax takes them.
     optimizer: with its learning rate. preprocess: images (B, H, W, C) as they lie there to the network's
     input. key: of the round. up, down: what the link does to what goes up and to what comes down, given a key
-    too.
+    too. augment: changes the images of a step, given a key, before they are used. proximal: a copy's gradient
+    gains this times its distance from the global parameters. clip_norm: the largest norm of a copy's
+    gradient, 0: any.
     """
 
     units: Sequence[nn.Module]
@@ -58,6 +61,9 @@ class World:
     key: Key[Array, ""]
     up: Callable[[Array, Key[Array, ""]], Array] = lambda x, key: x
     down: Callable[[Array, Key[Array, ""]], Array] = lambda gradient, key: gradient
+    augment: Callable[[Any, Key[Array, ""]], Any] = lambda images, key: images
+    proximal: float = 0.0
+    clip_norm: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Copy:
 
     def __init__(self, world: World, index: int, state: Any = None):
         self.unit, self.index, self.variables = world.units[index], index, dict(world.variables[index])
-        self.preprocess, self.optimizer = world.preprocess, world.optimizer
+        self.preprocess, self.optimizer, self.world = world.preprocess, world.optimizer, world
         self.state = self.optimizer.init(self.variables["params"]) if state is None else state
 
     def forward(self, x: Any, step_key: Key[Array, ""]) -> Any:
@@ -120,7 +126,10 @@ class Copy:
 
     def update(self) -> None:
         """Takes the step: parameters by the gradient, other collections as `forward` found them."""
-        params, self.state = _step(self.optimizer, self.gradient, self.state, self.variables["params"])
+        params = self.variables["params"]
+        start = self.world.variables[self.index]["params"]
+        gradient = _adjusted(self.gradient, params, start, self.world.proximal, self.world.clip_norm)
+        params, self.state = _step(self.optimizer, gradient, self.state, params)
         self.variables = self.variables | self.collections | {"params": params}
 
 
@@ -200,7 +209,8 @@ class Session:
         key = jax.random.fold_in(jax.random.fold_in(self.world.key, self.work.client), step)
         rows = self.work.batches[step]
         self.key, self.labels = key, self.world.labels[rows]
-        smashed = self.client.forward(self.world.images[rows], key)
+        images = self.world.augment(self.world.images[rows], jax.random.fold_in(key, AUGMENT))
+        smashed = self.client.forward(images, key)
         if not self.span:
             return smashed
         if self.client.copies:
@@ -345,6 +355,15 @@ def _apply(unit, variables, x, key, mutable):
 def _step(optimizer, gradients, state, params):
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
+
+
+def _adjusted(gradient, params, start, proximal, clip_norm):
+    """The gradient of a copy with FedProx's term, no longer than `clip_norm`."""
+    moved = jax.tree.map(lambda g, p, s: g + proximal * (p - s), gradient, params, start)
+    length = optax.tree.norm(moved)
+    if not clip_norm or length <= clip_norm:
+        return moved
+    return jax.tree.map(lambda g: g * (clip_norm / length), moved)
 
 
 def is_finite(tree: Any) -> bool:

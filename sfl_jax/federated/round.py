@@ -1,6 +1,7 @@
 """A round: the sessions of a cohort in vmapped chunks, and the weighted mean of what they learned."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from sfl_jax.federated import reestimation
 from sfl_jax.federated.elementwise import may_join
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.federated.session import Assignment, Samples, Training, run_session, together
@@ -82,9 +84,14 @@ def run_round(
 
     Under `axis_name` this is one device's part of it: all results are those of all devices.
     """
-    sums, diverged = sum_of_sessions(
-        training, clients_per_chunk, model.packed, samples, assignments, round_key, learning_rate
+    sums, diverged, rows = sum_of_sessions(
+        training, clients_per_chunk, model.packed, samples, assignments, round_key, learning_rate, model.kept
     )
+    kept = model.kept
+    if training.personal is not None:
+        counts = jnp.asarray((assignments.weight > 0) & (diverged < 0))
+        clients = jnp.asarray(assignments.client)
+        kept = training.personal.stored(kept, clients, counts, rows, axis_name)
     if axis_name is not None:
         # A sum too: one kind of message between devices, sent once.
         everywhere = jnp.zeros((lax.axis_size(axis_name), len(diverged)), diverged.dtype)
@@ -93,7 +100,15 @@ def run_round(
         diverged = ids - 1
     totals, like = (sums.variables, sums.loss), (model.packed, sums.loss)
     mean, loss = jax.tree.map(lambda x, old: narrow(x / sums.weight.astype(x.dtype), old), totals, like)
-    return taken(training, model, Model(mean), loss, diverged, previous)
+    finish = None
+    if training.reestimates:
+        rest = samples, assignments, round_key
+        finish = functools.partial(_reestimated, training, clients_per_chunk, axis_name, *rest)
+    return taken(training, model, Model(mean, kept=kept), loss, diverged, previous, finish)
+
+
+def _reestimated(training, size, axis_name, samples, assignments, round_key, packed):
+    return reestimation.reestimated(training, size, axis_name, packed, samples, assignments, round_key)
 
 
 def taken(
@@ -103,9 +118,15 @@ def taken(
     loss: Float[Array, ""],
     diverged: Int[Array, " K"],
     previous: Outcome | None,
+    finish: Callable[[PackedVariables], PackedVariables] | None = None,
 ) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
-    """What `run_round` returns of a round that began with `model` and whose clients made `trained`."""
+    """What `run_round` returns of a round that began with `model` and whose clients made `trained`.
+
+    finish: changes the variables after the server's step.
+    """
     new = _server_step(training.server_optimizer, model, trained.packed)._replace(kept=trained.kept)
+    if finish is not None:
+        new = new._replace(packed=finish(new.packed))
     sound = _finite(new)
     is_taken = sound if training.skip_diverged else sound & (diverged < 0).all()
     if previous is not None:
@@ -120,6 +141,8 @@ def start_model(training: Training, variables: Variables) -> Model:
     model, optimizer = Model.of(variables), training.server_optimizer
     if training.scheme is not None:
         model = model._replace(kept=training.scheme.start(training, variables))
+    elif training.personal is not None:
+        model = model._replace(kept=training.personal.bank(model.packed))
     if optimizer is None:
         return model
     return model._replace(server_state=optimizer.init(_for_server(optimizer, model.packed.params)))
@@ -149,8 +172,11 @@ def sum_of_sessions(
     assignments: Assignment,
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
-) -> tuple[Sums, Int[Array, " K"]]:
-    """(the weighted sums of variables and of losses over K clients, who diverged: see `run_round`).
+    bank: Any = (),
+) -> tuple[Sums, Int[Array, " K"], Any]:
+    """(the weighted sums of variables and of losses over K clients, who diverged: see `run_round`, the rows
+    (K, ...) that the clients keep of their own, if `training.personal` says so; `bank` has those from
+    before).
 
     Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
     is that of one chunk, and of the (K, S, B) indices of samples. Sums are in float32 or wider; they overflow
@@ -160,21 +186,27 @@ def sum_of_sessions(
     """
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
+    personal = training.personal
+
     def run_chunk(sums, chunk):
+        rows = jax.tree.map(lambda x: x[chunk.client], bank) if personal else ()
+        rest = round_key, learning_rate
         if clients_per_chunk == 1:
-            session = functools.partial(run_session, training.alone(), start, samples)
-            trained, loss = _alone(session, chunk, round_key, learning_rate)
+            own, row = jax.tree.map(lambda x: x[0], (chunk, rows))
+            result = run_session(training.alone(), start, samples, own, *rest, rows=row)
+            trained, loss = jax.tree.map(lambda x: x[None], result)
         else:
-            trained, loss = run_session(training, start, samples, chunk, round_key, learning_rate, together)
+            trained, loss = run_session(training, start, samples, chunk, *rest, together, rows)
         weight = jax.vmap(_if_finite)(chunk.weight, (trained, loss))
         new = Sums(jax.tree.map(change, trained, start), loss, weight=jnp.ones_like(weight))
         diverged = jnp.where(weight == chunk.weight, -1, chunk.client)
-        return jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new), diverged
+        sums = jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new)
+        return sums, (diverged, jax.vmap(personal.row)(trained) if personal else ())
 
     like = Sums(start, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
-    sums, diverged = lax.scan(run_chunk, zeros, chunks)
-    return sums, diverged.reshape(-1)
+    sums, (diverged, rows) = lax.scan(run_chunk, zeros, chunks)
+    return sums, diverged.reshape(-1), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
 
 def normalised(weights: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
@@ -184,11 +216,6 @@ def normalised(weights: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
     """
     _, exponent = np.frexp(np.sum(weights, dtype=np.float64))
     return np.ldexp(weights, -exponent).astype(weights.dtype)
-
-
-def _alone(session, chunk, *rest):
-    """A chunk of one client without a client axis: its products keep two dimensions."""
-    return jax.tree.map(lambda x: x[None], session(jax.tree.map(lambda x: x[0], chunk), *rest))
 
 
 @jax.jit  # traced once for a shape
@@ -237,7 +264,8 @@ def _finite(tree):
 
 
 def _are_finite(tree):
-    """Whether all numbers are, for each type: one kernel for all leaves of a type, and not one for each shape.
+    """Whether all numbers are, for each type: one kernel for all leaves of a type, and not one for each
+    shape.
 
     No product by 0, although it is NaN of what is not finite: of 0 * (10 * x) XLA makes 0 * x, which is 0
     also where 10 * x overflows. It takes a reduction to end this, which XLA keeps: what is chosen

@@ -17,13 +17,16 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from sfl_jax.federated import crossing
+from sfl_jax.federated import crossing, gradients
 from sfl_jax.federated.crossing import Links
 from sfl_jax.federated.optimizers import LocalOptimizer, check_local, check_server
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
+from sfl_jax.federated.personal import Personal
 from sfl_jax.models import Chain, Variables
 
 Loss = Callable[[Array, Array], Array]  # logits (B, classes), labels (B,) -> (B,)
+Augment = Callable[[Array, Array], Array]  # stored images (B, ...), key -> the same shape and type
+AUGMENT = 2**31 + 1  # folded into the key of a step; no unit has this number, and no link
 
 
 def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -89,9 +92,13 @@ class Training:
       loss: of each sample.
       scheme: whose copy of a unit a step uses, and in which order; None is SplitFed V1.
       tail_units: the last units that the client holds too, so that labels never leave it.
+      augment: changes the stored images of a local step at random, before `preprocess`.
+      proximal, clip_norm: see `gradients.adjusted`.
+      personal: what each client keeps of its own from round to round; None is nothing.
+      reestimates: whether the clients estimate the batch-norm statistics of the new model after each round.
 
     Raises:
-      BadInput: an optimiser that is none.
+      BadInput: an optimiser that is none, or a number outside of its range.
     """
 
     chain: Chain
@@ -103,6 +110,11 @@ class Training:
     loss: Loss = cross_entropy
     scheme: Scheme | None = None
     tail_units: int = 0
+    augment: Augment | None = None
+    proximal: float = 0.0
+    clip_norm: float = 0.0
+    personal: Personal | None = None
+    reestimates: bool = False
 
     @property
     def tail(self) -> int:
@@ -116,6 +128,11 @@ class Training:
     def __post_init__(self):
         check_local(self.optimizer)
         check_server(self.server_optimizer)
+        gradients.check(self.proximal, self.clip_norm)
+
+    def adjusted(self, gradient: Any, params: Any, start: Any) -> Any:
+        """The gradient of one unit as the optimiser takes it, see `gradients.adjusted`."""
+        return gradients.adjusted(gradient, params, start, self.proximal, self.clip_norm)
 
 
 together = functools.partial(jax.vmap, axis_name=crossing.CLIENTS)
@@ -129,19 +146,25 @@ def run_session(
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
     each: Callable[..., Any] = lambda of_one: of_one,
+    rows: Any = (),
 ) -> tuple[PackedVariables, Float[Array, "*K"]]:
     """(the variables after the client's steps from `start`, mean training loss of these steps).
 
     With `each=together` those of all clients of `assignment`, step by step together: there are as many as in
-    the longest session. Steps beyond a client's own change nothing, bitwise.
+    the longest session. Steps beyond a client's own change nothing, bitwise. rows: what each client keeps of
+    its own, see `Training.personal`.
     """
     optimizer, loop_steps = training.optimizer, assignment.steps.max()
     axis = crossing.CLIENTS if each is together else None
-    first = start.params if optimizer.may_join(start.params.layouts) else start.params.unpack()
 
-    def begin(one):
-        state = optimizer.init(first)
-        return first, start.batch_stats, state, jnp.zeros((), jnp.result_type(float))
+    def first(row):
+        """The client's variables before its first step."""
+        own = start if training.personal is None else training.personal.merged(start, row)
+        return own.params if optimizer.may_join(own.params.layouts) else own.params.unpack(), own.batch_stats
+
+    def begin(row):
+        params, stats = first(row)
+        return params, stats, optimizer.init(params), jnp.zeros((), jnp.result_type(float))
 
     def moved(one, params, state, steps_done):
         """The parameters after the last of so many steps, if that was one of the client's own."""
@@ -151,20 +174,19 @@ def run_session(
             lambda p, u: jnp.where(own, p + (learning_rate * u).astype(p.dtype), p), params, updates
         )
 
-    def step(one: Assignment, carry, index):
+    def step(one: Assignment, row, carry, index):
         params, old_stats, state, loss_sum = carry
         params = moved(one, params, state, index)
-        batch = one.batches[index]
-        images, labels = training.preprocess(samples.images[batch]), samples.labels[batch]
-        key = jax.random.fold_in(jax.random.fold_in(round_key, one.client), index)
+        images, labels, key = batch(training, samples, one, index, round_key)
 
         def loss_of(params):
             units = params.unpack() if isinstance(params, Packed) else params
             now = Variables(units, old_stats.unpack())
             return batch_loss(training, now, images, labels, one.cut, key, one.codec, axis)
 
-        (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        _, state = optimizer.update(gradients, state, params)
+        (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+        gradient = by_unit(training.adjusted, gradient, params, first(row)[0])
+        _, state = optimizer.update(gradient, state, params)
         own = index < one.steps
         stats = jax.tree.map(lambda n, o: jnp.where(own, n, o), pack(stats), old_stats)
         # The state need not stay as it was after the client's last step: nothing reads it any more.
@@ -178,9 +200,35 @@ def run_session(
 
     # The loop is around `each`: inside, JAX would trace its body anew until it knows what is mapped.
     def steps_of_all(index, carry):
-        return each(lambda one, own: step(one, own, index))(assignment, carry)
+        return each(lambda one, row, own: step(one, row, own, index))(assignment, rows, carry)
 
-    return each(end)(assignment, lax.fori_loop(0, loop_steps, steps_of_all, each(begin)(assignment)))
+    # All clients begin alike where they keep nothing of their own.
+    begun = each(begin)(rows) if training.personal else each(lambda _: begin(()))(assignment)
+    return each(end)(assignment, lax.fori_loop(0, loop_steps, steps_of_all, begun))
+
+
+def batch(
+    training: Training,
+    samples: Samples,
+    one: Assignment,
+    index: Int[Array, ""],
+    round_key: Key[Array, ""],
+) -> tuple[Array, Array, Key[Array, ""]]:
+    """(images as they enter the network, labels, key) of a client's step `index`."""
+    rows = one.batches[index]
+    key = jax.random.fold_in(jax.random.fold_in(round_key, one.client), index)
+    images = samples.images[rows]
+    if training.augment is not None:
+        images = training.augment(images, jax.random.fold_in(key, AUGMENT))
+    return training.preprocess(images), samples.labels[rows], key
+
+
+def by_unit(function: Callable[..., Any], *trees: Any) -> Any:
+    """`function` of each unit of trees that are packed, or have a pytree for each unit."""
+    if isinstance(trees[0], Packed):
+        arrays = tuple(map(function, *(tree.arrays for tree in trees)))
+        return dataclasses.replace(trees[0], arrays=arrays)
+    return tuple(map(function, *trees))
 
 
 def batch_loss(training, variables, images, labels, cut, key, codec=None, axis=None):

@@ -4,17 +4,21 @@ from sfl_jax.fleet.clients import Fleet, random_fleet
 from sfl_jax.fleet.faults import Delays, Faults
 from sfl_jax.fleet.files import read_fleet, write_fleet
 from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, order, slowdowns
+from sfl_jax.fleet.sampling import Availability, Sampling, read_availability
 
 __all__ = [
+    "Availability",
     "Delays",
     "Faults",
     "Fleet",
     "Links",
+    "Sampling",
     "availability",
     "cohort",
     "fading_rates",
     "order",
     "random_fleet",
+    "read_availability",
     "read_fleet",
     "slowdowns",
     "write_fleet",

@@ -1,12 +1,13 @@
 """Networks as chains of units. Nothing here knows about clients."""
 
+import inspect
 from typing import Any
 
 from sfl_jax.errors import BadInput
 from sfl_jax.models import efficientnet_v2, layers
 from sfl_jax.models.chain import Chain, Variables
 from sfl_jax.models.profile import Profile, least_normalised, profile
-from sfl_jax.registry import NETWORKS
+from sfl_jax.registry import NETWORKS, NORMS
 
 VARIANTS = efficientnet_v2.VARIANTS
 
@@ -21,6 +22,7 @@ def create(
     layer_form: str = "product",
     dtype: Any = None,
     drop_rate_scale: float = 1.0,
+    norm: str = "batch",
 ) -> Chain:
     """The chain of a registered network.
 
@@ -31,8 +33,15 @@ def create(
       layer_form: "product" or "conv", see `models.layers`; anything else raises BadInput.
       dtype: type of the arithmetic, e.g. bfloat16; None follows the inputs. Variables keep their type.
       drop_rate_scale: multiplies the published rates of dropout and stochastic depth; 0 drops nothing.
+      norm: "batch", or "group" for networks that have batch norm: group norm takes its place. Anything else
+        raises BadInput.
     """
     if layer_form not in layers.FORMS:
         raise BadInput(f"layer_form={layer_form}: must be one of {', '.join(layers.FORMS)}")
-    units = NETWORKS[name](name, num_classes, in_channels, layer_form, dtype, drop_rate_scale)
+    if norm not in NORMS:
+        raise BadInput(f"norm={norm}: must be one of {', '.join(NORMS)}")
+    make, more = NETWORKS[name], {} if norm == "batch" else {"norm": norm}
+    if more and "norm" not in inspect.signature(make).parameters:
+        raise BadInput(f"norm={norm}: model={name} has no batch norm in whose place it could be")
+    units = make(name, num_classes, in_channels, layer_form, dtype, drop_rate_scale, **more)
     return Chain(units, layer_form=layer_form)

@@ -89,13 +89,14 @@ class Stem(OwnUnit):
     features: int
     form: str = "product"
     dtype: Any = None
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if x.shape[-1] != self.in_channels:
             raise ValueError(f"images have {x.shape[-1]} channels; the stem takes {self.in_channels}")
         x = layers.Conv(self.features, 3, 2, self.form, self.dtype, name="conv")(x)
-        return nn.silu(layers.BatchNorm(name="bn")(x, train))
+        return nn.silu(layers.NORM_LAYERS[self.norm](name="bn")(x, train))
 
 
 class FusedMBConv(OwnUnit):
@@ -109,19 +110,20 @@ class FusedMBConv(OwnUnit):
     survival: float
     form: str = "product"
     dtype: Any = None
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = functools.partial(layers.Conv, form=self.form, dtype=self.dtype)
         if self.expansion == 1:
             branch = conv(self.out_channels, self.kernel_size, self.stride, name="project_conv")(x)
-            branch = nn.silu(layers.BatchNorm(name="project_bn")(branch, train))
+            branch = nn.silu(layers.NORM_LAYERS[self.norm](name="project_bn")(branch, train))
         else:
             expanded = self.in_channels * self.expansion
             branch = conv(expanded, self.kernel_size, self.stride, name="expand_conv")(x)
-            branch = nn.silu(layers.BatchNorm(name="expand_bn")(branch, train))
+            branch = nn.silu(layers.NORM_LAYERS[self.norm](name="expand_bn")(branch, train))
             branch = conv(self.out_channels, name="project_conv")(branch)
-            branch = layers.BatchNorm(name="project_bn")(branch, train)
+            branch = layers.NORM_LAYERS[self.norm](name="project_bn")(branch, train)
         return _residual(self, x, branch, train)
 
 
@@ -137,20 +139,21 @@ class MBConv(OwnUnit):
     survival: float
     form: str = "product"
     dtype: Any = None
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = functools.partial(layers.Conv, form=self.form, dtype=self.dtype)
         branch = conv(self.in_channels * self.expansion, name="expand_conv")(x)
-        branch = nn.silu(layers.BatchNorm(name="expand_bn")(branch, train))
+        branch = nn.silu(layers.NORM_LAYERS[self.norm](name="expand_bn")(branch, train))
         depthwise = layers.DepthwiseConv(
             self.kernel_size, self.stride, self.form, self.dtype, name="depthwise_conv"
         )
-        branch = nn.silu(layers.BatchNorm(name="depthwise_bn")(depthwise(branch), train))
+        branch = nn.silu(layers.NORM_LAYERS[self.norm](name="depthwise_bn")(depthwise(branch), train))
         reduced = max(1, int(self.in_channels * self.squeeze_excite))
         branch = layers.SqueezeExcite(reduced, self.dtype, name="squeeze_excite")(branch)
         branch = conv(self.out_channels, name="project_conv")(branch)
-        branch = layers.BatchNorm(name="project_bn")(branch, train)
+        branch = layers.NORM_LAYERS[self.norm](name="project_bn")(branch, train)
         return _residual(self, x, branch, train)
 
 
@@ -160,11 +163,12 @@ class Head(OwnUnit):
     features: int
     form: str = "product"
     dtype: Any = None
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = layers.Conv(self.features, 1, 1, self.form, self.dtype, name="conv")(x)
-        return nn.silu(layers.BatchNorm(name="bn")(x, train)).mean((1, 2))
+        return nn.silu(layers.NORM_LAYERS[self.norm](name="bn")(x, train)).mean((1, 2))
 
 
 class Classifier(OwnUnit):
@@ -187,21 +191,23 @@ def units(
     form: str = "product",
     dtype: Any = None,
     drop_rate_scale: float = 1.0,
+    norm: str = "batch",
 ) -> tuple[nn.Module, ...]:
     """The units of a variant: stem, blocks, head, classifier. An unknown name raises KeyError.
 
-    `drop_rate_scale` multiplies the published rates of dropout and stochastic depth.
+    `drop_rate_scale` multiplies the published rates of dropout and stochastic depth. norm: "batch" or
+    "group".
     """
     variant = VARIANTS[name]
     stages = [_scaled(stage, variant) for stage in variant.stages]
     blocks = sum(stage.repeats for stage in stages)
-    chain: list[nn.Module] = [Stem(in_channels, stages[0].in_channels, form, dtype, name="stem")]
+    chain: list[nn.Module] = [Stem(in_channels, stages[0].in_channels, form, dtype, norm, name="stem")]
     for number, stage in enumerate(stages, start=1):
         for repeat in range(stage.repeats):
             survival = 1 - drop_rate_scale * STOCHASTIC_DEPTH * (len(chain) - 1) / blocks
             name = f"block{number}{_letters(repeat)}"
-            chain.append(_block(stage, repeat, survival, form, dtype, name))
-    chain.append(Head(_round_filters(variant.head_channels, variant.width), form, dtype, name="head"))
+            chain.append(_block(stage, repeat, survival, form, dtype, norm, name))
+    chain.append(Head(_round_filters(variant.head_channels, variant.width), form, dtype, norm, name="head"))
     chain.append(Classifier(num_classes, drop_rate_scale * variant.dropout, dtype, name="classifier"))
     return tuple(chain)
 
@@ -212,10 +218,10 @@ def _residual(block, x, branch, train):
     return x + layers.DropPath(block.survival, name="drop_path")(branch, train)
 
 
-def _block(stage, repeat, survival, form, dtype, name):
+def _block(stage, repeat, survival, form, dtype, norm, name):
     in_channels, stride = (stage.in_channels, stage.stride) if repeat == 0 else (stage.out_channels, 1)
     shared = {"expansion": stage.expansion, "kernel_size": stage.kernel_size, "stride": stride,
-              "survival": survival, "form": form, "dtype": dtype, "name": name}  # fmt: skip
+              "survival": survival, "form": form, "dtype": dtype, "norm": norm, "name": name}  # fmt: skip
     if stage.squeeze_excite:
         return MBConv(in_channels, stage.out_channels, squeeze_excite=stage.squeeze_excite, **shared)
     return FusedMBConv(in_channels, stage.out_channels, **shared)

@@ -25,6 +25,7 @@ from sfl_jax.models import convolutions, products
 
 BN_MOMENTUM = 0.9
 BN_EPSILON = 1e-3
+GROUP = 8  # channels of a group of `GroupNorm`, or fewer where they do not divide
 FORMS = registry.LAYER_FORMS
 ALONE = "alone"  # "product" for one client at a time
 
@@ -128,6 +129,36 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         multiplier = scale * lax.rsqrt(var + BN_EPSILON)
         return (rows * multiplier + (bias - mean * multiplier)).astype(x.dtype).reshape(x.shape)
+
+
+class GroupNorm(nn.Module):
+    """Group norm (Wu and He, arXiv 1803.08494) of one image, over groups of 8 channels; it keeps no
+    statistics.
+
+    Its parameters are those of `BatchNorm`.
+    """
+
+    epsilon: float = BN_EPSILON
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        channels = x.shape[-1]
+        scale, bias = (
+            self.param("scale", ones, (channels,)),
+            self.param("bias", zeros, (channels,)),
+        )
+        pixels = x.reshape(len(x), -1, channels)
+        wide = pixels.astype(jnp.promote_types(x.dtype, jnp.float32))
+        size = math.gcd(channels, GROUP)
+        mean, square = (
+            jnp.repeat(of.mean(1).reshape(len(x), -1, size).mean(-1), size, axis=1)[:, None]
+            for of in (wide, wide * wide)
+        )
+        multiplier = scale * lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
+        return (pixels * multiplier + (bias - mean * multiplier)).astype(x.dtype).reshape(x.shape)
+
+
+NORM_LAYERS = {"batch": BatchNorm, "group": GroupNorm}
 
 
 class SqueezeExcite(nn.Module):

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from sfl_jax.models.layers import GroupNorm
+
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, stride of the first block
 BLOCKS = 2  # per stage
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -21,11 +23,12 @@ class Stem(nn.Module):
 
     features: int
     dtype: Any = None
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = _conv(self.features, 3, 1, self.dtype, "conv")(x)
-        return nn.relu(_norm(train, self.dtype, "bn")(x))
+        return nn.relu(_norm(self.norm, train, self.dtype, "bn")(x))
 
 
 class Block(nn.Module):
@@ -34,11 +37,12 @@ class Block(nn.Module):
     features: int
     stride: int = 1
     dtype: Any = None
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = functools.partial(_conv, self.features, dtype=self.dtype)
-        norm = functools.partial(_norm, train, self.dtype)
+        norm = functools.partial(_norm, self.norm, train, self.dtype)
         y = nn.relu(norm("bn1")(conv(3, self.stride, name="conv1")(x)))
         y = norm("bn2")(conv(3, 1, name="conv2")(y))
         if x.shape != y.shape:
@@ -66,14 +70,20 @@ class Classifier(nn.Module):
 
 
 def units(
-    name: str, num_classes: int, in_channels: int, form: str, dtype: Any, drop_rate_scale: float
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    form: str,
+    dtype: Any,
+    drop_rate_scale: float,
+    norm: str = "batch",
 ) -> tuple[nn.Module, ...]:
     """Stem, eight blocks, pooling and the classifier."""
-    chain: list[nn.Module] = [Stem(STAGES[0][0], dtype, name="stem")]
+    chain: list[nn.Module] = [Stem(STAGES[0][0], dtype, norm, name="stem")]
     for stage, (features, stride) in enumerate(STAGES, 1):
         for repeat in range(BLOCKS):
             step = stride if repeat == 0 else 1
-            chain.append(Block(features, step, dtype, name=f"block{stage}{'ab'[repeat]}"))
+            chain.append(Block(features, step, dtype, norm, name=f"block{stage}{'ab'[repeat]}"))
     return *chain, Pool(name="pool"), Classifier(num_classes, dtype, name="classifier")
 
 
@@ -84,5 +94,7 @@ def _conv(features, size, stride, dtype, name):
     )  # fmt: skip
 
 
-def _norm(train, dtype, name):
+def _norm(kind, train, dtype, name):
+    if kind == "group":
+        return GroupNorm(epsilon=1e-5, name=name)
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)

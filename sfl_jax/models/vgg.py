@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from sfl_jax.models.layers import GroupNorm
 from sfl_jax.models.resnet import HE, Classifier, Pool
 
 # Features of each convolution, and whether 2x2 max pooling follows.
@@ -22,18 +23,27 @@ class Layer(nn.Module):
     features: int
     is_pooled: bool
     dtype: Any = None
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=HE, name="conv")(x)
-        norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="bn")
+        norm: Any = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="bn")
+        if self.norm == "group":
+            norm = GroupNorm(epsilon=1e-5, name="bn")
         x = nn.relu(norm(x))
         return nn.max_pool(x, (2, 2), strides=(2, 2)) if self.is_pooled and min(x.shape[1:3]) > 1 else x
 
 
 def units(
-    name: str, num_classes: int, in_channels: int, form: str, dtype: Any, drop_rate_scale: float
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    form: str,
+    dtype: Any,
+    drop_rate_scale: float,
+    norm: str = "batch",
 ) -> tuple[nn.Module, ...]:
     """Eight convolutional layers, pooling and the classifier."""
-    layers = [Layer(*layer, dtype, name=f"conv{number}") for number, layer in enumerate(LAYERS, 1)]
+    layers = [Layer(*layer, dtype, norm, name=f"conv{number}") for number, layer in enumerate(LAYERS, 1)]
     return *layers, Pool(name="pool"), Classifier(num_classes, dtype, name="classifier")

@@ -140,13 +140,19 @@ class Served(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def serve(planner: Planner, fleet: fleets.Fleet, terms: optim.Terms, round: int) -> Served:
+def serve(
+    planner: Planner,
+    fleet: fleets.Fleet,
+    terms: optim.Terms,
+    round: int,
+    available: Bool[np.ndarray, " K"] | None = None,
+) -> Served:
     """The plan of a round of training.
 
     If links vary, it leaves out the clients that no plan serves with this round's links. If links do not
-    vary, BadInput names these clients.
+    vary, BadInput names these clients. It leaves out clients that are not `available` without a line.
     """
-    present, left_out = np.ones(len(fleet), bool), []
+    present, left_out = np.ones(len(fleet), bool) if available is None else available.copy(), []
     while True:
         try:
             return Served(_solve(planner, terms, round, present), present, tuple(left_out))

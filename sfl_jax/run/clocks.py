@@ -42,9 +42,9 @@ def clocks(
     names = [name, *(method for method in others if method != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
     for round in range(rounds):
-        ids, clients, terms = cohort(parts, round)
+        ids, clients, terms, available = cohort(parts, round)
         key, delayed = planning.round_key(planner.seed, round), parts.faults.delays(parts.seed, round, ids)
-        own, present, _ = planning.serve(planner, clients, terms, round)
+        own, present, _ = planning.serve(planner, clients, terms, round, available)
         plans: list[Any] = [own]
         for method in names[1:]:
             plans.append(

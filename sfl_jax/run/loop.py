@@ -12,7 +12,7 @@ import numpy as np
 
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.round import Outcome
-from sfl_jax.run import metrics
+from sfl_jax.run import clients, metrics
 from sfl_jax.run.engine import Engine, arguments
 from sfl_jax.run.parts import Parts
 from sfl_jax.run.rounds import Prepared, prepare
@@ -109,7 +109,7 @@ def _clock_after(arrays, clock):
 
 def _line(parts, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
     done = sent.prepared
-    test_loss, test_accuracy = (None, None) if tested is None else map(float, tested)
+    test_loss, test_accuracy, mean, worst = (None,) * 4 if tested is None else _tested(parts, tested)
     trained = int(done.assignments.steps.sum()) * parts.batch_size
     diverged = outcome.diverged[outcome.diverged >= 0]
     counted = done.turnout.came & ~np.isin(done.assignments.client, diverged)
@@ -117,8 +117,16 @@ def _line(parts, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
     return metrics.Round(
         sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
         done.plan.bound_s, sent.state.simulated_s[parts.planner.method], wall_s, trained / took_s,
-        int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan, done.ledger,
+        int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan,
+        mean, worst, done.ledger,
     )  # fmt: skip
+
+
+def _tested(parts, tested):
+    """(loss, accuracy, mean and worst accuracy over the clients) on the test samples."""
+    loss, accuracy, by_class = tested
+    of_clients = clients.accuracies(by_class, parts.mix)
+    return float(loss), float(accuracy), *clients.mean_and_worst(of_clients)
 
 
 def _judge(parts, sent: Sent, outcome: Outcome) -> None:

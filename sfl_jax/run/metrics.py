@@ -18,7 +18,8 @@ class Round(NamedTuple):
     """One line of metrics.jsonl. The test numbers are None if the round was not evaluated.
 
     round_s, bound_s, simulated_s: seconds of the simulated fleet. wall_s, client_samples_per_s: clocks of
-    this machine. ledger: None in lines of releases that did not count bytes.
+    this machine. client_accuracy_mean, client_accuracy_worst: over all clients, see `clients.accuracies`.
+    ledger: None in lines of releases that did not count bytes.
     """
 
     round: int
@@ -32,6 +33,8 @@ class Round(NamedTuple):
     client_samples_per_s: float
     clients: int
     mean_cut: float
+    client_accuracy_mean: float | None = None
+    client_accuracy_worst: float | None = None
     ledger: Ledger | None = None
 
     @classmethod

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,10 @@ from sfl_jax import datasets, optim
 from sfl_jax.federated.evaluation import Metric, accuracy
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.session import Training
-from sfl_jax.fleet import Faults, Fleet
+from sfl_jax.fleet import Faults, Fleet, Sampling
 from sfl_jax.models import Profile, Variables
 from sfl_jax.planning import Planner
+from sfl_jax.run import clients
 from sfl_jax.schemes import Scheme
 
 RIVALS = ("no_split", "common_cut")  # planning methods whose clocks run beside that of the plan
@@ -53,6 +53,7 @@ class Parts:
       devices: the devices of all processes.
       rivals: planning methods whose clocks run beside that of the plan.
       metric: a number for each test sample; its mean is a line's accuracy.
+      sampling: how the clients of a round are drawn.
       network: a readable name of the network.
       program: distinguishes the compiled round from others of the same network.
     """
@@ -78,6 +79,7 @@ class Parts:
     devices: Sequence[Any]
     rivals: tuple[str, ...] = RIVALS
     metric: Metric = accuracy
+    sampling: Sampling = Sampling()  # noqa: RUF009 frozen
     network: str = "network"
     program: str = ""
 
@@ -86,25 +88,12 @@ class Parts:
         """The local steps of the longest session."""
         return datasets.max_steps(self.division, self.local_epochs, self.batch_size)
 
+    @functools.cached_property
+    def mix(self) -> np.ndarray:
+        """The part that each class has in the samples of each client; (clients, classes)."""
+        return clients.mix(self.data.train_labels, self.division, self.data.num_classes)
+
     @property
     def optimizer_slots(self) -> int:
         """How many numbers the local optimiser keeps for each parameter."""
         return self.training.optimizer.slots
-
-
-def cosine(rate: float, rounds: int, warmup_rounds: int = 0, falls: bool = True) -> Callable[[int], float]:
-    """Returns the learning rate by round. It rises linearly during the warm-up. Then it falls to 0 along a
-    half cosine, or stays if `falls` is False.
-
-    If the run has fewer rounds than the warm-up, the rate rises until the last round.
-    """
-    warmup = min(warmup_rounds, rounds)
-
-    def at(round: int) -> float:
-        if round < warmup:
-            return rate * (round + 1) / warmup
-        if not falls:
-            return rate
-        return rate * (1 + math.cos(math.pi * (round - warmup) / (rounds - warmup))) / 2
-
-    return at

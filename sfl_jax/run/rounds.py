@@ -31,8 +31,8 @@ class Prepared(NamedTuple):
 
 def prepare(parts: Parts, round: int) -> Prepared:
     """The cohort, plan and batches of a round."""
-    ids, clients, terms = cohort(parts, round)
-    plan, present, left_out = planning.serve(parts.planner, clients, terms, round)
+    ids, clients, terms, available = cohort(parts, round)
+    plan, present, left_out = planning.serve(parts.planner, clients, terms, round, available)
     indices, steps = datasets.batches(
         parts.division, ids, seed=parts.seed, round=round, local_epochs=parts.local_epochs,
         batch_size=parts.batch_size, steps_max=parts.steps_max,
@@ -41,7 +41,7 @@ def prepare(parts: Parts, round: int) -> Prepared:
     delayed, factor = parts.faults.delays(parts.seed, round, ids), parts.faults.deadline_factor
     comers = planning.turnout(parts.planner, factor, terms, plan, delayed, present)
     # An absent client keeps its place with 0 steps. So shapes stay the same, and nothing compiles again.
-    weights = np.where(comers.came, clients.samples, 0).astype(np.float32)
+    weights = np.where(comers.came, parts.sampling.weights(clients.samples), 0).astype(np.float32)
     steps = np.where(comers.came, steps, 0).astype(np.int32)
     turn = fleet.order(parts.seed, round, len(ids)).astype(np.int32) if parts.scheme.has_order else None
     assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices, turn)
@@ -53,16 +53,18 @@ def prepare(parts: Parts, round: int) -> Prepared:
     return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round), sent)
 
 
-def cohort(parts: Parts, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms]:
-    """The indices of a round's clients, these clients, and their terms with the round's links."""
-    ids = cohort_ids(parts, round)
+def cohort(parts: Parts, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms, np.ndarray]:
+    """A round's clients: their indices, the clients, their terms with the round's links, who is available."""
+    ids, available = asked(parts, round)
     clients = parts.fleet.take(ids)
-    return ids, clients, planning.linked(parts.planner, clients, parts.terms.take(ids), round, ids)
+    terms = planning.linked(parts.planner, clients, parts.terms.take(ids), round, ids)
+    return ids, clients, terms, available
 
 
-def cohort_ids(parts: Parts, round: int) -> np.ndarray:
-    """The indices of the clients that take part in a round; (K,)."""
-    return fleet.cohort(parts.seed, round, len(parts.fleet), parts.cohort_size)
+def asked(parts: Parts, round: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of the clients asked in a round, which of them are available); both (K,)."""
+    assert parts.fleet.samples is not None
+    return parts.sampling.cohort(parts.seed, round, parts.fleet.samples, parts.cohort_size)
 
 
 def _round_s(parts, terms, method, delayed, present) -> float:

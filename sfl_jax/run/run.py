@@ -16,18 +16,19 @@ from sfl_jax.datasets.images import scaled
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import cores, optimizers
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.federated.evaluation import Metric, accuracy, batch_of
+from sfl_jax.federated.evaluation import BATCH, Metric, accuracy, batch_of
 from sfl_jax.federated.execution import Execution
-from sfl_jax.federated.session import Loss, Training, cross_entropy
-from sfl_jax.fleet import Faults, Fleet
+from sfl_jax.federated.session import Augment, Loss, Training, cross_entropy
+from sfl_jax.fleet import Faults, Fleet, Sampling
 from sfl_jax.planning import Planned, Planner
-from sfl_jax.run import loop, metrics, saving, suiting, wires
+from sfl_jax.run import clients, loop, metrics, saving, suiting, wires
 from sfl_jax.run.engine import Engine, compile_rounds, entering_network
 from sfl_jax.run.parts import Parts, Say, always, silent
-from sfl_jax.run.rounds import cohort, cohort_ids
+from sfl_jax.run.rounds import asked, cohort
 from sfl_jax.run.state import State, is_held, resume, start
 
 Line = metrics.Round
+REESTIMATED = "reestimated"
 
 
 class Evaluated(NamedTuple):
@@ -65,6 +66,14 @@ class Run:
         floats and tokens stay as they are.
       variables: the initial variables; by default they are drawn.
       server_optimizer: an optax transformation that the server applies to the clients' mean change.
+      sampling: draws the clients of each round, and knows when they are available.
+      augment: changes the images of local steps at random. A text such as "shift:2+flip", see
+        `sfl_jax.datasets.augmentation`, or a function of stored images (B, ...) and a key.
+      proximal: FedProx's factor on the distance from the global parameters; 0 is none.
+      clip_norm: the largest norm of a unit's gradient in a local step; 0 clips nothing.
+      batch_norm: what happens to normalisation layers after a round. "averaged": they are averaged.
+        "local_statistics": each client keeps its running statistics. "local": scales and biases too.
+        "reestimated": the clients estimate the statistics of the new model.
       faults: what goes wrong with clients.
       execution: how the devices compute a round.
       devices: how many devices to use; 0 is all.
@@ -98,6 +107,11 @@ class Run:
         preprocess: Callable[[Any], Any] = scaled,
         variables: models.Variables | None = None,
         server_optimizer: optax.GradientTransformation | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 frozen
+        augment: str | Augment | None = None,
+        proximal: float = 0.0,
+        clip_norm: float = 0.0,
+        batch_norm: str = "averaged",
         faults: Faults = Faults(),  # noqa: B008 frozen
         execution: Execution = Execution(),  # noqa: B008 frozen
         devices: int = 0,
@@ -123,11 +137,14 @@ class Run:
         execution = suiting.execution_for(scheme, execution, cohort_size)
         if planner.min_cut > len(chain):
             raise BadInput(f"min_cut={planner.min_cut}: must be at most {len(chain)}, the units of the chain")
+        personal = suiting.personal_for(scheme, batch_norm, len(fleet))
         if devices != 1:
             cores.cores_as_devices(cohort_size)
         if execution.layer_form != "auto":
             chain = chain.in_form(execution.layer_form)
         stored = data.train_images.shape[1:]
+        augment = datasets.augmentation(augment) if isinstance(augment, str) else augment
+        datasets.check_images(augment, stored)
         entering = entering_network(preprocess, data, 1)
         image_shape = entering.shape[1:]
         fresh = functools.partial(_fresh, chain, entering, seed)
@@ -139,8 +156,8 @@ class Run:
             optimizer = optimizers.of_optax(optimizer, params)
         division = _divide(data, fleet, partition, seed)
         suiting.check_steps(scheme, division, batch_size)
-        clients = fleet.with_samples([len(share) for share in division])
-        planning.check_links(planner, clients)
+        owners = fleet.with_samples([len(share) for share in division])
+        planning.check_links(planner, owners)
         sample = jax.ShapeDtypeStruct(image_shape, entering.dtype)
         profile = models.profile(chain, sample, stored_shape=stored)
         work = optim.Work(
@@ -149,16 +166,18 @@ class Run:
             tail_units=scheme.tail_units,
         )  # fmt: skip
         chosen = wires.pairs(codec, codec_down)
-        terms = optim.terms(profile, clients, work, wires.wires(chosen, profile))  # pyright: ignore[reportArgumentType] has samples
+        terms = optim.terms(profile, owners, work, wires.wires(chosen, profile))  # pyright: ignore[reportArgumentType] has samples
         training = Training(
             chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged,
             loss=loss, scheme=scheme.engine(), tail_units=scheme.tail_units, link=wires.links(chosen),
+            augment=augment, proximal=proximal, clip_norm=clip_norm, personal=personal,
+            reestimates=batch_norm == REESTIMATED,
         )  # fmt: skip
         initial = fresh if variables is None else functools.partial(_given, variables, jax.eval_shape(fresh))
         parts = Parts(
-            data, division, clients, profile, terms, training, initial, scheme, planner, faults, image_shape,
+            data, division, owners, profile, terms, training, initial, scheme, planner, faults, image_shape,
             cohort_size, local_epochs, batch_size, rate, eval_every, seed, execution,
-            suiting.devices_for(scheme, devices), tuple(rivals), metric, _name(chain, image_shape),
+            suiting.devices_for(scheme, devices), tuple(rivals), metric, sampling, _name(chain, image_shape),
         )  # fmt: skip
         self._use(parts)
 
@@ -248,7 +267,8 @@ class Run:
         """
         _check_positive("rounds", rounds)
         until, ours = self.round + rounds, clock is None
-        cohorts = ((i, cohort_ids(self.parts, i)) for i in range(self.round, until))
+        rounds_asked = ((i, *asked(self.parts, i)) for i in range(self.round, until))
+        cohorts = ((i, ids[is_there]) for i, ids, is_there in rounds_asked if is_there.any())
         planning.check_rounds(self.parts.planner, self.parts.fleet, self.parts.terms, cohorts)
         if self.engine is None:
             with self._compiling:
@@ -266,14 +286,28 @@ class Run:
             self._state = error.state
             raise
 
-    def predict(self, images: Any) -> np.ndarray:
-        """Logits (N, classes) of samples (N, ...) in inference mode. Samples have the form of the data."""
+    def client_variables(self, client: int) -> models.Variables:
+        """The global model with what the client of this index keeps of its own, see `batch_norm`."""
+        return jax.device_get(self._packed(client).unpack())
+
+    def _packed(self, client=None):
+        """The model on the first device, of a client or of none."""
+        model, personal = federated_devices.on_first(self.state.model), self.parts.training.personal
+        if client is None or personal is None:
+            return model.packed
+        return personal.merged(model.packed, jax.tree.map(lambda x: x[client], model.kept))
+
+    def predict(self, images: Any, client: int | None = None) -> np.ndarray:
+        """Logits (N, classes) of samples (N, ...) in inference mode. Samples have the form of the data.
+
+        client: the index of a client. If clients keep their own normalisation, that of this client is used.
+        """
         images = datasets.as_stored("images", images, self.parts.data.train_images)
-        model = federated_devices.on_first(self.state.model).packed
         size = min(batch_of(self.parts.image_shape), len(images))
         filled = np.resize(images, (-(-len(images) // size) * size, *images.shape[1:]))  # whole batches
+        packed = self._packed(client)
         logits = [
-            np.asarray(_logits(self.parts.training, model, filled[first : first + size]))
+            np.asarray(_logits(self.parts.training, packed, filled[first : first + size]))
             for first in range(0, len(filled), size)
         ]
         return np.concatenate(logits)[: len(images)]
@@ -291,11 +325,42 @@ class Run:
             float(np.asarray(losses, np.float64).mean()), float(self._metric(logits, labels).mean())
         )
 
-    def client_accuracies(self) -> np.ndarray:
-        """The accuracy of the model on the training samples of each client; (clients,)."""
+    def client_accuracies(self, held_out: bool = False) -> np.ndarray:
+        """The accuracy of the model for each client; (clients,), NaN for a client without samples.
+
+        It is that on the client's training samples; with `held_out`, on the test samples in the client's mix
+        of classes. Where clients keep normalisation of their own, each is used for its client: with
+        `held_out` all test samples then go through the network once for each client.
+        """
+        data, has_own = self.parts.data, self.parts.training.personal is not None
+        if held_out:
+            own = range(len(self.parts.division)) if has_own else [None]
+            found = [clients.accuracies(self._by_class(client), self.parts.mix) for client in own]
+            return np.diagonal(found) if has_own else found[0]
+        if not has_own:
+            right = self._metric(self.predict(data.train_images[:]), data.train_labels)
+            return np.array([right[share].mean() if len(share) else np.nan for share in self.parts.division])
+        return np.array([self._accuracy_of(k, share) for k, share in enumerate(self.parts.division)])
+
+    def _accuracy_of(self, client, share):
+        if not len(share):
+            return np.nan
+        # Batches of one shape for all clients, so that nothing compiles again.
+        rows = np.resize(share, max(len(share), min(BATCH, max(map(len, self.parts.division)))))
         data = self.parts.data
-        right = self._metric(self.predict(data.train_images[:]), data.train_labels)
-        return np.array([right[share].mean() if len(share) else np.nan for share in self.parts.division])
+        logits = self.predict(data.train_images[rows], client)[: len(share)]
+        return self._metric(logits, data.train_labels[share]).mean()
+
+    def _by_class(self, client):
+        """The accuracy on the test samples of each class, NaN without samples."""
+        data = self.parts.data
+        right, labels = (
+            self._metric(self.predict(data.test_images[:], client), data.test_labels),
+            data.test_labels,
+        )
+        sums, counts = (np.bincount(labels, w, data.num_classes) for w in (right, np.ones(len(labels))))
+        with np.errstate(invalid="ignore"):
+            return sums / counts
 
     def _metric(self, logits, labels):
         return np.asarray(self.parts.metric(jnp.asarray(logits), jnp.asarray(labels)), np.float64)
@@ -303,9 +368,9 @@ class Run:
     def plan(self) -> Planned:
         """The plan of the next round, with the clients and costs that it is made from."""
         parts = self.parts
-        _, clients, terms = cohort(parts, self.round)
-        plan = planning.serve(parts.planner, clients, terms, self.round).plan
-        return Planned(parts.planner, parts.profile, clients, terms, plan)
+        _, own, terms, available = cohort(parts, self.round)
+        plan = planning.serve(parts.planner, own, terms, self.round, available).plan
+        return Planned(parts.planner, parts.profile, own, terms, plan)
 
     def save(self, path: str | Path) -> None:
         """Saves the run in a directory. `restore` goes on from there with the same bits."""

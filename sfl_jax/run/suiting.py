@@ -10,9 +10,11 @@ import numpy as np
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.execution import AUTO, Execution
+from sfl_jax.federated.personal import LAYERS, STATISTICS, Personal
 from sfl_jax.fleet import Faults
 from sfl_jax.planning import Planner
-from sfl_jax.schemes import CHUNKS, DEADLINE, SEVERAL_DEVICES, Scheme
+from sfl_jax.registry import BATCH_NORMS
+from sfl_jax.schemes import CHUNKS, DEADLINE, OWN_NORM, SEVERAL_DEVICES, Scheme
 
 
 def planner_for(scheme: Scheme, planner: Planner) -> Planner:
@@ -66,6 +68,17 @@ def check_faults(scheme: Scheme, faults: Faults, skip_diverged: bool) -> None:
             f"drop_probability={faults.drop_probability:g}: must be 0 with server_batch=joined, which needs "
             "every client"
         )
+
+
+def personal_for(scheme: Scheme, batch_norm: str, clients: int) -> Personal | None:
+    """What each of the clients of the fleet keeps of its own, None where it is nothing."""
+    if batch_norm not in BATCH_NORMS:
+        raise BadInput(f"batch_norm={batch_norm}: must be one of {', '.join(BATCH_NORMS)}")
+    if batch_norm != "averaged" and OWN_NORM not in scheme.allows:
+        raise BadInput(
+            f"batch_norm={batch_norm}: must be averaged with scheme={scheme.name}, whose clients share copies"
+        )
+    return Personal(batch_norm, clients) if batch_norm in (STATISTICS, LAYERS) else None
 
 
 def check_steps(scheme: Scheme, division: Sequence[np.ndarray], batch_size: int) -> None:

@@ -4,9 +4,9 @@ from typing import Any
 
 from sfl_jax.errors import BadInput
 from sfl_jax.registry import SCHEMES
-from sfl_jax.schemes.scheme import CHUNKS, DEADLINE, SEVERAL_DEVICES, Scheme
+from sfl_jax.schemes.scheme import CHUNKS, DEADLINE, OWN_NORM, SEVERAL_DEVICES, Scheme
 
-__all__ = ["CHUNKS", "DEADLINE", "SCHEMES", "SEVERAL_DEVICES", "Scheme", "create"]
+__all__ = ["CHUNKS", "DEADLINE", "OWN_NORM", "SCHEMES", "SEVERAL_DEVICES", "Scheme", "create"]
 
 
 def create(scheme: str | Scheme, **options: Any) -> Scheme:

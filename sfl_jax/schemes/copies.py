@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
-from sfl_jax.federated.session import Assignment, Samples, Training, batch_loss
+from sfl_jax.federated.session import Assignment, Samples, Training, batch, batch_loss
 from sfl_jax.models import Variables
 
 
@@ -56,15 +56,6 @@ def variables(of_units: Sequence[Copy | tuple[Any, ...]], like: PackedVariables)
     return PackedVariables(Packed(params, like.params.layouts), Packed(stats, like.batch_stats.layouts))
 
 
-def batch(
-    training: Training, samples: Samples, one: Assignment, index: Any, round_key: Key[Array, ""]
-) -> tuple[Array, Array, Key[Array, ""]]:
-    """Returns (images, labels, key) for a client's step."""
-    rows = one.batches[index]
-    key = jax.random.fold_in(jax.random.fold_in(round_key, one.client), index)
-    return training.preprocess(samples.images[rows]), samples.labels[rows], key
-
-
 def step(
     training: Training,
     like: PackedVariables,
@@ -100,6 +91,7 @@ def moved(
     training: Training, like: PackedVariables, place: int, unit: Copy, gradients: Any, rate: Float[Array, ""]
 ) -> Copy:
     """The copy of unit `place` after one optimiser step along packed gradients."""
+    gradients = training.adjusted(gradients, unit.params, like.params.arrays[place])
     now, own = (_for_optimizer(training, like, place, arrays) for arrays in (unit.params, gradients))
     updates, state = training.optimizer.update(own, unit.state, now)
     new: Any = jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), now, updates)

@@ -11,9 +11,9 @@ from jax import lax
 from sfl_jax.federated import crossing
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.federated.round import change, narrow, wide
-from sfl_jax.federated.session import Training, together
+from sfl_jax.federated.session import Training, batch, together
 from sfl_jax.models import Variables
-from sfl_jax.schemes.copies import all_finite, batch, chosen, moved
+from sfl_jax.schemes.copies import all_finite, chosen, moved
 
 JOINED = 2**31 - 1  # the key of a joined batch has this instead of a client's number
 

@@ -10,7 +10,7 @@ from sfl_jax.federated.session import Training
 from sfl_jax.models import Variables
 
 # Abilities that a scheme may declare in `allows`.
-DEADLINE, SEVERAL_DEVICES, CHUNKS = "deadline", "several_devices", "chunks"
+DEADLINE, SEVERAL_DEVICES, CHUNKS, OWN_NORM = "deadline", "several_devices", "chunks", "own_norm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Scheme:
         """The abilities of the scheme.
 
         DEADLINE: a client that is late is left out. SEVERAL_DEVICES: devices share the clients of a round.
-        CHUNKS: a device computes several clients at once.
+        CHUNKS: a device computes several clients at once. OWN_NORM: other normalisation than averaged.
         """
         return frozenset()
 

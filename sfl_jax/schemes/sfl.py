@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from sfl_jax.schemes.scheme import CHUNKS, DEADLINE, SEVERAL_DEVICES, Scheme
+from sfl_jax.schemes.scheme import CHUNKS, DEADLINE, OWN_NORM, SEVERAL_DEVICES, Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Sfl(Scheme):
 
     @property
     def allows(self) -> frozenset[str]:
-        return frozenset((DEADLINE, SEVERAL_DEVICES, CHUNKS))
+        return frozenset((DEADLINE, SEVERAL_DEVICES, CHUNKS, OWN_NORM))
 
     def engine(self) -> Any:
         return None

@@ -18,7 +18,7 @@ REFUSED = [
     ("barrier", "none"), ("links", "radio"), ("band", "both"),
     ("min_cut", -1), ("rounds", 0), ("local_epochs", 0), ("batch_size", 0),
     ("batch_size", 2**31), ("optimizer", "lamb"), ("learning_rate", 0.0), ("learning_rate", math.nan),
-    ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9), ("learning_rate_schedule", "step"),
+    ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9), ("learning_rate_schedule", "stairs"),
     ("warmup_rounds", -1), ("seed", -1), ("clients_per_chunk", -1), ("memory_budget_gib", -1.0),
     ("execution", "loop"),
     ("layer_form", "fft"), ("compute_dtype", "int8"), ("devices", -1), ("eval_every", 0), ("workdir", " "),
@@ -208,7 +208,12 @@ def test_choices_are_those_of_the_registries():
 def test_a_run_may_go_on_with_other_settings_that_change_no_numbers_but_for_rounding():
     """Written apart from the code; a new flag is harmful unless it is added here."""
     harmless = {
-        *("data_dir", "fleet", "on_divergence"),  # places whose contents are compared, and what to do then
+        *(
+            "data_dir",
+            "fleet",
+            "availability",
+            "on_divergence",
+        ),  # places whose contents are compared, and what to do then
         *("clients_per_chunk", "execution", "memory_budget_gib", "devices", "deterministic"),
         *("compilation_cache", "num_processes", "process_id", "coordinator_address"),
         *("heartbeat_timeout_seconds", "join_timeout_s", "workdir", "eval_every", "checkpoint_every_rounds"),

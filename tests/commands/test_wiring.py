@@ -46,6 +46,11 @@ RUNS = {
         "warmup_rounds": 2, "learning_rate_schedule": "cosine", "rounds": 4, "eval_every": 3, "min_cut": 0,
         "server_flops": 8e6, "links": "shannon", "drop_rate_scale": 1.0,
     },
+    "practice": {
+        "proximal": 0.5, "clip_norm": 0.2, "sampling": "size", "server_optimizer": "adam",
+        "server_momentum": 0.6, "server_epsilon": 0.05, "server_learning_rate": 0.1, "partition": "quantity",
+        "learning_rate_schedule": "exponential", "decay_rate": 0.3, "decay_rounds": 2,
+    },
     "fleet": {
         "fleet": "random", "clients": 9, "cohort_size": 3, "partition": "shards", "shards_per_client": 3,
         "image_size": 10, "head_init_scale": 0.3, "jitter": 0.5, "deadline_factor": 1.2,
@@ -64,7 +69,9 @@ ELSEWHERE = {
         ),
         "commands/test_schemes.py",
     ),
-    "on_divergence": "run/test_loop.py",
+    "on_divergence": "run/test_loop.py", "norm": "models/test_layers.py",
+    "augment": "datasets/test_augment.py", "availability": "fleet/test_sampling.py",
+    "batch_norm": "federated/test_personal.py",
     "memory_budget_gib": "federated/test_tuning.py", "devices": "federated/test_devices.py",
     "compilation_cache": "commands/test_compilation_cache.py",
     **dict.fromkeys(
@@ -93,7 +100,7 @@ def made_with():
     """What the network was asked to be, the last time; it is that of the reference instead."""
     asked = {}
 
-    def create(name, num_classes=10, in_channels=1, *, layer_form="product", dtype=None, drop_rate_scale=1.0):
+    def create(name, num_classes=10, in_channels=1, *, layer_form, dtype=None, drop_rate_scale=1.0, **_):
         asked.update(name=name, num_classes=num_classes, in_channels=in_channels)
         asked.update(layer_form=layer_form, dtype=dtype)
         return networks.dense(drop_rate_scale, num_classes)

@@ -29,7 +29,8 @@ from sfl_jax.commands import interruption, train
 from sfl_jax.federated import devices, evaluation, round
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.packing import PackedVariables
-from sfl_jax.federated.round import Model, run_round
+from sfl_jax.federated.personal import LAYERS, Personal
+from sfl_jax.federated.round import Model, run_round, start_model
 from sfl_jax.federated.session import Samples
 from sfl_jax.models import substitutes
 from sfl_jax.run import metrics
@@ -74,7 +75,7 @@ def after_rounds(
     run = devices.Rounds(training, chunk, chosen, execution)
     own = samples_of(chain)
     samples = devices.place_samples(own, chosen, free_bytes)
-    model = devices.replicate(Model.of(rounds.start(chain)[0]), chosen)
+    model = devices.replicate(start_model(training, rounds.start(chain)[0]), chosen)
     for seed in range(2):
         work = cohort(chain, clients, seed)
         if broken is not None:
@@ -118,6 +119,17 @@ def samples_stay_or_are_sent():
     placed = devices.place_samples(samples_of(chain), devices.choose_devices(4))
     for array, own in zip(placed, samples_of(chain), strict=True):
         assert [shard.data.shape for shard in array.addressable_shards] == [own.shape] * 4
+
+
+def own_normalisation():
+    """What each client keeps is on every device, and the statistics that are estimated again are the same."""
+    chain, clients = rounds.SMALL_CHAIN, rounds.CUTS
+    for changes in ({"personal": Personal(LAYERS, clients + 3)}, {"reestimates": True}):
+        one, four = (after_rounds(count, chain=chain, **changes) for count in (1, 4))
+        assert distance(one, four) < 1e-5
+        if changes.get("personal"):
+            assert rounds.difference(one[0].kept, four[0].kept) < 1e-5
+        assert rounds.difference(one[0].variables, after_rounds(1, chain=chain)[0].variables) > 1e-3
 
 
 def divergence():
@@ -194,6 +206,9 @@ def evaluations_of(chain):
     variables, _ = rounds.start(chain)
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (130, 16, 16, 1), np.uint8), rng.integers(0, 10, 130, np.int32)
+    logits, _ = jax.jit(functools.partial(chain.apply, train=False))(variables, rounds.preprocess(images))
+    right = np.asarray(logits).argmax(-1) == labels
+    by_hand = [right[labels == number].mean() for number in range(10)]
     results = {}
     for count in (1, 2, 8):
         chosen = devices.choose_devices(count)
@@ -204,18 +219,18 @@ def evaluations_of(chain):
         evaluate = devices.Evaluation(chain, rounds.preprocess, chosen)
         assert evaluate.bytes_needed(*given) > 0
         with metrics.CompileClock() as clock:
-            loss, accuracy = evaluate(*given)
+            loss, accuracy, by_class = evaluate(*given)
         assert clock.compilations == 0, "compiled before"
         results[count] = float(devices.on_first(loss)), float(devices.on_first(accuracy))
+        found = np.asarray(devices.on_first(by_class))
+        np.testing.assert_allclose(found, by_hand, rtol=1e-6, equal_nan=False)
         if count > 1:
             assert {s.data.shape[0] for s in given[1].images.addressable_shards} == {1}
-    logits, _ = jax.jit(functools.partial(chain.apply, train=False))(variables, rounds.preprocess(images))
-    right = np.asarray(logits).argmax(-1) == labels
     loss = -np.mean(np.asarray(jax.nn.log_softmax(logits))[np.arange(130), labels])
     for count, got in results.items():
         np.testing.assert_allclose(got, (loss, right.mean()), rtol=1e-5, err_msg=str(count), equal_nan=False)
     with mock.patch.object(evaluation.lax, "psum", lambda tree, _: tree):
-        part, _ = devices.Evaluation(chain, rounds.preprocess, chosen)(*given)
+        part, *_ = devices.Evaluation(chain, rounds.preprocess, chosen)(*given)
     assert abs(float(devices.on_first(part)) / loss - 1) > 1e-4
 
 

@@ -81,6 +81,11 @@ def preprocess(images):
     return images.astype(jnp.result_type(float)) / 127.5 - 1
 
 
+def mirror(images, key):
+    """Images that are mirrored or not, by the key."""
+    return jnp.where(number(key) > 0.5, images[:, :, ::-1], images)
+
+
 def preprocess_black_to_nan(images):
     return jnp.where((images == 0).all((1, 2, 3), keepdims=True), jnp.nan, preprocess(images))
 
@@ -92,9 +97,11 @@ def training(optimizer="sgd", link=None, chain=CHAIN):
 def world(training, variables, samples, key, optimizer):
     """The world of the protocol in which parties do what `training` says, with an optimiser of optax."""
     link = {} if training.link is None else vars(training.link)
+    if training.augment is not None:
+        link |= {"augment": training.augment}
     return protocol.World(
         training.chain.units, by_unit(training.chain, variables), optimizer, training.preprocess,
-        *samples, key, **link,
+        *samples, key, **link, proximal=training.proximal, clip_norm=training.clip_norm,
     )  # fmt: skip
 
 

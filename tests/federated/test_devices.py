@@ -14,7 +14,7 @@ from sfl_jax.federated import devices
 # Both sides of every comparison are compiled alike.
 SLOW = (
     "executions_and_cohorts", "mutations", "divergence", "checkpoints_move", "evaluations_of_both_forms",
-    "crossing_bytes_of_both_forms", "work_of_devices", "benchmark",
+    "own_normalisation", "crossing_bytes_of_both_forms", "work_of_devices", "benchmark",
 )  # fmt: skip
 # Some share a process, since to start one costs seconds.
 CASES = (

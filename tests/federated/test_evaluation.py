@@ -29,7 +29,14 @@ def said_of(pixels, labels, bad=np.nan):
     chain, packed = Chain((PixelsAreLogits(),)), PackedVariables.of(Variables(({},), ({},)))
     samples = in_batches(pixels.reshape(-1, 2, 2, 1), labels, batch=3)
     samples = type(samples)(*(x[0] for x in samples))
-    return tuple(map(float, evaluate(chain, preprocess, cross_entropy, accuracy_of, None, packed, samples)))
+    loss, mean, by_class = evaluate(chain, preprocess, cross_entropy, accuracy_of, None, packed, samples)
+    rights = pixels.argmax(-1) == labels
+    expected = [
+        rights[labels == number].mean() if (labels == number).any() else np.nan for number in range(CLASSES)
+    ]
+    np.testing.assert_array_equal(np.isnan(by_class), np.isnan(expected))
+    np.testing.assert_allclose(np.nan_to_num(by_class), np.nan_to_num(expected), rtol=1e-6)
+    return float(loss), float(mean)
 
 
 @pytest.fixture
@@ -72,7 +79,7 @@ def test_what_fills_a_batch_up_is_no_sample():
     samples = in_batches(full[:3].reshape(-1, 2, 2, 1), np.full(3, 1, np.int32), batch=2)
     assert samples.labels.tolist() == [[[1, 1], [1, -1]]]
     given = type(samples)(*(x[0] for x in samples))
-    loss, accuracy = evaluate(chain, black_is_nan, cross_entropy, accuracy_of, None, packed, given)
+    loss, accuracy, _ = evaluate(chain, black_is_nan, cross_entropy, accuracy_of, None, packed, given)
     assert np.isfinite(loss)
     assert accuracy == 1
 

@@ -75,7 +75,7 @@ def test_what_clients_keep_and_what_is_summed_is_float32():
     narrow = training(jnp.bfloat16, server_optimizer=optax.sgd(1.0, 0.5))
     arguments = (samples, work, KEY, RATE)
     total = functools.partial(sum_of_sessions, narrow, 3)
-    sums, _ = jax.eval_shape(total, PackedVariables.of(variables), *arguments)
+    sums, *_ = jax.eval_shape(total, PackedVariables.of(variables), *arguments)
     assert types(sums) == {WIDE}
     model, loss, _ = jax.eval_shape(
         functools.partial(run_round, narrow, 3, None), start_model(narrow, variables), *arguments

@@ -1,8 +1,11 @@
+import math
+
 import finite
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.errors import InvalidRngError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -234,3 +237,26 @@ def test_kernels_are_drawn_from_googles_distributions(name, shape, distribution,
 @pytest.mark.parametrize(("name", "value"), [("bias", 0), ("mean", 0), ("scale", 1), ("var", 1)])
 def test_what_is_not_a_kernel_starts_constant(name, value):
     np.testing.assert_array_equal(layers.INITIALISERS[name](jax.random.key(0), (7,)), np.full(7, value))
+
+
+@pytest.mark.parametrize("channels", [16, 12, 5])
+def test_group_norm_by_hand_and_that_of_flax(channels):
+    x, size = normal(3, 4, 5, channels, mean=2.0), math.gcd(channels, 8)
+    own = layers.GroupNorm(epsilon=1e-5)
+    assert own.init(jax.random.key(0), jnp.asarray(x)).keys() == {"params"}
+    variables = {"params": {"scale": normal(channels), "bias": normal(channels, seed=1)}}
+    groups = x.reshape(3, 20, -1, size)
+    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    expected = expected * variables["params"]["scale"] + variables["params"]["bias"]
+    found = own.apply(variables, jnp.asarray(x))
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+    theirs = nn.GroupNorm(num_groups=None, group_size=size, epsilon=1e-5)  # in float32
+    np.testing.assert_allclose(theirs.apply(variables, x), found, rtol=1e-3, atol=1e-4)
+
+
+def test_group_norm_of_an_image_does_not_depend_on_the_others():
+    x = jnp.asarray(normal(3, 4, 5, 16))
+    own = layers.GroupNorm()
+    variables = own.init(jax.random.key(0), x)
+    np.testing.assert_allclose(own.apply(variables, x)[:1], own.apply(variables, x[:1]), rtol=1e-12)

@@ -192,3 +192,21 @@ def test_a_step_of_two_clients_lowers_the_loss_of_each(name):
         moved = jax.tree.map(lambda p, g: p - 1e-3 * g, variables.params, gradients)
         after, _ = slopes(moved, "product")
         assert (after < before).all()
+
+
+@pytest.mark.parametrize("name", ["efficientnetv2-tiny", "resnet18", "vgg11"])
+def test_group_norm_takes_the_place_of_batch_norm(name):
+    """It has the same parameters, keeps no statistics, and a sample does not depend on the others."""
+    plain, own = (models.create(name, 10, 1, norm=norm) for norm in ("batch", "group"))
+    shapes = [jax.eval_shape(c.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1))) for c in (plain, own)]
+    assert jax.tree.map(jnp.shape, shapes[0].params) == jax.tree.map(jnp.shape, shapes[1].params)
+    assert jax.tree.leaves(shapes[0].batch_stats)
+    assert not jax.tree.leaves(shapes[1].batch_stats)
+
+
+def test_networks_without_batch_norm_refuse_group_norm():
+    for name in ("cnn", "mlp", "vit-tiny"):
+        with pytest.raises(BadInput, match=f"norm=group: model={name} has no batch norm"):
+            models.create(name, norm="group")
+    with pytest.raises(BadInput, match="norm=layer: must be one of batch, group"):
+        models.create("resnet18", norm="layer")

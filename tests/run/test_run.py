@@ -82,6 +82,13 @@ def test_it_learns_and_says_how_well(done):
     assert own.shape == (9,)
     sizes = [len(share) for share in run.parts.division]
     assert np.average(own, weights=sizes) == pytest.approx(right.mean())
+    held_out = run.client_accuracies(held_out=True)
+    tested = run.predict(DATA.test_images).argmax(1) == DATA.test_labels
+    by_class = [tested[DATA.test_labels == number].mean() for number in range(DATA.num_classes)]
+    for share, found in zip(run.parts.division, held_out, strict=True):
+        assert found == pytest.approx(np.mean([by_class[label] for label in DATA.train_labels[share]]))
+    assert lines[-1].client_accuracy_mean == pytest.approx(held_out.mean())
+    assert lines[-1].client_accuracy_worst == pytest.approx(held_out.min())
 
 
 def test_a_round_is_that_of_optax_and_flax(done):

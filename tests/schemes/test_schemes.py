@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     cuts: tuple[int, ...] = (1, 3, 0, 2, 1)
     steps: tuple[int, ...] = (2, 1, 2, 3, 0)
     optimizer: str = "sgd"
+    practice: Any = types.MappingProxyType({})  # fields of `Training`
 
 
 def of_sfl(world, works, order, state, **options):
@@ -53,22 +55,24 @@ def v2(world, works, order, state, by="client", **options):
     return V2(world, works, order, by, state, **options)
 
 
+# FedProx, a clip that bites in some units, and augmentation.
+PRACTICE = {"proximal": 0.7, "clip_norm": 0.4, "augment": rounds.mirror}
 BY_STEP = functools.partial(v2, by="step")
 CASES = {
-    "sl": Case(Sl(), SL),
+    "sl": Case(Sl(), SL, practice=PRACTICE),
     "sfl_v2 by client": Case(SflV2(), v2, optimizer="adam"),
     "sfl_v2 by step, tail": Case(SflV2(order="step", tail_units=1), BY_STEP),
     "psl, tail": Case(Psl(most=1, tail_units=1), of_psl(1), (1, 0, 1, 1, 0)),
     "psl, joined": Case(Psl(most=1, server_batch="joined"), of_psl(1, "joined"), (1, 0, 1, 1, 0), (2,) * 5),
 }
 SLOW = {
-    "sfl, tail": Case(Sfl(tail_units=1), of_sfl),
+    "sfl, tail": Case(Sfl(tail_units=1), of_sfl, practice=PRACTICE),
     "sl, tail": Case(Sl(tail_units=1), SL),
     "sl, adam": Case(Sl(), SL, optimizer="adam"),
     "sfl_v2 by client, tail": Case(SflV2(tail_units=2), v2),
-    "sfl_v2 by step": Case(SflV2(order="step"), BY_STEP),
+    "sfl_v2 by step": Case(SflV2(order="step"), BY_STEP, practice=PRACTICE),
     "sfl_v2 by step, adam": Case(SflV2(order="step"), BY_STEP, optimizer="adam"),
-    "psl": Case(Psl(most=2), of_psl(2), (1, 2, 0, 2, 1)),
+    "psl": Case(Psl(most=2), of_psl(2), (1, 2, 0, 2, 1), practice=PRACTICE),
     "psl, adam": Case(Psl(most=2), of_psl(2), (1, 2, 0, 2, 1), optimizer="adam"),
     "psl, all shared": Case(Psl(most=0), of_psl(0), (0,) * 5, optimizer="adam"),
     "psl, own all": Case(Psl(), of_psl(L)),
@@ -86,6 +90,7 @@ def mostly_slow(names, quick=()):
 def training_of(case, link=rounds.NOISY, **changes):
     plain = rounds.training(case.optimizer, link, CHAIN)
     scheme = case.scheme
+    changes = {**case.practice, **changes}
     return dataclasses.replace(plain, scheme=scheme.engine(), tail_units=scheme.tail_units, **changes)
 
 
@@ -163,6 +168,17 @@ def test_other_work_gives_other_numbers(name):
     work, _ = work_of(case)
     training = training_of(case)
     right, wrong = (one_round(case, one, training)[0].variables for one in (work, change(work)))
+    assert rounds.difference(right, wrong) > 1e-3
+
+
+@pytest.mark.parametrize("name", mostly_slow(["sl", "sfl, tail"], ["sl"]))
+@pytest.mark.parametrize("change", [{"proximal": 0.0}, {"clip_norm": 0.0}, {"augment": None}])
+def test_each_part_of_the_practice_changes_the_numbers(name, change):
+    case, (work, _) = EVERY[name], work_of(EVERY[name])
+    right, wrong = (
+        one_round(case, work, training)[0].variables
+        for training in (training_of(case), training_of(case, **change))
+    )
     assert rounds.difference(right, wrong) > 1e-3
 
 

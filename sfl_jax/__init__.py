@@ -27,7 +27,7 @@ __all__ = [
     "schemes",
 ]
 
-# Imported when they are asked for: JAX takes a second, and help and refusals do without it.
+# Imported on first use: JAX takes a second to import, and help and refusals do not need it.
 _PARTS = {
     "Chain": "models",
     "Execution": "federated.execution",

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 of types, shapes and contents."""
+    """SHA-256 of the arrays' types, shapes and contents."""
     total = hashlib.sha256()
     for array in arrays:
         total.update(f"{array.dtype}{array.shape}".encode())
@@ -16,6 +16,6 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
 
 
 def digest_of_columns(columns: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of a table: the columns and their names."""
+    """SHA-256 of a table: its columns and their names."""
     named = ((np.frombuffer(name.encode(), np.uint8), np.asarray(rows)) for name, rows in columns.items())
     return digest(array for pair in named for array in pair)

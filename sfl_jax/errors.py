@@ -1,5 +1,5 @@
-"""The one error that means: the user's input is wrong, and here is how to mend it."""
+"""The error for wrong input by the user."""
 
 
 class BadInput(ValueError):
-    """Input refused before any work. The message is one line: flag or place, value, what is allowed."""
+    """Input refused before any work. The message is one line: name or place, value, what is allowed."""

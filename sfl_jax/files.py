@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and directories that are fit to write to, by one process at a time."""
+"""Writes files whole or not at all, and checks and locks directories for one process at a time."""
 
 import contextlib
 import fcntl
@@ -15,17 +15,17 @@ from sfl_jax.errors import BadInput
 PNG_METADATA = {"Software": "sfl_jax"}
 PNG_MARK = b"Software\0sfl_jax"
 
-_OWN_LOCK = re.compile(rb"(?:sfl_jax (\d+)\n)?")  # a number alone may be another program's
+_OWN_LOCK = re.compile(rb"(?:sfl_jax (\d+)\n)?")  # only a number may be another program's
 
-_unfinished: set[Path] = set()  # what this process removes when it ends well
+_unfinished: set[Path] = set()  # paths that this process removes at a regular end
 
 
 class NotWritten(Exception):
-    """What the disk refused of a run that is under way."""
+    """The disk refused to write in the middle of a run."""
 
 
 def ensure_writable(directory: str | os.PathLike[str], flag: str, value: str) -> None:
-    """Make `directory` and try a file in it; BadInput, naming flag=value, where that fails."""
+    """Makes `directory` and tries to write a file in it. BadInput, naming flag=value, if this fails."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -36,8 +36,9 @@ def ensure_writable(directory: str | os.PathLike[str], flag: str, value: str) ->
 
 
 def ensure_ours(path: str | os.PathLike[str], mark: bytes, flag: str, value: str) -> None:
-    """BadInput, naming flag=value, where a file is there that lacks `mark`, which is near the beginning of
-    every one of this name that this package writes. An empty one is nobody's.
+    """Protects other programs' files: BadInput, naming flag=value, if the file at `path` lacks `mark`.
+
+    `mark` is near the beginning of every file of this name that this package writes. Empty files are allowed.
     """
     with (
         contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError),
@@ -50,42 +51,42 @@ def ensure_ours(path: str | os.PathLike[str], mark: bytes, flag: str, value: str
 
 def _not_ours(flag, value, path):
     return BadInput(
-        f"{flag}={value}: {path} is not of sfl_jax and would be replaced; move it, or choose another place"
+        f"{flag}={value}: would replace {path}, which sfl_jax did not write; move it or choose another place"
     )
 
 
 def ensure_room(directory: str | os.PathLike[str], flag: str, value: str, needed_bytes: int) -> None:
-    """BadInput, naming flag=value, where the disk of `directory` has less room than that."""
+    """BadInput, naming flag=value, if the disk of `directory` has less than `needed_bytes` free."""
     free_bytes = shutil.disk_usage(directory).free
     if free_bytes < needed_bytes:
         raise BadInput(
             f"{flag}={value}: {free_bytes / 1e6:.1f} MB free, {needed_bytes / 1e6:.1f} MB needed; "
-            "make room, or choose another place"
+            "free some space or choose another place"
         )
 
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator[None]:
-    """Hold the lock of `directory`; BadInput where another process does.
+    """Holds the lock of `directory` during the block. BadInput if another process holds it.
 
-    The lock ends with its process, however that ends: a .lock file left behind locks nothing. One of another
-    program is locked and keeps what is in it.
+    The lock ends with its process, even after a crash: a .lock file that is left over locks nothing. A .lock
+    file of another program is locked, and its content is kept.
     """
     path = Path(directory, ".lock")
     with contextlib.ExitStack() as stack:
         try:
-            # Without a buffer, which would be written, and fail, once more when the file is closed.
+            # Without a buffer: after a failed write, closing the file would write it again and fail again.
             file = stack.enter_context(path.open("a+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             note = _OWN_LOCK.fullmatch(path.read_bytes())
             who = f"run {note[1].decode()}" if note and note[1] else "another process"
-            raise BadInput(f"{flag}={value}: {who} is at work in it; wait, or choose another place") from None
+            raise BadInput(f"{flag}={value}: {who} is using it; wait or choose another place") from None
         except OSError as error:
             raise BadInput(f"{flag}={value}: cannot be locked ({error}); choose another place") from error
-        with contextlib.suppress(OSError):  # only a note; a full disk is found by what needs room
+        with contextlib.suppress(OSError):  # the note is optional; later writes find a full disk
             file.seek(0)
-            if _OWN_LOCK.fullmatch(file.read(64)):  # else somebody else's
+            if _OWN_LOCK.fullmatch(file.read(64)):  # else it is another program's file
                 file.truncate(0)
                 file.write(f"sfl_jax {os.getpid()}\n".encode())
         yield
@@ -93,7 +94,7 @@ def locked(directory: str | os.PathLike[str], flag: str, value: str) -> Iterator
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A path for what the block makes and renames; whatever has this name after the block is removed."""
+    """A path at which the block makes something and renames it. Removes what is left there afterwards."""
     _unfinished.add(path)
     try:
         yield path
@@ -103,16 +104,16 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-    """Remove what blocks of other threads are at work on, when the process ends without them."""
+    """Removes the unfinished paths of other threads when the process ends without waiting for them."""
     for path in [*_unfinished]:
         _remove(path)
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to fill, which takes its name when the block ends well and leaves nothing when it does not.
+    """A file to write. It gets its name if the block succeeds; if not, nothing is left.
 
-    An OSError of the block, as of a full disk, names the file if it names none.
+    An OSError in the block that names no file, as for a full disk, gets the name of this file.
     """
     path = Path(path)
     try:
@@ -130,5 +131,5 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with contextlib.suppress(OSError):  # what cannot be there need not be removed
+        with contextlib.suppress(OSError):  # nothing there
             path.unlink()

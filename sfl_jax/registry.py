@@ -1,7 +1,7 @@
-"""What the names of flags and of parts stand for: a table for each kind, a line for each member.
+"""The names that flags and parts can have: one table for each kind, one line for each member.
 
-A member is an object or where it is, as "module:attribute"; it is imported when it is used, so that help and
-refusals need no JAX. Other packages add members by entry points of the group `sfl_jax.KIND`.
+A member is an object or its place, "module:attribute", which is imported on first use. So help and refusals
+need no JAX. Other packages add members by entry points of the group `sfl_jax.KIND`.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from sfl_jax.errors import BadInput
 class Registry(Mapping[str, Any]):
     """The members of one kind by name, in the order of registration.
 
-    Raises BadInput for a name that is not there; the line names all that are.
+    An unknown name raises BadInput, which lists the known ones.
     """
 
     def __init__(self, kind: str, members: Mapping[str, Any] | None = None):
@@ -24,12 +24,12 @@ class Registry(Mapping[str, Any]):
         self._has_plugins = False
 
     def register(self, name: str, member: Any) -> Any:
-        """Adds a member, an object or "module:attribute"; gives it back."""
+        """Adds a member, an object or "module:attribute", and returns it."""
         self._members[name] = member
         return member
 
     def names(self) -> tuple[str, ...]:
-        """All names, those of plug-ins last."""
+        """All names; those of plug-ins come last."""
         return tuple(self)
 
     def __getitem__(self, name: str) -> Any:
@@ -129,14 +129,14 @@ CODECS = Registry(
     },
 )
 
-# Names that are no members, for the same reason: help and refusals read them without JAX.
-STARTS = ("equal", "proportional", "random")  # of alternating
-ROUNDINGS = ("need", "nearest")  # of regression
+# Names without members are here for the same reason: help and refusals read them without JAX.
+STARTS = ("equal", "proportional", "random")  # for alternating
+ROUNDINGS = ("need", "nearest")  # for regression
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate")
-SERVER_ORDERS = ("client", "step")  # of sfl_v2
-SERVER_BATCHES = ("separate", "joined")  # of psl
+SERVER_ORDERS = ("client", "step")  # for sfl_v2
+SERVER_BATCHES = ("separate", "joined")  # for psl
 SAMPLINGS = ("uniform", "size")
 BATCH_NORMS = ("averaged", "local_statistics", "local", "reestimated")
 NORMS = ("batch", "group")  # layers of the networks

@@ -82,7 +82,7 @@ def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
     try:
         assert process.stdout.readline() == b"held\n"
         with (
-            pytest.raises(BadInput, match=f"^workdir=w: run {process.pid} is at work in it"),
+            pytest.raises(BadInput, match=f"^workdir=w: run {process.pid} is using it"),
             locked(tmp_path, "workdir", "w"),
         ):
             pytest.fail("taken")
@@ -99,7 +99,7 @@ def test_a_lock_file_of_somebody_else_is_locked_and_left_as_it_is(theirs, tmp_pa
     (tmp_path / ".lock").write_bytes(theirs)
     with (
         locked(tmp_path, "workdir", "w"),
-        pytest.raises(BadInput, match=r"^workdir=w: another process is at work in it"),
+        pytest.raises(BadInput, match=r"^workdir=w: another process is using it"),
         locked(tmp_path, "workdir", "w"),
     ):
         pytest.fail("taken")
@@ -140,7 +140,7 @@ def test_a_file_is_ours_if_it_has_the_mark(tmp_path):
         ensure_ours(path / "b", b"x,y", "output", "a.json")
     path.write_bytes(b"y,x\n")
     with pytest.raises(
-        BadInput, match=r"^output=a.json: .*a.csv is not of sfl_jax and would be replaced; move it"
+        BadInput, match=r"^output=a.json: would replace .*a.csv, which sfl_jax did not write; move it"
     ):
         ensure_ours(path, b"x,y", "output", "a.json")
 

@@ -15,18 +15,21 @@ from sfl_jax.run import recording
 
 COMMANDS = {"workdir": "train", "init_from": "train", "data_dir": "train", "fleet": "plan", "output": "plan"}
 REFUSED = [
-    ("gs://bucket/x.json", "must be a path of this machine; mount what is elsewhere, e.g. with gcsfuse"),
-    ("s3://bucket/x.json", "must be a path of this machine"),
-    ("file:///x.json", "must be a path of this machine"),
-    ('"x.json"', "flags and flag files know no quotes; leave them out"),
+    ("gs://bucket/x.json", "must be a path on this machine; mount remote storage, e.g. with gcsfuse"),
+    ("s3://bucket/x.json", "must be a path on this machine"),
+    ("file:///x.json", "must be a path on this machine"),
+    ('"x.json"', "flags and flag files do not support quotes; leave them out"),
     ("'~/x.json'", "quotes"),
-    ("x.json  # short", "flags and flag files know no comments behind a value; leave them out"),
+    ("x.json  # short", "flags and flag files do not support comments after a value; leave them out"),
     ("'x.json'  # short", "comments"),
-    ("$HOME/x.json", "flags and flag files know no variables; write out what they stand for"),
+    ("$HOME/x.json", "flags and flag files do not support variables; write the values themselves"),
     ("${HOME}/x.json", "variables"),
     ("$$/x.json", "variables"),
     ("%HOME%/x.json", "variables"),
-    ("$(pwd)/x.json", "flags and flag files know no commands inside a value; write out what they stand for"),
+    (
+        "$(pwd)/x.json",
+        "flags and flag files do not support commands inside a value; write the values themselves",
+    ),
     ("`pwd`/x.json", "commands"),
     ("`pwd/x.json", "commands"),
     ('"x.json', "quotes"),
@@ -35,9 +38,9 @@ REFUSED = [
     ("x.json'", "quotes"),
     ("a/'b c'/x.json", "quotes"),
     ("$'x.json'", "quotes"),
-    ("x.json \\", "flags and flag files know no backslashes before blanks or at the end of a line"),
+    ("x.json \\", "flags and flag files do not support backslashes before blanks or at the end of a line"),
     ("a\\ b.json", "backslashes"),
-    ("~nobody-of-this-name/x.json", "the home directory of ~ is not known here; write the path out"),
+    ("~nobody-of-this-name/x.json", "the home directory ~ is not known here; write the full path"),
 ]
 TAKEN = ["a b.json", "~.json", "a#b.json", "it's.json", "a:b.json", "a$.json", "a\\b.json", "5%.json"]
 
@@ -77,19 +80,19 @@ def test_every_flag_that_holds_a_path_is_tried_here():
 
 def test_other_texts_are_not_written_for_a_shell_either():
     for name in ("dataset", "coordinator_address", "label_key", "method", "rounds", "momentum"):
-        with pytest.raises(BadInput, match=f'^--{name}="x": flags and flag files know no quotes'):
+        with pytest.raises(BadInput, match=f'^--{name}="x": flags and flag files do not support quotes'):
             flags.parse([f'--{name}="x"'], "train")
 
 
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("--rounds=3  # three", "comments behind a value"),
-        ("--momentum=0.9 # as always", "comments behind a value"),
-        ("--compilation_cache=true # fast", "comments behind a value"),
-        ("--compilation_cache  # fast", "comments behind a value"),
-        ("--nocompilation_cache # slow", "comments behind a value"),
-        ("--rounds 3  # three", "comments behind a value"),
+        ("--rounds=3  # three", "comments after a value"),
+        ("--momentum=0.9 # as always", "comments after a value"),
+        ("--compilation_cache=true # fast", "comments after a value"),
+        ("--compilation_cache  # fast", "comments after a value"),
+        ("--nocompilation_cache # slow", "comments after a value"),
+        ("--rounds 3  # three", "comments after a value"),
         ("--rounds=$ROUNDS", "variables"),
         ("--rounds=3 \\", "backslashes"),  # from a command of several lines
         ("--flagfile='x.flags'", "quotes"),
@@ -102,7 +105,7 @@ def test_a_line_that_was_written_for_a_shell_is_called_so(line, what, tmp_path):
     for argument in (line, f"--flagfile={tmp_path}/f.flags"):
         with pytest.raises(BadInput) as caught:
             flags.parse([argument], "train")
-        assert str(caught.value).startswith(f"{line}: flags and flag files know no {what}")
+        assert str(caught.value).startswith(f"{line}: flags and flag files do not support {what}")
 
 
 def test_a_flag_file_in_a_home_directory_is_read(tmp_path, monkeypatch):
@@ -119,7 +122,7 @@ def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):
     monkeypatch.delenv("HOME")
     assert paths.expand("workdir", "runs/a") == "runs/a"
     for typed in ("~", "~/runs"):
-        with pytest.raises(BadInput, match=f"^workdir={typed}: the home directory of ~ is not known here"):
+        with pytest.raises(BadInput, match=f"^workdir={typed}: the home directory ~ is not known here"):
             paths.expand("workdir", typed)
 
 
@@ -146,7 +149,7 @@ def test_a_home_directory_is_found_from_python_too(tmp_path, monkeypatch):
 
 
 def test_a_config_made_in_python_is_refused_too():
-    with pytest.raises(BadInput, match=r"^--workdir=gs://b: must be a path of this machine"):
+    with pytest.raises(BadInput, match=r"^--workdir=gs://b: must be a path on this machine"):
         config_lib.validate(Config(workdir="gs://b"))
 
 

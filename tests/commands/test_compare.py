@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, capsy
 def test_a_file_of_the_users_own_stays(name, flags, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     assert compare.main([*TINY, *flags, f"--workdir={tmp_path}"]) == 2
-    assert f"{tmp_path / name} is not of sfl_jax and would be replaced" in capsys.readouterr().err
+    assert f"would replace {tmp_path / name}, which sfl_jax did not write" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "mine"
 
 

@@ -269,9 +269,7 @@ def test_a_server_nobody_needs(here, capsys):
 def test_a_file_of_the_users_own_beside_the_output_stays(name, content, here, capsys):
     (here / name).write_text(content)
     assert run("--output=p.json", "--plot") == 2
-    assert (
-        f"--output=p.json: {name} is not of sfl_jax and would be replaced; move it" in capsys.readouterr().err
-    )
+    assert f"--output=p.json: would replace {name}, which sfl_jax did not write" in capsys.readouterr().err
     assert (here / name).read_text() == content
     assert sorted(path.name for path in here.iterdir()) == sorted(["fleet.csv", name])
 

@@ -236,11 +236,11 @@ def test_a_page_of_somebody_else_stays(run, tmp_path, capsys):
         (tmp_path / file).write_bytes((run / file).read_bytes())
     (tmp_path / "report.html").write_text("<p>mine")
     assert report.main([f"--workdir={tmp_path}"]) == 2
-    assert f"{tmp_path / 'report.html'} is not of sfl_jax and would be replaced" in capsys.readouterr().err
+    assert f"would replace {tmp_path / 'report.html'}, which sfl_jax did not write" in capsys.readouterr().err
     with small_world.world():
         config = workdirs.described(str(tmp_path))[0]
         own = alone(config)
-    assert "is not of sfl_jax" in train._report(config, own)
+    assert "which sfl_jax did not write" in train._report(config, own)
     assert (tmp_path / "report.html").read_text() == "<p>mine"
 
 

@@ -284,7 +284,7 @@ def test_a_second_run_in_the_workdir_is_refused_and_a_dead_one_is_not_in_the_way
     process = begin(tmp_path)
     wait_for(tmp_path / "metrics.jsonl", process)
     _, err = finish(begin(tmp_path), 2)
-    assert f"run {process.pid} is at work in it" in err
+    assert f"run {process.pid} is using it" in err
     process.kill()
     process.communicate()
     assert (tmp_path / ".lock").read_text() == f"sfl_jax {process.pid}\n"
@@ -325,7 +325,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_bitwise_once_there_is_room(begi
     text = (small_disk / "run" / "metrics.jsonl").read_text()
     assert all(json.loads(line) for line in text.splitlines()), "a half line"
     _, err = finish(begin(small_disk / "run"), 2)
-    assert "MB needed; make room" in err
+    assert "MB needed; free some space" in err
     (small_disk / "filler").unlink()
     finish(begin(small_disk / "run"))
     same(small_disk / "run", quiet)

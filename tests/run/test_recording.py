@@ -238,7 +238,7 @@ def test_files_of_somebody_else_refuse_the_workdir(name, content, is_ours, tmp_p
     if is_ours:
         assert workdir.reached(config, Checkpoints(tmp_path / "checkpoints", 2)) is None
     else:
-        said = rf"^workdir={tmp_path}: {tmp_path / name} is not of sfl_jax and would be replaced; move it, or"
+        said = rf"^workdir={tmp_path}: would replace {tmp_path / name}, which sfl_jax did not write"
         with pytest.raises(BadInput, match=said):
             workdir.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
     assert (tmp_path / name).read_text() == content

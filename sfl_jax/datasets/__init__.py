@@ -1,4 +1,4 @@
-"""Sets of images or of other samples, their division among clients, and the batches of a round."""
+"""Data sets of images or other samples, their division among clients, and the batches of a round."""
 
 from sfl_jax.datasets.arrays import as_stored, check_splits, from_arrays
 from sfl_jax.datasets.augment import augmentation, check_images

@@ -1,4 +1,4 @@
-"""Data of your own: arrays, a .npz file of arrays, and folders of images."""
+"""Your own data: arrays, a .npz file of arrays, or folders of images."""
 
 import os
 import zipfile
@@ -13,16 +13,16 @@ from sfl_jax.datasets.dataset import MOST_AXES, Dataset, check, is_float
 from sfl_jax.datasets.pictures import Unusable, picture, without_warnings
 from sfl_jax.errors import BadInput
 
-TEST_SHARE = 0.1  # of the samples, where nothing else says what to test on
+TEST_SHARE = 0.1  # part of the samples that is held out if there are no test samples
 _SEED = 0
-# Names that others give their arrays, those of Keras first: images and labels to train on, then to test on.
+# Common names of arrays, those of Keras first: training images and labels, then test images and labels.
 _NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_images", "train_labels", "test_images", "test_labels"),
     ("images", "labels", "test_images", "test_labels"),
     ("x", "y", "x_test", "y_test"),
 )
-# What NumPy raises for files that are missing, damaged, pickled, encrypted or compressed as it cannot read.
+# NumPy's errors for files that are missing, damaged, pickled, encrypted or in an unknown compression.
 _UNREADABLE = OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
@@ -41,13 +41,13 @@ def from_arrays(
     """A data set of arrays.
 
     Args:
-      x_train, x_test: samples of any shape (N, ...), taken as they are. uint8 are pixels, which a run scales
-        to -1..1; of shape (N, H, W) they are grey images and get a channel. Floats, bfloat16 too, are not
-        scaled. Other integers are tokens (N, T) or, where they are signed, (N, T, F); they are kept as int32.
-      y_train, y_test: labels (N,), integers from 0 on.
-      num_classes: as many as the largest label says, if left out.
+      x_train, x_test: samples of any shape (N, ...). uint8 are pixels, which a run scales to -1..1; with
+        shape (N, H, W) they are grey images and get a channel axis. Floats, also bfloat16, are not scaled.
+        Other integers are tokens (N, T) or, if signed, (N, T, F), and become int32.
+      y_train, y_test: labels (N,), integers from 0.
+      num_classes: the number of classes; None: the largest label + 1.
       splits: the indices of each client's training samples.
-      test_share: where there is no x_test, the part of the samples that is drawn to test on; 0 tests nothing.
+      test_share: without x_test, the part of the samples that is held out for tests; 0: no tests.
 
     Raises:
       BadInput: a line that names the argument, its value and the rule.
@@ -64,7 +64,7 @@ def from_arrays(
     check("x_test, y_test", test_images, test_labels, classes, least=0)
     if not has_tests and test_share:
         if splits is not None and len(splits):
-            raise BadInput("splits: need x_test and y_test, or test_share=0: their indices are of x_train")
+            raise BadInput("splits: needs x_test and y_test, or test_share=0, since splits index x_train")
         images, labels, test_images, test_labels, notes = held_out_of(images, labels, test_share)
     return Dataset(
         images, labels.astype(np.int32), test_images, test_labels.astype(np.int32), classes, name,
@@ -73,12 +73,12 @@ def from_arrays(
 
 
 def load_npz(path: Path) -> Dataset:
-    """The arrays of a .npz file: x_train, y_train, and x_test, y_test if they are there, or names alike."""
+    """The arrays of a .npz file: x_train, y_train and, if present, x_test, y_test; or other common names."""
     place = f"dataset={path}"
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array, as of np.save")
+            raise ValueError("a single array, as np.save writes")
         with loaded as file:
             there = file.files
             names = next((each for each in _NAMES if {*each[:2]} <= {*there}), ())
@@ -86,9 +86,7 @@ def load_npz(path: Path) -> Dataset:
     except _UNREADABLE as error:
         raise BadInput(f"{place}: cannot be read as a .npz file of numbers ({_line(error)})") from error
     if not given:
-        raise BadInput(
-            f"{place}: has the arrays {', '.join(there)}; needs x_train and y_train, the labels to learn"
-        )
+        raise BadInput(f"{place}: has the arrays {', '.join(there)}; needs x_train and y_train, the labels")
     try:
         return from_arrays(*given, name=str(path))
     except BadInput as error:
@@ -96,9 +94,9 @@ def load_npz(path: Path) -> Dataset:
 
 
 def load_folder(path: Path) -> Dataset:
-    """Pictures in folders: path/train/CLASS/*.png and path/test/CLASS/*.png, or path/CLASS/*.png alone.
+    """Pictures in folders: path/train/CLASS/*.png and path/test/CLASS/*.png, or only path/CLASS/*.png.
 
-    BadInput names the file or the folder that cannot be used.
+    BadInput names a file or folder that cannot be used.
     """
     try:
         return _of_folder(path)
@@ -114,14 +112,12 @@ def _of_folder(path):
     tested = next((children[name] for name in ("test", "validation", "val") if name in children), None)
     trained = children.get("train", path)
     if trained == path and tested is not None:
-        raise BadInput(f"{place}: has no folder train beside {tested.name}")
+        raise BadInput(f"{place}: has a folder {tested.name} but no folder train")
     classes = sorted(_folders(path, trained))
     if not classes:
-        raise BadInput(f"{place}: has no folders of pictures, one for each class")
+        raise BadInput(f"{place}: needs a folder of pictures for each class, and has none")
     if tested is not None and (unknown := sorted(_folders(path, tested).keys() - {*classes})):
-        raise BadInput(
-            f"{place}: {tested.name} has the class {unknown[0]}; {trained.name} has none of this name"
-        )
+        raise BadInput(f"{place}: {tested.name} has the class {unknown[0]}; {trained.name} must have it too")
     given = [*_read(path, trained, classes), *(_read(path, tested, classes) if tested else ())]
     data = from_arrays(*given, num_classes=len(classes), name=str(path))
     shown = f"{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
@@ -130,18 +126,18 @@ def _of_folder(path):
 
 
 def _inside(root, folder):
-    """What a folder holds, without what is hidden. BadInput for a link that leads nowhere."""
+    """The content of a folder without hidden files. BadInput for a broken link."""
     inside = sorted(one for one in folder.iterdir() if not one.name.startswith("."))
     for one in inside:
         if one.is_symlink() and not one.exists():
             raise BadInput(
-                f"dataset={root}: {one.relative_to(root)} is a link to {os.readlink(one)}, which is not there"
+                f"dataset={root}: {one.relative_to(root)} is a link to {os.readlink(one)}, which is missing"
             )
     return inside
 
 
 def _folders(root, folder):
-    """The folders in a folder by name."""
+    """The folders in a folder, by name."""
     return {one.name: one for one in _inside(root, folder) if one.is_dir()}
 
 
@@ -153,28 +149,28 @@ def _read(root, folder, classes):
     there = _folders(root, folder)
     for label, name in enumerate(classes):
         if name not in there:
-            continue  # what is tested need not have every class
+            continue  # test samples need not have every class
         files = [one for one in _inside(root, there[name]) if one.suffix.lower() in _PICTURES]
         if not files:
             where = there[name].relative_to(root)
             raise BadInput(
-                f"dataset={root}: no pictures in {where}; they end in {endings}; or remove the folder"
+                f"dataset={root}: no pictures in {where}; add some ({endings}) or remove the folder"
             )
         for file in files:
             found.append(_pixels(root, file))
             if found[-1].shape != found[0].shape:
-                shapes = f"of {found[-1].shape}, others are of {found[0].shape}"
+                shapes = f"shape {found[-1].shape}, but others have {found[0].shape}"
                 raise BadInput(
-                    f"dataset={root}: {file.relative_to(root)}: {shapes}; make copies of one size and kind"
+                    f"dataset={root}: {file.relative_to(root)}: {shapes}; make copies with one shape"
                 )
             labels.append(label)
     if not found:
-        raise BadInput(f"dataset={root}: no pictures in {folder.name}; they end in {endings}")
+        raise BadInput(f"dataset={root}: no pictures in {folder.name}; add some ({endings})")
     return np.stack(found), np.array(labels, np.int32)
 
 
 def _pixels(root, file):
-    """A picture. Pillow raises nearly anything for one that is damaged."""
+    """The pixels of a file. Pillow raises many kinds of errors for a damaged picture."""
     try:
         with without_warnings():
             return picture(file.read_bytes(), None)
@@ -183,17 +179,17 @@ def _pixels(root, file):
     except Exception as error:
         said = _line(error)
         if not isinstance(error, Unusable):
-            reason = "it is none that Pillow knows" if "cannot identify" in said else said
-            said = f"cannot be read as a picture ({reason}); mend or remove it"
+            reason = "Pillow does not know its format" if "cannot identify" in said else said
+            said = f"cannot be read as a picture ({reason}); repair or remove it"
         raise BadInput(f"dataset={root}: {file.relative_to(root)}: {said}") from error
 
 
 def _array(argument, given) -> np.ndarray:
-    """The argument as NumPy takes it: not so ragged lists, or tensors with gradients or on another device."""
+    """The argument as a NumPy array. BadInput for ragged lists, and tensors with gradients or on a device."""
     try:
         return np.asarray(given)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise BadInput(f"{argument}: NumPy cannot take it as an array ({_line(error)})") from error
+        raise BadInput(f"{argument}: NumPy cannot convert it to an array ({_line(error)})") from error
 
 
 def _samples(argument, given):
@@ -201,17 +197,17 @@ def _samples(argument, given):
     if array.dtype == np.uint8 and array.ndim == 3:
         array = array[..., None]
     if array.ndim < 2:
-        raise BadInput(f"{argument}: of shape {array.shape}; must be (N, ...), one row a sample")
+        raise BadInput(f"{argument}: of shape {array.shape}; must be (N, ...), one row per sample")
     if array.dtype == np.dtype("V2"):
-        raise BadInput(f"{argument}: of {array.dtype}; files of NumPy lose bfloat16: save it as float32")
+        raise BadInput(f"{argument}: of {array.dtype}; NumPy files lose bfloat16: save it as float32")
     if is_float(array.dtype) and not np.isfinite(array).all():
         raise BadInput(f"{argument}: has numbers that are not finite")
     return array
 
 
 def _taken(array: np.ndarray) -> np.ndarray:
-    """Tokens as int32; whatever else as it is, and integers that are none, which `check` refuses."""
-    most_axes = {"i": MOST_AXES, "u": 2}.get(array.dtype.kind, 0)  # unsigned ones with more are pictures
+    """Tokens as int32, everything else unchanged. `check` refuses other integers later."""
+    most_axes = {"i": MOST_AXES, "u": 2}.get(array.dtype.kind, 0)  # unsigned integers with more are pictures
     if array.dtype == np.uint8 or array.ndim > most_axes:
         return array
     limits = np.iinfo(np.int32)
@@ -220,9 +216,9 @@ def _taken(array: np.ndarray) -> np.ndarray:
 
 
 def as_stored(argument: str, given: Any, stored: np.ndarray) -> np.ndarray:
-    """Samples (N, ...) for a network that learns from `stored`, which were given to `from_arrays` likewise.
+    """Samples (N, ...) converted as `from_arrays` does, for a network that learnt from `stored` samples.
 
-    BadInput where they are of another type or shape.
+    BadInput if their type or shape differs.
     """
     array, shape = _taken(_array(argument, given)), stored.shape[1:]
     if array.dtype == np.uint8 and (*array.shape[1:], 1) == shape:
@@ -236,22 +232,22 @@ def as_stored(argument: str, given: Any, stored: np.ndarray) -> np.ndarray:
 
 def _labels(argument, given):
     array = _array(argument, given)
-    if array.ndim == 2 and array.shape[1] == 1:  # as Keras has those of CIFAR
+    if array.ndim == 2 and array.shape[1] == 1:  # Keras' CIFAR labels
         array = array[:, 0]
     if array.ndim == 2:
         raise BadInput(
-            f"{argument}: of shape {array.shape}; must be (N,), a class number a sample: give one column, "
-            f"such as {argument}[:, 0], or {argument}.argmax(1) where a row has a 1 at its class"
+            f"{argument}: of shape {array.shape}; must be (N,), one class number per sample: give one "
+            f"column, such as {argument}[:, 0], or {argument}.argmax(1) if a row has a 1 at its class"
         )
     if array.ndim != 1:
-        raise BadInput(f"{argument}: of shape {array.shape}; must be (N,), a class number a sample")
+        raise BadInput(f"{argument}: of shape {array.shape}; must be (N,), one class number per sample")
     if not np.issubdtype(array.dtype, np.integer):
-        raise BadInput(f"{argument}: of {array.dtype}; must be integers from 0 on")
+        raise BadInput(f"{argument}: of {array.dtype}; must be integers from 0")
     return array
 
 
 def held_out_of(images: Any, labels: Any, share: float) -> tuple[Any, Any, Any, Any, tuple[str, ...]]:
-    """(images, labels, images and labels to test on, a line about it): a part is drawn, always the same."""
+    """(images, labels, test images, test labels, notes). Holds out the same part `share` every time."""
     if not 0 <= share < 1:
         raise BadInput(f"test_share={share}: must be at least 0 and below 1")
     order = np.random.default_rng(_SEED).permutation(len(labels))
@@ -262,7 +258,7 @@ def held_out_of(images: Any, labels: Any, share: float) -> tuple[Any, Any, Any, 
 
 
 def check_splits(argument: str, splits: Sequence[Any] | np.ndarray, samples: int) -> tuple[np.ndarray, ...]:
-    """The indices of each client's samples as arrays. BadInput where two share one, or there is none such."""
+    """The indices of each client's samples as arrays. BadInput for shared samples or wrong indices."""
     owned = np.zeros(samples, bool)
     indices = tuple(_array(f"{argument}[{client}]", split) for client, split in enumerate(splits))
     for client, own in enumerate(indices):
@@ -272,7 +268,7 @@ def check_splits(argument: str, splits: Sequence[Any] | np.ndarray, samples: int
         if own.min() < 0 or own.max() >= samples:
             raise BadInput(f"{where}: indices {own.min()} to {own.max()}; must be 0 to {samples - 1}")
         if owned[own].any() or len(np.unique(own)) < len(own):
-            raise BadInput(f"{where}: has a sample twice, or one that another client has")
+            raise BadInput(f"{where}: has a sample twice, or a sample of another client")
         owned[own] = True
     return indices
 

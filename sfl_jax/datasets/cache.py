@@ -1,7 +1,7 @@
-"""Decoded arrays kept in the user's cache directory: images are decompressed once, not in every run.
+"""Keeps decoded arrays in the user's cache directory, so that images are decompressed once, not in every run.
 
-A cache is a convenience: whatever is wrong with it (no home, read-only, full, truncated, tampered with) the
-caller gets None, or nothing is kept, and the run goes on.
+The cache is optional. If anything is wrong with it (no home, read-only, full, truncated, changed), reading
+returns None, writing keeps nothing, and the run goes on.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ import numpy as np
 
 from sfl_jax.files import whole_file
 
-_FORMAT = 3  # raise when the meaning of the kept arrays changes
+_FORMAT = 3  # increase it when the meaning of the arrays changes
 
 
 def contents(directory: Path) -> str:
-    """A digest of the names and the bytes of the files in `directory`. OSError where one cannot be read.
+    """A digest of the names and bytes of the files in `directory`. OSError if one cannot be read.
 
-    Times and sizes would not do: some packagers give every file the same time, and other labels of one digit
-    have the same size.
+    Times and sizes are not enough: some packagers give all files one time, and other labels can have the same
+    size.
     """
     files = sorted(file for file in directory.iterdir() if file.is_file())
-    with ThreadPoolExecutor() as pool:  # reading and hashing go on outside Python's lock
+    with ThreadPoolExecutor() as pool:  # reading and hashing release Python's lock
         sums = list(pool.map(_sum, files))
     lines = [f"{digest} {file.name}" for file, digest in zip(files, sums, strict=True)]
     return _digest("\n".join(lines))
@@ -37,12 +37,12 @@ def contents(directory: Path) -> str:
 def read_cache(
     directory: Path, key: str, mapped: Collection[str] = (), variant: str = ""
 ) -> dict[str, np.ndarray] | None:
-    """The arrays kept for the dataset in `directory`, or None if there are none or any doubt about them.
+    """The cached arrays of the dataset in `directory`, or None if there are none or anything is wrong.
 
     key: the `contents` that they were decoded from.
-    mapped: names of arrays that stay in the file as `np.memmap`; nothing of them is read or checked here. The
-      archive carries a CRC-32 of the others, which is checked.
-    variant: which of several ways to read the dataset they come from; each has a file of its own.
+    mapped: names of arrays that stay in the file as `np.memmap`. They are neither read nor checked here. The
+      CRC-32 of the others in the archive is checked.
+    variant: the way in which the dataset was read; each way has its own file.
     """
     try:
         with _file(directory, variant).open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -51,12 +51,12 @@ def read_cache(
                 for name in archive.files
             }
         return arrays if arrays.pop("fingerprint").item() == _fingerprint(key, arrays) else None
-    except Exception:  # a damaged archive can fail in any way, and none of them matters
+    except Exception:  # a damaged archive can raise any error
         return None
 
 
 def write_cache(directory: Path, key: str, arrays: Mapping[str, np.ndarray], variant: str = "") -> None:
-    """Keep `arrays` for `read_cache` of the same arguments; a reader sees the whole file or none."""
+    """Keeps `arrays` for `read_cache` with the same arguments. A reader sees the whole file or none."""
     with contextlib.suppress(OSError, RuntimeError):
         file = _file(directory, variant)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def write_cache(directory: Path, key: str, arrays: Mapping[str, np.ndarray], var
 
 
 def _map(path: str, archive: zipfile.ZipFile, name: str) -> np.memmap:
-    """An array of the archive where it lies, uncompressed: behind the header of its member, which ends with
-    as many bytes as two of its numbers say, and a header of its own.
+    """Maps an uncompressed array in the archive. It is after the header of its zip member, whose two variable
+    lengths are in the header, and after its own .npy header.
     """
     member = archive.getinfo(f"{name}.npy")
     with Path(path).open("rb") as file:
@@ -77,12 +77,12 @@ def _map(path: str, archive: zipfile.ZipFile, name: str) -> np.memmap:
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
         start = file.tell()
     if member.compress_type != zipfile.ZIP_STORED or version != (1, 0) or fortran_order:
-        raise ValueError("not as it was written")
+        raise ValueError("not in the form that write_cache writes")
     return np.memmap(path, dtype, "r", start, shape)
 
 
 def _file(directory: Path, variant: str) -> Path:
-    """One file per dataset directory and variant, so that an outdated one is replaced and none pile up."""
+    """One file per dataset directory and variant, so that outdated files are replaced and do not pile up."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
     where = hashlib.sha256(os.fsencode(directory.resolve()) + variant.encode()).hexdigest()[:16]
@@ -90,7 +90,7 @@ def _file(directory: Path, variant: str) -> Path:
 
 
 def _fingerprint(key: str, names: Iterable[str]) -> str:
-    """Changes when the dataset's files do, or which arrays are kept, or what they mean."""
+    """Changes if the dataset's files, the list of arrays or their meaning change."""
     return _digest("\n".join([str(_FORMAT), key, *sorted(names)]))
 
 

@@ -1,4 +1,4 @@
-"""A data set in memory: samples to learn from, and samples to test on."""
+"""A data set in memory: training samples and test samples."""
 
 from dataclasses import dataclass
 
@@ -9,25 +9,25 @@ from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
 
 ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
-MOST_AXES = 3  # of tokens: integers of more axes are pictures whose range cannot be known
+MOST_AXES = 3  # of tokens; integers with more axes are pictures with an unknown range
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images, or other samples, and labels; those for training may stay in a file, see `CheckedRows`.
+    """Images or other samples, and labels. Training images may stay in a file, see `CheckedRows`.
 
     Attributes:
-      train_images, test_images: (N, ...), of one type and size: pixels of uint8, floats, or tokens of int32;
-        images are (N, H, W, C). There may be no test images.
+      train_images, test_images: (N, ...), with one type and sample shape: uint8 pixels, floats, or int32
+        tokens. Images are (N, H, W, C). There may be no test images.
       train_labels, test_labels: (N,) int32 in [0, num_classes).
       num_classes: number of classes.
-      name: as asked for.
-      digest: of all four arrays, see `digests`; computed where it is not given.
-      notes: lines that say what was chosen where a set offered more than one.
-      splits: the indices of each client's training samples, where the data come divided.
+      name: the name that the user gave.
+      digest: of all four arrays, see `digests`; computed if it is "".
+      notes: lines that say what was chosen if a set has alternatives.
+      splits: the indices of each client's training samples, if the data are already divided.
 
     Raises:
-      BadInput: arrays of other types or shapes, or labels that are no class.
+      BadInput: arrays with other types or shapes, or labels outside the classes.
     """
 
     train_images: Shaped[np.ndarray, "N ..."]
@@ -55,15 +55,15 @@ class Dataset:
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether JAX computes with such floats. NumPy does not count bfloat16 among them."""
+    """Whether JAX computes with this type of float. NumPy does not count bfloat16 as a float."""
     return dtype.name == "bfloat16" or (np.issubdtype(dtype, np.floating) and dtype.itemsize <= 8)
 
 
 def check(place: str, images: np.ndarray, labels: np.ndarray, num_classes: int, least: int = 1) -> None:
-    """Refuses what would be computed with as if it were of these types and shapes."""
+    """Refuses images and labels with types, shapes or values that training cannot use."""
     is_tokens = images.dtype == np.int32 and images.ndim <= MOST_AXES
     if images.dtype != np.uint8 and not is_float(images.dtype) and not is_tokens:
-        allowed = "must be uint8, 0 to 255, floats, or integer tokens (N, T)"
+        allowed = "must be uint8 (0 to 255), floats, or integer tokens (N, T)"
         raise BadInput(f"{place}: images of {images.dtype} {images.shape}; {allowed}")
     if images.ndim < 2 or len(images) < least:
         raise BadInput(f"{place}: images of shape {images.shape}; must be (N, ...), N at least {least}")

@@ -1,4 +1,4 @@
-"""Images and labels of a set that TensorFlow Datasets (TFDS) prepared, without TensorFlow."""
+"""Reads images and labels of a set that TensorFlow Datasets (TFDS) prepared, without TensorFlow."""
 
 import errno
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,14 @@ from sfl_jax.datasets.arrays import TEST_SHARE, held_out_of
 from sfl_jax.datasets.pictures import Unusable, picture
 from sfl_jax.errors import BadInput
 
-# Threads pay once decompression, which runs outside Python's lock, outweighs the Python around it.
+# Decompression releases Python's lock. From this size on it outweighs the Python around it, and threads help.
 _BYTES_WORTH_A_THREAD = 4096
 _CHUNK = 4096  # records
 _PACKAGES = {"tensorflow_datasets": "tensorflow-datasets", "PIL": "pillow", "google": "protobuf"}
 
 
 class Decoded(NamedTuple):
-    """What a prepared set holds; `notes`: lines that say what was chosen of it."""
+    """The content of a prepared set. notes: lines that say what was chosen."""
 
     train_images: UInt8[np.ndarray, "N H W C"]
     train_labels: Int32[np.ndarray, " N"]
@@ -31,7 +31,7 @@ class Decoded(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Where to read, and how to name it in a refusal."""
+    """Where to read, and what to name in a refusal."""
 
     builder: Any
     place: str
@@ -43,15 +43,15 @@ class _Source(NamedTuple):
 
 
 def decode(name: str, directory: Path, remedy: str, label_key: str = "") -> Decoded:
-    """The splits `train`, and `test` or `validation`; see `load`.
+    """The splits `train` and `test` (or `validation`) of a set; see `load`.
 
     Raises:
-      BadInput: damaged, in a format that needs TensorFlow, no image classification set, images of several
-        sizes, labels that are hidden; or a Python module is missing.
+      BadInput: the set is damaged, needs TensorFlow to read, is not for image classification, has images of
+        several sizes or hidden labels; or a Python module is missing.
     """
     place = f"dataset={name}: {directory}"
     try:
-        import tensorflow_datasets as tfds  # a second of import that a cached dataset does not need
+        import tensorflow_datasets as tfds  # imported here: it takes a second, and the cache does not need it
 
         builder: Any = tfds.builder_from_directory(directory)
         examples = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -88,7 +88,7 @@ def decode(name: str, directory: Path, remedy: str, label_key: str = "") -> Deco
 
 
 def _chosen(place: str, labels: list[str], asked: str) -> str:
-    """The class label to learn: the only one, the one asked for, or the one that is called so."""
+    """The class label to learn: the one asked for, the only one, or the one named "label"."""
     if asked and asked not in labels:
         raise BadInput(f"label_key={asked}: must be one of {', '.join(labels)}, the class labels of {place}")
     if not asked and len(labels) > 1 and "label" not in labels:
@@ -97,20 +97,20 @@ def _chosen(place: str, labels: list[str], asked: str) -> str:
 
 
 def _labelled(source: _Source, splits: list[str], notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The first of these splits whose labels are not hidden, which adds a line to `notes` if others are."""
+    """The first of these splits with visible labels. Adds a line to `notes` for each with hidden ones."""
     split, *others = splits
     images, labels = _read(source, split)
     if labels.min() >= 0 and labels.max() < source.num_classes:
         return images, labels
     if labels.min() >= 0 or not others:
         classes = f"0..{source.num_classes - 1}"
-        raise BadInput(f"{source.place}: split {split} has labels outside {classes}; needs every label")
-    notes.append(f"labels of split {split} are hidden; tested on {others[0]}")
+        raise BadInput(f"{source.place}: split {split} has labels outside {classes}; every image needs one")
+    notes.append(f"labels of split {split} are hidden; tests use {others[0]}")
     return _labelled(source, others, notes)
 
 
 def _read(source: _Source, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (N, H, W, C) and labels (N,) of a split; what is still compressed is held in small chunks."""
+    """Pictures (N, H, W, C) and labels (N,) of a split. Reads compressed pictures in small chunks."""
     import tensorflow_datasets as tfds
 
     try:
@@ -136,7 +136,7 @@ def _read(source: _Source, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pictures(source: _Source, records: Any, labels: np.ndarray) -> Iterator[np.ndarray]:
-    """The decoded pictures one after the other, the labels of those so far being filled in."""
+    """Yields the decoded pictures in order, and fills in their labels."""
     with ThreadPoolExecutor() as pool:
         each = pool.map if len(records[0][source.image]) >= _BYTES_WORTH_A_THREAD else map
         for start in range(0, len(records), _CHUNK):
@@ -147,7 +147,7 @@ def _pictures(source: _Source, records: Any, labels: np.ndarray) -> Iterator[np.
 
 
 def _unequal(source: _Source, one: tuple[int, ...], other: tuple[int, ...]) -> BadInput:
-    return BadInput(f"{source.place}: images of {one} and {other}; prepare a copy in which all have one size")
+    return BadInput(f"{source.place}: images of {one} and {other}; prepare a copy with one size")
 
 
 def _described(features: Mapping[str, Any]) -> str:
@@ -159,7 +159,7 @@ def _described(features: Mapping[str, Any]) -> str:
 
 
 def _refuse(place: str, error: Exception, remedy: str) -> NoReturn:
-    """Tell apart what is missing here, what the system refuses, and data that are damaged."""
+    """Raises BadInput that says whether a module is missing, the system refuses, or data are damaged."""
     if isinstance(error, MemoryError):
         raise error
     cause: BaseException | None = error
@@ -177,5 +177,5 @@ def _refuse(place: str, error: Exception, remedy: str) -> NoReturn:
 
 
 def _reason(error: BaseException) -> str:
-    """One line of an error that may have many or none."""
+    """The first line of an error, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

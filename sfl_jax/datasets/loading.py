@@ -1,4 +1,4 @@
-"""Image classification sets prepared by TensorFlow Datasets (TFDS): found, decoded, and kept."""
+"""Finds, decodes and caches image classification sets that TensorFlow Datasets (TFDS) prepared."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from sfl_jax.errors import BadInput
 
 _EMBEDDED = Path(__file__).parent / "data" / "mnist" / "3.0.1"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>\w[\w.+-]*))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
-_PATHS = "/", "./", "../", "~"  # how the path of a folder begins
+_PATHS = "/", "./", "../", "~"  # how the path of a folder starts
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 _CACHED = {
     "train_images": ("uint8", 4),
@@ -37,24 +37,24 @@ def load(
     in_file: bool = False,
     label_key: str = "",
 ) -> Dataset:
-    """The dataset `name`: `set`, `set/config`, `set:1.2.3` or `set/config:1.2.3` of TFDS, the path of a .npz
-    file (see `load_npz`), or that of a directory of pictures (see `load_folder`).
+    """The dataset `name`: a TFDS name, the path of a .npz file (see `load_npz`), or of a folder of pictures.
 
-    `mnist` without `data_dir` is the copy inside this package. Anything else is looked for in `data_dir`
-    (default: TFDS's own, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`), where TFDS must have prepared it as
-    array_record with a split `train` and a split `test` or `validation`. `validation` is also taken where the
-    labels of `test` are hidden (-1). Of several class labels `label_key` is learnt, or else `label`.
+    A TFDS name is `set`, `set/config`, `set:1.2.3` or `set/config:1.2.3`. For folders see `load_folder`.
+    `mnist` without `data_dir` is the copy in this package. Other sets are in `data_dir` (default: TFDS's own,
+    `$TFDS_DATA_DIR` or `~/tensorflow_datasets`). TFDS must have prepared them as array_record with a split
+    `train` and a split `test` or `validation`. `validation` is also used if the labels of `test` are hidden
+    (-1). If there are several class labels, `label_key` names the one to learn; the default is `label`.
 
-    What was decoded once is kept in the user's cache directory. With `in_file`, images for training stay
-    there, and each is read when it is asked for; where there is no cache they are in memory after all.
+    Decoded sets are kept in the user's cache directory. With `in_file` the training images stay in that file
+    and are read when used; without a cache they are in memory.
 
     Raises:
-      BadInput: not there, not to be read, damaged, in a format that needs TensorFlow, no image classification
-        set, images of several sizes, or a Python module is missing.
+      BadInput: the set is missing, unreadable, damaged, needs TensorFlow to read, is not for image
+        classification or has images of several sizes; or a Python module is missing.
     """
     own = _own(name)
     if own and label_key:
-        raise BadInput(f"label_key={label_key}: is for TFDS sets; dataset={name} has one label a sample")
+        raise BadInput(f"label_key={label_key}: only for TFDS sets; dataset={name} has one label per sample")
     if own:
         return load_npz(own) if name.endswith(".npz") else load_folder(own)
     if name == "mnist" and data_dir is None:
@@ -76,7 +76,7 @@ def load(
 
 
 def _preparing(name: str, root: Path) -> str:
-    """How to prepare a set. TensorFlow is needed for that alone; `tfds build` would need Apache Beam too."""
+    """The command that prepares a set. Only it needs TensorFlow; `tfds build` would also need Apache Beam."""
     install = ".venv/bin/python -m pip install -c constraints.txt tensorflow"
     python = f"TFDS_DATA_DIR={shlex.quote(str(root))} .venv/bin/python"
     call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
@@ -84,7 +84,7 @@ def _preparing(name: str, root: Path) -> str:
 
 
 def _own(name: str) -> Path | None:
-    """The .npz file or the folder of pictures that is asked for, None where it is the name of a set."""
+    """The .npz file or folder of pictures that `name` means; None if it is the name of a TFDS set."""
     is_file = name.endswith(".npz")
     if not (is_file or name.startswith(_PATHS)):
         return None
@@ -94,7 +94,7 @@ def _own(name: str) -> Path | None:
     except OSError as error:
         raise _unreadable(name, Path(name), error) from error
     except RuntimeError as error:
-        raise BadInput(f"dataset={name}: there is no such home directory") from error
+        raise BadInput(f"dataset={name}: this home directory is not known") from error
 
 
 def _find(name: str, root: Path, remedy: str) -> Path:
@@ -122,7 +122,7 @@ def _find(name: str, root: Path, remedy: str) -> Path:
         raise BadInput(
             f"dataset={name}: {parent} holds configs; choose one of {asked['name']}/{{{','.join(configs)}}}"
         )
-    here = f"; for the folder of pictures here write ./{name}" if Path(name).is_dir() else ""
+    here = f"; write ./{name} for the folder of pictures here" if Path(name).is_dir() else ""
     others = sorted({path.relative_to(root).parts[0] for path in root.glob("*/*/features.json")})
     there = f" ({root} has {', '.join(others[:9])})" if others else ""
     if next(root.glob("*/features.json"), None):
@@ -131,14 +131,14 @@ def _find(name: str, root: Path, remedy: str) -> Path:
 
 
 def _root(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Where TFDS keeps what it prepared."""
+    """The directory of prepared TFDS sets."""
     place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     paths.check_path("data_dir", str(place))
     try:
         return Path(place).expanduser()
     except RuntimeError as error:
         raise BadInput(
-            f"dataset={name}: no home directory here to look in; say with data_dir where TFDS keeps it"
+            f"dataset={name}: no home directory here; set data_dir to the directory of TFDS"
         ) from error
 
 
@@ -147,7 +147,7 @@ def _unreadable(name: str, place: Path, error: OSError) -> BadInput:
 
 
 def _kept(dataset: Dataset) -> dict[str, np.ndarray]:
-    """What the cache keeps of it."""
+    """The arrays that the cache keeps."""
     return {
         **{key: np.asarray(getattr(dataset, key)) for key in (*ARRAYS, "num_classes")},
         "digest": np.frombuffer(bytes.fromhex(dataset.digest), np.uint8),

@@ -17,7 +17,7 @@ X, Y = RNG.integers(0, 256, (20, 4, 5, 3), np.uint8), np.arange(20) % 4
 FLOATS, FLOAT_TYPES = RNG.normal(size=(20, 4, 5)), (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 TOKENS = RNG.integers(0, 99, (20, 7))
 ONE_COLUMN = (
-    "must be (N,), a class number a sample: give one column, such as y_train[:, 0], or y_train.argmax(1)"
+    "must be (N,), one class number per sample: give one column, such as y_train[:, 0], or y_train.argmax(1)"
 )
 
 
@@ -71,7 +71,7 @@ def test_samples_of_any_shape_and_type(x, shape):
 def test_samples_whose_meaning_cannot_be_known(x, found):
     with pytest.raises(BadInput) as caught:
         from_arrays(x, Y, x, Y)
-    rule = "must be uint8, 0 to 255, floats, or integer tokens (N, T)"
+    rule = "must be uint8 (0 to 255), floats, or integer tokens (N, T)"
     assert str(caught.value) == f"x_train, y_train: images of {found}; {rule}"
 
 
@@ -102,11 +102,11 @@ def nan(x):
         ({"num_classes": 3}, "x_train, y_train: labels 0 to 3; must be 0 to 2"),
         ({"y_train": np.eye(4)[Y]}, f"y_train: of shape (20, 4); {ONE_COLUMN}"),
         ({"y_train": np.stack([Y, Y], 1)}, f"y_train: of shape (20, 2); {ONE_COLUMN}"),
-        ({"y_train": X}, "y_train: of shape (20, 4, 5, 3); must be (N,), a class number a sample"),
+        ({"y_train": X}, "y_train: of shape (20, 4, 5, 3); must be (N,), one class number per sample"),
         ({"x_train": nan(FLOATS).astype(ml_dtypes.bfloat16)}, "x_train: has numbers that are not finite"),
-        ({"y_train": Y * 1.0}, "y_train: of float64; must be integers from 0 on"),
+        ({"y_train": Y * 1.0}, "y_train: of float64; must be integers from 0"),
         ({"x_train": nan(X)}, "x_train: has numbers that are not finite"),
-        ({"x_train": np.arange(20)}, "x_train: of shape (20,); must be (N, ...), one row a sample"),
+        ({"x_train": np.arange(20)}, "x_train: of shape (20,); must be (N, ...), one row per sample"),
         ({"x_test": X[:, :3]}, "dataset arrays: images of (4, 5, 3) and (3, 5, 3); must be of one size"),
         ({"x_test": X / 255}, "dataset arrays: images of uint8 and float64; must be of one type"),
         ({"y_test": None}, "x_test, y_test: one of them is missing"),
@@ -116,13 +116,13 @@ def nan(x):
         ),
         (
             {"x_test": None, "y_test": None, "splits": [[0]]},
-            "splits: need x_test and y_test",
+            "splits: needs x_test and y_test",
         ),
         ({"splits": [[0, 1], [20]]}, "splits[1]: indices 20 to 20; must be 0 to 19"),
-        ({"splits": [[0, 1], [1, 2]]}, "splits[1]: has a sample twice, or one that another client has"),
+        ({"splits": [[0, 1], [1, 2]]}, "splits[1]: has a sample twice, or a sample of another client"),
         ({"splits": [[0, 0]]}, "splits[0]: has a sample twice"),
-        ({"x_train": [[1.0, 2.0], [3.0]]}, "x_train: NumPy cannot take it as an array (setting an array"),
-        ({"x_test": None, "y_test": None, "splits": np.array([[0, 1], [2, 3]])}, "splits: need x_test"),
+        ({"x_train": [[1.0, 2.0], [3.0]]}, "x_train: NumPy cannot convert it to an array (setting an array"),
+        ({"x_test": None, "y_test": None, "splits": np.array([[0, 1], [2, 3]])}, "splits: needs x_test"),
         ({"splits": [[0], []]}, "splits[1]: must be integers (n,), the indices of at least one sample"),
     ],
 )
@@ -157,16 +157,16 @@ def test_a_file_of_arrays(tmp_path, monkeypatch):
     with (tmp_path / "i.npz").open("wb") as file:
         np.save(file, X)
     for name, line in (
-        ("c.npz", "dataset=c.npz: has the arrays x, fine, coarse; needs x_train and y_train, the labels to"),
+        ("c.npz", "dataset=c.npz: has the arrays x, fine, coarse; needs x_train and y_train, the labels"),
         ("j.npz", f"dataset=j.npz: y_train: of shape (20, 2); {ONE_COLUMN}"),
-        ("k.npz", "dataset=k.npz: x_train: of |V2; files of NumPy lose bfloat16: save it as float32"),
-        ("~no.one/a.npz", "dataset=~no.one/a.npz: there is no such home directory"),
-        ("~no.one/a", "dataset=~no.one/a: there is no such home directory"),
+        ("k.npz", "dataset=k.npz: x_train: of |V2; NumPy files lose bfloat16: save it as float32"),
+        ("~no.one/a.npz", "dataset=~no.one/a.npz: this home directory is not known"),
+        ("~no.one/a", "dataset=~no.one/a: this home directory is not known"),
         ("d.npz", "dataset=d.npz: cannot be read as a .npz file of numbers"),
         ("e.npz", "dataset=e.npz: x_train, y_train: labels of int64 (19,)"),
         ("f.npz", "dataset=f.npz: cannot be read as a .npz file of numbers"),
         ("h.npz", "dataset=h.npz: cannot be read as a .npz file of numbers (Error -3"),
-        ("i.npz", "dataset=i.npz: cannot be read as a .npz file of numbers (it is a single array"),
+        ("i.npz", "dataset=i.npz: cannot be read as a .npz file of numbers (a single array"),
         ("g.npz", "dataset=g.npz: cannot be read as a .npz file of numbers ([Errno 2] No such file"),
     ):
         with pytest.raises(BadInput) as caught:
@@ -211,12 +211,12 @@ def test_folders_that_are_no_dataset(tmp_path):
     save(tmp_path / "e" / "train" / "cats" / "0.png", X[0])
     save(tmp_path / "e" / "test" / "cows" / "0.png", X[0])
     for name, reason in (
-        ("empty", "has no folders of pictures, one for each class"),
-        ("a", "no pictures in cats; they end in .bmp, .jpeg, .jpg, .png"),
-        ("b", r"dogs/1.png: of \(3, 5, 3\), others are of \(4, 5, 3\); make copies of one size"),
-        ("c", r"cats/1.png: cannot be read as a picture \(it is none that Pillow knows\); mend or remove it"),
-        ("d", "has no folder train beside test"),
-        ("e", "test has the class cows; train has none of this name"),
+        ("empty", "needs a folder of pictures for each class, and has none"),
+        ("a", "no pictures in cats; add some (.bmp, .jpeg, .jpg, .png"),
+        ("b", r"dogs/1.png: shape \(3, 5, 3\), but others have \(4, 5, 3\); make copies"),
+        ("c", r"cats/1.png: cannot be read as a picture \(Pillow does not know its format\); repair"),
+        ("d", "has a folder test but no folder train"),
+        ("e", "test has the class cows; train must have it too"),
     ):
         with pytest.raises(BadInput, match=rf"^dataset={tmp_path / name}: {reason}"):
             load(str(tmp_path / name))
@@ -225,7 +225,7 @@ def test_folders_that_are_no_dataset(tmp_path):
 def test_a_folder_here_is_named_with_a_dot(tmp_path, monkeypatch):
     save(tmp_path / "flowers" / "a" / "0.png", X[0])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match=r"; for the folder of pictures here write \./flowers$"):
+    with pytest.raises(BadInput, match=r"; write \./flowers for the folder of pictures here$"):
         load("flowers", str(tmp_path / "tfds"))
     assert len(load("./flowers").train_labels) == 1
 
@@ -255,9 +255,9 @@ def denied(monkeypatch, method, place):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda at, patch: lost_link(at / "b/0.png"), "b/0.png is a link to nowhere, which is not there"),
-        (lambda at, patch: lost_link(at / "c"), "c is a link to nowhere, which is not there"),
-        (lambda at, patch: (at / "c").mkdir(), "no pictures in c; they end in .bmp"),
+        (lambda at, patch: lost_link(at / "b/0.png"), "b/0.png is a link to nowhere, which is missing"),
+        (lambda at, patch: lost_link(at / "c"), "c is a link to nowhere, which is missing"),
+        (lambda at, patch: (at / "c").mkdir(), "no pictures in c; add some (.bmp"),
         (
             lambda at, patch: cut_short(at / "b/0.jpg"),
             "b/0.jpg: cannot be read as a picture (image file is tr",
@@ -309,6 +309,6 @@ def test_a_label_key_is_for_sets_with_several_labels(tmp_path):
     for name in ("a.npz", "set"):
         place = f"{os.fspath(tmp_path)}/{name}"
         with pytest.raises(
-            BadInput, match=f"^label_key=fine: is for TFDS sets; dataset={place} has one label"
+            BadInput, match=f"^label_key=fine: only for TFDS sets; dataset={place} has one label"
         ):
             load(place, label_key="fine")

@@ -52,7 +52,7 @@ def test_floats_are_taken_as_they_are():
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint16])
 def test_pixels_of_another_range_are_not_divided_as_if_they_were_bytes(dtype):
-    with pytest.raises(BadInput, match=f"^images of {np.dtype(dtype)}: must be uint8, 0 to 255, or floats$"):
+    with pytest.raises(BadInput, match=f"^images of {np.dtype(dtype)}: must be uint8 .0 to 255. or floats$"):
         preprocessing(28)(jnp.ones((2, 28, 28, 1), dtype))
 
 

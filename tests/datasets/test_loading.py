@@ -210,7 +210,7 @@ def test_in_a_file_images_are_read_one_by_one(tmp_path, cache_home):
     damaged = load("tiny", tmp_path, in_file=True).train_images
     np.testing.assert_array_equal(damaged[[0, 5]], in_memory.train_images[[0, 5]])
     for rows in (slice(2, 4), np.array([3]), 3):
-        with pytest.raises(BadInput, match=f"^{file}: what it keeps of the dataset is damaged; remove it$"):
+        with pytest.raises(BadInput, match=f"^{file}: the dataset in this file is damaged; remove the file$"):
             damaged[rows]
     # Read whole, it is noticed at once, and made anew.
     check_equal(load("tiny", tmp_path), images, others)
@@ -341,7 +341,7 @@ def test_where_labels_for_testing_are_hidden_validation_is_taken(tmp_path):
     for _ in range(2):
         dataset = load("tiny", tmp_path / "a")
         check_equal(dataset, images, others)
-        assert dataset.notes == ("labels of split test are hidden; tested on validation",)
+        assert dataset.notes == ("labels of split test are hidden; tests use validation",)
 
 
 def test_a_class_that_there_is_not_is_no_reason_to_look_elsewhere(tmp_path):
@@ -350,11 +350,11 @@ def test_a_class_that_there_is_not_is_no_reason_to_look_elsewhere(tmp_path):
     directory = prepare(tmp_path, {split: examples(images, own) for split, own in labels.items()})
     three, two = b'"numClasses": "3"', b'"numClasses": "2"'
     rewrite(directory / "features.json", lambda data: data.replace(three, two))
-    with pytest.raises(BadInput, match=r"split test has labels outside 0\.\.1; needs every label"):
+    with pytest.raises(BadInput, match=r"split test has labels outside 0\.\.1; every image needs one"):
         load("tiny", tmp_path)
     shutil.rmtree(tmp_path / "tiny")
     prepare(tmp_path, {split: examples(images, [0, -1]) for split in ("train", "validation")})
-    with pytest.raises(BadInput, match=r"split train has labels outside 0\.\.2; needs every label"):
+    with pytest.raises(BadInput, match=r"split train has labels outside 0\.\.2; every image needs one"):
         load("tiny", tmp_path)
 
 
@@ -442,7 +442,7 @@ def test_without_a_home_directory_the_flag_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     for data_dir in (None, "~/sets"):
-        with pytest.raises(BadInput, match=r"^dataset=tiny: no home directory here .* data_dir"):
+        with pytest.raises(BadInput, match=r"^dataset=tiny: no home directory here; set data_dir"):
             load("tiny", data_dir)
     prepare(tmp_path, {"train": examples(pictures(2)), "test": examples(pictures(2))})
     check_equal(load("tiny", tmp_path), pictures(2), pictures(2))

@@ -218,7 +218,7 @@ def test_one_sample_each_is_divided_as_ever():
         ({"name": "fleet", "samples": np.array([1, 0])}, "partition=fleet: needs the samples of 2"),
         (
             {"name": "fleet", "samples": np.array([9, 2])},
-            "partition=fleet: the clients' samples add up to 11",
+            "partition=fleet: the clients have 11 samples in all",
         ),
         ({"name": "shards", "shards_per_client": 6}, "shards_per_client=6: must be 1 to 5"),
         ({"name": "shards", "shards_per_client": 0}, "shards_per_client=0: must be 1 to 5"),

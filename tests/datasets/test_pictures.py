@@ -125,7 +125,7 @@ def test_16_bits_in_other_orders_and_modes(monkeypatch):
 @pytest.mark.parametrize(
     ("array", "channels", "words"),
     [
-        (np.ones((2, 2), np.float32), 1, "pictures of mode F; store them with 8 or 16 bits a channel"),
+        (np.ones((2, 2), np.float32), 1, "pictures of mode F; store them with 8 or 16 bits per channel"),
         (np.ones((2, 2), np.float32), 3, "pictures of mode F; "),
         (np.ones((2, 2), np.int32), 1, "pictures of mode I; "),
         (np.ones((2, 2), np.uint8), 5, "pictures of 5 channels; must be 1 to 4"),

@@ -203,7 +203,7 @@ def test_a_part_that_differs_is_named(done, name, other, tmp_path_factory):
         ({"partition": [np.arange(3)]}, "partition: has 1 clients; the fleet has 9"),
         (
             {"partition": [np.zeros(1, int)] * 9},
-            "partition[1]: has a sample twice, or one that another client has",
+            "partition[1]: has a sample twice, or a sample of another client",
         ),
         ({"partition": "fleet"}, "partition=fleet: needs a fleet with samples"),
         ({"variables": sfl.models.Variables((), ())}, "variables: must have the structure"),

@@ -1,17 +1,17 @@
 # make quick   a first look: a tiny network on MNIST, in about a minute
 # make train   trains the default model on MNIST (ARGS="--rounds=5" adds flags)
-# make test    formatting, lint, types, tests        make test-slow   the long tests
-# make lint    the first three alone                 make bench       against peers, installs PyTorch
-# make clean   removes the environment and caches    PYTHON=python3.12 chooses the interpreter
+# make test    checks format, lint and types, runs the tests     make test-slow   runs the long tests
+# make lint    checks format, lint and types                     make bench       compares with PyTorch (installs it)
+# make clean   removes the environment and caches                PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 ARGS ?=
 BENCH ?= training_speed
 BIN := .venv/bin
-# What is imported is compiled then; most of it never is.
+# Python compiles a module at its first import. Most modules are never imported, so pip does not compile them.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
-# Without what is compiled once, every process would compile all that it imports: seconds each.
+# Without bytecode files every process would compile all its imports again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quick train test test-slow lint bench clean
@@ -23,14 +23,13 @@ quick: .venv/runtime.stamp
 train: .venv/runtime.stamp
 	$(BIN)/python -m launch.train --preset=mnist $(ARGS)
 
-# Lint runs beside the tests; what it finds is said at the end, and either fails it.
+# Lint runs beside the tests, and its output comes at the end. A failure of either fails the target.
 test: .venv/test.stamp
 	@$(MAKE) --no-print-directory lint > .venv/lint.log 2>&1 & lint=$$!; \
 	$(PYTEST) --dist worksteal $(ARGS); tests=$$?; \
 	wait $$lint; linted=$$?; cat .venv/lint.log; exit $$((tests ? tests : linted))
 
-# Some of its files take half of its time, so they are shared out test by test. Exit status 5 says that there was
-# nothing to run.
+# A few files take half of the time, so workers share single tests. Exit status 5 means that there was nothing to run.
 test-slow: .venv/test.stamp
 	$(PYTEST) --dist worksteal -m slow $(ARGS) || [ $$? -eq 5 ]
 
@@ -52,12 +51,12 @@ clean:
 	@$(PIP) editables hatchling setuptools wheel
 	@touch $@
 
-# The extra "lint" without the package itself, which tests may be importing meanwhile.
+# Installs only the tools of the extra "lint", not the package, which running tests may be importing.
 .venv/lint.stamp: .venv/python.stamp pyproject.toml constraints.txt
 	@$(PIP) basedpyright ruff
 	@touch $@
 
-# Each stamp stands for an installed extra; the larger ones contain the runtime.
+# Each stamp marks an installed extra; the larger extras include the runtime.
 .venv/%.stamp: .venv/python.stamp pyproject.toml constraints.txt
 	@echo "installing into .venv ($*), once"
 	@$(PIP) --no-build-isolation --editable '$(patsubst .[runtime],.,.[$*])'

@@ -1,7 +1,7 @@
-"""What a checkpoint costs a run: python -m benchmarks.checkpoint_overhead --rounds=8 -- FLAGS OF launch.train
+"""The cost of a checkpoint in a run: python -m benchmarks.checkpoint_overhead --rounds=8 -- FLAGS OF TRAIN
 
-The same run saves after every second round, and writes while the next one is computed. Rounds that follow a
-save are compared with the others: seconds, and CPU seconds of the process.
+The run saves after every second round and writes the checkpoint during the next one. Rounds after a save are
+compared with the others, in seconds and in CPU seconds of the process.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from sfl_jax.run.checkpoints import Checkpoints
 
 
 class Timed(recording.Recorder):
-    """Saves after even rounds; rows: (round, its seconds, its CPU seconds, seconds of the saving call)."""
+    """Saves after even rounds. rows: (round, its seconds, its CPU seconds, seconds of the saving call)."""
 
     def start(self):
         self.rows, self.last = [], (time.perf_counter(), time.process_time())
@@ -55,7 +55,7 @@ def main():
             recorder.start()
             for line in run.rounds(options.rounds, clock, recorder.is_due):
                 recorder.add(run.state, line)
-    # The first round compiles what is left, and the last evaluates.
+    # The first round may still compile, and the last one evaluates.
     rows = recorder.rows[1:-1]
     for number, took_s, cpu_s, saving_s in rows:
         print(f"round {number}: {took_s:.3f} s, {cpu_s:.3f} CPU s, recorded in {1e3 * saving_s:.1f} ms")

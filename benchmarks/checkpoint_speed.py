@@ -1,7 +1,7 @@
-"""What a checkpoint takes by itself: python -m benchmarks.checkpoint_speed [--models=NAME,...] [--saves=7]
+"""The time of a checkpoint alone: python -m benchmarks.checkpoint_speed [--models=NAME,...] [--saves=7]
 
-Medians: milliseconds that a round is held up, seconds until it is on the disk, CPU-seconds of both, and
-seconds to check and restore it.
+Prints medians: milliseconds that a round waits, seconds until the checkpoint is on the disk, CPU seconds of
+both, and seconds to check and restore it.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def main():
         held_ms, saved_s, cpu_s, restored_s = map(statistics.median, rows)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) / 1e6
         print(
-            f"{name}, {size:.0f} MB: held up {held_ms:.0f} ms, on the disk after {saved_s:.2f} s,"
-            f" {cpu_s:.2f} CPU-seconds; restored in {restored_s:.2f} s"
+            f"{name}, {size:.0f} MB: the round waits {held_ms:.0f} ms, on the disk after {saved_s:.2f} s,"
+            f" {cpu_s:.2f} CPU seconds; restored in {restored_s:.2f} s"
         )
 
 

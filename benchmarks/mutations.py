@@ -1,9 +1,9 @@
-"""How many deliberate faults the tests notice: python -m benchmarks.mutations [--jobs=2] [NAME ...]
+"""Counts the deliberate faults that the tests notice: python -m benchmarks.mutations [--jobs=2] [NAME ...]
 
-benchmarks/mutations/*.toml list changes of one place each, as a colleague might make them by mistake. A NAME
-is the stem of such a file or part of the name of a source file; without one all are tried. Each change is
-made in a copy of the tree, where the tests that should notice it run first, and then, if those pass, all
-that `make test` runs. A fault that no test notices is a gap in the tests.
+benchmarks/mutations/*.toml list changes of one place each, like mistakes of a colleague. NAME is the stem of
+such a file or a part of a source file's name; without it all are tried. Each change is made in a copy of the
+tree. There the tests that should notice it run first. If they pass, all tests of `make test` run. A fault
+that no test notices is a gap in the tests.
 """
 
 import argparse
@@ -28,12 +28,12 @@ NOT_COPIED = shutil.ignore_patterns(
 )
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider")
 ALL = ("-n", "2", "--dist", "worksteal")
-HINTED_S, ALL_S = 600, 1800  # whoever takes longer hangs, which is noticed too
-PASSED, UNKNOWN, NOTHING = 0, 4, 5  # of pytest's exit codes; unknown: it cannot find what it is to run
+HINTED_S, ALL_S = 600, 1800  # longer runs count as hanging, which is noticed too
+PASSED, UNKNOWN, NOTHING = 0, 4, 5  # exit codes of pytest; unknown: it cannot find the tests to run
 
 
 class Mutation(NamedTuple):
-    """A change of one place. old: occurs exactly once in the file. tests: arguments of pytest."""
+    """A change of one place. old: text that occurs exactly once in the file. tests: arguments of pytest."""
 
     list: str
     file: str
@@ -43,7 +43,7 @@ class Mutation(NamedTuple):
 
     @property
     def line(self) -> int:
-        """Where the old text begins, counted from 1; 0 where it is not there exactly once."""
+        """The line where the old text begins, from 1; 0 if the text does not occur exactly once."""
         text = (ROOT / self.file).read_text() if (ROOT / self.file).is_file() else ""
         return text[: text.index(self.old)].count("\n") + 1 if text.count(self.old) == 1 else 0
 
@@ -52,7 +52,7 @@ class Mutation(NamedTuple):
 
 
 def mutations(names: Sequence[str]) -> list[Mutation]:
-    """Those of all lists, or of the lists and the source files that are named."""
+    """The mutations of all lists, or of the named lists and source files."""
     read = [
         Mutation(path.stem, entry["file"], entry["old"], entry["new"], entry.get("tests", ""))
         for path in sorted(LISTS.glob("*.toml"))
@@ -62,7 +62,7 @@ def mutations(names: Sequence[str]) -> list[Mutation]:
 
 
 def judge(mutation: Mutation, tree: Path, hinted_only: bool) -> str:
-    """What became of a fault in this copy of the tree, which is as before afterwards."""
+    """Tries a fault in this copy of the tree and returns the verdict. Restores the copy."""
     if not mutation.line:
         return "stale"
     path = tree / mutation.file
@@ -83,7 +83,7 @@ def judge(mutation: Mutation, tree: Path, hinted_only: bool) -> str:
 
 
 def _run(arguments: Sequence[str], tree: Path, limit_s: float) -> int:
-    """Pytest's exit code. It takes the package from the tree, wherever one is installed."""
+    """Pytest's exit code. Imports the package of the tree, not an installed one."""
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
         [*PYTEST, *arguments], cwd=tree, env=environment, start_new_session=True,
@@ -94,13 +94,13 @@ def _run(arguments: Sequence[str], tree: Path, limit_s: float) -> int:
     except subprocess.TimeoutExpired:
         return -9
     finally:
-        with contextlib.suppress(ProcessLookupError):  # what it may have started
+        with contextlib.suppress(ProcessLookupError):  # ends processes that pytest started
             os.killpg(process.pid, 9)
         process.wait()
 
 
 def _fail_anyway(chosen: Sequence[Mutation], tree: Path) -> bool:
-    """Whether hinted tests fail without any fault, which would prove nothing."""
+    """Whether hinted tests fail without any fault; then their failures prove nothing."""
     words = {word for each in chosen if each.line for word in shlex.split(each.tests)}
     files = sorted(word for word in words if ".py" in word)
     return bool(files) and _run((*files, *ALL), tree, ALL_S) not in (PASSED, NOTHING)
@@ -112,11 +112,11 @@ def _short(text: str) -> str:
 
 
 def main() -> int:
-    """Prints a line for each mutation and the part that was noticed; 1 if one survived."""
+    """Prints a line for each mutation and the fraction noticed. Returns 1 if one survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--hinted_only", action="store_true", help="do not go on to all tests")
+    parser.add_argument("--hinted_only", action="store_true", help="do not run all tests afterwards")
     parser.add_argument("--list", action="store_true", help="run nothing: list them, stale ones first")
     given = parser.parse_args()
     chosen = mutations(given.names)
@@ -130,7 +130,7 @@ def main() -> int:
         for job in range(given.jobs):
             trees.put(Path(shutil.copytree(ROOT, Path(place) / str(job), ignore=NOT_COPIED)))
         if _fail_anyway(chosen, trees.queue[0]):
-            print("of the hinted tests some fail, or are not there, without any fault", file=sys.stderr)
+            print("without any fault some hinted tests fail or do not exist", file=sys.stderr)
             return 2
 
         def in_a_tree(mutation):

@@ -1,11 +1,11 @@
-"""A training step of clients with their own weights, in a user's or a shipped network, in both forms.
+"""Times a training step of clients with their own weights, in a user's or a shipped network, in both forms.
 
     python -m benchmarks.own_networks --network=resnet --clients=10 --width=16
     python -m benchmarks.own_networks --shipped=vgg11 --clients=10
 
-Prints the shortest of a few steps, in seconds of the wall and of the CPU, and the seconds to compile. A step
-is the gradient of a batch of 32 images of 32x32 and an update by SGD, of all clients vmapped. The shipped
-`cnn` and `mlp` get grey images of 28x28, for which they are published.
+Prints the shortest of a few steps, in wall seconds and CPU seconds, and the seconds to compile. A step is the
+gradient of a batch of 32 images of 32x32 and an SGD update, for all clients vmapped. The shipped `cnn` and
+`mlp` get grey images of 28x28, as published.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--network", choices=["cnn", "resnet", "whole"], default="resnet")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
-    parser.add_argument("--shipped", choices=NETWORKS.names(), help="a network of sfl_jax instead")
+    parser.add_argument("--shipped", choices=NETWORKS.names(), help="use this network of sfl_jax instead")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     options = parser.parse_args()
     clients, rng = options.clients, np.random.default_rng(0)

@@ -1,8 +1,8 @@
-"""How fast plans are made, and how good each method's are: python -m benchmarks.plan_speed [speed ...]
+"""The speed and quality of plans by each method: python -m benchmarks.plan_speed [speed ...]
 
-EfficientNetV2-S at 32x32 (C = 44 cuts) and random fleets, on the CPU, everything compiled and warm. The
-server is scarce, medium or rich: so many times the FLOP/s of all clients together. Times are minima over
-repeats, those compared are taken in turns; on a machine that others use too they are upper bounds.
+EfficientNetV2-S at 32x32 (C = 44 cuts) and random fleets, on the CPU, compiled and warm. The server is
+scarce, medium or rich: a multiple of the FLOP/s of all clients together. Times are minima over repeats,
+measured in turns if they are compared. On a shared machine they are upper bounds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from sfl_jax import models, optim
 from sfl_jax.planning import comparison
 from tests.optim import highs
 
-# The server's FLOP/s over those of all clients together.
+# The server's FLOP/s divided by those of all clients together.
 REGIMES = {"scarce": 0.01, "medium": 0.1, "rich": 1.0}
 KEY = jax.random.key(0)
 
@@ -35,7 +35,7 @@ def profile():
 
 
 def instance(clients, regime, seed=0, spread=1.0):
-    """Terms of a random fleet and the server's FLOP/s; spread 0: clients with equal rates."""
+    """The terms of a random fleet and the server's FLOP/s. spread 0: clients with equal rates."""
     fleet = fleets.random_fleet(clients, seed=seed).with_samples(np.full(clients, 600))
     terms = optim.terms(profile(), fleet, optim.Work())
     return comparison.spread(terms, spread), REGIMES[regime] * terms.flops.sum()
@@ -64,7 +64,7 @@ def show(title, header, rows):
 
 
 def float32_bisection(terms, server_flops):
-    """The plain alternative: 24 halvings in float32 on the dense table, without a proof."""
+    """A plain alternative: 24 halvings in float32 on the dense table, without a proof."""
     costs = terms.costs()
     table = [jnp.asarray(part, jnp.float32) for part in (costs.fixed_s, costs.server_flop)]
     allowed, high_s = jnp.asarray(costs.allowed), float(optim.solve(terms, server_flops, "no_split").round_s)
@@ -84,7 +84,7 @@ def float32_bisection(terms, server_flops):
 
 
 def speed(quick):
-    """The exact plan of one round, against a plain bisection."""
+    """The exact plan of one round, compared with a plain bisection."""
     rows = []
     for clients in (100, 10_000) if quick else (100, 10_000, 1_000_000):
         for regime in REGIMES:
@@ -103,7 +103,7 @@ def speed(quick):
 
 
 def memory(quick):
-    """Peak memory before and after a plan of very many clients; their dense table would be 2.25 float64."""
+    """Peak memory before and after a plan of very many clients, and the size of their dense table."""
     clients = 100_000 if quick else 1_000_000
     terms, server_flops = instance(clients, "medium")
     optim.solve(terms.take(np.arange(100)), server_flops)
@@ -119,7 +119,7 @@ def memory(quick):
 
 
 def command(quick):
-    """launch.plan, the whole process: a large fleet file is read, planned and written."""
+    """The whole process launch.plan: reads a large fleet file, plans, and writes."""
     clients, rows = (100_000 if quick else 1_000_000), []
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "fleet.csv")
@@ -133,7 +133,7 @@ def command(quick):
                 subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL, check=True)
                 wall_s, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
                 cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-                peak_gib = after.ru_maxrss / 2**20  # of the largest so far
+                peak_gib = after.ru_maxrss / 2**20  # the largest process so far
                 rows.append([model, compiled, f"{wall_s:.1f}", f"{cpu_s:.1f}", f"{peak_gib:.2f}"])
     header = ["network", "compiled before", "wall, s", "CPU, s", "peak, GiB"]
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
@@ -141,7 +141,7 @@ def command(quick):
 
 
 def rounds(quick):
-    """Many rounds at once, with the pure twin."""
+    """Many rounds in one vmapped call of solve_arrays."""
     count = 100 if quick else 1000
     instances = [instance(100, "medium", seed) for seed in range(count)]
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -155,7 +155,7 @@ def rounds(quick):
 
 
 def quality(quick):
-    """How far each method is from the optimum, and how long it takes."""
+    """Each method's distance from the optimum, and its time."""
     seeds, rows = range(4 if quick else 20), []
     for clients in (20, 100):
         for regime in REGIMES:
@@ -177,7 +177,7 @@ def quality(quick):
 
 
 def problems(quick):
-    """The staged barrier, and bandwidth shared too (medium server)."""
+    """The staged barrier, and shared bandwidth (medium server)."""
     seeds, rows = range(4 if quick else 20), []
     for clients in (20, 100):
         equal = float(clients)
@@ -199,7 +199,7 @@ def _shared(terms, flops, band):
 
 
 def against_highs(quick):
-    """The same problem as a mixed-integer program, from below and from above."""
+    """The same problem as two mixed-integer programs, which bound it from below and from above."""
     clients, limit_s, rows = (10 if quick else 50), (5.0 if quick else 20.0), []
     for regime in REGIMES:
         terms, server_flops = instance(clients, regime)
@@ -213,7 +213,7 @@ def against_highs(quick):
                  f"{1e3 * wall_s:.3f}", f"{found.wall_s / wall_s:.0f}"]
             )  # fmt: skip
     header = ["K", "server", "form", "its value / exact", "HiGHS, s", "exact, ms", "ratio"]
-    show(f"HiGHS (stopped after {limit_s:g} s), its bound from below, its best from above", header, rows)
+    show(f"HiGHS (stopped after {limit_s:g} s): bounds from below and from above", header, rows)
 
 
 PARTS = {part.__name__: part for part in (memory, command, speed, rounds, quality, problems, against_highs)}
@@ -223,7 +223,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all by default")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts to run; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer clients, rounds and fleets")
     options = parser.parse_args()
     for name in options.parts or PARTS:

@@ -1,14 +1,14 @@
-"""What a local step must take at least, and what it takes: python -m benchmarks.roofline [--models=b0,s] ...
+"""The least time of a local step, and its real time: python -m benchmarks.roofline [--models=b0,s] ...
 
 Milliseconds for all K clients, SGD with momentum, product form:
 
   flop       its multiply-adds at the rate of a large matrix product
-  bytes      parameters, gradients, momentum and kept activations once in and once out, at the rate of a copy
-  products   its own matrix products, one kind after the other, over and over on numbers that are in the cache
-  optimizer  its momentum and parameters, alone
-  step       measured, in a round; what is left of it are passes over activations
+  bytes      parameters, gradients, momentum, kept activations, each read and written once, as by a copy
+  products   its own matrix products, one kind at a time, repeated on cached numbers
+  optimizer  the update of momentum and parameters alone
+  step       measured in a round; the rest of it is passes over activations
 
-Peers need not be installed; `training_speed` has them.
+No peers are needed here; `training_speed` compares with them.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from sfl_jax import models
 from sfl_jax.federated.packing import pack
 from sfl_jax.federated.session import cross_entropy
 
-TIMED_S = 0.2  # of each kind of product
+TIMED_S = 0.2  # per kind of product
 
 
 def products(chain, clients, batch, size):
-    """{(shapes, dimension numbers): how many} of the products in a step of vmapped clients."""
+    """{(shapes, dimension numbers): how many} for the products in a step of vmapped clients."""
     image = jax.ShapeDtypeStruct((clients, batch, size, size, 1), jnp.float32)
     labels = jax.ShapeDtypeStruct((clients, batch), jnp.int32)
     one = jax.eval_shape(chain.init, jax.random.key(0), jax.ShapeDtypeStruct(image.shape[1:], image.dtype))
@@ -60,7 +60,7 @@ def products(chain, clients, batch, size):
 
 
 def seconds_of_product(shapes, numbers):
-    """Of one product, repeated; each reads a number of the one before, or XLA would compute only one."""
+    """Seconds of one product, repeated. Each reads a number of the one before, else XLA computes only one."""
 
     @jax.jit
     def repeat(x, y, times):
@@ -86,7 +86,7 @@ def seconds_of_product(shapes, numbers):
 
 
 def seconds_of_optimizer(chain, clients, size, steps=4):
-    """Of a momentum step of all clients, gradients given."""
+    """Seconds of a momentum step of all clients, with given gradients."""
     one = jax.eval_shape(chain.init, jax.random.key(0), jnp.zeros((1, size, size, 1)))
     packed = pack([jax.tree.map(lambda x: jnp.zeros((clients, *x.shape)), unit) for unit in one.params])
     leaves = [jnp.zeros((clients, leaf.size // clients)) for leaf in jax.tree.leaves(packed)]
@@ -110,7 +110,7 @@ def seconds_of_optimizer(chain, clients, size, steps=4):
 
 
 def copy_bytes_per_s(size=2**28):
-    """Bytes a second, read and written together."""
+    """Bytes per second of a copy, reads and writes together."""
     data, copy = jnp.zeros(size // 4), jax.jit(lambda x: x + 1, donate_argnums=0)
     data = copy(data)
     times = []
@@ -145,7 +145,7 @@ def main():
         )
         run(1)
         step_s = min((seconds(run, 5) - seconds(run, 1)) / 4 for _ in range(3))
-        # Parameters are read three times and written, momentum and gradients written and read.
+        # Parameters are read three times and written once; momentum and gradients are written and read.
         floats = 8 * profile.parameters.sum() + 2 * batch * profile.activations.sum()
         kinds = products(chain, options.clients_per_chunk, batch, size)
         row = {

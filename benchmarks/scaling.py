@@ -1,9 +1,9 @@
-"""How rounds scale over the devices that are here: python -m benchmarks.scaling --devices=1,2,4,8
+"""The scaling of rounds over this machine's devices: python -m benchmarks.scaling --devices=1,2,4,8
 
-Weak scaling gives each device `--clients` of its own, strong scaling divides as many among all. Prints the
-seconds of a round beside what `docs/scaling.md` says that a device has to do and to send. Under srun, mpirun
-or on a TPU pod `--all_hosts` takes the devices of all processes. Virtual devices of a CPU
-(XLA_FLAGS=--xla_force_host_platform_device_count=8) share its cores, so their seconds say nothing.
+Weak scaling gives each device `--clients` clients; strong scaling divides `--clients` among all devices.
+Prints the seconds of a round, and the work and bytes of a device by `docs/scaling.md`. Under srun, mpirun or
+on a TPU pod `--all_hosts` uses the devices of all processes. Virtual devices of a CPU
+(XLA_FLAGS=--xla_force_host_platform_device_count=8) share its cores, so their seconds mean nothing.
 """
 
 import argparse
@@ -26,30 +26,32 @@ FLOAT_BYTES = 4
 
 
 def reduced_bytes(profile: models.Profile, places: int) -> int:
-    """What every device brings to the sum of a round: parameters, batch-norm statistics, loss, weight, and
-    for every place of the cohort whether it diverged.
+    """The bytes that each device adds to the sum of a round.
+
+    They are parameters, batch-norm statistics, loss, weight, and for each place of the cohort whether it
+    diverged.
     """
     return FLOAT_BYTES * (int(profile.parameters.sum() + profile.state.sum()) + 2 + places)
 
 
 def sent_bytes(profile: models.Profile, places: int, count: int) -> float:
-    """What a device sends (and receives) in a round when `count` devices reduce in a ring."""
+    """The bytes that a device sends (and receives) in a round if `count` devices reduce in a ring."""
     return 2 * (count - 1) / count * reduced_bytes(profile, places)
 
 
 def device_steps(arranged: Assignment, size: int, count: int) -> np.ndarray:
-    """Client steps that each of `count` devices runs, masked ones of shorter sessions included."""
+    """Client steps that each of `count` devices runs, including masked steps of shorter sessions."""
     longest = arranged.steps.reshape(count, -1, size).max(-1)
     return size * longest.sum(-1)
 
 
 def step_macs(profile: models.Profile, batch: int) -> int:
-    """Multiply-accumulates of a client's step."""
+    """The multiply-accumulates of a client's step."""
     return batch * int(profile.forward_macs.sum() + profile.backward_macs.sum())
 
 
 def cohort(clients: int, steps: int, batch: int, samples: int, seed: int = 0) -> Assignment:
-    """Clients of 1 to `steps` local steps, half of it on average."""
+    """Clients with 1 to `steps` local steps, half of `steps` on average."""
     rng = np.random.default_rng(seed)
     return Assignment(
         np.arange(clients, dtype=np.int32),
@@ -100,7 +102,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="efficientnetv2-b0")
     parser.add_argument("--layer_form", default="product")
-    parser.add_argument("--devices", default="1", help="devices of every process, several with commas")
+    parser.add_argument("--devices", default="1", help="devices per process; several numbers with commas")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
@@ -117,7 +119,7 @@ def main():
         for count in counts:
             devices_in_all = count * jax.process_count()
             row = measure(options, count, options.clients * (devices_in_all if kind == "weak" else 1))
-            # Client steps a second and device, against the first row's.
+            # Client steps per second and device, relative to the first row.
             rate = row["steps_needed"] / row["round_s"] / devices_in_all
             base = base or rate
             if jax.process_index() == 0:

@@ -1,8 +1,8 @@
-"""What a scheme and a codec cost in training, in one run: python -m benchmarks.schemes
+"""The cost of schemes and codecs in training, in one run: python -m benchmarks.schemes
 
-Whole rounds as `launch.train` computes them, each scheme on all the devices that it can use, clients at
-different cuts. Prints milliseconds per client-sample, the median over interleaved rounds of its ratio to
-`sfl` without a codec, and the memory that XLA says the round needs beside model and samples.
+Whole rounds as `launch.train` computes them, each scheme on all devices that it can use, with clients at
+different cuts. Prints milliseconds per client-sample, their ratio to `sfl` without a codec (median over
+interleaved rounds), and the memory that XLA needs for the round beside model and samples.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def cases(units, codecs):
 
 
 def round_of(name, scheme, codec, options):
-    """(a function that runs a round, bytes that it needs)."""
+    """(a function that runs a round, the bytes that it needs)."""
     chain, clients = models.create(name, 10, 1), options.clients
     several = schemes.SEVERAL_DEVICES in scheme.allows
     where = devices.choose_devices(0 if several else 1)
@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--clients_per_chunk", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--only", default="", help="rows whose scheme begins so, beside the first")
+    parser.add_argument("--only", default="", help="the first row, and rows whose scheme begins so")
     options = parser.parse_args()
     cores.cores_as_devices(options.clients)
     rows = cases(len(models.create(options.model, 10, 1)), options.codecs.split("+"))

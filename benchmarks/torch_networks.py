@@ -1,4 +1,4 @@
-"""Shipped networks in PyTorch, as their authors or their best-known ports write them; needs torch."""
+"""Shipped networks in PyTorch, written as by their authors or in the best-known ports; needs torch."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Local training in PyTorch, clients one after the other, here or in processes of one thread each.
+"""Local training in PyTorch, one client after the other, here or in processes with one thread each.
 
-Nothing here imports JAX: a worker process shall cost what a PyTorch user's does.
+Nothing here imports JAX, so that a worker process costs as much as a PyTorch user's.
 """
 
 import enum
@@ -15,7 +15,7 @@ CLASSES = 10
 
 
 def pytorch_steps(name, clients, batch, size, channels_last=True, compiled=False):
-    """The same work in PyTorch, clients one after the other, each with weights and momentum of its own."""
+    """The same work in PyTorch, one client after the other, each with its own weights and momentum."""
     torch, timm = import_timm()
     from benchmarks import torch_networks
 
@@ -26,7 +26,7 @@ def pytorch_steps(name, clients, batch, size, channels_last=True, compiled=False
     def one_client():
         if name in torch_networks.NETWORKS:
             model = torch_networks.NETWORKS[name](CLASSES, 1)
-            model(torch.zeros(2, 1, size, size))  # which tells lazy layers their sizes
+            model(torch.zeros(2, 1, size, size))  # gives lazy layers their sizes
         else:
             model = timm.create_model(
                 name.replace("efficientnetv2-", "tf_efficientnetv2_"), num_classes=CLASSES, in_chans=1,
@@ -54,10 +54,10 @@ def pytorch_steps(name, clients, batch, size, channels_last=True, compiled=False
 
 
 def import_timm():
-    """(torch, timm); timm imports torchvision for what is not used here, so empty modules stand in for it."""
+    """(torch, timm). timm imports torchvision, which is not used here, so empty modules replace it."""
     try:
         import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):  # RuntimeError: it was built for another torch
+    except (ImportError, RuntimeError):  # RuntimeError: torchvision was built for another torch
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
         for name in ("", ".transforms", ".transforms.functional", ".ops", ".ops.misc", ".datasets"):
@@ -88,11 +88,10 @@ def _anything(name):
 
 
 class Workers:
-    """A process of one thread for each core, each with its part of the clients: PyTorch's best arrangement on
-    a CPU.
+    """One process with one thread per core, each with a part of the clients: PyTorch's fastest way on a CPU.
 
-    workers(count) runs so many steps of every client and returns when the last process is done. Afterwards
-    `cpu_s` is the CPU time of all of them in that call.
+    workers(count) runs `count` steps of every client and returns when the last process is done. `cpu_s` is
+    then the CPU time of all processes in that call.
     """
 
     def __init__(self, name, clients, batch, size, processes, compiled=False):
@@ -107,7 +106,7 @@ class Workers:
             self.pipes.append(ours)
             self.children.append(child)
         for pipe in self.pipes:
-            pipe.recv()  # it is ready
+            pipe.recv()  # the worker is ready
 
     def __call__(self, count):
         for pipe in self.pipes:
@@ -115,7 +114,7 @@ class Workers:
         self.cpu_s = sum(pipe.recv() for pipe in self.pipes)
 
     def close(self):
-        """End the processes."""
+        """Ends the processes."""
         for pipe in self.pipes:
             pipe.send(None)
         for child in self.children:

@@ -1,19 +1,22 @@
-"""Local training of sfl_jax against PyTorch, in pairs in one run: python -m benchmarks.training_speed
+"""Compares local training in sfl_jax and PyTorch, in pairs in one run: python -m benchmarks.training_speed
 
 Peers, each with the same network, batches and optimiser:
-  processes      a one-thread process for each core, with its part of the clients; PyTorch's best on a CPU
-  channels_last  one process, clients one after the other, as rivals simulate them
-  default        the same in PyTorch's default layout, with --all
-  torch_compile  the processes, compiled, with --torch_compile
-  lax_conv       this network through `lax.conv`, vmapped, as plain Flax would compute it, with --lax_conv
-EfficientNetV2 is timm's, resnet18 and cnn are in `torch_networks`. On a GPU all of them run there, in one
+  processes      a process with one thread per core, each with a part of the clients; PyTorch's best on a CPU
+  channels_last  one process, one client after the other, as other simulators do
+  default        the same in PyTorch's default layout (--all)
+  torch_compile  like processes, but compiled (--torch_compile)
+  lax_conv       this network with `lax.conv` under vmap, as plain Flax computes it (--lax_conv)
+EfficientNetV2 is timm's; resnet18 and cnn are in `torch_networks`. On a GPU all peers run there in one
 process.
 
-Our side is a whole round as `launch.train` computes it: a device for each core, in the form and chunks that a
-measurement chooses, or with --clients_per_chunk as products. Prints a table, and with --json keeps it:
-milliseconds per local step of all K clients, of a round of `--steps` with its aggregation and of the steps
-alone; cores that are busy; the median over pairs of a peer's time over that of the round; the part of this
-machine's measured matrix-product ceiling that the step reaches. Needs the `benchmark` extra.
+Our side is a whole round as `launch.train` computes it: one device per core, with the form and chunks that a
+short benchmark chooses; with --clients_per_chunk, the product form. Prints a table, and --json saves it:
+- milliseconds per local step of all K clients: in a round of `--steps` with its aggregation, and of the steps
+  alone;
+- busy cores;
+- a peer's time over the round's, median over pairs;
+- the step's fraction of the FLOP/s that a large matrix product reaches on this machine.
+Needs the `benchmark` extra.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from sfl_jax.registry import NETWORKS
 
 
 def sfl_jax_round(name, clients, batch, size, steps, clients_per_chunk, layer_form="product"):
-    """(a function that runs a round of so many local steps, at most `steps`; the FLOP of such a step)."""
+    """(a function that runs a round of a given number of local steps, up to `steps`; the FLOP of a step)."""
     chain, where = models.create(name, CLASSES, 1, layer_form=layer_form), devices.choose_devices(0)
     rng = np.random.default_rng(0)
     variables = chain.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
@@ -69,7 +72,7 @@ def sfl_jax_round(name, clients, batch, size, steps, clients_per_chunk, layer_fo
 
 
 def ceiling_flops(size=2048):
-    """FLOP/s of a large float32 matrix product here, the best of several."""
+    """The FLOP/s of a large float32 matrix product here, the best of several."""
     matrix = jnp.ones((size, size))
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(matrix, matrix))
@@ -85,7 +88,7 @@ def seconds(run, *arguments):
 
 
 def measured_execution(name, clients, batch, size):
-    """What `launch.train` would choose for this on these devices."""
+    """The execution that `launch.train` would choose for this case on these devices."""
     chains = {form: models.create(name, CLASSES, 1, layer_form=form) for form in FORMS}
     profile = models.profile(chains[FORMS[0]], (size, size, 1))
     images, number = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.float32), len(jax.local_devices())
@@ -101,7 +104,7 @@ def measured_execution(name, clients, batch, size):
 
 
 def compare(name, clients, batch, size, options):
-    """A row: milliseconds of each side, busy cores, and the medians over pairs of a peer's time over ours."""
+    """A row: milliseconds of each side, busy cores, and each peer's time over ours, median over pairs."""
     case, steps = (name, clients, batch, size), options.steps
     form, chunk = (
         (FORMS[0], options.clients_per_chunk) if options.clients_per_chunk else measured_execution(*case)
@@ -124,7 +127,7 @@ def compare(name, clients, batch, size, options):
         before = time.process_time()
         round_s = seconds(ours, steps)
         busy.setdefault("round", []).append((time.process_time() - before) / round_s)
-        # A round of one step is that step, the start and the aggregation; a further step is nothing else.
+        # A round of one step has a start and an aggregation. Each further step adds only the step.
         times = {"round": round_s / steps, "step": (round_s - seconds(ours, 1)) / (steps - 1)}
         for peer, run in peers.items():
             before, took_s = time.process_time(), seconds(run, steps)
@@ -157,8 +160,8 @@ def main():
     parser.add_argument("--sizes", default="32")
     parser.add_argument("--steps", type=int, default=4, help="local steps of a round, at least 2")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--clients_per_chunk", type=int, default=0, help="0: measured, as launch.train does")
-    parser.add_argument("--devices", type=int, default=0, help="1: one device with all cores; 0: one a core")
+    parser.add_argument("--clients_per_chunk", type=int, default=0, help="0: measured, as in launch.train")
+    parser.add_argument("--devices", type=int, default=0, help="1: one with all cores; 0: one per core")
     parser.add_argument("--all", action="store_true", help="also PyTorch's default layout")
     parser.add_argument("--torch_compile", action="store_true", help="also PyTorch compiled; takes minutes")
     parser.add_argument("--lax_conv", action="store_true", help="also lax.conv under vmap; slow on a CPU")

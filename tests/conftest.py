@@ -3,18 +3,18 @@ import subprocess
 import tempfile
 
 import compiling
-import finite  # noqa: F401 from now on NaN is no agreement
+import finite  # noqa: F401 from now on NaN never equals NaN
 import hypothesis
 import jax
 import pytest
 
-# How long an example takes says more about the machine, and about compiling, than about the code. The profile
-# that CI servers get by themselves knows this already, and repeats the same examples every time.
+# An example's time depends more on the machine and on compiling than on the code. Hypothesis' profile for CI
+# servers has no deadline either, and repeats the same examples every time.
 hypothesis.settings.register_profile("project", deadline=None)
 if hypothesis.settings.get_current_profile_name() != "ci":
     hypothesis.settings.load_profile("project")
 
-os.environ["KERAS_BACKEND"] = "jax"  # read when Keras, an oracle here, is first imported
+os.environ["KERAS_BACKEND"] = "jax"  # Keras, an oracle here, reads it at its import
 _CACHE = {
     "jax_enable_compilation_cache": True,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -23,11 +23,11 @@ _CACHE = {
 
 
 def pytest_configure(config):
-    """Compiling is most of what tests cost: what one process has compiled, all of this session share, and no
-    code is made fast that runs for milliseconds. Slow tests are compiled as users have it.
+    """Makes compiling cheap, which is most of the tests' time: all processes of a session share a cache, and
+    programs are compiled with few optimisations. Slow tests are compiled as for users.
     """
     if hasattr(config, "workerinput"):
-        return  # it has inherited the environment
+        return  # workers inherit the environment
     config.own_caches = tempfile.TemporaryDirectory(prefix="sfl_jax_tests_")
     os.environ["XDG_CACHE_HOME"] = config.own_caches.name  # not the user's
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{config.own_caches.name}/programs"
@@ -36,7 +36,7 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
     if config.option.markexpr == "not slow":
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # or JAX sets two of the flags itself
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # else JAX sets two of the flags itself
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["XLA_FLAGS"] = f"{compiling.FAST_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
@@ -48,14 +48,14 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def full_float32():
-    """GPUs and TPUs round the inputs of products to fewer bits unless told otherwise."""
+    """By default GPUs and TPUs round the inputs of products to fewer bits."""
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MB of its own."""
+    """A separate file system of 4 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(

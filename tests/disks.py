@@ -1,11 +1,11 @@
-"""Disks that are full."""
+"""Fills disks."""
 
 import contextlib
 from pathlib import Path
 
 
 def fill(path: Path, but: int = 0) -> None:
-    """Take all the room there is into a file, but for so many bytes."""
+    """Writes a file that leaves only `but` bytes free on the disk."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         for size in (4096, 1):
             with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""Numbers for comparisons, none of which may be NaN or infinite.
+"""Comparisons of numbers that must not be NaN or infinite.
 
-Python's `max` passes over NaN and NumPy's equality takes NaN for NaN, so a broken result may look equal;
-`not np.allclose`, `not np.array_equal` and `!=` are true of NaN, so one may look different. Whoever imports
-this gets NumPy's assertions without that fault.
+Python's `max` can ignore NaN, and NumPy's assertions take NaN as equal to NaN, so a broken result may look
+equal. `not np.allclose`, `not np.array_equal` and `!=` are true for NaN, so a broken result may look
+different. Importing this module changes NumPy's assertions: NaN is never equal.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import jax
 import numpy as np
 
-# NaN on both sides is no agreement.
+# NaN on both sides must fail.
 np.testing.assert_allclose = functools.partial(np.testing.assert_allclose, equal_nan=False)
 _are_equal = np.testing.assert_array_equal
 
@@ -27,7 +27,7 @@ np.testing.assert_array_equal = _assert_array_equal
 
 
 def leaves(tree):
-    """The leaves by path, in float64. Raises AssertionError that names the first that is not finite."""
+    """The leaves by path, in float64. AssertionError names the first leaf that is not finite."""
     found = {
         jax.tree_util.keystr(path) or "the number": np.asarray(leaf, np.float64)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -39,7 +39,7 @@ def leaves(tree):
 
 
 def pairs(tree, other):
-    """(leaf, leaf) of two trees of as many leaves and of the same shapes, all finite."""
+    """The pairs of leaves of two trees, which must have the same shapes and finite numbers."""
     found, expected = leaves(tree), leaves(other)
     both = list(zip(found.values(), expected.values(), strict=True))
     for path, (a, b) in zip(found, both, strict=True):
@@ -48,21 +48,21 @@ def pairs(tree, other):
 
 
 def assert_equal(tree, other):
-    """Both trees have the same numbers, bit for bit, and all are finite."""
+    """Asserts that both trees have the same numbers, bit for bit, all finite."""
     for path, (a, b) in zip(leaves(tree), pairs(tree, other), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
 
 
 def are_equal(a, b):
-    """np.array_equal of arrays that must be finite."""
+    """np.array_equal for trees that must be finite."""
     return all(np.array_equal(*pair) for pair in pairs(a, b))
 
 
 def differ_everywhere(a, b):
-    """Whether no number is the one in its place on the other side; all must be finite."""
+    """Whether the trees differ in every number; all must be finite."""
     return all((one != other).all() for one, other in pairs(a, b))
 
 
 def are_close(a, b, **tolerances):
-    """np.allclose of arrays that must be finite."""
+    """np.allclose for trees that must be finite."""
     return all(np.allclose(*pair, **tolerances) for pair in pairs(a, b))

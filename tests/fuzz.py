@@ -1,4 +1,4 @@
-"""Damage to bytes, and long random runs of it."""
+"""Random damage to bytes, and loops over it."""
 
 import time
 
@@ -6,7 +6,7 @@ from sfl_jax.errors import BadInput
 
 
 def damaged(rng, data):
-    """Bytes that differ from `data`: cut, zeroed, flipped, overwritten, a piece gone, added or copied."""
+    """Bytes that differ from `data`: cut, zeroed, flipped, overwritten; a piece removed, added or copied."""
     while True:
         changed = _changed(rng, bytearray(data))
         if changed != data:
@@ -17,7 +17,7 @@ def _changed(rng, data):
     size = len(data)
     if not size or rng.random() < 0.02:
         return rng.randbytes(rng.randrange(100))
-    # Half of it near an end, where formats keep what they are.
+    # Most damage is near an end, where formats keep their headers.
     at = rng.choice(
         [rng.randrange(size), rng.randrange(min(size, 4096)), size - 1 - rng.randrange(min(size, 4096))]
     )
@@ -45,7 +45,7 @@ def _changed(rng, data):
 
 
 def tries(count, seconds, about):
-    """The numbers of so many tries, fewer where time runs out, but never less than a tenth; says how many."""
+    """Yields 0, 1, ... up to `count`; stops after `seconds`, but not before a tenth. Prints how many."""
     start, number = time.monotonic(), 0
     while number < count and (number < count / 10 or time.monotonic() - start < seconds):
         yield number
@@ -54,7 +54,7 @@ def tries(count, seconds, about):
 
 
 def attempt(take, *given):
-    """(what `take` returns, None), or (None, the line with which it refuses)."""
+    """(what `take` returns, None), or (None, the line of its refusal)."""
     try:
         return take(*given), None
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""Networks that compile in a second, for what does not depend on the network."""
+"""Networks that compile in a second, for tests that do not depend on the network."""
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,10 @@ class Back(OwnUnit):
 
 
 def dense(drop_rate_scale=1.0, num_classes=10):
-    """Two units, whose gradient is a few lines of NumPy."""
+    """A chain of two units, whose gradient is a few lines of NumPy."""
     return models.Chain((Front(DROP_RATE * drop_rate_scale, name="front"), Back(num_classes, name="back")))
 
 
 def create(name, num_classes=10, in_channels=1, *, drop_rate_scale=1.0, **_):
-    """In the place of `models.create`: always the dense network."""
+    """Replaces `models.create`: always the dense network."""
     return dense(drop_rate_scale, num_classes)

@@ -1,5 +1,6 @@
-"""Settings of plain federated averaging of the published network, for tests that want no recipe: sgd, dropout
-and stochastic depth as published, a constant learning rate, a server without momentum.
+"""Settings of plain federated averaging, for tests without the default recipe.
+
+SGD, dropout and stochastic depth as published, a constant learning rate, a server without momentum.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""A training run in NumPy float64, written from what the settings mean, apart from the code that wires a run.
+"""A training run in NumPy float64, written from the meaning of the settings, as an oracle for whole runs.
 
-The network has two dense units with dropout between them, so that its gradient is a few lines. Other rooms
-answer for what is theirs (who is in a cohort, how data are divided, what a plan is); nothing here calls what
-puts them together: `run`, `planning`, or any of the engine.
+The network has two dense units with dropout between, so its gradient is a few lines. Cohorts, partitions and
+plans come from their own rooms, which have their own tests. Nothing here calls the code that combines them:
+`run`, `planning`, or the engine.
 """
 
 import functools
@@ -21,7 +21,7 @@ BLACK_TO_WHITE = 127.5, -1.0  # pixel / divisor + offset
 
 
 def dataset(samples=60, held_out=23):
-    """Noise, the same every time; no two labels are equally frequent."""
+    """Noise, the same every time, with unequal frequencies of labels."""
     rng = np.random.default_rng(11)
     images = rng.integers(0, 256, (samples + held_out, SIZE, SIZE, 1), np.uint8)
     labels = (CLASSES * rng.random(samples + held_out) ** 2).astype(np.int32)
@@ -31,7 +31,7 @@ def dataset(samples=60, held_out=23):
 
 
 class Line(NamedTuple):
-    """What a round brings. params: front kernel, front bias, back kernel, back bias."""
+    """The results of a round. params: front kernel, front bias, back kernel, back bias."""
 
     train_loss: float
     test_loss: float | None
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 
 def run(config, data, clients, scaling=BLACK_TO_WHITE, initial=None) -> list[Line]:
-    """The rounds of `config`. clients: its fleet without samples; initial: parameters, if not fresh ones."""
+    """The rounds of `config`. clients: its fleet without samples; initial: parameters, None for new ones."""
     parts = datasets.partition(
         data.train_labels, config.clients, name=config.partition, alpha=config.dirichlet_alpha,
         shards_per_client=config.shards_per_client, seed=config.seed, min_samples=config.min_samples,
@@ -84,7 +84,7 @@ def run(config, data, clients, scaling=BLACK_TO_WHITE, initial=None) -> list[Lin
 
 
 def plans(config, clients, ids, round):
-    """(the terms of a round, its plan, {rival: its plan, None where it cannot serve everybody})."""
+    """(the terms of a round, its plan, {rival: its plan, None if it cannot serve all clients})."""
     terms = optim.terms(profile(config), clients, work(config))
     if config.links != "fixed":
         links = fleet.Links(rayleigh=config.links == "fading", coherence_s=config.coherence_s)
@@ -113,7 +113,7 @@ def profile(config):
 
 
 def work(config):
-    """Costs of a round: Adam keeps two numbers a parameter, momentum one."""
+    """The work of a round. Adam keeps two floats per parameter, momentum one."""
     slots = 2 if config.optimizer == "adam" else 1 if config.momentum else 0
     return optim.Work(
         local_epochs=config.local_epochs, batch_size=config.batch_size, bits_per_float=config.bits_per_float,
@@ -122,7 +122,7 @@ def work(config):
 
 
 def waited(config, terms, plan, ids, round):
-    """(how long the round lasts, whose work counts)."""
+    """(the round in seconds, the clients whose work counts)."""
     stays = fleet.availability(config.seed, round, ids, config.drop_probability)
     slower = fleet.slowdowns(config.seed, round, ids, config.jitter)
     staged = config.barrier == "staged"
@@ -145,7 +145,7 @@ def waited(config, terms, plan, ids, round):
 
 
 def rate(config, round):
-    """The learning rate: a ramp over the warm-up, whose last step is the whole rate, then a half cosine."""
+    """The learning rate: a ramp over the warm-up, whose last step is the full rate, then a half cosine."""
     if round < config.warmup_rounds:
         return config.learning_rate * (round + 1) / config.warmup_rounds
     if config.learning_rate_schedule == "constant":
@@ -232,7 +232,7 @@ def _adam(p, gradient, state, step, config, rate):
 
 @functools.cache
 def _kept(seed, round, id, step, samples, drop_rate):
-    """What dropout multiplies by: drawn from (seed, round, client, step, unit)."""
+    """The factors of dropout, drawn from (seed, round, client, step, unit)."""
     if not drop_rate:
         return np.ones((samples, networks.WIDTH))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 2), round)
@@ -243,7 +243,7 @@ def _kept(seed, round, id, step, samples, drop_rate):
 
 
 def _pixels(images, config, scaling):
-    """Scaled; images that are a little smaller than asked for get a black frame."""
+    """Scaled pixels; images that are smaller than config.image_size get a black frame."""
     border = config.image_size - SIZE
     before = border // 2
     images = np.pad(images[..., 0], ((0, 0), (before, border - before), (before, border - before)))

@@ -1,10 +1,10 @@
-"""What stands in for the programs that start jobs on a cluster, written into a directory of their own."""
+"""Replacements for a cluster's programs that start jobs, written into a separate directory."""
 
 import os
 import sys
 from pathlib import Path
 
-# Starts $TASKS processes with the variables of SLURM's srun, passes SIGTERM on, exits with the highest code.
+# Starts $TASKS processes with the variables of SLURM's srun, forwards SIGTERM, exits with the highest code.
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 count = int(os.environ["TASKS"])
@@ -18,7 +18,7 @@ tasks = [
 signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
 sys.exit(max(task.wait() % 256 for task in tasks))
 """
-# Runs a copy of the script, as SLURM does, and again whenever it was requeued; its process is in $RECORD.job.
+# Runs a copy of the script, as SLURM does, and runs it again after each requeue; $RECORD.job has its process.
 SBATCH = f"""#!{sys.executable}
 import os, pathlib, shutil, subprocess, sys
 record = pathlib.Path(os.environ["RECORD"])
@@ -38,7 +38,7 @@ PROGRAMS = {"sbatch": SBATCH, "srun": SRUN, "scontrol": RECORDED, "gcloud": RECO
 
 
 def variables(directory: Path, job: int = 4711, tasks: int = 1) -> dict[str, str]:
-    """Of a job of so many tasks, with programs that are not real; what they were told is in `record`."""
+    """The environment of a job with `tasks` tasks and replaced programs; `record` has their arguments."""
     programs = directory / "programs"
     programs.mkdir()
     for name, text in PROGRAMS.items():

@@ -1,4 +1,4 @@
-"""The job files of launch/cluster: lint, schema, and the scripts under stand-ins for what starts them."""
+"""The job files of launch/cluster: lint, schema, and runs of the scripts with replaced cluster programs."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ CLUSTER = ROOT / "launch" / "cluster"
 
 @pytest.fixture
 def environment(tmp_path):
-    """That of a batch job of one task."""
+    """The environment of a batch job with one task."""
     return os.environ | stand_ins.variables(tmp_path) | {"SLURM_SUBMIT_DIR": str(ROOT)}
 
 

@@ -77,7 +77,7 @@ with locked(sys.argv[1], "workdir", "w"):
 
 
 def test_a_lock_is_refused_while_its_process_lives_and_no_longer(tmp_path):
-    (tmp_path / ".lock").write_text("sfl_jax 123\n")  # of a run that was killed
+    (tmp_path / ".lock").write_text("sfl_jax 123\n")  # left by a killed run
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"held\n"
@@ -146,7 +146,7 @@ def test_a_file_is_ours_if_it_has_the_mark(tmp_path):
 
 
 def test_a_place_that_cannot_be_leaves_nothing_to_remove(tmp_path):
-    """What is said is that error, and no other file's removal fails because of it later."""
+    """The error is the original one, and removing other files later does not fail because of it."""
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError), whole_file(tmp_path / "file" / "below"):
         pass

@@ -1,4 +1,4 @@
-"""What tests compare with refuses a number that is not finite, wherever it stands and on either side."""
+"""The comparisons of tests refuse a number that is not finite, in any place and on either side."""
 
 import ast
 import math
@@ -26,7 +26,7 @@ COMPARISONS = {
 
 
 def broken(number, leaf):
-    """`TREE` with `number` as the last of the numbers of a leaf."""
+    """`TREE` with `number` as the last number of a leaf."""
     numbers = TREE[leaf].copy()
     numbers.reshape(-1)[-1] = number
     return TREE | {leaf: numbers}
@@ -39,7 +39,7 @@ def test_what_is_not_finite_is_refused(name, number, leaf):
     compare, wrong = COMPARISONS[name], broken(number, leaf)
     compare(TREE, TREE)
     if name == "assert_allclose":
-        number_pairs = [(wrong, wrong)] if math.isnan(number) else []  # two infinities are the same number
+        number_pairs = [(wrong, wrong)] if math.isnan(number) else []  # two infinities are equal
     else:
         number_pairs = [(wrong, wrong), (wrong, TREE), (TREE, wrong)]
     for a, b in number_pairs:
@@ -67,7 +67,7 @@ HELPERS = [path for path in TESTS.rglob("*.py") if not path.name.startswith(("te
     "helper", [path for path in HELPERS if "np.testing." in path.read_text()], ids=lambda path: path.stem
 )
 def test_what_may_compare_in_a_process_of_its_own_sees_nan_there(helper):
-    """No conftest.py is read there, so that the module must ask for it itself."""
+    """A separate process reads no conftest.py, so its module must import `finite` itself."""
     imported = {
         name.name
         for node in ast.walk(ast.parse(helper.read_text()))

@@ -1,6 +1,6 @@
-"""Long random runs over what a user gives and a disk may spoil. `-s` shows how many inputs were tried.
+"""Long random tests of users' inputs and damaged files. `-s` shows how many inputs were tried.
 
-Each is taken with the right contents or refused in one line. Nothing else may come out; nothing is unpickled.
+Each input is read with the right contents or refused in one line. Nothing is unpickled.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def no_pickle():
 
 
 def given_to(command, arguments):
-    """The Config that the command gets; None where it is refused in one line, with 2."""
+    """The Config that the command gets; None if it is refused in one line with exit code 2."""
     configs, out, err = [], io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = flags.run(configs.append, command, "", arguments)
@@ -113,7 +113,7 @@ München,3E9,1.5e6,2e6,0,60000,3
 
 
 def read_plainly(data):
-    """The columns of a fleet.csv by Python's own reader, without a check and without blanks around cells."""
+    """The columns of a fleet.csv by Python's csv, unchecked, without blanks around cells."""
     text = io.StringIO(data.decode("utf-8-sig"), newline="")
     rows = [[cell.strip() for cell in row] for row in csv.reader(text, skipinitialspace=True) if row]
     columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
@@ -157,7 +157,7 @@ def saved(tmp_path_factory):
 
 @contextlib.contextmanager
 def spoilt(rng, path, also_sums=False):
-    """One of the files of a checkpoint damaged, while the block lasts; `also_sums`: with sums that fit."""
+    """Damages one file of a checkpoint during the block. also_sums: makes the checksums fit."""
     files = sorted(
         file for file in path.rglob("*") if file.is_file() and (file.name != SUMS or not also_sums)
     )
@@ -199,7 +199,7 @@ JSON = st.recursive(
 @hypothesis.settings(max_examples=1500)
 @given(values=st.dictionaries(st.sampled_from([*Progress._fields, "other"]), JSON, max_size=3), whole=JSON)
 def test_progress_of_another_form(saved, values, whole):
-    """With sums that fit, as no fault of a disk has them."""
+    """With checksums that fit, which no disk fault produces."""
     path = saved / "000005"
     for content in (progress(5)._asdict() | values, whole):
         (path / "progress.json").write_text(json.dumps(content))
@@ -213,11 +213,9 @@ def test_progress_of_another_form(saved, values, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # tasks that orbax leaves behind
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves tasks behind
 def test_models_of_checkpoints_whose_sums_fit(saved):
-    """Somebody else's, or one that was changed on purpose: another model of this network, or refused."""
+    """A foreign or deliberately changed checkpoint gives another model of this network, or is refused."""
     rng, like = random.Random(5), jax.eval_shape(lambda: model(0))
     expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), like)
     checkpoints = Checkpoints(saved, keep=2)

@@ -1,4 +1,4 @@
-"""Paths as people type them: every flag that holds one, from the command line and from a flag file."""
+"""Paths as users type them, in every flag that takes one, on the command line and in a flag file."""
 
 import dataclasses
 import os
@@ -71,7 +71,7 @@ def test_every_path_is_taken_as_it_is_meant(name, from_file, tmp_path, monkeypat
 
 
 def test_every_flag_that_holds_a_path_is_tried_here():
-    """A new flag of any text is added there, or here."""
+    """A new text flag must be added there or here."""
     no_paths = {"dataset", "label_key", "starts", "coordinator_address", "codec", "codec_down"}
     fields = [f for f in dataclasses.fields(Config) if type(f.default) is str and "choices" not in f.metadata]
     assert {f.name for f in fields if f.metadata.get("path")} == COMMANDS.keys()

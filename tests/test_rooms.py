@@ -1,4 +1,4 @@
-"""The rooms of the package: imports run downwards, and the commands alone know settings."""
+"""The rooms of the package: imports run downwards, and only the commands know settings."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import sfl_jax
 
 PACKAGE = Path(sfl_jax.__file__).parent
-FLOORS = (  # a room imports what stands in floors below its own
+FLOORS = (  # a room imports only from the floors listed before its own
     {"errors", "digests"},
     {"registry", "files", "paths"},
     {"optim", "models", "datasets", "fleet", "codecs"},
@@ -20,7 +20,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imported(path):
-    """The rooms that a file imports, also within functions."""
+    """The rooms that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "sfl_jax":
             yield from (alias.name for alias in node.names)

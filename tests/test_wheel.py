@@ -1,4 +1,4 @@
-"""The package as others install it: built, installed elsewhere, and run from another directory."""
+"""The package as users install it: built, installed elsewhere, and run from another directory."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """(directory of the scripts, their environment) of an installed wheel that was made from the sdist."""
+    """(directory of the scripts, their environment) of an installed wheel, built from the sdist."""
     place = tmp_path_factory.mktemp("wheel")
     pack = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", place]
     subprocess.run(pack, check=True, cwd=ROOT, capture_output=True)
@@ -36,7 +36,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def run(installed, tmp_path):
-    """run(program, argument, ...) -> the ended process, in a directory of its own."""
+    """run(program, argument, ...) -> the ended process, run in a separate directory."""
     scripts, environment = installed
 
     def run(*command):

@@ -1,4 +1,4 @@
-"""Data of one's own: arrays, files of arrays, folders of pictures."""
+"""The user's own data: arrays, files of arrays, folders of pictures."""
 
 import os
 import warnings
@@ -37,7 +37,7 @@ def test_arrays_are_what_was_given():
         (X[..., 0], (4, 5, 1)),  # grey images get a channel
         (X.reshape(20, -1), (60,)),
         (X[..., None], (4, 5, 3, 1)),
-        *((FLOATS.astype(kind), (4, 5)) for kind in FLOAT_TYPES),  # and series of numbers do not
+        *((FLOATS.astype(kind), (4, 5)) for kind in FLOAT_TYPES),  # series of numbers do not
         (FLOATS[:, 0], (5,)),
         (RNG.normal(size=(20, 2, 3, 4, 5)), (2, 3, 4, 5)),
         *((TOKENS.astype(kind), (7,)) for kind in (np.int8, np.int32, np.int64, np.uint16, np.uint32)),
@@ -241,7 +241,7 @@ def cut_short(at):
 
 
 def denied(monkeypatch, method, place):
-    """Root may read everything, so the refusal is played."""
+    """Root may read everything, so the refusal is simulated."""
     real = getattr(Path, method)
 
     def attempt(path, *more, **named):

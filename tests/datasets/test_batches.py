@@ -14,7 +14,7 @@ def drawn(ids, parts=PARTS, steps_max=20, **changes):
 
 
 def test_steps_by_hand():
-    """⌊D/4⌋ batches an epoch, at least one, twice."""
+    """⌊D/4⌋ batches per epoch, at least one; two epochs."""
     assert session_steps(PARTS, 2, 4).tolist() == [4, 2, 12, 2, 4]
     assert max_steps(PARTS, 2, 4) == 12
     assert max_steps(PARTS, 1, 100) == 1
@@ -32,7 +32,7 @@ def test_steps_by_hand():
     data=st.data(),
 )
 def test_every_epoch_is_a_permutation_of_the_clients_own_samples(sizes, epochs, batch_size, round, data):
-    order = np.random.default_rng(0).permutation(sum(sizes)) + 1  # 0 stands for padding here
+    order = np.random.default_rng(0).permutation(sum(sizes)) + 1  # from 1, so that 0 is only padding
     parts = np.split(order, np.cumsum(sizes)[:-1])
     ids = data.draw(st.lists(st.integers(0, len(parts) - 1), unique=True, min_size=1))
     room = max_steps(parts, epochs, batch_size) + data.draw(st.integers(0, 3))

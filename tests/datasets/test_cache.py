@@ -46,7 +46,7 @@ def test_reads_what_was_written(place):
 
 
 def rewritten(dataset):
-    """Other bytes of the same length, and the same time, as packagers that build reproducibly give them."""
+    """Writes other bytes with the same length and time, as packagers with reproducible builds do."""
     before = (dataset / "records").stat().st_mtime_ns
     (dataset / "records").write_bytes(b"12435")
     os.utime(dataset / "records", ns=(before, before))
@@ -79,7 +79,7 @@ def test_the_time_of_a_file_says_nothing(place):
 
 
 def test_contents_are_those_of_every_file_by_name(place):
-    """Also where the bytes of all files together are the same."""
+    """Also if the bytes of all files together are the same."""
     dataset, _ = place
     known = {contents(dataset)}
     for a, b in ((b"12", b"345"), (b"123", b"45"), (b"45", b"123"), (b"", b"12345")):
@@ -119,7 +119,7 @@ def test_damage_does_not_go_unnoticed(place):
     good = file.read_bytes()
     for i in range(0, len(good), 3):
         file.write_bytes(good[:i] + bytes([good[i] ^ 4]) + good[i + 1 :])
-        if read_cache(dataset) is not None:  # a byte without meaning, such as a date of the archive
+        if read_cache(dataset) is not None:  # a byte that does not matter, such as a date in the archive
             read_equal(dataset)
     for length in range(0, len(good), 31):
         file.write_bytes(good[:length])
@@ -149,7 +149,7 @@ def test_without_a_place_for_it_nothing_is_kept_and_nothing_fails(place, tmp_pat
 
 
 def test_without_a_home_nothing_is_kept_and_nothing_fails(place, monkeypatch):
-    """As for a user without an entry in /etc/passwd, which is how some clusters start containers."""
+    """For a user without an entry in /etc/passwd, as in containers of some clusters."""
     dataset, _ = place
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)

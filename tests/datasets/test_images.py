@@ -1,4 +1,4 @@
-"""Pixels to a network's images: padded or resized under jit, against Pillow."""
+"""Pixels as a network's images: padded or resized under jit, compared with Pillow."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 28, 20, 3), np.uint8)
 
 
 def resized(image, size):
-    """Bilinear, with anti-aliasing where it shrinks, channel by channel."""
+    """Bilinear, with anti-aliasing if it shrinks, channel by channel."""
     channels = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(image.shape[-1])]
     return np.stack([np.asarray(c.resize((size, size), Image.Resampling.BILINEAR)) for c in channels], -1)
 

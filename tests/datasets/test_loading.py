@@ -29,7 +29,7 @@ def cache_home(tmp_path, monkeypatch):
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
-    """A set of our own, written by TFDS as `tfds build` would."""
+    """A small set that TFDS writes as `tfds build` does."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None  # nothing about it is registered
@@ -89,7 +89,7 @@ def check_equal(dataset, train, test):
 
 @pytest.fixture(scope="module")
 def mnist_twice():
-    """Decoded, unless another test of the session has done so, and from the cache."""
+    """MNIST decoded (unless another test has done so), and MNIST from the cache."""
     return load("mnist"), load("mnist")
 
 
@@ -98,7 +98,7 @@ def test_embedded_mnist_is_the_whole_of_mnist(mnist_twice):
     assert dataset.train_images.shape == (60000, 28, 28, 1)
     assert dataset.test_images.shape == (10000, 28, 28, 1)
     assert (dataset.num_classes, dataset.name) == (10, "mnist")
-    # LeCun's own counts by class, and the mean and deviation that everybody normalises MNIST with.
+    # LeCun's counts by class, and the usual mean and standard deviation of MNIST.
     train = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     test = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(dataset.train_labels).tolist() == train
@@ -153,7 +153,7 @@ def test_the_cache_is_used_and_believed_only_where_it_fits(tmp_path, cache_home)
 
 
 def dated(directory):
-    """All files get one time, as packagers that build reproducibly give them."""
+    """Gives all files one time, as packagers with reproducible builds do."""
     for file in directory.iterdir():
         os.utime(file, (1, 1))
 
@@ -202,7 +202,7 @@ def test_in_a_file_images_are_read_one_by_one(tmp_path, cache_home):
         np.testing.assert_array_equal(dataset.train_images[[4, 1, 4]], in_memory.train_images[[4, 1, 4]])
         assert type(dataset.train_images[2:4]) is np.ndarray
         assert dataset.digest == in_memory.digest
-    # A byte of row 3 turns over on the disk: only who reads that row has to know.
+    # A byte of row 3 changes on the disk: only reading that row raises.
     (file,) = (cache_home / "sfl_jax" / "datasets").iterdir()
     content = bytearray(file.read_bytes())
     content[content.index(again.train_images[3:4].tobytes()) + 7] ^= 1
@@ -212,7 +212,7 @@ def test_in_a_file_images_are_read_one_by_one(tmp_path, cache_home):
     for rows in (slice(2, 4), np.array([3]), 3):
         with pytest.raises(BadInput, match=f"^{file}: the dataset in this file is damaged; remove the file$"):
             damaged[rows]
-    # Read whole, it is noticed at once, and made anew.
+    # Reading the whole file notices it at once and writes a new one.
     check_equal(load("tiny", tmp_path), images, others)
     assert load("tiny", tmp_path, in_file=True).digest == in_memory.digest
     assert directory.exists()
@@ -294,7 +294,7 @@ def test_pictures_of_floats_are_refused_by_name(tmp_path):
 
 
 def several_labels(images, **keys):
-    """Examples in which each of the `keys` is a class label, shifted by its value."""
+    """Examples with a class label for each of `keys`, shifted by its value."""
     return [
         {"image": encoded(image), **{key: (i + shift) % 3 for key, shift in keys.items()}}
         for i, image in enumerate(images)
@@ -413,7 +413,7 @@ def test_without_tfds_the_package_is_named_and_too_little_memory_is_nothing_else
 
 
 def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
-    """These tests may run as root, who may read everything."""
+    """These tests may run as root, which may read everything."""
     directory = prepare(tmp_path, {"train": examples(pictures(2)), "test": examples(pictures(2))})
 
     def denied(what, real):
@@ -431,7 +431,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
     assert str(caught.value) == f"dataset=tiny: {directory / TRAIN} cannot be read (Permission denied)"
     for place in (tmp_path, tmp_path / "tiny"):
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "glob", lambda *_: [])  # which passes over what it may not read
+            patch.setattr(Path, "glob", lambda *_: [])  # glob skips what it may not read
             patch.setattr(os, "listdir", denied(place, os.listdir))
             with pytest.raises(BadInput) as caught:
                 load("tiny", tmp_path)
@@ -472,7 +472,7 @@ def test_without_a_home_directory_the_flag_is_named(tmp_path, monkeypatch):
     ],
 )
 def test_arrays_that_are_no_dataset_are_refused(changes, words):
-    """Also where no types are checked, as they are in tests."""
+    """Also without the type checks that tests switch on."""
     images, labels = np.ones((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32)
     good = vars(Dataset(images, labels, images, labels, 3, "mine"))
     with pytest.raises(BadInput, match=f"^dataset mine: {words}" if "N at" not in words else words):

@@ -1,4 +1,4 @@
-"""The page on data: every block runs as it stands there, in order, and prints what it says."""
+"""Every block of the page on data runs unchanged, in order, and prints what the page says."""
 
 import re
 from pathlib import Path
@@ -16,5 +16,5 @@ def test_the_code_of_the_page_runs_and_prints_what_it_says(tmp_path, monkeypatch
         printed = capsys.readouterr().out.splitlines()
         said = re.findall(r"^print\(.*\) +# (.*)$", block, re.MULTILINE)
         assert printed[: len(said)] == said
-    assert not printed  # by the last
+    assert not printed  # by the last block
     assert [len(split) for split in names["run"].parts.division] == [100] * 5

@@ -9,16 +9,16 @@ from sfl_jax.errors import BadInput
 from sfl_jax.registry import PARTITIONS as REGISTERED
 
 ALL = tuple(REGISTERED)
-NAMES = tuple(name for name in ALL if name != "fleet")  # which divides all, by a rule of its own
+NAMES = tuple(name for name in ALL if name != "fleet")  # fleet has its own rule
 
 
 def balanced(samples, classes=10):
-    """As many of each class, in random order."""
+    """Equally many labels of each class, in random order."""
     return np.random.default_rng(7).permutation(np.arange(samples) % classes).astype(np.int32)
 
 
 def class_shares(labels, parts):
-    """Of every class, the share that each client owns; (K, classes)."""
+    """The share of every class that each client owns; (K, classes)."""
     counts = np.array([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
     return counts / counts.sum(0)
 
@@ -80,7 +80,7 @@ def test_iid_has_equal_sizes_and_every_client_sees_every_class():
 
 
 def test_dirichlet_shares_of_a_class_follow_the_distribution():
-    """Mean 1/K, variance (1/K)(1 - 1/K) / (alpha K + 1), independent from class to class."""
+    """Mean 1/K, variance (1/K)(1 - 1/K) / (alpha K + 1), independent between classes."""
     clients, alpha, labels = 20, 0.3, balanced(200_000, classes=200)
     shares = class_shares(labels, partition(labels, clients, name="dirichlet", alpha=alpha))
     assert shares.mean() == pytest.approx(1 / clients, rel=1e-9)
@@ -108,7 +108,7 @@ def test_shards_give_each_client_few_classes_and_equal_sizes():
     assert set(sizes(parts)) == {60}
     classes = [len(np.unique(labels[part])) for part in parts]
     assert max(classes) <= 2
-    assert np.mean(classes) > 1.5  # two shards of one class meet one time in ten
+    assert np.mean(classes) > 1.5  # a client's two shards have the same class one time in ten
 
 
 def test_quantity_skews_sizes_and_not_classes():
@@ -154,7 +154,7 @@ def test_what_a_fleet_owns_has_nothing_to_do_with_its_place():
 
 @pytest.mark.parametrize("least", [1, 2, 5])
 def test_the_poor_are_fed_by_the_largest(least):
-    """Against a loop that moves one sample at a time from whoever has most."""
+    """Compares with a loop that moves one sample at a time from the client with the most."""
     labels = np.zeros(80, int)
     rng = np.random.default_rng([3, NAMES.index("quantity")])
     counts = np.diff(np.rint(np.cumsum(rng.dirichlet(np.full(15, 0.05))) * 80).astype(int), prepend=0)
@@ -171,7 +171,7 @@ def test_the_poor_are_fed_by_the_largest(least):
 
 @pytest.mark.parametrize(("name", "alpha"), [("dirichlet", 0.2), ("quantity", 0.4)])
 def test_nobody_loses_but_who_has_most(name, alpha):
-    """Who has enough already, and fewer than whoever gives, owns what it would own anyway."""
+    """A client that neither needs nor gives samples keeps its own."""
     labels, asked = balanced(2000), {"name": name, "alpha": alpha, "seed": 1}
     before, after = (partition(labels, 40, **asked, min_samples=least) for least in (1, 20))
     poor, gave = sizes(before) < 20, sizes(after) < sizes(before)
@@ -191,7 +191,7 @@ def test_what_the_poor_are_given_is_of_every_class_although_the_set_is_sorted():
 
 
 def test_one_sample_each_is_divided_as_ever():
-    """As it was drawn before a least number could be said."""
+    """With min_samples=1 the draw is the one before min_samples existed."""
     parts = partition(balanced(60), 12, name="quantity", alpha=0.1, seed=4)
     assert sizes(parts).tolist() == [1, 1, 1, 37, 6, 4, 1, 1, 1, 5, 1, 1]
     assert [part.sum() for part in parts] == [28, 59, 27, 934, 244, 116, 58, 56, 53, 92, 52, 51]

@@ -1,4 +1,4 @@
-"""Pictures of every colour type and depth: by TensorFlow's rules from what was written; and TFDS."""
+"""Pictures of every colour type and depth, compared with TensorFlow's rules and with TFDS."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def values(kind, depth):
 
 
 def png(kind, depth):
-    """Written by hand, since Pillow does not write all of them."""
+    """Writes a PNG by hand, since Pillow cannot write all kinds."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -47,7 +47,7 @@ def png(kind, depth):
 
 
 def expected(kind, depth, channels):
-    """libpng as TensorFlow calls it: 16 bits lose the lower 8, fewer than 8 are scaled."""
+    """libpng as TensorFlow uses it: 16 bits lose the lower 8, fewer than 8 bits are scaled."""
     own = values(kind, depth)
     if kind == PALETTED:
         own = PALETTE[own[..., 0]]
@@ -89,7 +89,7 @@ def test_every_png_keeps_its_range(kind, depth, channels):
     ],
 )
 def test_tfds_decodes_the_same_where_it_can(kind, depth, channels):
-    """Without TensorFlow it takes the lower byte of 16-bit grey, and the places in a palette for colours."""
+    """Without TensorFlow, TFDS takes the lower byte of 16-bit grey and a palette's indices as colours."""
     decoder = tfds.features.Image(shape=(None, None, channels))
     np.testing.assert_array_equal(
         picture(png(kind, depth), channels), decoder.decode_example_np(png(kind, depth))
@@ -115,7 +115,7 @@ def test_16_bits_in_other_orders_and_modes(monkeypatch):
     for order in "<>":
         tiff = stored(Image.fromarray(grey.astype(f"{order}u2")), "TIFF")
         np.testing.assert_array_equal(picture(tiff, 3), expected(GREY, 16, 3))
-    # Pillow 10 opened such a PNG in a mode of 32 bits.
+    # Pillow 10 opens such a PNG in a mode of 32 bits.
     as_before = Image.fromarray(grey.astype(np.int32))
     as_before.format = "PNG"
     monkeypatch.setattr(Image, "open", lambda _: as_before)

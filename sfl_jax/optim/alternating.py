@@ -44,6 +44,7 @@ class _Step(NamedTuple):
 def alternating(costs, server_flops, present, *, starts=("equal",), key=None, recall=False) -> Rest:
     """The best result over the starts.
 
+    costs: Costs or Terms.  server_flops: () FLOP/s.  present: (K,) bool.
     starts: first shares: "equal", "proportional" to a client's work, or "random" (needs key).
     recall: call back clients that train alone and end last. A step calls back one client, or several equal
     ones. A step costs O(C K), and recall needs up to K more steps: use it for small fleets.

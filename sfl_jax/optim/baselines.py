@@ -1,4 +1,7 @@
-"""Simple methods to compare with: no split, one cut for all, random cuts, equal shares, greedy steps."""
+"""Simple methods to compare with: no split, one cut for all, random cuts, equal shares, greedy steps.
+
+Arguments of a method: costs (Costs or Terms), server_flops () FLOP/s, present (K,) bool, and `Options`.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -136,6 +136,7 @@ def any_schedule_bound_s(
 def solve_serving(terms: Terms, server_flops: float, present: ArrayLike | None = None) -> Plan:
     """A plan for a server that works for waiting clients, with a bound over all schedules; shares are NaN.
 
+    server_flops: the server's FLOP/s.  present: (K,) bool; absent clients cost nothing.
     The search starts from the best cuts for constant shares, and from the cuts with the least work in time
     for the bound. The client that ends last takes the cut with the shortest round, until no cut helps.
     Infeasible names the clients that cannot be served. BadInput: server_flops is not above 0 and finite.

@@ -63,7 +63,7 @@ def optimal_shares(fixed_s, server_flop, server_flops, present):
 
 
 def shares_by(time_s, fixed_s, server_flop, server_flops, present):
-    """Shares (K,) to end by time_s, or later only by rounding; each client's end (K,) s, the round () s."""
+    """Returns as `optimal_shares`, with the shares to end by time_s () s, or later only by rounding."""
     busy = present & (server_flop > 0)
     error = rounding(fixed_s.shape[0])
     room = server_flops * (1 - error)

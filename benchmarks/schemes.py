@@ -56,7 +56,7 @@ def round_of(name, scheme, codec, options):
     )
     training = Training(
         chain, optimizers.sgd(0.9), lambda x: x.astype(jnp.float32) / 127.5 - 1,
-        link=wires.links(wires.pairs(codec)), scheme=scheme.engine(),
+        codecs=wires.cut_codecs(wires.pairs(codec)), scheme=scheme.engine(),
     )  # fmt: skip
     chunk = 1 if schemes.CHUNKS not in scheme.allows and scheme.has_order else options.clients_per_chunk
     if scheme.needs_equal_steps:

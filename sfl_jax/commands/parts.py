@@ -310,7 +310,8 @@ def _training(config, chain, scaling):
     return Training(
         chain, optimizer(config), preprocessing(config.image_size, *scaling),
         server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
-        scheme=scheme(config).engine(), tail_units=config.tail_units, link=wires.links(codec_pairs(config)),
+        scheme=scheme(config).engine(), tail_units=config.tail_units,
+        codecs=wires.cut_codecs(codec_pairs(config)),
         augment=datasets.augmentation(config.augment, config.dataset), proximal=config.proximal,
         clip_norm=config.clip_norm, reestimates=config.batch_norm == "reestimated",
         personal=suiting.personal_for(scheme(config), config.batch_norm, config.clients),

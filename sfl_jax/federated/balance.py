@@ -1,4 +1,4 @@
-"""Which device runs which clients of a round: all devices shall be done at the same time."""
+"""Distributes the clients of a round over devices, so that all devices end at about the same time."""
 
 import heapq
 
@@ -10,11 +10,11 @@ from sfl_jax.federated.session import Assignment
 
 
 def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 1) -> tuple[Assignment, int]:
-    """NumPy assignments ordered for D devices and padded with idle clients, and the clients of a chunk.
+    """Returns the assignments ordered for D devices and padded with idle clients, and the clients in a chunk.
 
-    Clients of like session length share a chunk, so that few steps are masked; `deal` balances the chunks.
-    The leading axis becomes D * (chunks of a device) * (clients of a chunk), device by device; its length
-    depends on the number of clients alone, so that other clients compile nothing.
+    Clients with sessions of similar length share a chunk, so that few steps are masked. `deal` balances the
+    chunks. The leading axis becomes D * (chunks of a device) * (clients in a chunk), device by device. Its
+    length depends only on the number of clients, so other clients need no new compilation.
     """
     steps = np.asarray(assignments.steps)
     size = chunk_size(len(steps), clients_per_chunk, devices)
@@ -33,10 +33,10 @@ def fill_chunks(assignments: Assignment, clients_per_chunk: int, devices: int = 
 
 
 def deal(steps: Int[np.ndarray, " N"], devices: int, slots: int) -> Int[np.ndarray, " N"]:
-    """A place in 0..devices*slots - 1, device by device, for each of N chunks, longest first.
+    """A place in 0..devices*slots - 1, device by device, for each of N chunks. The longest chunk comes first.
 
-    Each goes to the device that has least to do so far and a slot left: longest processing time first, which
-    is within a third of the best possible (Graham 1969) where slots do not bind.
+    Each chunk goes to the device with the least work so far and a free slot. This is "longest processing time
+    first". It is within a third of the optimum (Graham 1969) if slots do not bind.
     """
     queue, used = [(0, device) for device in range(devices)], [0] * devices
     places = np.empty(len(steps), np.int64)
@@ -50,18 +50,19 @@ def deal(steps: Int[np.ndarray, " N"], devices: int, slots: int) -> Int[np.ndarr
 
 
 def chunk_size(clients: int, most: int, devices: int = 1) -> int:
-    """The clients of a chunk: the fewest, at most `most`, with which no device has more chunks than it must.
+    """The clients in a chunk: the fewest with which no device has more chunks than it must. At most `most`.
 
-    17 clients in chunks of at most 16 take two chunks whatever their size, so chunks of 9: one place is idle.
+    For example, 17 clients in chunks of at most 16 need two chunks. Chunks of 9 are enough: one place is
+    idle.
     """
     turns = -(-clients // (devices * most))
     return -(-clients // (devices * turns))
 
 
 def places_per_client(clients: int, size: int, devices: int = 1) -> float:
-    """How many places a round in chunks of `size` runs for each client, at least 1.
+    """How many places a round in chunks of `size` computes for each client, at least 1.
 
-    An idle place takes as long as a filled one, and all devices as long as the one that has most chunks.
+    An idle place takes as long as a filled one. All devices take as long as the one with the most chunks.
     """
     turns = -(-clients // (devices * size))
     return turns * size * min(devices, clients) / clients

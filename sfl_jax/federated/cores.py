@@ -1,20 +1,20 @@
-"""CPU cores as devices. Imports JAX alone, since it must run before JAX looks for devices."""
+"""Makes devices of CPU cores. Imports only JAX, because it must run before JAX looks for devices."""
 
 import os
 
 import jax
-from jax._src import xla_bridge  # which alone knows whether devices were looked for
+from jax._src import xla_bridge  # nothing public knows whether JAX has looked for devices
 
 _FORCED = "xla_force_host_platform_device_count"
 
 
 def cores_as_devices(most: int) -> None:
-    """Make a device of each CPU core that this process may use, at most `most` of them.
+    """Makes a device of each CPU core that this process may use, at most `most`.
 
-    On a CPU several devices that compute a client each are faster than one that computes a client with all
-    cores. A device that computes alone still uses all cores. It has an effect before JAX has looked for
-    devices, in a run of one process, and where neither JAX_NUM_CPU_DEVICES nor XLA_FLAGS says how many
-    devices the CPU has.
+    Several CPU devices that each compute one client are faster than one device that computes a client with
+    all cores. A device that computes alone still uses all cores. This has an effect only before JAX has
+    looked for devices, in a run of one process. JAX_NUM_CPU_DEVICES or XLA_FLAGS override it if they say how
+    many devices the CPU has.
     """
     said = jax.config.jax_num_cpu_devices >= 0 or _FORCED in os.environ.get("XLA_FLAGS", "")  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
     if said or xla_bridge.backends_are_initialized() or jax.distributed.is_initialized():

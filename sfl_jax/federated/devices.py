@@ -1,9 +1,9 @@
-"""The client axis over devices. No other file knows that there may be several.
+"""Spreads the client axis over devices. No other file knows that there may be several.
 
-The body of a round is written once, in `round.py`. With one device it is jitted; with several, of one process
-or many, `jax.pmap` maps it over the client axis: the model is on every device, each device runs its own
-clients, and the weighted sums meet in one `psum`. The samples are on every device too where they fit; else
-each round sends a device those of its own clients.
+The body of a round is written once, in `round.py`. On one device it is jitted. On several devices, of one
+process or many, `jax.pmap` maps it over the client axis. Each device has the model and runs its own clients.
+One `psum` adds up the weighted sums. Each device also has all samples if they fit. If not, each round sends a
+device the samples of its own clients.
 """
 
 import functools
@@ -24,12 +24,13 @@ from sfl_jax.federated.session import Assignment, Loss, Samples, Training, cross
 from sfl_jax.models import Chain
 
 AXIS = "devices"
-RESIDENT = 0.5  # part of a device's free memory that the samples may take for good
+RESIDENT = 0.5  # samples stay on a device if they take at most this part of its free memory
 
 
 def choose_devices(count: int) -> list[Any]:
-    """The first `count` devices of every process, process by process, 0 meaning all; BadInput where there are
-    fewer.
+    """The first `count` devices of every process, process by process. 0 means all.
+
+    Raises BadInput if a process has fewer.
     """
     here = jax.local_devices()
     if count > len(here):
@@ -44,32 +45,36 @@ def replicate(tree: Any, devices: Sequence[Any]) -> Any:
 
 
 def on_first(tree: Any) -> Any:
-    """A replicated tree as arrays of the first device alone; nothing is copied."""
+    """A replicated tree as arrays of the first device alone. Copies nothing."""
     return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
 
 
 def bytes_placed(tree: Any) -> int:
-    """What the JAX arrays of `tree` take on each device; what is still on the host counts nothing."""
+    """The bytes that the JAX arrays of `tree` take on each device. Arrays on the host do not count."""
     arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays)
 
 
 def place_samples(samples: Samples, devices: Sequence[Any], free_bytes: float = math.inf) -> Samples:
-    """What `Rounds` takes: NumPy samples go whole to every device where they fit into half of `free_bytes`,
-    and stay here otherwise.
+    """Returns the samples in the form that `Rounds` takes.
+
+    If they take at most half of `free_bytes`, they go to every device. If not, they stay in NumPy on the
+    host.
     """
     if sum(x.nbytes for x in samples) > RESIDENT * free_bytes:
         return samples
-    # Images in a file are held against their checksums when they are indexed.
+    # Indexing checks the checksums of images that are in a file.
     return replicate(Samples(samples.images[:], samples.labels), devices)
 
 
 class Rounds:
-    """round(model, samples, assignments, key, learning_rate, previous) -> (model, loss, diverged) as of
-    `run_round`, replicated; samples from `place_samples`, assignments NumPy, of any number of clients,
-    arranged and placed here. The model given is donated. Compiles once for each shape.
+    """round(model, samples, assignments, key, learning_rate, previous) -> (model, loss, diverged), like
+    `run_round`, with replicated results.
 
-    `execution`: "vmap" computes a chunk's clients at once, "map" one after the other.
+    samples: from `place_samples`. assignments: NumPy, for any number of clients; this class arranges and
+    places them. The given model is donated. Compiles once for each shape.
+
+    execution: "vmap" computes a chunk's clients at once, "map" one after the other.
     """
 
     def __init__(
@@ -85,9 +90,10 @@ class Rounds:
         return program(*placed)
 
     def bytes_needed(self, *arguments: Any) -> int:
-        """What such a round needs of each device beside the model and the samples that are placed already:
-        for what it makes and keeps in between, and twice for what it is sent, as the next one may be sent
-        while it runs. Compiles it for the calls to come, and runs nothing.
+        """The memory that such a round needs on each device, beside the model and the samples placed already.
+
+        It counts temporary and result arrays. It counts the round's input twice, because the next round may
+        be sent while one runs. Compiles the round for later calls and runs nothing.
         """
         placed, program = self._place(*arguments)
         sent = bytes_placed(placed[2] if _are_placed(arguments[1]) else placed[1:3])
@@ -99,10 +105,10 @@ class Rounds:
         if _are_placed(samples):
             placed = samples, _by_device(_parts(arranged, self._devices), self._devices)
         else:
-            # Never less than before, so that rounds of few samples do not compile it anew.
+            # Never smaller than before, so that rounds with few samples do not compile again.
             self._room = max(self._room, room(arranged, len(samples.labels), len(self._devices)))
             placed = place_clients(samples, arranged, self._devices, self._room)
-        if previous is None:  # as good a round as any
+        if previous is None:  # an outcome that does not end the run
             nobody = np.full(len(arranged.client), -1, np.int32)
             previous = Outcome(*replicate((np.float32(0), nobody, np.int32(0)), self._devices))
         scalars = replicate((key, np.float32(learning_rate)), self._devices)
@@ -110,10 +116,10 @@ class Rounds:
 
 
 def map_round(training: Training, devices: Sequence[Any], size: int, samples_stay: bool = False) -> Any:
-    """`run_round` over the devices for chunks of `size` clients: jitted on one, mapped by `jax.pmap` on more.
+    """`run_round` for chunks of `size` clients: jitted on one device, mapped by `jax.pmap` on several.
 
-    What it takes is placed already: samples whole on each device where they stay, else see `place_clients`.
-    The model given is donated.
+    Its arguments must be placed already. With `samples_stay` each device has all samples; if not, see
+    `place_clients`. The given model is donated.
     """
     round_of = run_round if training.scheme is None else training.scheme.run_round
     body = functools.partial(round_of, training, size)
@@ -127,7 +133,7 @@ def map_round(training: Training, devices: Sequence[Any], size: int, samples_sta
 
 
 def program_bytes(program: Any) -> int:
-    """What a compiled program needs of each device beside its arguments, which are there already."""
+    """The memory that a compiled program needs on each device, beside its arguments."""
     need = program.memory_analysis()
     return need.temp_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes
 
@@ -135,10 +141,11 @@ def program_bytes(program: Any) -> int:
 def place_clients(
     samples: Samples, arranged: Assignment, devices: Sequence[Any], rows: int
 ) -> tuple[Samples, Assignment]:
-    """What `fill_chunks` arranged, on the devices of this process, each with the samples of its clients, for
-    which it has room for `rows`, see `room`.
+    """Places what `fill_chunks` arranged on the devices of this process, with the samples of each device's
+    clients.
 
-    The leading axis becomes (devices here, ...), where there are several.
+    Each device has room for `rows` samples, see `room`. If there are several devices, the leading axis
+    becomes (devices here, ...).
     """
     parts = []
     for own in _parts(arranged, devices):
@@ -153,8 +160,10 @@ def place_clients(
 
 
 def room(arranged: Assignment, samples: int, devices: int) -> int:
-    """The rows that every device needs for the samples of its clients: those of the device that has most,
-    rounded up to a power of two, so that rounds have few shapes; at most one an index, or all `samples`.
+    """The rows for samples that every device needs.
+
+    This is the number of samples on the device with the most, rounded up to a power of two, so that rounds
+    have few shapes. It is at most one row for each index, and at most `samples`.
     """
     most = 1
     for device in range(devices):
@@ -166,7 +175,7 @@ def room(arranged: Assignment, samples: int, devices: int) -> int:
 def place_held_out(
     images: np.ndarray, labels: np.ndarray, devices: Sequence[Any], batch: int = evaluation.BATCH
 ) -> Samples:
-    """What an `Evaluation` takes: each device has a part."""
+    """Returns the test samples in the form that `Evaluation` takes: each device has a part."""
     parts = evaluation.in_batches(images, labels, len(devices), batch)
     return _by_device([jax.tree.map(lambda x, i=i: x[i], parts) for i in _indices_here(devices)], devices)
 
@@ -196,7 +205,7 @@ class Evaluation:
         return self._program(packed, held_out)
 
     def bytes_needed(self, packed: PackedVariables, held_out: Samples) -> int:
-        """What it needs of each device beside its arguments. Compiles it for the calls to come."""
+        """The memory that it needs on each device, beside its arguments. Compiles it for later calls."""
         return program_bytes(self._program.lower(packed, held_out).compile())
 
 
@@ -205,23 +214,23 @@ def _are_placed(samples: Samples) -> bool:
 
 
 def _are_used(own: Assignment) -> Any:
-    """Which of the (K, S) batches are those of a step that is run."""
+    """Which of the (K, S) batches belong to a step that is run."""
     return np.arange(own.batches.shape[1]) < own.steps[:, None]
 
 
 def _part(arranged: Assignment, device: int, devices: int) -> Assignment:
-    """What `fill_chunks` arranged for one of the devices."""
+    """What `fill_chunks` arranged for one device."""
     own = len(arranged.client) // devices
     return jax.tree.map(lambda x: x[own * device : own * (device + 1)], arranged)
 
 
 def _parts(arranged: Assignment, devices: Sequence[Any]) -> list[Assignment]:
-    """Those of the devices of this process."""
+    """The parts of the devices of this process."""
     return [_part(arranged, device, len(devices)) for device in _indices_here(devices)]
 
 
 def _by_device(parts: Sequence[Any], devices: Sequence[Any]) -> Any:
-    """The part of each device of this process on its device; with a leading axis where there are several."""
+    """Places each part on its device of this process. With several devices there is a leading axis."""
     if len(devices) == 1:
         return jax.device_put(parts[0], devices[0])
     stacked = jax.tree.map(lambda *xs: np.stack(xs), *parts)

@@ -1,15 +1,15 @@
-"""Whether an optax transformation does the same to every number, whichever leaf the number is in.
+"""Decides whether an optax transformation treats every number alike, in whichever leaf it is.
 
 SGD, momentum and Adam do. Then small leaves may be joined into one vector, which is faster, see `packing`.
-Others look at a leaf: at its norm (LARS, Adafactor), its shape or its name (a mask for weight decay). They
-must get the leaves as they are.
+Other transformations look at a leaf: at its norm (LARS, Adafactor), its shape or its name (a mask for weight
+decay). They must get the leaves unjoined.
 
-The answer is read from the traced program of the transformation, with the real shapes and names, so that it
-is a proof: what cannot be followed counts as "no".
+The answer is a proof. It is read from the traced program of the transformation, with the real shapes and
+names. If the program cannot be followed, the answer is no.
 """
 
 # pyright: reportPrivateImportUsage=false
-# Newer releases of JAX export `jax.extend.core.ClosedJaxpr` without saying so in their types.
+# Newer releases of JAX export `jax.extend.core.ClosedJaxpr`, but their type stubs do not say so.
 
 import functools
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from sfl_jax.federated.packing import Layout, pack
 
-# Primitives whose every number depends on the numbers in the same place alone.
+# Primitives in which each output number depends only on the input numbers in the same place.
 _BY_NUMBER = frozenset(
     (
         "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type",
@@ -37,8 +37,10 @@ _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "clo
 
 
 class _Value(NamedTuple):
-    """owners: the leaves that it depends on. formula: how it is computed, an object for each way; None where
-    that is not known, or differs from number to number.
+    """A traced value.
+
+    owners: the leaves that it depends on. formula: an object that identifies how each of its numbers is
+    computed. None if that is unknown or differs among its numbers.
     """
 
     owners: frozenset[int]
@@ -51,7 +53,7 @@ _formula = functools.cache(lambda *description: object())
 
 @functools.cache
 def may_join(transformation: optax.GradientTransformation, layouts: tuple[Layout, ...]) -> bool:
-    """Whether the numbers of units laid out like this are updated alike, their leaves joined or not."""
+    """Whether joining the leaves of units with these layouts changes no update."""
     units = tuple(
         jax.tree.unflatten(
             layout.structure, map(jax.ShapeDtypeStruct, layout.shapes, map(jnp.dtype, layout.types))
@@ -61,19 +63,20 @@ def may_join(transformation: optax.GradientTransformation, layouts: tuple[Layout
     try:
         apart = _formulas(transformation, units)
         return apart is not None and apart == _formulas(transformation, jax.eval_shape(pack, units))
-    except Exception:  # raised by the transformation: joined leaves do not have the names that it asks for
+    except Exception:  # the transformation may ask for names, which joined leaves do not have
         return False
 
 
 def _formulas(transformation, params):
-    """How the transformation computes numbers: {(which, type of the parameter): formula} of its first state,
-    of its updates and of its new state. None where that is not the same for all numbers of a type.
+    """How the transformation computes numbers, in its first state, its updates and its new state.
+
+    Each is {(which, type of the parameter): formula}. None if numbers of one type have different formulas.
     """
     state = jax.eval_shape(transformation.init, params)
     paths, shapes = zip(*((path, leaf.shape) for path, leaf in tree_leaves_with_path(params)), strict=True)
 
     def part(path, leaf):
-        """(the leaf of the parameters that a leaf of the state belongs to, or None; what it is of it)."""
+        """(the parameter leaf that a leaf of the state belongs to, or None; the leaf's role)"""
         for owner, (own, shape) in enumerate(zip(paths, shapes, strict=True)):
             if path[len(path) - len(own) :] == own and leaf.shape == shape:
                 return owner, keystr(path[: len(path) - len(own)])
@@ -95,7 +98,7 @@ def _formulas(transformation, params):
 
 
 def _uniform(program, inputs, outputs, types):
-    """{(which, type): formula} of a program's outputs; None where those of two leaves of a type differ."""
+    """{(which, type): formula} of a program's outputs. None if leaves of one type differ in their formula."""
     given = [
         _Value(frozenset(() if owner is None else (owner,)), _formula("input", which))
         if owner is not None or not var.aval.shape
@@ -112,7 +115,7 @@ def _uniform(program, inputs, outputs, types):
 
 
 def _follow(program: core.ClosedJaxpr, given: list[_Value]) -> list[_Value]:
-    """The outputs of a traced program that is given such inputs."""
+    """The outputs of a traced program for these inputs."""
     jaxpr = program.jaxpr
     known = dict(zip(jaxpr.invars, given, strict=True))
     known |= zip(jaxpr.constvars, map(_constant, program.consts), strict=True)

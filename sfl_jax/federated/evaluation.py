@@ -1,4 +1,4 @@
-"""How good the global variables are on held-out samples."""
+"""Measures the global variables on test samples."""
 
 import math
 from collections.abc import Callable
@@ -15,26 +15,26 @@ from sfl_jax.federated.session import Loss, Samples
 from sfl_jax.models import Chain
 
 Metric = Callable[[Array, Array], Array]  # logits (B, classes), labels (B,) -> (B,) bools or floats
-BATCH = 500  # samples of 32x32 at once
+BATCH = 500  # images of 32x32 that are evaluated at once
 
 
 def batch_of(shape: tuple[int, ...]) -> int:
-    """Samples of an evaluation's batch; samples that are no images (H, W, C) count as small ones."""
+    """The batch size of an evaluation. Samples that are not images (H, W, C) count as small ones."""
     return batch_at(max(shape[:2])) if len(shape) == 3 else BATCH
 
 
 def accuracy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Bool[Array, " B"]:
-    """Whether the largest logit is that of the label."""
+    """Whether the largest logit is the label's."""
     return logits.argmax(-1) == labels
 
 
 def batch_at(image_size: int) -> int:
-    """Samples of an evaluation's batch: fewer of larger images, so that the memory stays that of `BATCH`."""
+    """The batch size of an evaluation. It falls with the image size, so that memory stays the same."""
     return max(1, min(BATCH, BATCH * 32**2 // image_size**2))
 
 
 def in_batches(images: np.ndarray, labels: np.ndarray, parts: int = 1, batch: int = BATCH) -> Samples:
-    """Samples as (parts, N', B, ...) NumPy arrays, B at most `batch`, filled up with samples of label -1."""
+    """Samples as NumPy arrays (parts, N', B, ...), with B at most `batch`. Padding has the label -1."""
     of_part = -(-len(labels) // parts)
     batches = -(-of_part // batch)
     shape = parts, batches, -(-of_part // batches)
@@ -55,11 +55,10 @@ def evaluate(
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " classes"]]:
     """(mean loss, mean metric, mean metric of each class) over samples in batches (N', B, ...).
 
-    Labels of -1 do not count. A class without samples is NaN. There are no classes where logits are not (B,
-    classes). The means are NaN where any logit is not finite: the largest of such logits names a class all
-    the same.
+    Samples with label -1 do not count. A class without samples is NaN. If logits are not (B, classes), there
+    are no classes. The means are NaN if any logit is not finite, because even then the largest names a class.
 
-    Under `axis_name` these are some of the samples, and the means are those of all devices'.
+    Under `axis_name` the samples are one device's part, and the means are over all devices.
     """
     chain, variables = chain.alone(), packed.unpack()
 

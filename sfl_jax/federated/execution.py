@@ -1,7 +1,8 @@
-"""How a device computes its clients: in which form of the layers, how many at once; chosen by measurement.
+"""How a device computes its clients: the form of the layers, and how many clients at once. Chosen by
+measurement.
 
-Which is fastest depends on shapes and device. A few of the network's own units, those with most of the work,
-are timed in their real shapes under each alternative: forward, backward and an update, vmapped over clients.
+Shapes and device decide what is fastest. So a few of the network's units, those with the most work, are timed
+in their real shapes under each alternative: forward, backward and update, vmapped over clients.
 """
 
 import contextlib
@@ -27,25 +28,26 @@ from sfl_jax.models.layers import FORMS
 from sfl_jax.registry import EXECUTIONS as MODES
 
 AUTO = "auto"
-UNITS = 2  # kinds of units that are timed
+UNITS = 2  # how many kinds of units are timed
 CHUNKS = 1, 2, 4, 8, 16
-WORSE, FAR_WORSE = 1.15, 2.0  # times as slow
-STEPS = 2  # of a call that is timed
-ENOUGH_S = 0.3  # of calls that are timed, of one kind of unit
+WORSE, FAR_WORSE = 1.15, 2.0  # factors of time at which a search stops
+STEPS = 2  # steps in a timed call
+ENOUGH_S = 0.3  # timed seconds that are enough for one kind of unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How devices are asked to compute a round.
+    """How devices compute a round. Choices left open are settled by a measurement.
 
     Attributes:
-      layer_form: "product" or "conv", see `models.layers`; "auto" measures which is faster.
-      clients_per_chunk: most clients that a device computes at once; 0: the fastest number that fits.
-      mode: "vmap" computes the clients of a chunk at once, "map" one after the other; "auto" measures.
-      memory_budget_gib: memory of a device that rounds may take; 0: what is free.
+      layer_form: "product" or "conv", see `models.layers`. "auto" measures which is faster.
+      clients_per_chunk: the most clients that a device computes at once. 0 means the fastest number that
+        fits.
+      mode: "vmap" computes the clients of a chunk at once, "map" one after the other. "auto" measures.
+      memory_budget_gib: GiB of a device's memory that rounds may take. 0 means all that is free.
 
     Raises:
-      BadInput: a value outside of its range.
+      BadInput: a value is out of range.
     """
 
     layer_form: str = AUTO
@@ -63,7 +65,7 @@ class Execution:
 
     @property
     def left_open(self) -> tuple[str, ...]:
-        """The fields whose choice is left to the run, which then keeps it."""
+        """The fields that the run settles itself. A run that goes on keeps its choices."""
         return tuple(name for name, value in OPEN.items() if getattr(self, name) == value)
 
 
@@ -71,8 +73,10 @@ OPEN = {"layer_form": AUTO, "clients_per_chunk": 0, "mode": AUTO}
 
 
 class Alternative(NamedTuple):
-    """layer_form: see `models.create`. clients_per_chunk: clients that a device computes at once, vmapped;
-    one alone is computed without a client axis.
+    """One way to compute clients.
+
+    layer_form: see `models.create`. clients_per_chunk: clients that a device computes at once, vmapped. One
+    client alone is computed without a client axis.
     """
 
     layer_form: str
@@ -83,7 +87,7 @@ class Alternative(NamedTuple):
 
 
 def chunk_sizes(clients: int, devices: int) -> list[int]:
-    """The sizes worth a try, rising."""
+    """The chunk sizes worth trying, in rising order."""
     return sorted({chunk_size(clients, size, devices) for size in CHUNKS})
 
 
@@ -93,11 +97,11 @@ def choose(
     seconds: Callable[[Alternative], float],
     places: Callable[[int], float] = lambda size: 1.0,
 ) -> tuple[Alternative, dict[Alternative, float]]:
-    """(the fastest, the seconds of a client in each that was tried); nothing is tried without a choice.
+    """Returns the fastest alternative, and the seconds of one client in each that was tried.
 
-    `seconds` measures one place of a chunk. A client takes the time of `places(size)` of them, see
-    `places_per_client`. `sizes` rise. A form is given up where it is far slower than another, or where its
-    larger chunks begin to be slower.
+    If there is only one alternative, nothing is tried. `seconds` measures one place of a chunk. A client
+    takes the time of `places(size)` places, see `places_per_client`. `sizes` rise. A form is given up if it
+    is far slower than another, or if its larger chunks become slower.
     """
     if len(forms) * len(sizes) == 1:
         return Alternative(forms[0], sizes[0]), {}
@@ -121,10 +125,10 @@ def seconds_per_client(
     clients_per_chunk: int,
     devices: Sequence[Any],
 ) -> float:
-    """Measured seconds of a local step of one client in the kinds of units that have most of the work.
+    """Measured seconds of one client's local step, in the kinds of units with the most work.
 
-    images: (B, H, W, C), of the network's float type; only its shape counts. devices: those of this process.
-    CPU devices share the cores, so all of them are measured at the same time, as they will run.
+    images: (B, H, W, C) in the network's float type; only the shape matters. devices: those of this process.
+    CPU devices share the cores, so all of them are measured at the same time, as in a run.
     """
     devices = devices if devices[0].platform == "cpu" else devices[:1]
     chain = chain.alone() if clients_per_chunk == 1 else chain
@@ -142,7 +146,7 @@ def seconds_per_client(
 
 
 def _inputs(chain, images):
-    """The shape that enters each unit."""
+    """The shape of each unit's input."""
     inputs = []
 
     def note(_, x):
@@ -157,7 +161,7 @@ def _inputs(chain, images):
 
 
 def _seconds_of_unit(chain, index, x, clients, devices):
-    """Of a step of one client. Its numbers matter little, but must not become subnormal: hence ones."""
+    """Seconds of one client's step in one unit. Variables are ones, because subnormal numbers are slow."""
     unit, rng = chain.units[index], np.random.default_rng(0)
     shapes = units.shapes(unit, x).variables
     axes = () if clients == 1 else (clients,)
@@ -184,7 +188,7 @@ def _seconds_of_unit(chain, index, x, clients, devices):
     together = session if clients == 1 else jax.vmap(session)
     if len(devices) == 1:
         placed, run = jax.device_put(arguments, devices[0]), jax.jit(together)
-    else:  # each the same
+    else:  # every device computes the same
         every = NamedSharding(Mesh(np.asarray(devices), ("devices",)), PartitionSpec("devices"))
         repeated = jax.tree.map(lambda x: jnp.stack([x] * len(devices)), arguments)
         placed, run = jax.device_put(repeated, every), jax.pmap(together, devices=devices)
@@ -198,12 +202,12 @@ def _seconds_of_unit(chain, index, x, clients, devices):
 
 
 def _moved(value, gradient):
-    """The value a step later; tokens and masks have no gradient, and stay."""
+    """The value after one step. Tokens and masks have no gradient and do not change."""
     return value if gradient.dtype == jax.dtypes.float0 else value - 1e-3 * gradient
 
 
 def remembered(path: Path, key: Sequence[Any]) -> tuple[Alternative, dict[Alternative, float]] | None:
-    """What an earlier run measured under the same key; None where nothing of it can be read."""
+    """What an earlier run measured under the same key. None if it cannot be read."""
     try:
         choice, tried = json.loads(path.read_text())[json.dumps(key)]
         return Alternative(*choice), {Alternative(form, size): seconds for form, size, seconds in tried}
@@ -212,7 +216,7 @@ def remembered(path: Path, key: Sequence[Any]) -> tuple[Alternative, dict[Altern
 
 
 def remember(path: Path, key: Sequence[Any], choice: Alternative, tried: dict[Alternative, float]) -> None:
-    """Keep what was measured for later runs, if the disk lets it."""
+    """Keeps a measurement for later runs, if the disk allows it."""
     try:
         entries = json.loads(path.read_text())
     except (OSError, ValueError):

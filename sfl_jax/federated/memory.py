@@ -1,4 +1,4 @@
-"""How much memory a device has for rounds, and how much one is expected to need before it is compiled."""
+"""How much memory a device has for rounds, and an estimate of what a round needs."""
 
 import os
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 from sfl_jax.models import Profile
 
-SPARE = 0.9  # part of what is available that a round may take
+SPARE = 0.9  # the part of the available memory that a round may take
 
 
 class _Hierarchy(NamedTuple):
-    """Where a version of control groups is, and what its files are called."""
+    """Where one version of control groups is mounted, and the names of its files."""
 
     mount: str
     controller: str  # in /proc/self/cgroup
     limits: tuple[str, ...]
     used: str
-    cache: tuple[str, ...]  # in memory.stat: what is given back when others need it
+    cache: tuple[str, ...]  # in memory.stat: page cache, which the kernel gives back on demand
 
 
 _HIERARCHIES = (
@@ -33,11 +33,11 @@ _HIERARCHIES = (
 
 
 def available_bytes(device: Any, sharers: int = 1) -> int:
-    """What the rounds of this process may take on `device`: nine tenths of what is free, beside all that is
-    placed already.
+    """The memory that rounds of this process may take on `device`, beside what is placed already: 90 % of
+    what is free.
 
-    A GPU or TPU says itself how much it has. On a CPU it is what the machine, or a control group of this
-    process, has left, divided among the `sharers`: the CPU devices in use here, of all processes.
+    A GPU or TPU reports its own memory. On a CPU, the limit is what the machine or a control group of this
+    process has left. It is divided by `sharers`, the number of CPU devices in use here by all processes.
     """
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -46,10 +46,11 @@ def available_bytes(device: Any, sharers: int = 1) -> int:
 
 
 def expected_bytes(profile: Profile, batch_size: int, clients_per_chunk: int, moments: int) -> int:
-    """Roughly what a round needs beside the samples and the model, rather too much: the mean; of each client
-    of a chunk parameters, gradients, `moments` of the optimiser, and what the backward pass keeps.
+    """A rough, rather high estimate of what a round needs beside the samples and the model.
 
-    XLA's own analysis of compiled rounds is 0.79 to 0.88 times this (tiny and B0, 32x32, batch 8 and 32).
+    It counts the mean, and for each client of a chunk: parameters, gradients, `moments` of the optimiser, and
+    what the backward pass keeps. XLA's own analysis of compiled rounds is 0.79 to 0.88 times this (tiny and
+    B0, 32x32, batch 8 and 32).
     """
     model = 4 * int(profile.parameters.sum() + profile.state.sum())
     kept = 4 * batch_size * int(profile.activations.sum())
@@ -57,11 +58,11 @@ def expected_bytes(profile: Profile, batch_size: int, clients_per_chunk: int, mo
 
 
 def host_bytes(root: Path = Path("/")) -> int:
-    """What the machine has left, or the control group of this process that has least. `root` holds /proc and
-    /sys.
+    """The memory that is left: the least of the machine's and of each control group of this process.
 
-    The page cache counts as left, as it does in the machine's own MemAvailable: the kernel gives it back
-    before it refuses memory. The files that a run has read fill the cache up to any limit.
+    `root` holds /proc and /sys. Page cache counts as left, like in MemAvailable, because the kernel gives it
+    back before it refuses memory. It would otherwise seem full, because files that a run has read fill it up
+    to any limit.
     """
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for line in _read(root / "proc/meminfo").splitlines():
@@ -76,8 +77,9 @@ def host_bytes(root: Path = Path("/")) -> int:
 
 
 def _groups(root: Path, hierarchy: _Hierarchy) -> Iterator[Path]:
-    """The directories of the group that this process is in and of all above, as far as they can be seen: in a
-    container the mount may hold its own group alone, whatever the path says.
+    """The directories of this process's control group and of all groups above it, as far as they are visible.
+
+    In a container the mount may hold only its own group, whatever the path says.
     """
     mount = root / hierarchy.mount
     yield mount
@@ -89,14 +91,14 @@ def _groups(root: Path, hierarchy: _Hierarchy) -> Iterator[Path]:
 
 
 def _held(group: Path, hierarchy: _Hierarchy) -> int:
-    """Bytes in use that stay in use."""
+    """Bytes in use that the kernel cannot give back."""
     pairs = (line.partition(" ") for line in _read(group / "memory.stat").splitlines())
     cache = sum(int(number) for name, _, number in pairs if name in hierarchy.cache)
     return max((_number(group / hierarchy.used) or 0) - cache, 0)
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no file, or "max" in it."""
+    """The number in a file. None if there is no file, or if it says "max"."""
     text = _read(path).strip()
     return int(text) if text.isdigit() else None
 

@@ -1,12 +1,12 @@
 """Local optimisers whose step can wait until the parameters are read again.
 
-A step that is taken where its gradient is made reads the old moments for two results, the new moments and
-the new parameters, in no order that XLA knows, which then copies all of them, every step. Taken at the start
-of the next step, from the new moments alone, each array is read for the last time before it is overwritten,
-in place: a tenth less time for a step of B0 with Adam on two cores. The numbers are optax's.
+A step taken right after its gradient reads the old moments for two results: the new moments and the new
+parameters. XLA knows no order for the two, so it copies all moments in every step. A step taken at the start
+of the next one reads only the new moments. Then each array is overwritten in place after its last reading.
+This saves a tenth of the time of a B0 step with Adam on two cores. The numbers are optax's.
 
-The convention is optax's too: updates are added to the parameters, and the learning rate and the sign are in
-them. The rate of a round is a factor on the updates, 1 leaves them as they are.
+The convention is optax's too: updates are added to the parameters, and contain the learning rate and the
+sign. The rate of a round is a factor on the updates; 1 leaves them unchanged.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated.elementwise import may_join
 from sfl_jax.federated.packing import Layout
 
-PROBE_STEPS = 20  # at most: some optimisers begin with steps of size 0
-# What other units may be without any influence: still, loud (an epsilon then counts for nothing), not finite.
+PROBE_STEPS = 20  # the most steps of a probe: some optimisers begin with steps of size 0
+# Changes of other units that must have no influence: zero, so large that an epsilon vanishes, not finite.
 OTHERS = (lambda x: 0 * x, lambda x: 1e12 * x, lambda x: x * np.nan)
-# Parameters of two units, where those of the network are not given.
+# Parameters of two units, used if those of the network are not given.
 PROBE = ({"kernel": np.zeros((2, 2), np.float32), "bias": np.zeros(2, np.float32)},) * 2
 
 
 class LocalOptimizer(NamedTuple):
-    """An optax transformation, and its updates as a function of its new state.
+    """An optax transformation whose updates can be computed from its new state.
 
-    init, update: optax's own. updates_of: (new state, parameters before the step) -> what `update` returns.
-    may_join: whether it treats all numbers of units laid out like this alike, so that leaves may be joined.
-    slots: numbers that optax keeps for each parameter.
+    init, update: optax's own. updates_of: (new state, parameters before the step) -> the updates. may_join:
+    whether units with these layouts may have their leaves joined, because the transformation treats all
+    numbers alike. slots: how many numbers it keeps for each parameter.
     """
 
     init: Callable[[Any], Any]
@@ -47,7 +47,7 @@ class LocalOptimizer(NamedTuple):
 
 
 def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> LocalOptimizer:
-    """Stochastic gradient descent of learning rate 1 with heavy-ball momentum, which takes up the decay."""
+    """Stochastic gradient descent with learning rate 1 and heavy-ball momentum. The decay goes through it."""
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
     if not momentum:
         return _keeping_updates(optax.chain(decay, optax.scale(-1.0)))
@@ -60,8 +60,9 @@ def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> LocalOptimizer:
 
 
 def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> LocalOptimizer:
-    """Adam of learning rate 1 with decoupled weight decay (Kingma & Ba, arXiv 1412.6980; Loshchilov & Hutter,
-    1711.05101).
+    """Adam with learning rate 1 and decoupled weight decay.
+
+    Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101.
     """
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
     whole = optax.chain(optax.scale_by_adam(b1, b2, eps), decay, optax.scale(-1.0))
@@ -77,15 +78,16 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: fl
 
 
 def of_optax(transformation: optax.GradientTransformation, params: Any = None) -> LocalOptimizer:
-    """Any other as its users have it, with its learning rate: `of_optax(optax.adamw(1e-3))`.
+    """Wraps any other optax transformation with its learning rate, for example `of_optax(optax.adamw(1e-3))`.
 
-    It is tried on a few small arrays first, or on arrays of the names and axes of `params`
-    (`Variables.params`), which an optimiser with a mask of its own may need.
+    It is tried on a few small arrays first. `params` (`Variables.params`) gives their names and axes, which
+    an optimiser with a mask may need.
 
     Raises:
-      BadInput: it cannot be run; its updates point uphill; or what it does to one unit depends on the
-        gradients of another, as a clip by the global norm does. Client and server know only their units'
-        gradients, so that such an optimiser would give other numbers than in training without a cut.
+      BadInput: it cannot be run, or its updates point uphill, or what it does to one unit depends on the
+        gradients of another. A clip by the global norm does the last. Client and server know only the
+        gradients of their own units, so such an optimiser would give other numbers than in training without a
+        cut.
     """
     like = PROBE if params is None else params
     _check(transformation, like)
@@ -93,16 +95,16 @@ def of_optax(transformation: optax.GradientTransformation, params: Any = None) -
 
 
 def check_local(optimizer: Any) -> None:
-    """BadInput where it is none for the local steps."""
+    """Raises BadInput if this is not an optimiser for local steps."""
     if not isinstance(optimizer, LocalOptimizer):
         raise BadInput(
             f"optimizer: {type(optimizer).__name__}; must be sgd(...), adam(...) or of_optax(...) of "
-            "sfl_jax.federated.optimizers; the last takes any optimiser of optax"
+            "sfl_jax.federated.optimizers; of_optax takes any optimiser of optax"
         )
 
 
 def check_server(optimizer: Any) -> None:
-    """BadInput where it is none for the server's step, which takes optax's as they are; None is one."""
+    """Raises BadInput if this is not an optimiser for the server's step: an optax transformation or None."""
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
         raise BadInput(
             f"server_optimizer: {type(optimizer).__name__}; must be None or an optimiser of optax, such as "
@@ -111,7 +113,7 @@ def check_server(optimizer: Any) -> None:
 
 
 def _keeping_updates(transformation):
-    """With its updates kept beside its state until they are taken."""
+    """A local optimiser that keeps its updates in its state until they are applied."""
 
     def init(params):
         state = transformation.init(params)
@@ -127,7 +129,7 @@ def _keeping_updates(transformation):
 
 
 def _slots(transformation, like) -> int:
-    """Numbers that a transformation keeps for each parameter, rounded up."""
+    """How many numbers a transformation keeps for each parameter, rounded up."""
     state, params = jax.eval_shape(transformation.init, tuple(like)), tuple(like)
     kept, own = (
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree) if leaf.shape) for tree in (state, params)
@@ -141,9 +143,9 @@ def _check(transformation, like):
     def numbers(leaf, size):
         return jnp.asarray(size * rng.normal(size=(2,) * len(leaf.shape)), leaf.dtype)
 
-    # The parameters are small, so that a decay of weights is less than a step.
+    # The parameters are small, so that weight decay is smaller than a step.
     params, gradients = (jax.tree.map(functools.partial(numbers, size=s), tuple(like)) for s in (1e-3, 1.0))
-    # The last: random numbers are dealt out from the first on.
+    # The last unit, because random numbers are dealt out from the first on.
     own = max((unit for unit, leaves in enumerate(gradients) if jax.tree.leaves(leaves)), default=0)
     later = [jax.tree.map(functools.partial(numbers, size=1.0), tuple(like)) for _ in range(PROBE_STEPS - 1)]
     steps = [gradients, *later]
@@ -162,27 +164,27 @@ def _check(transformation, like):
         found = [of_own(functools.partial(jax.tree.map, change)) for change in OTHERS]
     except Exception as error:
         raise BadInput(
-            f"optimizer: cannot be run on gradients and parameters alone ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); one that asks for names needs of_optax(..., params)"
+            f"optimizer: cannot run on gradients and parameters alone ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); one that reads names needs of_optax(..., params)"
         ) from error
     downhill = -sum(np.vdot(u, g) for u, g in _pairs(updates, gradients))
-    if not downhill >= 0:  # NaN too
+    if not downhill >= 0:  # also refuses NaN
         raise BadInput(
-            "optimizer: its updates point uphill, and optax adds them to the parameters; it needs a learning "
-            "rate, as optax.adamw(1e-3) has one, or optax.scale(-rate) at the end of its chain"
+            "optimizer: its updates point uphill, and optax adds them to the parameters; give it a learning "
+            "rate, like optax.adamw(1e-3), or optax.scale(-rate) at the end of its chain"
         )
-    with contextlib.suppress(Exception):  # one with labels needs every unit
+    with contextlib.suppress(Exception):  # an optimiser with labels needs every unit
         found.append(of_own(lambda _: {}))
     if any(not np.array_equal(a, b) for other in found for a, b in _pairs(expected, other)):
         raise BadInput(
-            "optimizer: what it does to one unit depends on the gradients of others, as a clip by the global "
-            "norm does, but client and server know those of their own units alone; optax.clip and "
+            "optimizer: its update of one unit depends on the gradients of others, like a clip by the global "
+            "norm, but client and server know only the gradients of their own units; optax.clip and "
             "optax.adaptive_grad_clip work unit by unit"
         )
 
 
 def _first_updates(transformation, params, gradients):
-    """The first updates that are not 0, of the same gradients again and again."""
+    """The first updates that are not 0, with the same gradients in every step."""
     step, state = jax.jit(transformation.update), transformation.init(params)
     updates: Any = None
     for _ in range(PROBE_STEPS):
@@ -193,7 +195,7 @@ def _first_updates(transformation, params, gradients):
 
 
 def _own_updates(transformation, params, steps, own):
-    """The updates of the unit `own` over steps of these gradients."""
+    """The updates of the unit `own` over steps with these gradients."""
     step, state, updates = jax.jit(transformation.update), transformation.init(params), []
     for gradients in steps:
         update, state = step(gradients, state, params)

@@ -1,9 +1,9 @@
-"""The variables of a chain as few arrays: a vector of a unit's small leaves of a type, the large as they are.
+"""Packs the variables of a chain into few arrays. A unit's small leaves of one type become one vector.
 
-A network has hundreds of small leaves (batch norm, biases), and each costs kernels of its own for the
-optimiser, for masking and for aggregation. Packed, those of a unit share one. It is one for a unit and not
-for the network, because XLA:CPU compiles equal kernels once: equal blocks then cut their leaves from the same
-places of equal vectors. Large leaves would cost more in copies than they save.
+A network has hundreds of small leaves (batch norm, biases). Each one needs its own kernels for the optimiser,
+for masking and for aggregation. Packed leaves share these kernels. Each unit has its own vector, because
+XLA:CPU compiles equal kernels once: equal blocks then cut their leaves from the same places of equal vectors.
+Large leaves stay as they are, because copying them would cost more than it saves.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ import numpy as np
 
 from sfl_jax.models import Variables
 
-SMALL = 16384  # elements of a leaf that goes into the vector
+SMALL = 16384  # the most elements of a leaf that goes into the vector
 
 
 class Layout(NamedTuple):
-    """What a unit's leaves were: their tree, shapes and types. Hashable."""
+    """The tree, shapes and types of a unit's leaves. Hashable."""
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
     types: tuple[str, ...]
 
     def vectors(self) -> list[list[int]]:
-        """The leaves of each vector: the small ones of one type."""
+        """The leaves in each vector: the small leaves of one type."""
         groups: dict[str, list[int]] = {}
         for leaf, (shape, type) in enumerate(zip(self.shapes, self.types, strict=True)):
             if math.prod(shape) <= SMALL:
@@ -41,36 +41,33 @@ class Layout(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["layouts"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A pytree for each unit as few arrays: of every unit the vectors of its small leaves, one for each type,
-    and then the other leaves.
-    """
+    """A pytree for each unit, in few arrays: one vector for each type of small leaves, and large leaves."""
 
-    arrays: Any  # tuple[tuple[jax.Array, ...], ...], but for what JAX puts in its place for a while
+    arrays: Any  # tuple[tuple[jax.Array, ...], ...]; JAX sometimes puts other objects here
     layouts: tuple[Layout, ...]
 
     def unpack(self) -> tuple[Any, ...]:
-        """What was packed; differentiable as one concatenation a unit."""
+        """The pytrees that were packed. Its gradient is one concatenation for each unit."""
         return _unpack(self)
 
 
 class PackedVariables(NamedTuple):
-    """`Variables` as sessions and their aggregation hold them."""
+    """`Variables` in the form that sessions and aggregation use."""
 
     params: Packed
     batch_stats: Packed
 
     @classmethod
     def of(cls, variables: Variables) -> "PackedVariables":
-        """`variables`, packed."""
         return cls(pack(variables.params), pack(variables.batch_stats))
 
     def unpack(self) -> Variables:
-        """As the chain takes them."""
+        """The variables in the form that the chain takes."""
         return Variables(self.params.unpack(), self.batch_stats.unpack())
 
 
 def pack(units: Sequence[Any], numpy: Any = jnp) -> Packed:
-    """A pytree for each unit, packed; `numpy`: where, np on the host."""
+    """Packs a pytree for each unit. `numpy` is `np` to pack on the host."""
     flat = [jax.tree.flatten(unit) for unit in units]
     layouts = [
         Layout(structure, tuple(leaf.shape for leaf in leaves), tuple(str(leaf.dtype) for leaf in leaves))
@@ -81,23 +78,24 @@ def pack(units: Sequence[Any], numpy: Any = jnp) -> Packed:
 
 
 def plain(tree: Any) -> Any:
-    """`tree` with all that is packed in it unpacked, on the host, in views of the same numbers."""
+    """`tree` with everything packed in it unpacked on the host, in views of the same numbers."""
     return _map_packed(lambda packed: tuple(map(_cut_on_host, packed.arrays, packed.layouts)), tree)
 
 
 def plain_like(tree: Any) -> Any:
-    """Shapes and types of `plain`, of shapes or arrays."""
+    """The shapes and types that `plain` returns, from shapes or arrays."""
     return _map_packed(functools.partial(jax.eval_shape, Packed.unpack), tree)
 
 
 def as_packed(tree: Any, like: Any) -> Any:
-    """What `plain` made, packed again on the host where `like` is."""
+    """The inverse of `plain`, on the host. Packs where `like` is packed."""
     return _map_packed(lambda _, units: pack(units, np), like, tree)
 
 
 def _map_packed(function, tree, *others):
-    """`function` of all that is packed in `tree`, and of what is in its place in others; the rest as it is in
-    the last of them.
+    """Applies `function` to each `Packed` in `tree` and the nodes in its place in the others.
+
+    All other nodes are taken from the last tree.
     """
 
     def of(*nodes):
@@ -117,7 +115,7 @@ def _backward(empty, gradients):
     return (dataclasses.replace(empty, arrays=tuple(joined)),)
 
 
-# The gradient of a cut is a concatenation; derived by itself it would be a sum of padded vectors.
+# The gradient of unpacking is a concatenation. JAX would derive a sum of padded vectors instead.
 @jax.custom_vjp
 def _unpack(packed: Packed) -> tuple[Any, ...]:
     return tuple(map(_cut, packed.arrays, packed.layouts))

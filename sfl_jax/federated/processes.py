@@ -1,7 +1,7 @@
-"""The processes of a run on several hosts: how they find each other, which one speaks, how they end.
+"""The processes of a run on several hosts: how they meet, which one writes, and how they end.
 
-Every process runs the same program, plans every round by itself and holds the same model; `devices.py` sees
-to it that each computes its own clients. Only the first writes.
+Every process runs the same program, plans every round itself and holds the same model. Each computes its own
+clients, see `devices.py`. Only the first writes.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # which alone knows whom it waits for
+from jax._src import distributed  # nothing public knows whom JAX waits for
 from jax.experimental import multihost_utils
 
 from sfl_jax.errors import BadInput
@@ -24,10 +24,10 @@ from sfl_jax.errors import BadInput
 LOST, UNREACHABLE = 1, 2  # exit codes: another process is gone, or never came
 SAID_S, OTHERS_SAID_S = 1, 10  # seconds until the first process says that it waits; until the others do
 SPARE_S = 60
-_TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # the innermost says it
+_TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # the innermost comes first
 ALONE_WAY = "num_processes=1 trains alone"
-# What JAX says where there is nobody to meet: nothing was found, or it is at work already, as in a notebook's
-# second run.
+# JAX's messages if there is nobody to meet: it found nothing, or it is at work already, for example in the
+# second run of a notebook.
 ALONE = ("coordinator_address should be defined", "before any JAX calls")
 
 
@@ -39,12 +39,15 @@ def join(
     heartbeat_s: int = 100,
     words: Callable[[str], str] = str,
 ) -> None:
-    """Meets the other processes of this run: those that are given, or those that JAX finds by itself under
-    SLURM's srun, Open MPI's mpirun, on Cloud TPU pods and in GKE. Alone where there are none.
+    """Meets the other processes of this run. Returns at once if there are none.
 
-    words: how a person who waits reads names and values. Must come before JAX computes anything. BadInput
-    where what is given makes no sense together, or the
-    others cannot be reached.
+    They are given by the arguments. If not, JAX finds them under SLURM's srun, Open MPI's mpirun, on Cloud
+    TPU pods and in GKE. Call this before JAX computes anything.
+
+    words: turns names and values in messages into those that the user knows.
+
+    Raises:
+      BadInput: the arguments do not fit together, or the others cannot be reached.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -71,10 +74,10 @@ def join(
 
 
 def _is_the_only_task(variables: Mapping[str, str]) -> bool:
-    """Whether SLURM or Open MPI started a single task: no other will come.
+    """Whether SLURM or Open MPI started a single task. Then no other comes.
 
-    What Open MPI starts inherits the variables of SLURM's task. A step, as the shell of salloc, may have
-    fewer tasks than its job.
+    Tasks of Open MPI inherit the variables of SLURM's task. A step may have fewer tasks than its job, for
+    example the shell of salloc.
     """
     counts = (variables.get(name) for name in _TASKS)
     return next(filter(None, counts), "") == "1"
@@ -82,9 +85,9 @@ def _is_the_only_task(variables: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def _patience(timeout_s: float, words: Callable[[str], str]) -> Iterator[None]:
-    """While the processes meet: says whom this one waits for, and ends it, with code 2, after `timeout_s`.
+    """While the processes meet, says whom this one waits for. Ends it with code 2 after `timeout_s`.
 
-    JAX itself is given longer, since it ends by an abort.
+    JAX itself gets more time, because it ends by an abort.
     """
     begun, met, state = time.monotonic(), threading.Event(), distributed.global_state
 
@@ -94,7 +97,7 @@ def _patience(timeout_s: float, words: Callable[[str], str]) -> Iterator[None]:
         place = f"process {state.process_id} of {state.num_processes}: waiting for the others at"
         print(words(f"{place} {state.coordinator_address}; {ALONE_WAY}"), file=sys.stderr, flush=True)
         if not met.wait(begun + timeout_s - time.monotonic()):
-            reason = f"join_timeout_s={timeout_s} are over"
+            reason = f"join_timeout_s={timeout_s} is over"
             said = words(_unreachable(state.coordinator_address, reason))
             print(f"error: {said}", file=sys.stderr, flush=True)
             os._exit(UNREACHABLE)
@@ -114,12 +117,12 @@ def _unreachable(address: str | None, reason: object) -> str:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and lines."""
+    """Whether this process writes the files and lines of the run."""
     return jax.process_index() == 0
 
 
 def say(line: str) -> None:
-    """A line on stderr that every process would write; the first does."""
+    """Prints a line on stderr, in the first process only."""
     if is_first():
         print(line, file=sys.stderr)
 
@@ -130,18 +133,18 @@ def is_alone() -> bool:
 
 
 def of_all(value: Any) -> np.ndarray:
-    """(processes, ...): a number or numbers of each process, as 32 bits, in their order; all must ask."""
+    """The numbers of each process, in order, as 32 bits; (processes, ...). All processes must call it."""
     own = np.asarray(value)
     return own[None] if is_alone() else np.asarray(multihost_utils.process_allgather(own))
 
 
 def any_of(here: bool) -> bool:
-    """Whether it is true in any process; all must ask."""
+    """Whether it is true in any process. All processes must call it."""
     return bool(of_all(here).any())
 
 
 def agree(value: int, complaint: str) -> None:
-    """BadInput with this complaint where the processes have different values; all must ask."""
+    """Raises BadInput with this complaint if processes have different values. All processes must call it."""
     values = of_all(value)
     if (values != values[0]).any():
         raise BadInput(f"{complaint} (process by process: {', '.join(map(str, values))})")
@@ -149,10 +152,10 @@ def agree(value: int, complaint: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Within, the first process alone prints and warns. One whose block fails because another is gone ends at
-    once, with a line of its own.
+    """Lets only the first process print and warn in the block.
 
-    A process that waits inside a collective cannot see that; JAX's heartbeat ends it, with a line of its own.
+    If the block fails because another process is gone, this process ends at once with one line. A process
+    that waits inside a collective cannot see that. JAX's heartbeat ends it, with a line of its own.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -162,13 +165,13 @@ def together() -> Iterator[None]:
                 logging.disable(logging.WARNING)
             yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # What XLA raises begins with a status code; it is a ValueError where it shows on dispatch.
+        # XLA's messages begin with a status code. Errors on dispatch are ValueErrors.
         if jax.process_count() == 1 or not re.match(r"[A-Z_]+: ", str(error)):
             raise
         reason = " ".join(str(error).split())
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} stops, since it cannot reach the"
-            f" others ({reason[:200]}); the same command goes on from the last checkpoint",
+            f"error: process {jax.process_index()} of {jax.process_count()} stops: it cannot reach the others"
+            f" ({reason[:200]}); run the same command again to go on from the last checkpoint",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        os._exit(LOST)  # the usual way out would wait for the others
+        os._exit(LOST)  # a normal exit would wait for the others

@@ -1,4 +1,4 @@
-"""How long earlier starts took to make a round's program: what a person may expect of this one."""
+"""Tells a person how long compiling a round's program may take, from notes of earlier starts."""
 
 import contextlib
 import json
@@ -14,9 +14,9 @@ NAME = "programs.json"
 
 
 class Programs:
-    """What was noted of programs of this device: seconds to compile one, and to load one that is kept.
+    """Notes about compiled programs on this device: seconds to compile one, and to load a kept one.
 
-    notes: a file in the directory of what is kept; None where nothing is.
+    notes: a file in the directory of kept programs; None if nothing is kept.
     """
 
     def __init__(self, notes: Path | None, devices: Sequence[Any]):
@@ -26,9 +26,10 @@ class Programs:
         self._entries = self._read()
 
     def expected(self, network: str, program: str) -> str:
-        """What comes now, in words: compiling or loading, and about how long, as far as it was noted.
+        """A line that says what comes now, compiling or loading, and about how long it takes if that is
+        known.
 
-        program: tells this program from others of the same network.
+        program: distinguishes this program from others of the same network.
         """
         same = self._entries.get(self._of_device(f"{network}, {program}"), {})
         if same:
@@ -44,7 +45,7 @@ class Programs:
         return f"compiling the round (about {alike[-1]:.0f} s the first time; {kept})"
 
     def took(self, network: str, program: str, seconds: float) -> None:
-        """Note how long it took, if the disk lets it."""
+        """Notes how long it took, if the disk allows it."""
         if self._path is None:
             return
         key, entries = self._of_device(f"{network}, {program}"), self._read()
@@ -69,7 +70,7 @@ class Programs:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it is what `took` notes."""
+    """Whether an entry has the form that `took` writes."""
     seconds = {name: value for name, value in entry.items() if name.endswith("_s")}
     return "compiled_s" in seconds and all(isinstance(value, int | float) for value in seconds.values())
 

@@ -1,21 +1,20 @@
 """The reference: two parties that exchange messages, one client at a time, one unit at a time.
 
-Each party has its own units, with their own variables and their own optimiser. What crosses is what the
-protocol sends: smashed data and labels up, the gradient of the smashed data down, once a step; the client's
-variables down before a session and up after it. Nothing is compiled as a whole, and everything is plain data:
-Flax modules, arrays, an optimiser used as optax says. It imports no code of the compiled round, which tests
-hold equal to it.
+Each party has its own units, variables and optimiser. The messages are those of the protocol. In each step,
+smashed data and labels go up, and the gradient of the smashed data comes down. The client's variables go down
+before a session and up after it. Nothing is compiled as a whole. Everything is plain data: Flax modules,
+arrays, an optax optimiser. This file imports no code of the compiled round. Tests hold the two equal.
 
-With a tail of n units (the U-shape) the client also holds the last n units, and no label leaves it. A step
-then has four messages: smashed data up, features down, the gradient of the features up, that of the smashed
-data down. A cut of L - n or more leaves nothing to the server and is the same as cut L.
+With a tail of n units (a U-shape) the client also holds the last n units, and no label leaves it. A step then
+has four messages: smashed data up, features down, the features' gradient up, the smashed data's gradient
+down. A cut of L - n or more leaves nothing to the server and equals cut L.
 
-The link acts on smashed data and their gradient where both sides hold units below the tail: not at cut 0, not
-at cut L. At the tail it acts on features and their gradient at every cut below L - n. `up` acts on what goes
-up, `down` on what comes down.
+A codec acts on smashed data and their gradient if both sides hold units below the tail, so not at cut 0 or L.
+At the tail it acts on features and their gradient at every cut below L - n. `up` acts on what goes up, `down`
+on what comes down.
 
-Here are the parts, and the schemes `sfl` and `fl` (`sfl` with every cut L). The other schemes are in
-`protocol_schemes`.
+This file has the parts and the schemes `sfl` and `fl` (`sfl` with every cut L). `protocol_schemes` has the
+other schemes.
 """
 
 import collections
@@ -35,21 +34,20 @@ MODEL_DOWN, MODEL_UP = "model_down", "model_up"
 SMASHED_UP, LABELS_UP, GRADIENT_DOWN = "smashed_up", "labels_up", "gradient_down"
 FEATURES_DOWN, GRADIENT_UP = "features_down", "gradient_up"  # with a tail
 KINDS = (MODEL_DOWN, SMASHED_UP, LABELS_UP, FEATURES_DOWN, GRADIENT_UP, GRADIENT_DOWN, MODEL_UP)
-# Folded into the key of a step for the link, then the direction, then, at the tail alone, the boundary.
-LINK, UP, DOWN, TAIL = 2**31, 0, 1, 2**31
-AUGMENT = 2**31 + 1  # the same for the random change of a step's images
+# Folded into a step's key to make a codec's key, then the direction, then TAIL at the tail's boundary.
+CODEC, UP, DOWN, TAIL = 2**31, 0, 1, 2**31
+AUGMENT = 2**31 + 1  # folded into a step's key for the random change of its images
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
     """What the clients of a round share.
 
-    units: of the whole network. variables: of each unit, by collection, as Flax takes them.
-    optimizer: with its learning rate. preprocess: images (B, H, W, C) as they lie there to the network's
-    input. key: of the round. up, down: what the link does to what goes up and to what comes down, given a key
-    too. augment: changes the images of a step, given a key, before they are used. proximal: a copy's gradient
-    gains this times its distance from the global parameters. clip_norm: the largest norm of a copy's
-    gradient, 0: any.
+    units: the whole network. variables: of each unit, by collection, in Flax's form. optimizer: with its
+    learning rate. preprocess: stored images (B, H, W, C) -> the network's input. key: of the round. up, down:
+    the codec for what goes up and for what comes down; each also takes a key.
+    augment: changes the stored images of a step; it also takes a key. proximal: a copy's gradient gains this
+    times its distance from the global parameters. clip_norm: the largest norm of a copy's gradient; 0 is any.
     """
 
     units: Sequence[nn.Module]
@@ -68,7 +66,7 @@ class World:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one client does in a round: `batches` are the (S, B) sample indices of its own steps."""
+    """One client's work in a round. `batches`: the (S, B) sample indices of its own steps."""
 
     client: int
     cut: int
@@ -76,12 +74,12 @@ class Work:
     batches: np.ndarray
 
 
-class Wire:
-    """Carries messages between the parties, as NumPy arrays.
+class Transport:
+    """Carries messages between the parties, in NumPy arrays.
 
     Attributes:
-      messages: (kind, payload) in their order; kinds are those of `KINDS`.
-      bytes: how many went over it, by kind.
+      messages: (kind, payload) in their order. Kinds are those of `KINDS`.
+      bytes: sent bytes by kind.
     """
 
     def __init__(self):
@@ -97,9 +95,9 @@ class Wire:
 
 
 class Copy:
-    """One party's copy of a unit: its variables and the state of its optimiser (None: a fresh one).
+    """One party's copy of a unit: its variables and its optimiser's state (None: a fresh one).
 
-    `forward` and `backward` compute what a step would change, `update` changes it.
+    `forward` and `backward` compute what a step would change. `update` changes it.
     """
 
     def __init__(self, world: World, index: int, state: Any = None):
@@ -108,7 +106,7 @@ class Copy:
         self.state = self.optimizer.init(self.variables["params"]) if state is None else state
 
     def forward(self, x: Any, step_key: Key[Array, ""]) -> Any:
-        """The unit's output; unit 0 takes images as they lie there. Keeps what `backward` needs."""
+        """The unit's output. Unit 0 takes stored images. Keeps what `backward` needs."""
         key = unit_key(step_key, self.index)
         kept = {name: tree for name, tree in self.variables.items() if name != "params"}
 
@@ -120,12 +118,12 @@ class Copy:
         return output
 
     def backward(self, gradient: Any) -> Any:
-        """The gradient of the unit's input. Keeps that of its parameters."""
+        """The gradient of the unit's input. Keeps the gradient of its parameters."""
         self.gradient, of_input = self.pullback(gradient)
         return of_input
 
     def update(self) -> None:
-        """Takes the step: parameters by the gradient, other collections as `forward` found them."""
+        """Takes the step. Parameters follow the gradient; other collections become those of `forward`."""
         params = self.variables["params"]
         start = self.world.variables[self.index]["params"]
         gradient = _adjusted(self.gradient, params, start, self.world.proximal, self.world.clip_norm)
@@ -134,7 +132,7 @@ class Copy:
 
 
 class Party:
-    """Who holds these copies of neighbouring units, perhaps none."""
+    """The holder of these copies of neighbouring units. There may be none."""
 
     def __init__(self, copies: Sequence[Copy]):
         self.copies = copies
@@ -147,7 +145,7 @@ class Party:
         return now
 
     def backward(self, gradient: Any) -> Any:
-        """The gradient of what entered the first unit."""
+        """The gradient of the first unit's input."""
         now: Any = gradient
         for copy in reversed(self.copies):
             now = copy.backward(now)
@@ -155,16 +153,16 @@ class Party:
 
 
 def server_span(units: int, cut: int, tail_units: int = 0) -> range:
-    """The numbers of the units at the server, of a network of so many units."""
+    """The numbers of the server's units, in a network of `units` units."""
     top = units - tail_units
     return range(cut, top) if cut < top else range(units, units)
 
 
 class Session:
-    """One client's work in a round, with the copies of all units that it uses, whoever holds them.
+    """One client's work in a round, with copies of all units, whoever holds them.
 
-    A step is `up`, the server's forward pass, `top`, the server's backward pass, `down`. None of them changes
-    a variable.
+    A step is `up`, the server's forward pass, `top`, the server's backward pass, `down`. None of these
+    changes a variable.
 
     Attributes:
       copies: of each unit. The server holds those in `span`, the client the others.
@@ -172,40 +170,44 @@ class Session:
       diverged: whether it was left out after a bad step (in `protocol_schemes`).
     """
 
-    def __init__(self, world: World, work: Work, copies: Sequence[Copy], tail_units: int, wire: Wire):
-        self.world, self.work, self.wire, self.copies = world, work, wire, list(copies)
+    def __init__(
+        self, world: World, work: Work, copies: Sequence[Copy], tail_units: int, transport: Transport
+    ):
+        self.world, self.work, self.transport, self.copies = world, work, transport, list(copies)
         self.span = server_span(len(world.units), work.cut, tail_units)
         self.losses: list[float] = []
         self.diverged = False
 
     @property
     def client(self) -> Party:
-        """What the client holds below the cut."""
+        """The copies that the client holds below the cut."""
         return Party(self.copies[: self.span.start])
 
     @property
     def server(self) -> Party:
-        """What the server holds."""
+        """The copies that the server holds."""
         return Party(self.copies[self.span.start : self.span.stop])
 
     @property
     def tail(self) -> Party:
-        """What the client holds above the server's units."""
+        """The copies that the client holds above the server's units."""
         return Party(self.copies[self.span.stop :])
 
     @property
     def variables(self) -> list[dict[str, Any]]:
-        """Those of each unit."""
+        """The variables of each unit."""
         return [copy.variables for copy in self.copies]
 
     def carry(self, kind: str) -> None:
-        """The variables of the client's units cross, both halves in one message."""
+        """Sends the variables of the client's units, below the cut and in the tail, in one message."""
         own = [*self.client.copies, *self.tail.copies]
-        for copy, arrived in zip(own, self.wire.send(kind, [copy.variables for copy in own]), strict=True):
+        for copy, arrived in zip(
+            own, self.transport.send(kind, [copy.variables for copy in own]), strict=True
+        ):
             copy.variables = dict(arrived)
 
     def up(self, step: int) -> Any:
-        """What enters the server's first unit at this step, or the logits where it has none."""
+        """The input of the server's first unit at this step, or the logits if the server has no unit."""
         key = jax.random.fold_in(jax.random.fold_in(self.world.key, self.work.client), step)
         rows = self.work.batches[step]
         self.key, self.labels = key, self.world.labels[rows]
@@ -214,57 +216,57 @@ class Session:
         if not self.span:
             return smashed
         if self.client.copies:
-            smashed = _each(self.world.up, smashed, link_key(key, UP))
-        smashed = self.wire.send(SMASHED_UP, smashed)
+            smashed = _each(self.world.up, smashed, codec_key(key, UP))
+        smashed = self.transport.send(SMASHED_UP, smashed)
         if not self.tail.copies:
-            self.labels = self.wire.send(LABELS_UP, self.labels)
+            self.labels = self.transport.send(LABELS_UP, self.labels)
         return smashed
 
     def top(self, features: Any) -> Any:
-        """The gradient of what left the server's last unit. Keeps the loss."""
+        """The gradient of the output of the server's last unit. Keeps the loss."""
         if not self.tail.copies:
             self.loss, gradient = _loss_and_gradient(features, self.labels)
             return gradient
-        key = jax.random.fold_in(link_key(self.key, DOWN), TAIL)
-        features = self.wire.send(FEATURES_DOWN, _each(self.world.down, features, key))
+        key = jax.random.fold_in(codec_key(self.key, DOWN), TAIL)
+        features = self.transport.send(FEATURES_DOWN, _each(self.world.down, features, key))
         logits = self.tail.forward(features, self.key)
         self.loss, gradient = _loss_and_gradient(logits, self.labels)
-        key = jax.random.fold_in(link_key(self.key, UP), TAIL)
-        return self.wire.send(GRADIENT_UP, _each(self.world.up, self.tail.backward(gradient), key))
+        key = jax.random.fold_in(codec_key(self.key, UP), TAIL)
+        return self.transport.send(GRADIENT_UP, _each(self.world.up, self.tail.backward(gradient), key))
 
     def down(self, gradient: Any) -> None:
-        """The gradient of what entered the server's first unit goes to the client."""
+        """Sends the gradient of the input of the server's first unit to the client."""
         if self.span and self.client.copies:
-            coded = _each(self.world.down, gradient, link_key(self.key, DOWN))
-            gradient = self.wire.send(GRADIENT_DOWN, coded)
+            coded = _each(self.world.down, gradient, codec_key(self.key, DOWN))
+            gradient = self.transport.send(GRADIENT_DOWN, coded)
         self.client.backward(gradient)
 
     def compute(self, step: int) -> None:
-        """A step, up to the updates."""
+        """A step without its updates."""
         features = self.server.forward(self.up(step), self.key)
         self.down(self.server.backward(self.top(features)))
 
     def update(self, copies: Sequence[Copy]) -> None:
-        """The step counts, and these copies take it."""
+        """Counts the step and updates these copies."""
         self.losses.append(float(self.loss))
         for copy in copies:
             copy.update()
 
     def mean_loss(self) -> float:
-        """That of the steps taken, 0 of none."""
+        """The mean loss of the steps that were taken; 0 for none."""
         return float(np.mean(self.losses)) if self.losses else 0.0
 
 
 def run_session(
-    world: World, work: Work, wire: Wire | None = None, tail_units: int = 0
+    world: World, work: Work, transport: Transport | None = None, tail_units: int = 0
 ) -> tuple[list[dict[str, Any]], float]:
-    """(the variables of each unit after the session, the mean loss of its steps, 0 of none).
+    """Returns (the variables of each unit after the session, the mean loss of its steps or 0 for none).
 
     The client holds the units before the cut and the tail. The server holds a replica of the others for this
     client.
     """
     copies = [Copy(world, index) for index in range(len(world.units))]
-    session = Session(world, work, copies, tail_units, wire or Wire())
+    session = Session(world, work, copies, tail_units, transport or Transport())
     session.carry(MODEL_DOWN)
     for step in range(len(work.batches)):
         session.compute(step)
@@ -277,16 +279,17 @@ def run_round(
     world: World,
     works: Sequence[Work],
     skip_diverged: bool = False,
-    wire: Wire | None = None,
+    transport: Transport | None = None,
     tail_units: int = 0,
 ) -> tuple[list[dict[str, Any]], float, list[int]]:
-    """(the weighted mean of each unit over the clients, that of their losses, the clients that diverged).
+    """Returns (the weighted mean of each unit over the clients, their weighted mean loss, who diverged).
 
-    A client of weight 0 did not come. One whose loss or variables are not finite is in no mean; without
-    `skip_diverged` the variables then stay as they were, as they do where nobody is left, with loss NaN.
+    A client with weight 0 did not come. A client whose loss or variables are not finite diverged and is in no
+    mean. The variables stay unchanged if a client diverged without `skip_diverged`. They also do if nobody is
+    left; the loss is then NaN.
     """
     came = [work for work in works if work.weight > 0]
-    results = [(work, *run_session(world, work, wire, tail_units)) for work in came]
+    results = [(work, *run_session(world, work, transport, tail_units)) for work in came]
     sound = [one for one in results if is_finite(one[1:])]
     diverged = [work.client for work, *one in results if not is_finite(one)]
     return average(world, sound, diverged, skip_diverged)
@@ -298,7 +301,7 @@ def average(
     diverged: list[int],
     skip_diverged: bool,
 ) -> tuple[list[dict[str, Any]], float, list[int]]:
-    """The end of a round: what `run_round` returns, from (work, variables, loss) of the sound clients."""
+    """What `run_round` returns at the end of a round, from (work, variables, loss) of the sound clients."""
     total = sum(work.weight for work, *_ in sound)
     weights = [work.weight / total for work, *_ in sound]
     loss = sum(w * loss for w, (*_, loss) in zip(weights, sound, strict=True)) if sound else np.nan
@@ -318,10 +321,10 @@ def weighted_mean(trees: Sequence[Any], weights: Sequence[float]) -> Any:
     return jax.tree.map(mean, *trees)
 
 
-def _each(link, arrays, key):
-    """The link on every array that crosses; all but the first have a key folded from its place."""
+def _each(codec, arrays, key):
+    """Applies the codec to every array. Each array after the first has a key folded from its place."""
     leaves, structure = jax.tree.flatten(arrays)
-    sent = [link(leaf, jax.random.fold_in(key, n) if n else key) for n, leaf in enumerate(leaves)]
+    sent = [codec(leaf, jax.random.fold_in(key, n) if n else key) for n, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, sent)
 
 
@@ -330,9 +333,9 @@ def unit_key(step_key: Key[Array, ""], index: int) -> Key[Array, ""]:
     return jax.random.fold_in(step_key, index)
 
 
-def link_key(step_key: Key[Array, ""], direction: int) -> Key[Array, ""]:
-    """The key that the link gets in one direction."""
-    return jax.random.fold_in(jax.random.fold_in(step_key, LINK), direction)
+def codec_key(step_key: Key[Array, ""], direction: int) -> Key[Array, ""]:
+    """The key that the codec gets in one direction."""
+    return jax.random.fold_in(jax.random.fold_in(step_key, CODEC), direction)
 
 
 def mean_cross_entropy(
@@ -367,5 +370,5 @@ def _adjusted(gradient, params, start, proximal, clip_norm):
 
 
 def is_finite(tree: Any) -> bool:
-    """Whether all numbers are."""
+    """Whether all numbers are finite."""
     return all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(tree))

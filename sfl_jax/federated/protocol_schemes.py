@@ -1,18 +1,19 @@
 """The protocol of the schemes in which clients share a copy of some units: `sfl_v2`, `sl`, `psl`.
 
-Everything starts a round from the global model. A copy of a unit is one client's or shared, and has an
-optimiser state of its own. `server_state` is that of the shared copies, by unit of the whole network (None:
-fresh ones). The result has their state after the round, so that it can be kept over rounds. Units that nobody
-shared keep the state that came in. A round that leaves the variables as they were leaves the state too.
+Every copy starts a round from the global model. A copy of a unit belongs to one client or is shared, and has
+its own optimiser state. `shared_state` has the states of the shared copies by unit of the whole network
+(None: fresh ones). The result has their states after the round, so that they can be kept. A unit that nobody
+shared keeps the state that came in. A round that leaves the variables unchanged leaves the states unchanged,
+too.
 
-A round ends, for each unit, with the mean over the clients of the copy that each used, weighted by their
-weights. A shared copy therefore gets the weights of all who used it. The loss of the round is the mean, with
-the same weights, of each client's mean loss of a step.
+At the end of a round each unit becomes a mean over the clients of the copy that each used, weighted by the
+clients' weights. So a shared copy gets the weights of all clients that used it. The loss of the round is the
+mean, with the same weights, of each client's mean loss of a step.
 
-A client of weight 0 did not come: it takes no step, and the weights of the others add up to 1. A step is bad
-where its loss or the gradient of a parameter is not finite. A bad step changes nothing, and its client is
-left out of the rest of the round, of the mean and of the loss. As in `run_round`, the variables stay as they
-were if somebody diverged without `skip_diverged`, or if nobody is left.
+A client with weight 0 did not come: it takes no step, and the weights of the others add up to 1. A step is
+bad if its loss or the gradient of a parameter is not finite. A bad step changes nothing. Its client is left
+out of the rest of the round, of the mean and of the loss. Like in `run_round`, the variables stay unchanged
+if a client diverged without `skip_diverged`, or if nobody is left.
 """
 
 from collections.abc import Sequence
@@ -23,23 +24,23 @@ import jax
 import jax.numpy as jnp
 
 from sfl_jax.federated import protocol
-from sfl_jax.federated.protocol import MODEL_DOWN, MODEL_UP, Copy, Party, Session, Wire, Work, World
+from sfl_jax.federated.protocol import MODEL_DOWN, MODEL_UP, Copy, Party, Session, Transport, Work, World
 
-# Folded into the key of the round for the units that work on a joined batch, then the step.
+# Folded into the round's key, then the step, to make the key of units that work on a joined batch.
 JOINED = 2**31 - 1
 
 
-class Outcome(NamedTuple):
+class Result(NamedTuple):
     """The result of a round.
 
-    variables: of each unit. loss: NaN if nobody is left. diverged: client ids, in the order of the cohort.
-    server_state: of the shared copies' optimiser, by unit.
+    variables: of each unit. loss: NaN if nobody is left. diverged: ids of clients in the order of the cohort.
+    shared_state: the optimiser state of the shared copies, by unit.
     """
 
     variables: list[dict[str, Any]]
     loss: float
     diverged: list[int]
-    server_state: list[Any]
+    shared_state: list[Any]
 
 
 def run_sfl_v2(
@@ -47,55 +48,55 @@ def run_sfl_v2(
     works: Sequence[Work],
     order: Sequence[int],
     by: str = "client",
-    server_state: Sequence[Any] | None = None,
+    shared_state: Sequence[Any] | None = None,
     tail_units: int = 0,
     skip_diverged: bool = False,
-    wire: Wire | None = None,
-) -> Outcome:
-    """SplitFed V2: own copies for the clients' units, one shared copy of each unit at the server.
+    transport: Transport | None = None,
+) -> Result:
+    """SplitFed V2: own copies of the clients' units, and one shared copy of each unit at the server.
 
     The server's copies take a step after each client's batch. `order` is a permutation of the positions in
-    `works`. by="client": in that order, each client takes all its steps. by="step": at step s each client
-    that has one takes it, in that order, then step s + 1 comes.
+    `works`. by="client": in this order, each client takes all its steps. by="step": at step s, all clients
+    that have one take it in this order. Then step s + 1 comes.
     """
-    shared, wire = _shared_copies(world, server_state), wire or Wire()
+    shared, transport = _shared_copies(world, shared_state), transport or Transport()
     sessions = {}
     for k in _present(works, order):
         span = protocol.server_span(len(shared), works[k].cut, tail_units)
         copies = [one if one.index in span else Copy(world, one.index) for one in shared]
-        sessions[k] = Session(world, works[k], copies, tail_units, wire)
+        sessions[k] = Session(world, works[k], copies, tail_units, transport)
         sessions[k].carry(MODEL_DOWN)
     for k, step in _turns(works, list(sessions), by):
         _take_turn(sessions[k], step)
     for session in sessions.values():
         session.carry(MODEL_UP)
-    return _outcome(world, sessions, shared, server_state, skip_diverged)
+    return _outcome(world, sessions, shared, shared_state, skip_diverged)
 
 
 def run_sl(
     world: World,
     works: Sequence[Work],
     order: Sequence[int],
-    server_state: Sequence[Any] | None = None,
+    shared_state: Sequence[Any] | None = None,
     tail_units: int = 0,
     skip_diverged: bool = False,
-    wire: Wire | None = None,
-) -> Outcome:
+    transport: Transport | None = None,
+) -> Result:
     """Split learning: one copy of every unit, handed from client to client in `order`.
 
-    The client's units come down before its steps and go up after them. Their optimiser state goes with them,
-    uncounted by the wire. The result is that of SGD over the clients' batches one after another. With an
-    identity link it does not depend on the cuts.
+    The client's units come down before its steps and go up after them. Their optimiser state goes with them;
+    nobody counts its bytes. The result is that of SGD over the clients' batches one after another. With
+    the identity codec it does not depend on the cuts.
     """
-    shared, wire = _shared_copies(world, server_state), wire or Wire()
+    shared, transport = _shared_copies(world, shared_state), transport or Transport()
     sessions = {}
     for k in _present(works, order):
-        sessions[k] = Session(world, works[k], shared, tail_units, wire)
+        sessions[k] = Session(world, works[k], shared, tail_units, transport)
         sessions[k].carry(MODEL_DOWN)
         for step in range(len(works[k].batches)):
             _take_turn(sessions[k], step)
         sessions[k].carry(MODEL_UP)
-    return _outcome(world, sessions, shared, server_state, skip_diverged)
+    return _outcome(world, sessions, shared, shared_state, skip_diverged)
 
 
 def run_psl(
@@ -103,34 +104,34 @@ def run_psl(
     works: Sequence[Work],
     max_cut: int,
     server_batch: str = "separate",
-    server_state: Sequence[Any] | None = None,
+    shared_state: Sequence[Any] | None = None,
     tail_units: int = 0,
     skip_diverged: bool = False,
-    wire: Wire | None = None,
-) -> Outcome:
-    """Parallel split learning: all clients step together, the server's units from `max_cut` on are shared.
+    transport: Transport | None = None,
+) -> Result:
+    """Parallel split learning: all clients step together. The server's units from `max_cut` on are shared.
 
-    Below `max_cut` each client has its own copies: its units, and a replica at the server of those between
-    its cut and `max_cut`. Its tail is its own too. Own copies learn from the mean loss of their client's
-    batch. At step s those clients take part that have such a step. The shared copies take one step, with the
+    Below `max_cut` each client has its own copies: its own units, and a replica at the server of the units
+    from its cut to `max_cut`. Its tail is its own, too. Own copies learn from the mean loss of their client's
+    batch. At step s, the clients take part that have such a step. The shared copies take one step, with the
     mean gradient over all samples of these clients.
 
     server_batch="separate": each batch goes through the shared copies by itself, with its client's keys. Each
-    finds new statistics from the same old ones; their mean over the clients is kept. "joined": the batches
-    go through as one, in the order of the cohort. The step key of the shared units is then
-    fold_in(fold_in(world.key, JOINED), s). What comes back to a client is rescaled from the mean over all
-    samples to the mean over its own. A step that is bad for a client is repeated without it, messages
-    included. If no client can be blamed, all of them diverged.
+    batch gives new statistics from the same old ones. The mean over the clients is kept. "joined": the
+    batches go through as one, in the order of the cohort. The step key of the shared units is then
+    fold_in(fold_in(world.key, JOINED), s). The gradient that comes back to a client is rescaled from the mean
+    over all samples to the mean over its own. A step that is bad for a client is repeated without this
+    client, messages included. If no client can be blamed, all diverged.
     """
     if deep := [work.client for work in works if work.weight > 0 and work.cut > max_cut]:
-        raise ValueError(f"max_cut={max_cut}: the cuts of clients {deep} are larger; choose smaller cuts")
-    shared, wire = _shared_copies(world, server_state), wire or Wire()
+        raise ValueError(f"max_cut={max_cut}: clients {deep} have larger cuts; choose smaller cuts")
+    shared, transport = _shared_copies(world, shared_state), transport or Transport()
     top = len(shared) - tail_units
     common = shared[min(max_cut, top) : top]
     sessions = {}
     for k in _present(works, range(len(works))):
         copies = [one if one in common else Copy(world, one.index) for one in shared]
-        sessions[k] = Session(world, works[k], copies, tail_units, wire)
+        sessions[k] = Session(world, works[k], copies, tail_units, transport)
         sessions[k].carry(MODEL_DOWN)
     compute = {"separate": _compute_separate, "joined": _compute_joined}[server_batch]
     for step in range(max((len(work.batches) for work in works), default=0)):
@@ -144,11 +145,11 @@ def run_psl(
             one.update()
     for session in sessions.values():
         session.carry(MODEL_UP)
-    return _outcome(world, sessions, shared, server_state, skip_diverged)
+    return _outcome(world, sessions, shared, shared_state, skip_diverged)
 
 
 def _compute_separate(world, sessions, common, step):
-    """A step up to the updates, each batch by itself in the shared copies. Returns the sound sessions."""
+    """A step without its updates. Each batch goes through the shared copies alone. Returns sound sessions."""
     sound, visits = [], []
     for session in sessions:
         visited = {one.index: twin(one) for one in common}
@@ -168,7 +169,7 @@ def _compute_separate(world, sessions, common, step):
 
 
 def _compute_joined(world, sessions, common, step):
-    """A step up to the updates, all batches as one in the shared copies. Returns the sound sessions."""
+    """A step without its updates. All batches go through the shared copies as one. Returns sound sessions."""
     if not common or not sessions:
         return _compute_separate(world, sessions, common, step)
     key = jax.random.fold_in(jax.random.fold_in(world.key, JOINED), step)
@@ -180,12 +181,12 @@ def _compute_joined(world, sessions, common, step):
         return [function(*one) for one in zip(sessions, *arguments, strict=True)]
 
     def unless(bad):
-        """Repeats the step without some sessions."""
+        """Repeats the step without the bad sessions."""
         rest = [session for session, is_bad in zip(sessions, bad, strict=True) if not is_bad]
         return _compute_joined(world, rest, common, step)
 
     entering = of_each(lambda session, replica: replica.forward(session.up(step), session.key), replicas)
-    # One bad client spoils the statistics of all, so it must be found before the batches are joined.
+    # A bad client spoils the statistics of all, so it must be found before the batches are joined.
     seen = entering if common[0].index else map(world.preprocess, entering)
     if any(bad := [not protocol.is_finite(one) for one in seen]):
         return unless(bad)
@@ -205,8 +206,8 @@ def _own(session, common):
     return [one for one in session.copies if one not in common]
 
 
-def _shared_copies(world, server_state):
-    states = [None] * len(world.units) if server_state is None else server_state
+def _shared_copies(world, shared_state):
+    states = [None] * len(world.units) if shared_state is None else shared_state
     return [Copy(world, index, state) for index, state in enumerate(states)]
 
 
@@ -215,14 +216,14 @@ def _present(works, order):
 
 
 def _turns(works, order, by):
-    """Who takes which step, in time: pairs of position and step."""
+    """Pairs of position and step, in the order of time."""
     by_client = [(k, step) for k in order for step in range(len(works[k].batches))]
-    # A stable sort leaves the clients of a step in their order.
+    # The sort is stable, so the clients of a step keep their order.
     return {"client": by_client, "step": sorted(by_client, key=lambda turn: turn[1])}[by]
 
 
 def _take_turn(session, step):
-    """One step with all its updates, unless the client diverged."""
+    """One step with its updates, unless the client diverged."""
     if session.diverged:
         return
     session.compute(step)
@@ -235,15 +236,15 @@ def _is_sound(session, copies):
     return protocol.is_finite((session.loss, [one.gradient for one in copies]))
 
 
-def _outcome(world, sessions, shared, server_state, skip_diverged):
+def _outcome(world, sessions, shared, shared_state, skip_diverged):
     """The end of a round. Clients are summed in the order of the cohort."""
     ended = [sessions[k] for k in sorted(sessions)]
     sound = [(x.work, x.variables, x.mean_loss()) for x in ended if not x.diverged]
     diverged = [x.work.client for x in ended if x.diverged]
     variables, loss, diverged = protocol.average(world, sound, diverged, skip_diverged)
     is_kept = sound and (skip_diverged or not diverged)
-    states = shared if is_kept else _shared_copies(world, server_state)
-    return Outcome(variables, loss, diverged, [one.state for one in states])
+    states = shared if is_kept else _shared_copies(world, shared_state)
+    return Result(variables, loss, diverged, [one.state for one in states])
 
 
 def _parts(numbers):
@@ -259,7 +260,7 @@ def _join(trees):
 
 
 def _divide(tree, rows):
-    """The inverse of `_join`, for parts of so many rows."""
+    """The inverse of `_join`, for parts with these numbers of rows."""
     ends = [sum(rows[: n + 1]) for n in range(len(rows))]
     return [
         jax.tree.map(lambda x, e=end, n=number: x[e - n : e], tree)

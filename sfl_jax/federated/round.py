@@ -19,8 +19,10 @@ from sfl_jax.models import Variables
 
 
 class Model(NamedTuple):
-    """What outlives a round: the global variables, the state of the server's optimiser of rounds, and what
-    the scheme keeps, as the optimiser states of units of which there is one copy.
+    """What a run keeps from round to round.
+
+    packed: the global variables. server_state: the state of `Training.server_optimizer`. kept: what the
+    scheme keeps, for example optimiser states of units with a single copy.
     """
 
     packed: PackedVariables
@@ -29,33 +31,37 @@ class Model(NamedTuple):
 
     @classmethod
     def of(cls, variables: Variables, server_state: Any = ()) -> "Model":
-        """Of variables as the chain has them."""
         return cls(PackedVariables.of(variables), server_state)
 
     @property
     def variables(self) -> Variables:
-        """As the chain takes them."""
+        """The variables in the form that the chain takes."""
         return self.packed.unpack()
 
 
 class Outcome(NamedTuple):
-    """How a round went: its loss and who diverged, as of `run_round`, and how many clients came."""
+    """How a round went.
+
+    loss, diverged: see `run_round`. came: how many clients took part.
+    """
 
     loss: Float[Array, ""]
     diverged: Int[Array, " K"]
     came: Int[Array, ""]
 
     def is_last(self, training: Training) -> Any:
-        """Whether the run ends here, a bool of JAX or NumPy as the outcome is: a client's numbers are not
-        finite and not to be skipped, or those of the server's step are not.
+        """Whether the run ends after this round. Returns a bool of JAX or NumPy, like the outcome's arrays.
+
+        It ends if a client's numbers are not finite and may not be skipped, or if the server's step is not
+        finite.
         """
         diverged = (self.diverged >= 0).sum()
-        of_server = (self.loss != self.loss) & (diverged < self.came)  # NaN, as arrays or as NumPy's
+        of_server = (self.loss != self.loss) & (diverged < self.came)  # only NaN differs from itself
         return of_server if training.skip_diverged else of_server | (diverged > 0)
 
 
 class Sums(NamedTuple):
-    """Weighted sums over clients; `weight` is that of the clients in them."""
+    """Weighted sums over clients. `weight` is the sum of their weights."""
 
     variables: PackedVariables
     loss: Float[Array, ""]
@@ -73,16 +79,17 @@ def run_round(
     learning_rate: Float[Array, ""],
     previous: Outcome | None = None,
 ) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
-    """One round: (the model that its clients' weighted mean makes, the weighted mean of their losses, who
-    diverged).
+    """One round. Returns (the new model, the weighted mean of the clients' losses, who diverged).
 
-    A client diverged if its loss or its variables are not finite; in its place stands its id, -1 in those of
-    the others. It is never in the mean. Without `training.skip_diverged` such a round leaves the model as it
-    is, and so does, always, a step of the server that is not finite, or a round to which nobody came: there
-    the loss is NaN. A round after the last one changes nothing either: it may be under way before anybody
-    has read how the `previous` one went.
+    A client diverged if its loss or its variables are not finite. `diverged` has its id in its place and -1
+    for every other client. A diverged client is never in the mean.
 
-    Under `axis_name` this is one device's part of it: all results are those of all devices.
+    The model stays unchanged in these cases:
+    - a client diverged, and `training.skip_diverged` is False;
+    - the server's step is not finite, or nobody came; then the loss is also NaN;
+    - `previous` ended the run. A round may be sent before anybody has read the outcome of the one before.
+
+    Under `axis_name` the arguments are one device's part, and the results are those of all devices.
     """
     sums, diverged, rows = sum_of_sessions(
         training, clients_per_chunk, model.packed, samples, assignments, round_key, learning_rate, model.kept
@@ -93,7 +100,7 @@ def run_round(
         clients = jnp.asarray(assignments.client)
         kept = training.personal.stored(kept, clients, counts, rows, axis_name)
     if axis_name is not None:
-        # A sum too: one kind of message between devices, sent once.
+        # Ids are sent as a sum too, so that the devices exchange one kind of message once.
         everywhere = jnp.zeros((lax.axis_size(axis_name), len(diverged)), diverged.dtype)
         own = everywhere.at[lax.axis_index(axis_name)].set(diverged + 1)
         sums, ids = lax.psum((sums, own.reshape(-1)), axis_name)
@@ -120,7 +127,7 @@ def taken(
     previous: Outcome | None,
     finish: Callable[[PackedVariables], PackedVariables] | None = None,
 ) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
-    """What `run_round` returns of a round that began with `model` and whose clients made `trained`.
+    """What `run_round` returns for a round from `model`, whose clients' mean is `trained`.
 
     finish: changes the variables after the server's step.
     """
@@ -131,7 +138,7 @@ def taken(
     is_taken = sound if training.skip_diverged else sound & (diverged < 0).all()
     if previous is not None:
         is_taken &= ~previous.is_last(training)
-    # Not a select, which XLA would compile, with all that it depends on, for every leaf.
+    # Not a select: XLA would compile one for every leaf, with everything that it depends on.
     new = lax.cond(is_taken, lambda: new, lambda: model)
     return new, jnp.where(sound, loss, jnp.nan), diverged
 
@@ -160,7 +167,7 @@ def _server_step(optimizer, model, mean):
 
 
 def _for_server(optimizer, params: Packed) -> Any:
-    """The parameters as the server's optimiser takes them."""
+    """The parameters in the form that the server's optimiser takes."""
     return params if may_join(optimizer, params.layouts) else params.unpack()
 
 
@@ -174,15 +181,16 @@ def sum_of_sessions(
     learning_rate: Float[Array, ""],
     bank: Any = (),
 ) -> tuple[Sums, Int[Array, " K"], Any]:
-    """(the weighted sums of variables and of losses over K clients, who diverged: see `run_round`, the rows
-    (K, ...) that the clients keep of their own, if `training.personal` says so; `bank` has those from
-    before).
+    """Returns (the weighted sums of variables and losses over K clients, who diverged, rows).
 
-    Chunks of `clients_per_chunk` (a divisor of K) vmapped sessions run one after the other, so that memory
-    is that of one chunk, and of the (K, S, B) indices of samples. Sums are in float32 or wider; they overflow
-    where a weight times a variable does, so weights should be at most 1, see `normalised`. Of integers, which
-    may be too large for a float, the differences from `start` are added up. A client that diverged, or of
-    weight 0, has no influence whatever its numbers are.
+    Who diverged is as in `run_round`. rows: what each client keeps of its own, (K, ...) arrays, if
+    `training.personal` is set. bank: what all clients kept before the round.
+
+    Chunks of `clients_per_chunk` vmapped sessions run one after the other. It must divide K. So memory is
+    that of one chunk and of the (K, S, B) sample indices. Sums are in float32 or wider. They overflow if a
+    weight times a variable does, so weights should be at most 1, see `normalised`. An integer may be too
+    large for a float, so its differences from `start` are added up. A client that diverged, or with weight 0,
+    has no influence, whatever its numbers are.
     """
     chunks = jax.tree.map(lambda x: x.reshape(-1, clients_per_chunk, *x.shape[1:]), assignments)
 
@@ -210,21 +218,21 @@ def sum_of_sessions(
 
 
 def normalised(weights: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
-    """The weights of a round over a power of two, so that they add up to at least 1/2 and less than 1.
+    """Divides the weights of a round by a power of two, so that their sum is at least 1/2 and less than 1.
 
-    That changes no bit of a weighted mean, and keeps its sums finite wherever its numbers are.
+    This changes no bit of a weighted mean. It keeps its sums finite if its numbers are.
     """
     _, exponent = np.frexp(np.sum(weights, dtype=np.float64))
     return np.ldexp(weights, -exponent).astype(weights.dtype)
 
 
-@jax.jit  # traced once for a shape
+@jax.jit  # traced once for each shape
 def _weighted_sum(weights, values):
     values = values.astype(wide(values.dtype))
     weights = weights.astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
-    # By the values and not by their client's weight: LLVM would make a loop for each set of weights above 0.
+    # Masks by value and not by weight: LLVM would make a loop for each set of weights above 0.
     weighted = weights * jnp.where(jnp.isfinite(values), values, 0)
-    # Unrolled: XLA:CPU compiles equal sums once, but every reduction anew.
+    # Unrolled, because XLA:CPU compiles equal sums once, but each reduction separately.
     return functools.reduce(jnp.add, (weighted[k] for k in range(len(weighted))))
 
 
@@ -234,13 +242,15 @@ def wide(type):
 
 
 def change(after, before):
-    """What is averaged of a variable: an integer's change, since a float would not hold every integer."""
+    """The part of a variable that is averaged. For an integer this is its change: floats cannot hold all
+    integers.
+    """
     signed = _signed(before.dtype)
     return after if signed is None else after.astype(signed) - before.astype(signed)
 
 
 def narrow(mean, before):
-    """The variable whose mean, or mean change, that is, in its type; integers and bools are rounded."""
+    """The inverse of `change`: the variable with this mean, in its type. Integers and bools are rounded."""
     signed = _signed(before.dtype)
     if signed is None:
         return (mean > 0.5 if before.dtype == bool else mean).astype(before.dtype)
@@ -248,13 +258,13 @@ def narrow(mean, before):
 
 
 def _signed(type):
-    """The integers that hold the changes of such a variable; None where it is none."""
+    """The integer type that holds the changes of a variable. None if the variable is no integer."""
     is_integer = jnp.issubdtype(type, jnp.integer)
     return jax.dtypes.canonicalize_dtype(jnp.promote_types(type, jnp.int32)) if is_integer else None
 
 
 def _if_finite(weight, tree):
-    """The weight, at least 0; 0 unless all numbers are finite."""
+    """The weight if all numbers are finite, else 0."""
     return jnp.where(_are_finite(tree), weight, 0).min()
 
 
@@ -267,9 +277,9 @@ def _are_finite(tree):
     """Whether all numbers are, for each type: one kernel for all leaves of a type, and not one for each
     shape.
 
-    No product by 0, although it is NaN of what is not finite: of 0 * (10 * x) XLA makes 0 * x, which is 0
-    also where 10 * x overflows. It takes a reduction to end this, which XLA keeps: what is chosen
-    by the leaves one by one it would compute anew for every number that depends on it.
+    A product by 0 is not used as a test, although it gives NaN for a number that is not finite. XLA turns 0 *
+    (10 * x) into 0 * x, which is 0 even if 10 * x overflows. The reductions here also stop XLA from computing
+    the leaves again for every number that depends on the result.
     """
     by_type: dict[Any, list[Any]] = {}
     for leaf in jax.tree.leaves(tree):

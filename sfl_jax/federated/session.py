@@ -1,8 +1,7 @@
 """One client's local training through its cut: a pure function of variables, samples and keys.
 
-One pass walks the units of the whole chain once. Unit i belongs to the client where i < cut and to that
-client's replica on the server otherwise; a link acts where i == cut. Since the cut is data, changing it
-compiles nothing.
+One pass walks the units of the whole chain once. Unit i belongs to the client if i < cut, and to the client's
+server replica if not. A codec acts where i == cut. The cut is data, so changing it compiles nothing.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from sfl_jax.federated import crossing, gradients
-from sfl_jax.federated.crossing import Links
+from sfl_jax.federated.crossing import CutCodecs
 from sfl_jax.federated.optimizers import LocalOptimizer, check_local, check_server
 from sfl_jax.federated.packing import Packed, PackedVariables, pack
 from sfl_jax.federated.personal import Personal
@@ -30,28 +29,28 @@ AUGMENT = 2**31 + 1  # folded into the key of a step; no unit has this number, a
 
 
 def cross_entropy(logits: Float[Array, "B classes"], labels: Int[Array, " B"]) -> Float[Array, " B"]:
-    """Cross-entropy of each sample, in the default float type or wider, whatever the logits' type."""
+    """The cross-entropy of each sample, in the default float type or wider, for logits of any type."""
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.result_type(float)))
     return optax.softmax_cross_entropy_with_integer_labels(wide, labels)
 
 
 class Samples(NamedTuple):
-    """All training samples, resident on a device: images (N, H, W, C), labels (N,)."""
+    """Training samples: images (N, H, W, C), labels (N,). They stay on a device, or on the host in NumPy."""
 
     images: Shaped[Array | np.ndarray, "*chunks_N_sample"]
     labels: Int[Array | np.ndarray, "*chunks N"]
 
 
 class Assignment(NamedTuple):
-    """What one client does in a round; with a leading axis, what K clients do.
+    """One client's work in a round. With a leading axis: that of K clients.
 
-    client: id, from which its keys are folded.
+    client: the id, from which its keys are folded.
     cut: 0..L.
-    weight: its part of the mean; 0 leaves it out exactly.
-    steps: local steps that it runs, at most S.
+    weight: its weight in the mean. 0 leaves it out exactly.
+    steps: its local steps, at most S.
     batches: (S, B) sample indices of every step.
-    turn: when it is served, counted from 0, where a scheme serves clients one after the other.
-    codec: which of the links of `Training` it uses, where there are several.
+    turn: its place in the order, from 0, if the scheme serves clients one after the other.
+    codec: its place in `Training.codecs`, if there are several.
     """
 
     client: Int[Array | np.ndarray, "*K"]
@@ -64,47 +63,47 @@ class Assignment(NamedTuple):
 
 
 class Scheme(Protocol):
-    """How a round is trained; static under jit."""
+    """How a round is trained. Static under jit."""
 
     def start(self, training: Any, variables: Variables) -> Any:
-        """What survives a round beside the variables, before the first."""
+        """What the scheme keeps from round to round beside the variables, before the first round."""
         ...
 
     def run_round(self, *arguments: Any) -> Any:
-        """As `round.run_round`."""
+        """Like `round.run_round`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What stays the same for a whole run; static under jit.
+    """What stays the same in a whole run. Static under jit.
 
     Attributes:
-      optimizer: of the local steps; the rate of a round is a factor on its updates.
+      optimizer: of the local steps. A round's learning rate is a factor on its updates.
       preprocess: uint8 images (B, H, W, C) -> float images of the network's size.
-      link: acts where something crosses: not at cut 0, where images go up as they are, nor at cut L. None is
-        the identity, which leaves no trace in the compiled program. Of several, each client uses the one that
-        its `Assignment.codec` says.
-      server_optimizer: takes variables - mean as a gradient, once a round (Reddi et al., arXiv 2003.00295);
-        None takes the mean itself, which is federated averaging.
-      skip_diverged: whether a round goes on without the clients whose numbers are not finite; otherwise it
+      codecs: act on what crosses the cut. Nothing crosses at cut L, and at cut 0 images go up unchanged. None
+        is the identity, which adds nothing to the compiled program. From a tuple each client uses the one at
+        `Assignment.codec`.
+      server_optimizer: steps once a round, with variables - mean as its gradient (Reddi et al., arXiv
+        2003.00295). None takes the mean itself, which is federated averaging.
+      skip_diverged: whether a round leaves out clients whose numbers are not finite. If False, such a round
         changes nothing.
       loss: of each sample.
-      scheme: whose copy of a unit a step uses, and in which order; None is SplitFed V1.
-      tail_units: the last units that the client holds too, so that labels never leave it.
+      scheme: whose copy of a unit a step uses, and in which order. None is SplitFed V1.
+      tail_units: how many last units the client also holds, so that labels never leave it.
       augment: changes the stored images of a local step at random, before `preprocess`.
       proximal, clip_norm: see `gradients.adjusted`.
       personal: what each client keeps of its own from round to round; None is nothing.
       reestimates: whether the clients estimate the batch-norm statistics of the new model after each round.
 
     Raises:
-      BadInput: an optimiser that is none, or a number outside of its range.
+      BadInput: an optimiser is not valid, or a number is outside its range.
     """
 
     chain: Chain
     optimizer: LocalOptimizer
     preprocess: Callable[[Array], Array]
-    link: Links = None
+    codecs: CutCodecs = None
     server_optimizer: optax.GradientTransformation | None = None
     skip_diverged: bool = False
     loss: Loss = cross_entropy
@@ -118,11 +117,11 @@ class Training:
 
     @property
     def tail(self) -> int:
-        """The first of the units that end at the client again; L where there are none."""
+        """The first unit of the tail; L without a tail."""
         return len(self.chain) - self.tail_units
 
     def alone(self) -> "Training":
-        """The same, for clients that are computed one at a time."""
+        """The same training for clients that are computed one at a time."""
         return dataclasses.replace(self, chain=self.chain.alone())
 
     def __post_init__(self):
@@ -148,11 +147,11 @@ def run_session(
     each: Callable[..., Any] = lambda of_one: of_one,
     rows: Any = (),
 ) -> tuple[PackedVariables, Float[Array, "*K"]]:
-    """(the variables after the client's steps from `start`, mean training loss of these steps).
+    """Returns (the variables after the client's steps from `start`, the mean training loss of these steps).
 
-    With `each=together` those of all clients of `assignment`, step by step together: there are as many as in
-    the longest session. Steps beyond a client's own change nothing, bitwise. rows: what each client keeps of
-    its own, see `Training.personal`.
+    With `each=together` it returns those of all clients of `assignment`, which take each step together. The
+    loop has as many steps as the longest session. Steps beyond a client's own change no bit. rows: what each
+    client keeps of its own, see `Training.personal`.
     """
     optimizer, loop_steps = training.optimizer, assignment.steps.max()
     axis = crossing.CLIENTS if each is together else None
@@ -167,7 +166,7 @@ def run_session(
         return params, stats, optimizer.init(params), jnp.zeros((), jnp.result_type(float))
 
     def moved(one, params, state, steps_done):
-        """The parameters after the last of so many steps, if that was one of the client's own."""
+        """The parameters after the last of `steps_done` steps, if it was one of the client's own steps."""
         own = (steps_done > 0) & (steps_done <= one.steps)
         updates = optimizer.updates_of(state, params)
         return jax.tree.map(
@@ -189,7 +188,7 @@ def run_session(
         _, state = optimizer.update(gradient, state, params)
         own = index < one.steps
         stats = jax.tree.map(lambda n, o: jnp.where(own, n, o), pack(stats), old_stats)
-        # The state need not stay as it was after the client's last step: nothing reads it any more.
+        # The state is not masked after the client's last step, because nothing reads it then.
         return params, stats, state, jnp.where(own, loss_sum + loss, loss_sum)
 
     def end(one, carry):
@@ -198,7 +197,7 @@ def run_session(
         after = PackedVariables(params if isinstance(params, Packed) else pack(params), stats)
         return after, loss_sum / jnp.maximum(one.steps, 1)
 
-    # The loop is around `each`: inside, JAX would trace its body anew until it knows what is mapped.
+    # The loop is outside of `each`. Inside, JAX would trace its body again until it knows what is mapped.
     def steps_of_all(index, carry):
         return each(lambda one, row, own: step(one, row, own, index))(assignment, rows, carry)
 
@@ -232,7 +231,7 @@ def by_unit(function: Callable[..., Any], *trees: Any) -> Any:
 
 
 def batch_loss(training, variables, images, labels, cut, key, codec=None, axis=None):
-    """(mean loss of a client's batch, new batch-norm statistics); codec, axis: see `crossing.hook`."""
-    at_boundary = crossing.hook(training.link, training.tail, cut, codec, key, axis)
+    """(mean loss of a client's batch, new batch-norm statistics). codec, axis: see `crossing.hook`."""
+    at_boundary = crossing.hook(training.codecs, training.tail, cut, codec, key, axis)
     logits, updated = training.chain.apply(variables, images, train=True, key=key, at_boundary=at_boundary)
     return training.loss(logits, labels).mean(), updated.batch_stats

@@ -1,4 +1,6 @@
-"""Settles what an `Execution` leaves open: in which form, and how many clients at once, a device computes."""
+"""Settles what an `Execution` leaves open: the form of the layers, and how many clients a device computes at
+once.
+"""
 
 import dataclasses
 import functools
@@ -17,15 +19,15 @@ from sfl_jax.federated.execution import AUTO, Alternative, Execution
 from sfl_jax.models import Profile
 from sfl_jax.models.layers import FORMS
 
-FAR_TOO_MUCH = 1.5  # times the budget: a round that is expected to need that is refused before it is compiled
+FAR_TOO_MUCH = 1.5  # a round expected to need more than this times the budget is refused before compiling
 GIB = 2**30
 
 
 class Facts(NamedTuple):
-    """What speed and memory of a round depend on.
+    """What decides the speed and memory of a round.
 
-    profile: of the network. slots: numbers that the optimiser keeps for each parameter. name: tells networks,
-    types of numbers and sizes of images apart, where results are kept for later runs.
+    profile: of the network. slots: how many numbers the optimiser keeps for each parameter. name:
+    distinguishes network, types of numbers and image size in the notes for later runs.
     """
 
     profile: Profile
@@ -44,17 +46,19 @@ def settle(
     notes: Path | None = None,
     placed_bytes: int = 0,
 ) -> tuple[Execution, dict[Alternative, float]]:
-    """(`asked` with nothing left open, what was measured of each alternative). Its chunk is the one that
-    runs: no larger than what a device has to do.
+    """Returns (`asked` with nothing left open, the measured seconds of each alternative).
+
+    The chunk size is the one that runs: no larger than what a device has to do.
 
     Args:
-      before: the execution of the run that goes on. Its choices stay, since others would round otherwise.
-      seconds: measures an alternative; the first of several processes decides for all.
-      notes: a file of what earlier runs measured, looked up first.
-      placed_bytes: of each device, that the model and the samples take already.
+      before: the execution of the run that goes on. Its choices are kept, because others would round
+        differently.
+      seconds: measures an alternative. With several processes, the first one's choice counts for all.
+      notes: a file with measurements of earlier runs, which is read first.
+      placed_bytes: what the model and the samples already take on each device.
 
     Raises:
-      BadInput: the memory is far too small, whatever is chosen.
+      BadInput: the memory is far too small for any choice.
     """
     if before is not None:
         kept = {name: getattr(before, name) for name in asked.left_open}
@@ -81,10 +85,10 @@ def fit(
     facts: Facts,
     placed_bytes: int = 0,
 ) -> Execution:
-    """`asked` itself where a round in chunks of its size fits into the memory. Otherwise with the largest
-    smaller size that promises to fit, if the size was left open. BadInput where there is none.
+    """Returns `asked` if a round in chunks of its size fits into the memory.
 
-    needed: bytes by the size of the chunk, of all rounds that were compiled so far, this one included.
+    If not, and the size was left open, returns it with the largest smaller size that should fit. BadInput if
+    there is none. needed: bytes by chunk size, of all rounds compiled so far, with this one.
     """
     budget, size = budget_bytes(asked, facts.devices, placed_bytes), asked.clients_per_chunk
     if needed[size] <= budget:
@@ -99,8 +103,9 @@ def fit(
 
 
 def _promises(facts, needed) -> Callable[[int], float]:
-    """What a round is likely to need in chunks of another size: a line through what two needed, or what one
-    needed in proportion to what was expected.
+    """Returns an estimate of a round's bytes by chunk size.
+
+    It is a line through two compiled rounds, or the estimate of `expected_bytes` scaled to one.
     """
     (size, bytes_), *larger = sorted(needed.items())
     if larger:
@@ -111,31 +116,29 @@ def _promises(facts, needed) -> Callable[[int], float]:
 
 
 def budget_bytes(asked: Execution, devices: Sequence[Any], placed_bytes: int = 0) -> int:
-    """The memory of each device that a round may take beside what is placed: that of the device that has
-    least.
-    """
+    """The bytes that a round may take on each device beside what is placed: the least over all devices."""
     if asked.memory_budget_gib:
         return max(int(GIB * asked.memory_budget_gib) - placed_bytes, 0)
     own = [device for device in devices if device.process_index == jax.process_index()]
     host = zlib.crc32(platform.node().encode()) % 2**31
     sharers = len(own) * int((processes.of_all(host) == host).sum())
-    # In GiB: what the processes tell each other are 32 bits.
+    # In GiB, because processes exchange numbers of 32 bits.
     free = min(memory.available_bytes(device, sharers) for device in own) / GIB
     return int(GIB * processes.of_all(free).min())
 
 
 def most_bytes(needed: int) -> int:
-    """What the process that needs most needs, so that all decide alike."""
+    """The bytes that the process with the largest need needs, so that all processes decide alike."""
     return int(GIB * processes.of_all(needed / GIB).max())
 
 
 def expected_bytes(facts: Facts, clients_per_chunk: int) -> int:
-    """Roughly what a round of such chunks needs."""
+    """A rough estimate of the bytes of a round with such chunks."""
     return memory.expected_bytes(facts.profile, facts.batch_size, clients_per_chunk, facts.slots)
 
 
 def _sizes(asked, facts, budget) -> list[int]:
-    """The chunks to choose among: what is asked for and the memory is expected to hold."""
+    """The chunk sizes to choose from: those that are asked for and should fit into the memory."""
     cohort, devices = facts.cohort_size, len(facts.devices)
     most = 1 if asked.mode == "map" else asked.clients_per_chunk
     forced = most and chunk_size(cohort, most, devices)
@@ -152,7 +155,7 @@ def _sizes(asked, facts, budget) -> list[int]:
 
 
 def _circumstances(facts):
-    """What the speed of an alternative depends on."""
+    """What decides the speed of an alternative."""
     kind, number = facts.devices[0].device_kind, len(facts.devices)
     return kind, number, facts.name, facts.batch_size, facts.slots, facts.cohort_size
 

@@ -45,7 +45,7 @@ def prepare(parts: Parts, round: int) -> Prepared:
     steps = np.where(comers.came, steps, 0).astype(np.int32)
     turn = fleet.order(parts.seed, round, len(ids)).astype(np.int32) if parts.scheme.has_order else None
     assignments = Assignment(ids.astype(np.int32), plan.cuts, weights, steps, indices, turn)
-    if isinstance(parts.training.link, tuple):
+    if isinstance(parts.training.codecs, tuple):
         assignments = assignments._replace(codec=plan.codecs.astype(np.int32))
     rival_s = {name: _round_s(parts, terms, name, delayed, present) for name in parts.rivals}
     label_bits = 0 if parts.scheme.tail_units else optim.Work().label_bits

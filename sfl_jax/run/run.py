@@ -169,7 +169,7 @@ class Run:
         terms = optim.terms(profile, owners, work, wires.wires(chosen, profile))  # pyright: ignore[reportArgumentType] has samples
         training = Training(
             chain, optimizer, preprocess, server_optimizer=server_optimizer, skip_diverged=skip_diverged,
-            loss=loss, scheme=scheme.engine(), tail_units=scheme.tail_units, link=wires.links(chosen),
+            loss=loss, scheme=scheme.engine(), tail_units=scheme.tail_units, codecs=wires.cut_codecs(chosen),
             augment=augment, proximal=proximal, clip_norm=clip_norm, personal=personal,
             reestimates=batch_norm == REESTIMATED,
         )  # fmt: skip

@@ -78,7 +78,7 @@ def fingerprints(parts: Parts, rounds: int) -> dict[str, str]:
         "loss": described(training.loss),
         "metric": described(parts.metric),
         "scheme": described(parts.scheme),
-        "codec": described(training.link),
+        "codec": described(training.codecs),
         "augment": described(training.augment),
         "proximal": str(training.proximal),
         "clip_norm": str(training.clip_norm),

@@ -1,4 +1,4 @@
-"""Bits that cross the cut under each codec, for plans and clocks, and links for training."""
+"""What each codec sends: bits for plans and clocks, and codecs at the cut for training."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from sfl_jax import codecs, models, optim
 from sfl_jax.codecs import Codec, Float32
-from sfl_jax.federated.crossing import Link, Links
+from sfl_jax.federated.crossing import CutCodec, CutCodecs
 
 
 def pairs(
@@ -30,16 +30,16 @@ def wires(chosen: Sequence[tuple[Codec, Codec]], profile: models.Profile) -> Map
     return {str(up): optim.Wire(bits(up), bits(down)) for up, down in chosen}
 
 
-def links(chosen: Sequence[tuple[Codec, Codec]]) -> Links:
-    """What training applies at the cut: a link, a tuple of links, or None for the identity."""
-    first, *others = (_link(*pair) for pair in chosen)
+def cut_codecs(chosen: Sequence[tuple[Codec, Codec]]) -> CutCodecs:
+    """What training applies at the cut: one codec, a tuple of codecs, or None for the identity."""
+    first, *others = (_cut_codec(*pair) for pair in chosen)
     return (first, *others) if others else first
 
 
-def _link(up, down):
+def _cut_codec(up, down):
     if isinstance(up, Float32) and isinstance(down, Float32):
         return None
-    return Link(*(_unchanged if isinstance(codec, Float32) else codec.transmit for codec in (up, down)))
+    return CutCodec(*(_unchanged if isinstance(codec, Float32) else codec.transmit for codec in (up, down)))
 
 
 def _unchanged(x, key):

@@ -117,12 +117,12 @@ class Lockstep:
         head, rest = chain.split(most)
         middle, end = rest.split(tail - most)
 
-        def link_of(one, key):
-            return crossing.hook(training.link, tail, one.cut, one.codec, key, crossing.CLIENTS)
+        def hook_of(one, key):
+            return crossing.hook(training.codecs, tail, one.cut, one.codec, key, crossing.CLIENTS)
 
         def part(units, first, params, stats, x, key, one=None):
-            """Applies part of the chain to x. The link acts between two units of the part."""
-            at_boundary = None if one is None else link_of(one, key)
+            """Applies part of the chain to x. The codec acts between two units of the part."""
+            at_boundary = None if one is None else hook_of(one, key)
             now = Variables(
                 Packed(params, self.like.params.layouts[first : first + len(units)]).unpack(),
                 Packed(stats, self.like.batch_stats.layouts[first : first + len(units)]).unpack(),
@@ -131,8 +131,8 @@ class Lockstep:
             return y, pack(new.batch_stats).arrays
 
         def crossed(unit, one, x, key):
-            """x after the link, when it enters a unit of the next part."""
-            hook = link_of(one, key)
+            """x after the codec, when it enters a unit of the next part."""
+            hook = hook_of(one, key)
             return x if hook is None or unit >= len(chain) else hook(unit, x)
 
         own_stats, of_shared_stats = tuple(u.stats for u in rows), tuple(u.stats for u in shared)

@@ -71,7 +71,7 @@ def after_rounds(
     nothing but black. Samples are sent with the rounds unless there are `free_bytes` for them.
     """
     chosen = devices.choose_devices(count)
-    training = dataclasses.replace(rounds.training(link=rounds.SCALING, chain=chain), **changes)
+    training = dataclasses.replace(rounds.training(codecs=rounds.SCALING, chain=chain), **changes)
     run = devices.Rounds(training, chunk, chosen, execution)
     own = samples_of(chain)
     samples = devices.place_samples(own, chosen, free_bytes)
@@ -366,7 +366,7 @@ def crossing_bytes_of(*chains):
                 tuple(n for n in leaf.addressable_shards[0].data.shape if n != 1)
                 for leaf in jax.tree.leaves((*arguments[:3], jax.random.key_data(KEY), arguments[4]))
             )
-            given = arguments_of(text)  # less what is not used: with the identity link, the cuts
+            given = arguments_of(text)  # less what is not used: with the identity codec, the cuts
             assert given <= own
             assert (own - given).total() <= 1
     # What would move too much is told apart.

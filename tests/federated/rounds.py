@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from sfl_jax import models
 from sfl_jax.federated import optimizers, protocol
-from sfl_jax.federated.crossing import Link
+from sfl_jax.federated.crossing import CutCodec
 from sfl_jax.federated.packing import Packed, PackedVariables
 from sfl_jax.federated.session import Assignment, Samples, Training, run_session
 from sfl_jax.models import Chain
@@ -54,9 +54,9 @@ CHAIN = models.create("efficientnetv2-tiny")
 REFERENCE_CHAIN = models.create("efficientnetv2-tiny", layer_form="conv")
 CUTS = len(CHAIN) + 1
 # Not the identity, so that every cut gives numbers of its own.
-SCALING = Link(up=lambda x, _: 0.5 * x, down=lambda g, _: 2.0 * g)
+SCALING = CutCodec(up=lambda x, _: 0.5 * x, down=lambda g, _: 2.0 * g)
 # With the keys that it is given, both ways.
-NOISY = Link(up=lambda x, key: (1 + number(key)) * x, down=lambda g, key: number(key) * g)
+NOISY = CutCodec(up=lambda x, key: (1 + number(key)) * x, down=lambda g, key: number(key) * g)
 OPTIMIZERS = {  # of learning rate 1
     "sgd": optimizers.sgd(0.9),
     # With its usual epsilon Adam makes whole steps of gradients that are 0 but for rounding, those of biases
@@ -90,18 +90,18 @@ def preprocess_black_to_nan(images):
     return jnp.where((images == 0).all((1, 2, 3), keepdims=True), jnp.nan, preprocess(images))
 
 
-def training(optimizer="sgd", link=None, chain=CHAIN):
-    return Training(chain, OPTIMIZERS[optimizer], preprocess, link)
+def training(optimizer="sgd", codecs=None, chain=CHAIN):
+    return Training(chain, OPTIMIZERS[optimizer], preprocess, codecs)
 
 
 def world(training, variables, samples, key, optimizer):
     """The world of the protocol in which parties do what `training` says, with an optimiser of optax."""
-    link = {} if training.link is None else vars(training.link)
+    codecs = {} if training.codecs is None else vars(training.codecs)
     if training.augment is not None:
-        link |= {"augment": training.augment}
+        codecs = codecs | {"augment": training.augment}
     return protocol.World(
         training.chain.units, by_unit(training.chain, variables), optimizer, training.preprocess,
-        *samples, key, **link, proximal=training.proximal, clip_norm=training.clip_norm,
+        *samples, key, **codecs, proximal=training.proximal, clip_norm=training.clip_norm,
     )  # fmt: skip
 
 
@@ -119,9 +119,9 @@ def by_unit(chain, variables):
     return [chain.unit_variables(variables, index) for index in range(len(chain))]
 
 
-def sharp_training(x64, link=None, chain=CHAIN, **changes):
+def sharp_training(x64, codecs=None, chain=CHAIN, **changes):
     """With Adam of a small epsilon; `changes` are of its arguments."""
-    return Training(chain, optimizers.adam(**{"eps": SHARP[x64], **changes}), preprocess, link)
+    return Training(chain, optimizers.adam(**{"eps": SHARP[x64], **changes}), preprocess, codecs)
 
 
 def poisoned(samples, work, client):

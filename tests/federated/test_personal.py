@@ -114,7 +114,7 @@ def test_a_client_that_diverges_keeps_what_it_had():
 def test_statistics_are_estimated_again_under_the_new_model():
     """Against the mean and the biased variance of each batch, in NumPy, layer by layer."""
     training, (variables, samples) = training_of(None, reestimates=True), rounds.start(CHAIN, SIZE)
-    training = dataclasses.replace(training, link=None)
+    training = dataclasses.replace(training, codecs=None)
     work = work_of(0)
     program = jax.jit(functools.partial(round.run_round, training, 2, None))
     model, *_ = program(round.start_model(training, variables), samples, work, KEY, jnp.asarray(rounds.RATE))
@@ -141,7 +141,7 @@ def test_statistics_are_estimated_again_under_the_new_model():
     found = [after.batch_stats[i]["BatchNorm_0"][name] for i in range(2) for name in ("mean", "var")]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-    plain, *_ = jax.jit(functools.partial(round.run_round, training_of(None, link=None), 2, None))(
+    plain, *_ = jax.jit(functools.partial(round.run_round, training_of(None, codecs=None), 2, None))(
         round.start_model(training, variables), samples, work, KEY, jnp.asarray(rounds.RATE)
     )
     assert rounds.difference(plain.variables.params, after.params) < TOLERANCE

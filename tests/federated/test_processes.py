@@ -290,7 +290,7 @@ def test_a_task_whose_others_never_come_says_so_and_ends(environment, tmp_path):
     assert (done.returncode, done.stderr.splitlines()[-2:]) == (2, [
         f"process 0 of 4: waiting for the others at {address}; --num_processes=1 trains alone",
         f"error: --coordinator_address={address}: the other processes cannot be reached (--join_timeout_s=2"
-        " are over); --num_processes=1 trains alone",
+        " is over); --num_processes=1 trains alone",
     ])  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from sfl_jax.federated import protocol, round
 
 TOLERANCE = {False: 1e-5, True: 1e-10}  # by x64
 SETTINGS = [
-    (x64, optimizer, link)
+    (x64, optimizer, codec)
     for x64 in (False, True)
     for optimizer in rounds.OPTIMIZERS
-    for link in (None, rounds.SCALING)
+    for codec in (None, rounds.SCALING)
 ]
 QUICK = [(True, "sgd", rounds.SCALING)]  # of fewer units; the others are of the whole network
 KEY = jax.random.key(7)
@@ -43,8 +43,8 @@ class Both(NamedTuple):
 
 
 def name(setting):
-    x64, optimizer, link = setting
-    return f"{'x64' if x64 else 'float32'}-{optimizer}-{'scaling' if link else 'identity'}"
+    x64, optimizer, codec = setting
+    return f"{'x64' if x64 else 'float32'}-{optimizer}-{'scaling' if codec else 'identity'}"
 
 
 @pytest.fixture(
@@ -52,7 +52,7 @@ def name(setting):
     params=[pytest.param(s, id=name(s), marks=pytest.mark.slow) for s in SETTINGS],
 )
 def both(request):
-    x64, optimizer, link = request.param
+    x64, optimizer, codec = request.param
     chains = rounds.CHAIN, rounds.REFERENCE_CHAIN
     chain, reference_chain = map(rounds.short, chains) if request.param in QUICK else chains
     with jax.enable_x64(x64):
@@ -62,11 +62,11 @@ def both(request):
         work = work._replace(
             client=work.client * 0, batches=np.broadcast_to(work.batches[:1], work.batches.shape)
         )
-        compiled = rounds.sessions(rounds.training(optimizer, link, chain), variables, samples, work, KEY)
-        parties = rounds.training(optimizer, link, reference_chain)
+        compiled = rounds.sessions(rounds.training(optimizer, codec, chain), variables, samples, work, KEY)
+        parties = rounds.training(optimizer, codec, reference_chain)
         world = rounds.world(parties, variables, samples, KEY, rounds.OF_OPTAX[optimizer](rounds.RATE))
         reference = [protocol.run_session(world, one) for one in rounds.works(work)]
-        yield Both(TOLERANCE[x64], link is not None, chain, variables, compiled, reference)
+        yield Both(TOLERANCE[x64], codec is not None, chain, variables, compiled, reference)
 
 
 def test_every_cut_equals_the_protocol(both):
@@ -80,7 +80,7 @@ def test_every_cut_equals_the_protocol(both):
         assert rounds.difference(variables, both.variables) > 0.01
 
 
-def test_cuts_differ_exactly_where_the_link_does_something(both):
+def test_cuts_differ_exactly_where_the_codec_does_something(both):
     """At cut 0 images go up as they are, and at cut L nothing does."""
     for cut in range(len(both.chain)):
         apart = rounds.difference(both.compiled[cut][0], both.compiled[cut + 1][0])
@@ -126,7 +126,7 @@ def test_adam_that_makes_whole_steps_equals_the_protocol_at_every_cut(x64):
 @pytest.mark.parametrize("optimizer", rounds.OPTIMIZERS)
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
 def test_a_round_of_any_cuts_equals_that_of_the_protocol(x64, optimizer):
-    """Chunks, unequal sessions and weights, and a link with which every cut gives other numbers."""
+    """Chunks, unequal sessions and weights, and a codec with which every cut gives other numbers."""
     with jax.enable_x64(x64):
         variables, samples = rounds.start()
         work = rounds.assignments()
@@ -159,7 +159,7 @@ BREAKING = dataclasses.replace(
 
 
 class Small(NamedTuple):
-    """Rounds of the small chain: two clients a cut, of 0 to 3 steps, with random numbers and a noisy link.
+    """Rounds of the small chain: two clients a cut, of 0 to 3 steps, with random numbers and a noisy codec.
     The last sample is black and gives NaN; no client sees it.
 
     run: assignments -> (variables by unit, loss, who diverged) of the compiled round.
@@ -185,7 +185,7 @@ def small():
     work.batches[work.batches == len(samples.labels) - 1] = 0
     training = rounds.training("sgd", rounds.NOISY, rounds.SMALL_CHAIN)
     training = dataclasses.replace(
-        training, preprocess=rounds.preprocess_black_to_nan, skip_diverged=True, link=BREAKING
+        training, preprocess=rounds.preprocess_black_to_nan, skip_diverged=True, codecs=BREAKING
     )
     program = jax.jit(functools.partial(round.run_round, training, 4, None))
 
@@ -206,7 +206,7 @@ def assert_same_round(found, expected, nobody_came=False):
     assert found[2] == expected[2]
 
 
-def test_a_round_with_random_numbers_and_a_noisy_link_equals_the_protocol(small_round):
+def test_a_round_with_random_numbers_and_a_noisy_codec_equals_the_protocol(small_round):
     found = small_round.run(small_round.work)
     assert_same_round(found, protocol.run_round(small_round.world, rounds.works(small_round.work)))
     assert rounds.difference(found[0], small_round.world.variables) > 0.01
@@ -218,7 +218,7 @@ def test_a_client_whose_last_update_alone_is_not_finite_diverged(small_round):
 
     def numbers(client):
         keys = (jax.random.fold_in(jax.random.fold_in(KEY, client), step) for step in range(3))
-        return [rounds.number(protocol.link_key(key, protocol.DOWN)) for key in keys]
+        return [rounds.number(protocol.codec_key(key, protocol.DOWN)) for key in keys]
 
     client = next(c for c in range(100, 1000) if [n > 0.95 for n in numbers(c)] == [False, False, True])
     work = work._replace(client=np.where(np.arange(8) == place, client, work.client).astype(np.int32))
@@ -238,7 +238,7 @@ WRONG_WORK = {
 WRONG_CODE = {
     "the key of the next unit": ("unit_key", lambda key, index: jax.random.fold_in(key, index + 1)),
     "one key for all units": ("unit_key", lambda key, index: key),
-    "one key for both directions": ("link_key", lambda key, direction: jax.random.fold_in(key, 77)),
+    "one key for both directions": ("codec_key", lambda key, direction: jax.random.fold_in(key, 77)),
 }
 
 
@@ -304,10 +304,10 @@ def test_absent_clients_are_those_of_the_protocol(who, small_round):
 
 @pytest.mark.parametrize("cut", range(rounds.SMALL_CUTS))
 def test_nothing_else_crosses_the_cut(cut, small_round):
-    one, wire = rounds.works(small_round.work)[cut], protocol.Wire()
+    one, transport = rounds.works(small_round.work)[cut], protocol.Transport()
     one = dataclasses.replace(one, batches=one.batches[:1])
-    protocol.run_session(small_round.world, one, wire)
-    (first, down), *inside, (last, up) = wire.messages
+    protocol.run_session(small_round.world, one, transport)
+    (first, down), *inside, (last, up) = transport.messages
     assert (first, last) == (protocol.MODEL_DOWN, protocol.MODEL_UP)
     assert len(down) == len(up) == cut
     kinds = [kind for kind, _ in inside]
@@ -325,22 +325,25 @@ def test_nothing_else_crosses_the_cut(cut, small_round):
 @pytest.mark.parametrize("cut", range(rounds.SMALL_CUTS))
 def test_the_bytes_of_its_messages_are_those_of_the_plan(cut):
     """In float32. Clocks and bytes follow from the same terms."""
-    chain, steps, batch, wire = rounds.SMALL_CHAIN, 2, 6, protocol.Wire()
+    chain, steps, batch, transport = rounds.SMALL_CHAIN, 2, 6, protocol.Transport()
     training = rounds.training("sgd", None, chain)
     with jax.enable_x64(False):
         variables, samples = rounds.start(chain, rounds.SMALL_SIZE)
         work = rounds.assignments(cuts=[cut], steps=steps, batch=batch)
         world = rounds.world(training, variables, samples, KEY, optax.sgd(0.1))
-        protocol.run_session(world, rounds.works(work)[0], wire)
+        protocol.run_session(world, rounds.works(work)[0], transport)
     stored = samples.images.shape[1:]
     entering = jax.eval_shape(training.preprocess, jax.ShapeDtypeStruct((1, *stored), samples.images.dtype))
     profile = models.profile(chain, entering.shape[1:], stored_shape=stored)
     fleet = fleets.random_fleet(1).with_samples([steps * batch])
     terms = optim.terms(profile, fleet, optim.Work(batch_size=batch, min_cut=0))
-    assert 8 * (wire.bytes["smashed_up"] + wire.bytes["labels_up"]) == steps * batch * terms.up_bits[cut]
-    assert 8 * wire.bytes["gradient_down"] == steps * batch * terms.down_bits[cut]
-    assert 8 * wire.bytes["model_down"] == 8 * wire.bytes["model_up"] == terms.model_bits[cut]
-    assert wire.bytes["smashed_up"] > 0 or cut == rounds.SMALL_CUTS - 1
+    assert (
+        8 * (transport.bytes["smashed_up"] + transport.bytes["labels_up"])
+        == steps * batch * terms.up_bits[cut]
+    )
+    assert 8 * transport.bytes["gradient_down"] == steps * batch * terms.down_bits[cut]
+    assert 8 * transport.bytes["model_down"] == 8 * transport.bytes["model_up"] == terms.model_bits[cut]
+    assert transport.bytes["smashed_up"] > 0 or cut == rounds.SMALL_CUTS - 1
 
 
 def test_it_shares_no_code_with_the_compiled_round():

@@ -13,13 +13,13 @@ import pytest
 from flax import linen as nn
 
 from sfl_jax.federated import protocol, protocol_schemes
-from sfl_jax.federated.protocol import Wire, Work, World, run_round
+from sfl_jax.federated.protocol import Transport, Work, World, run_round
 from sfl_jax.federated.protocol_schemes import run_psl, run_sfl_v2, run_sl
 
 pytestmark = pytest.mark.slow
 KEY, BATCH, TOLERANCE = jax.random.key(5), 4, 1e-10
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
-LINK = {"up": lambda x, _: 0.5 * x, "down": lambda g, _: 2.0 * g}
+CODEC = {"up": lambda x, _: 0.5 * x, "down": lambda g, _: 2.0 * g}
 DROP = 0.5
 
 
@@ -265,7 +265,7 @@ def test_sl_is_sgd_over_one_client_after_another_for_any_cuts(world):
     for cuts in ALL_CUTS:
         found = run_sl(world, cohort(cuts), ORDER)
         assert_same(found.variables, variables_of(units))
-        assert_same(found.server_state, [state for _, state in units])
+        assert_same(found.shared_state, [state for _, state in units])
         assert found.loss == pytest.approx(expected, rel=TOLERANCE)
     assert_differ(run_sl(world, works, ORDER[::-1]).variables, variables_of(units))
 
@@ -372,8 +372,8 @@ def test_a_cut_above_the_largest_is_refused(world):
         run_psl(world, cohort((1, 0, 2)), 1)
 
 
-def test_a_link_makes_every_scheme_depend_on_the_cuts(world):
-    linked = dataclasses.replace(world, **LINK)
+def test_a_codec_makes_every_scheme_depend_on_the_cuts(world):
+    linked = dataclasses.replace(world, **CODEC)
     for name, scheme in SCHEMES.items():
         results = [scheme(linked, cohort(cuts), ORDER).variables for cuts in ((1, 1, 1), (1, 2, 1))]
         assert_differ(*results)
@@ -400,11 +400,11 @@ def test_a_client_whose_first_step_is_bad_is_no_client(world, scheme):
     found = SCHEMES[scheme](world, bad, ORDER, skip_diverged=True)
     without = SCHEMES[scheme](world, changed(works, 1, weight=0.0), ORDER)
     assert_same(found.variables, without.variables)
-    assert_same(found.server_state, without.server_state)
+    assert_same(found.shared_state, without.shared_state)
     assert (found.loss, found.diverged) == (pytest.approx(without.loss, rel=TOLERANCE), [11])
-    kept = SCHEMES[scheme](world, bad, ORDER, server_state=without.server_state)
+    kept = SCHEMES[scheme](world, bad, ORDER, shared_state=without.shared_state)
     finite.assert_equal(kept.variables, world.variables)
-    finite.assert_equal(kept.server_state, without.server_state)
+    finite.assert_equal(kept.shared_state, without.shared_state)
     assert kept.diverged == [11]
 
 
@@ -456,7 +456,7 @@ def test_a_later_bad_step_is_the_end_of_a_client(world):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_gradient_that_breaks_on_its_way_down_is_undone_at_the_server(world, scheme):
     """Its loss is finite, and so are the gradients at the server."""
-    bad = protocol.link_key(jax.random.fold_in(jax.random.fold_in(KEY, 11), 0), protocol.DOWN)
+    bad = protocol.codec_key(jax.random.fold_in(jax.random.fold_in(KEY, 11), 0), protocol.DOWN)
 
     def down(gradient, key):
         return jnp.where((jax.random.key_data(key) == jax.random.key_data(bad)).all(), jnp.nan, gradient)
@@ -472,22 +472,22 @@ def test_the_optimiser_state_of_shared_copies_may_be_kept(world):
     first = run_sl(world, works, ORDER)
     later = dataclasses.replace(later, variables=first.variables)
     units = sgd(later, [works[k] for k in ORDER], sgd(world, [works[k] for k in ORDER])[0])[0]
-    kept = run_sl(later, works, ORDER, first.server_state)
+    kept = run_sl(later, works, ORDER, first.shared_state)
     assert_same(kept.variables, variables_of(units))
-    assert_same(run_sfl_v2(later, works, ORDER, server_state=first.server_state).variables, kept.variables)
+    assert_same(run_sfl_v2(later, works, ORDER, shared_state=first.shared_state).variables, kept.variables)
     assert_differ(run_sl(later, works, ORDER).variables, kept.variables)
-    state = run_psl(world, works, 0).server_state
-    assert_differ(run_psl(later, works, 0, server_state=state).variables, run_psl(later, works, 0).variables)
+    state = run_psl(world, works, 0).shared_state
+    assert_differ(run_psl(later, works, 0, shared_state=state).variables, run_psl(later, works, 0).variables)
 
 
 def test_units_that_nobody_shares_keep_their_state(world):
-    given = run_sl(world, cohort(), ORDER).server_state
+    given = run_sl(world, cohort(), ORDER).shared_state
     for found in (
-        run_sfl_v2(world, cohort((1, 1, 2)), ORDER, server_state=given, tail_units=1),
-        run_psl(world, cohort((1, 1, 1)), 1, server_state=given, tail_units=1),
+        run_sfl_v2(world, cohort((1, 1, 2)), ORDER, shared_state=given, tail_units=1),
+        run_psl(world, cohort((1, 1, 1)), 1, shared_state=given, tail_units=1),
     ):
-        finite.assert_equal([given[0], given[-1]], [found.server_state[0], found.server_state[-1]])
-        for before, after in zip(given[1:-1], found.server_state[1:-1], strict=True):
+        finite.assert_equal([given[0], given[-1]], [found.shared_state[0], found.shared_state[-1]])
+        for before, after in zip(given[1:-1], found.shared_state[1:-1], strict=True):
             assert_differ(before, after)
 
 
@@ -507,22 +507,22 @@ def test_a_tail_changes_nothing_in_sfl_and_sl(world, tail_units):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_cut_in_the_tail_is_plain_fl(world, scheme):
-    wire = Wire()
-    found = SCHEMES[scheme](world, cohort((2, 2, 3)), ORDER, tail_units=2, wire=wire)
+    transport = Transport()
+    found = SCHEMES[scheme](world, cohort((2, 2, 3)), ORDER, tail_units=2, transport=transport)
     if scheme != "sl":
         assert_same(found.variables, fedavg(world, cohort())[0])
-    assert {kind for kind, _ in wire.messages} == {protocol.MODEL_DOWN, protocol.MODEL_UP}
+    assert {kind for kind, _ in transport.messages} == {protocol.MODEL_DOWN, protocol.MODEL_UP}
 
 
-def test_the_link_acts_on_both_boundaries_with_keys_of_their_own(world):
+def test_the_codec_acts_on_both_boundaries_with_keys_of_their_own(world):
     seen = []
 
     def recording(way):
-        def link(x, key):
+        def codec(x, key):
             seen.append((way, x.shape, jax.random.key_data(key).tolist()))
             return x
 
-        return link
+        return codec
 
     recorded = dataclasses.replace(world, up=recording("up"), down=recording("down"))
     [work] = cohort((1,), (1,), (1.0,))
@@ -562,17 +562,27 @@ def test_labels_stay_with_the_tail(world):
     ):
         one = [dataclasses.replace(work, cut=cut)]
         for run in (
-            lambda wire, one=one, n=tail_units: run_round(world, one, wire=wire, tail_units=n),
-            lambda wire, one=one, n=tail_units: run_sl(world, one, [0], wire=wire, tail_units=n),
-            lambda wire, one=one, n=tail_units: run_sfl_v2(world, one, [0], wire=wire, tail_units=n),
-            lambda wire, one=one, n=tail_units: run_psl(world, one, 3, wire=wire, tail_units=n),
-            lambda wire, one=one, n=tail_units: run_psl(world, one, 3, "joined", wire=wire, tail_units=n),
+            lambda transport, one=one, n=tail_units: run_round(world, one, transport=transport, tail_units=n),
+            lambda transport, one=one, n=tail_units: run_sl(
+                world, one, [0], transport=transport, tail_units=n
+            ),
+            lambda transport, one=one, n=tail_units: run_sfl_v2(
+                world, one, [0], transport=transport, tail_units=n
+            ),
+            lambda transport, one=one, n=tail_units: run_psl(
+                world, one, 3, transport=transport, tail_units=n
+            ),
+            lambda transport, one=one, n=tail_units: run_psl(
+                world, one, 3, "joined", transport=transport, tail_units=n
+            ),
         ):
-            wire = Wire()
-            run(wire)
-            assert [kind for kind, _ in wire.messages] == ["model_down", *expected, "model_up"]
+            transport = Transport()
+            run(transport)
+            assert [kind for kind, _ in transport.messages] == ["model_down", *expected, "model_up"]
             assert (
-                len(wire.messages[0][1]) == len(wire.messages[-1][1]) == (cut + tail_units if expected else L)
+                len(transport.messages[0][1])
+                == len(transport.messages[-1][1])
+                == (cut + tail_units if expected else L)
             )
 
 
@@ -580,9 +590,9 @@ def test_labels_stay_with_the_tail(world):
 @pytest.mark.parametrize("scheme", ["sfl", *SCHEMES])
 def test_the_bytes_of_its_messages(world, scheme, tail_units):
     """The same in all schemes: only what crosses, and the client's units, never the server's."""
-    cuts, wire = (1, 0, 2), Wire()
+    cuts, transport = (1, 0, 2), Transport()
     run = SCHEMES.get(scheme, lambda world, works, _, **named: run_round(world, works, **named))
-    run(world, cohort(cuts), ORDER, tail_units=tail_units, wire=wire)
+    run(world, cohort(cuts), ORDER, tail_units=tail_units, transport=transport)
     size = [sum(leaf.nbytes for leaf in jax.tree.leaves(unit)) for unit in world.variables]
     entering = [3, 4, 3, 3]  # numbers of a sample that enter each unit
     model = sum(sum(size[:cut]) + sum(size[L - tail_units :]) for cut in cuts)
@@ -598,19 +608,19 @@ def test_the_bytes_of_its_messages(world, scheme, tail_units):
         if tail_units
         else {"labels_up": 4 * sum(samples)}
     )
-    assert wire.bytes == expected
+    assert transport.bytes == expected
     assert set(expected) <= set(protocol.KINDS)
 
 
 def test_the_client_half_of_sl_comes_and_goes_before_the_next_client(world):
-    wire = Wire()
-    run_sl(world, cohort((1, 1, 1), steps=(1, 1, 0)), ORDER, wire=wire)
+    transport = Transport()
+    run_sl(world, cohort((1, 1, 1), steps=(1, 1, 0)), ORDER, transport=transport)
     step = ["smashed_up", "labels_up", "gradient_down"]
     ends = ["model_down", "model_up"]
-    assert [kind for kind, _ in wire.messages] == [
+    assert [kind for kind, _ in transport.messages] == [
         *ends, "model_down", *step, "model_up", "model_down", *step, "model_up",
     ]  # fmt: skip
-    handed = [payload for kind, payload in wire.messages if kind in ends]
+    handed = [payload for kind, payload in transport.messages if kind in ends]
     finite.assert_equal(handed[3], handed[4])  # from one client to the next
     assert_differ(handed[2], handed[3])
 

@@ -12,7 +12,7 @@ import pytest
 from federated import rounds
 
 from sfl_jax.federated import devices
-from sfl_jax.federated.crossing import Link
+from sfl_jax.federated.crossing import CutCodec
 from sfl_jax.federated.round import Model, _finite, normalised, run_round, start_model
 from sfl_jax.federated.session import batch_loss
 from sfl_jax.models import Chain
@@ -33,14 +33,14 @@ def assignments(cuts=None, **given):
 
 
 @functools.cache
-def compiled(clients_per_chunk, link=None, **changes):
-    training = dataclasses.replace(rounds.training(link=link, chain=CHAIN), **changes)
+def compiled(clients_per_chunk, codecs=None, **changes):
+    training = dataclasses.replace(rounds.training(codecs=codecs, chain=CHAIN), **changes)
     return jax.jit(functools.partial(run_round, training, clients_per_chunk, None))
 
 
-def run(work, clients_per_chunk=3, link=None):
+def run(work, clients_per_chunk=3, codecs=None):
     variables, samples = start()
-    model, loss, _ = compiled(clients_per_chunk, link)(
+    model, loss, _ = compiled(clients_per_chunk, codecs)(
         Model.of(variables), samples, work, KEY, jnp.asarray(rounds.RATE)
     )
     return model.variables, loss
@@ -194,7 +194,7 @@ def test_nobody_came_keeps_the_variables():
 # The images of client 4 are NaN: its loss is. Or the gradient that comes back to it is: its update alone is.
 BROKEN = {
     "loss": {"preprocess": rounds.preprocess_black_to_nan},
-    "update": {"link": Link(up=lambda x, _: x, down=lambda g, _: g * jnp.nan)},
+    "update": {"codecs": CutCodec(up=lambda x, _: x, down=lambda g, _: g * jnp.nan)},
 }
 
 

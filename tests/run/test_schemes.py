@@ -89,7 +89,7 @@ def test_the_order_of_clients_is_drawn_anew_every_round():
 def test_a_plan_may_choose_a_codec_for_every_client():
     small = small_clients()
     run = make(codec=("float32", "int8", "int8"), fleet=small)
-    assert len(run.parts.training.link) == 2, "named twice, it is one choice"
+    assert len(run.parts.training.codecs) == 2, "named twice, it is one choice"
     cheap, dear = (make(codec=one, fleet=small).plan().plan.round_s for one in ("int8", "float32"))
     both = run.plan()
     assert both.plan.round_s <= min(cheap, dear) * (1 + 1e-9)
@@ -116,7 +116,7 @@ def test_bits_of_a_plan_are_those_of_the_messages():
     assert len(chain) == 3
 
 
-def protocol_of(run, number=0, **link):
+def protocol_of(run, number=0, **codecs):
     """(the protocol's world in a round of a run that begins, the work of its clients, what is prepared)"""
     parts, begun = run.parts, run.variables
     chain, prepared = parts.training.chain, rounds.prepare(run.parts, number)
@@ -124,7 +124,7 @@ def protocol_of(run, number=0, **link):
         chain.in_form("conv").units, [chain.unit_variables(begun, unit) for unit in range(len(chain))],
         optax.sgd(0.3, momentum=0.5), lambda x: parts.training.preprocess(jnp.asarray(x)),
         jnp.asarray(parts.data.train_images), jnp.asarray(parts.data.train_labels),
-        planning.round_key(parts.seed, number, planning.TRAINING), **link,
+        planning.round_key(parts.seed, number, planning.TRAINING), **codecs,
     )  # fmt: skip
     works = [
         protocol.Work(int(client), int(cut), float(weight), batches[:steps])
@@ -145,9 +145,9 @@ def protocol_of(run, number=0, **link):
 def test_the_ledger_is_the_bytes_of_the_messages(changes, tail_units):
     run = make(**{"fleet": small_clients(), **changes})
     world, works, prepared = protocol_of(run)
-    wire = protocol.Wire()
-    protocol.run_round(world, works, wire=wire, tail_units=tail_units)
-    sent, found = wire.bytes, prepared.ledger
+    transport = protocol.Transport()
+    protocol.run_round(world, works, transport=transport, tail_units=tail_units)
+    sent, found = transport.bytes, prepared.ledger
     assert found.model_down_bytes == sent[protocol.MODEL_DOWN] == found.model_up_bytes
     assert found.smashed_up_bytes == sent[protocol.SMASHED_UP] + sent[protocol.GRADIENT_UP] > 0
     assert found.labels_up_bytes == sent[protocol.LABELS_UP]
@@ -158,7 +158,7 @@ def test_the_ledger_is_the_bytes_of_the_messages(changes, tail_units):
 
 @pytest.mark.slow
 def test_training_sends_what_the_codec_says():
-    """A compiled round of sfl against the protocol whose link is the codec."""
+    """A compiled round of sfl against the protocol with the same codec."""
     codec = codecs.create("int8")
     run = make(codec=codec, optimizer=optax.sgd(0.3, momentum=0.5), fleet=small_clients())
     world, works, prepared = protocol_of(run, up=codec.transmit, down=codec.transmit)

@@ -1,4 +1,4 @@
-"""The compiled schemes against the two-party protocol: unequal cuts, steps and weights, and a noisy link."""
+"""The compiled schemes against the two-party protocol: unequal cuts, steps and weights, and a noisy codec."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ L = len(CHAIN)
 
 
 class Case(NamedTuple):
-    """A scheme, and what the protocol does for it: (world, works, order, server_state) -> Outcome."""
+    """A scheme, and what the protocol does for it: (world, works, order, shared_state) -> Result."""
 
     scheme: Any
     protocol: Any
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def of_sfl(world, works, order, state, **options):
-    return protocol_schemes.Outcome(*protocol.run_round(world, works, **options), [])
+    return protocol_schemes.Result(*protocol.run_round(world, works, **options), [])
 
 
 def of_psl(most, batch="separate"):
@@ -87,8 +87,8 @@ def mostly_slow(names, quick=()):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def training_of(case, link=rounds.NOISY, **changes):
-    plain = rounds.training(case.optimizer, link, CHAIN)
+def training_of(case, codecs=rounds.NOISY, **changes):
+    plain = rounds.training(case.optimizer, codecs, CHAIN)
     scheme = case.scheme
     changes = {**case.practice, **changes}
     return dataclasses.replace(plain, scheme=scheme.engine(), tail_units=scheme.tail_units, **changes)
@@ -132,7 +132,7 @@ def two_rounds(case):
         found.append((rounds.by_unit(CHAIN, model.variables), loss))
         world = dataclasses.replace(world, key=key)
         outcome = case.protocol(world, rounds.works(work), order, state, **options)
-        world, state = dataclasses.replace(world, variables=outcome.variables), outcome.server_state
+        world, state = dataclasses.replace(world, variables=outcome.variables), outcome.shared_state
         expected.append((outcome.variables, outcome.loss))
     return found, expected
 
@@ -202,7 +202,7 @@ def test_with_an_identity_link_sl_knows_no_cut_and_psl_its_largest_alone():
     for name, cuts, alike in [("sl", (3, 3, 1, 0, 2), True), ("psl", (2, 1, 2, 0, 0), True),
                               ("sfl_v2 by client", (3, 3, 1, 0, 2), False)]:  # fmt: skip
         case = EVERY[name]
-        training, (work, _) = training_of(case, link=None), work_of(case)
+        training, (work, _) = training_of(case, codecs=None), work_of(case)
         other = work._replace(cut=np.array(cuts, np.int32))
         results = [one_round(case, one, training)[0].variables for one in (work, other)]
         apart = rounds.difference(*results)

@@ -42,7 +42,7 @@ def built():
 
 def test_a_cohort_is_planned_on_the_links_of_its_round(built):
     for round in (0, 5):
-        ids, clients, terms = cohort(built, round)
+        ids, clients, terms, _ = cohort(built, round)
         faded = fleet.fading_rates(built.fleet, fleet.Links(coherence_s=1e9), SMALL.seed, round)
         np.testing.assert_array_equal(terms.uplink_bps, faded.uplink_bps[ids])
         np.testing.assert_array_equal(terms.downlink_bps, faded.downlink_bps[ids])
@@ -51,7 +51,7 @@ def test_a_cohort_is_planned_on_the_links_of_its_round(built):
         other = fleet.fading_rates(built.fleet, fleet.Links(coherence_s=1e9), SMALL.seed, round + 1)
         assert finite.differ_everywhere(terms.uplink_bps, other.uplink_bps[ids])
     fixed = dataclasses.replace(built, planner=dataclasses.replace(built.planner, links="fixed"))
-    ids, _, terms = cohort(fixed, 0)
+    ids, _, terms, _ = cohort(fixed, 0)
     np.testing.assert_array_equal(terms.uplink_bps, built.fleet.uplink_bps[ids])
 
 
@@ -132,7 +132,7 @@ def test_whom_the_links_of_a_round_do_not_serve_is_absent_in_it(method, tmp_path
     left_out = [len(done.left_out) for done in rounds]
     assert 0 < min(left_out) <= max(left_out) < 12
     for done in rounds:
-        ids, _, terms = cohort(built, done.round)
+        ids, _, terms, _ = cohort(built, done.round)
         costs = terms.costs()
         could = costs.allowed.any(axis=1) if method == "exact" else costs.allowed[:, done.plan.cuts.min()]
         np.testing.assert_array_equal(done.turnout.came, could)
@@ -193,7 +193,7 @@ def test_whom_a_shared_band_cannot_serve_together_are_absent(tmp_path):
     """Each of them could be served alone, with the whole band."""
     budget = np.where(np.arange(30) % 2 == 0, 0.5, 99.0)
     built = parts.build(dataclasses.replace(thrifty(tmp_path, budget=budget), band="pooled")).parts
-    ids, _, terms = cohort(built, 0)
+    ids, _, terms, _ = cohort(built, 0)
     modest = terms.costs().allowed.any(axis=1)
     done = prepare(built, 0)
     np.testing.assert_array_equal(done.turnout.came, modest)

@@ -34,6 +34,7 @@ MODEL_DOWN, MODEL_UP = "model_down", "model_up"
 SMASHED_UP, LABELS_UP, GRADIENT_DOWN = "smashed_up", "labels_up", "gradient_down"
 FEATURES_DOWN, GRADIENT_UP = "features_down", "gradient_up"  # with a tail
 KINDS = (MODEL_DOWN, SMASHED_UP, LABELS_UP, FEATURES_DOWN, GRADIENT_UP, GRADIENT_DOWN, MODEL_UP)
+SERVER, FORWARD, BACKWARD = "server", "forward", "backward"
 # Folded into a step's key to make a codec's key, then the direction, then TAIL at the tail's boundary.
 CODEC, UP, DOWN, TAIL = 2**31, 0, 1, 2**31
 AUGMENT = 2**31 + 1  # folded into a step's key for the random change of its images
@@ -80,11 +81,14 @@ class Transport:
     Attributes:
       messages: (kind, payload) in their order. Kinds are those of `KINDS`.
       bytes: sent bytes by kind.
+      applied: samples that went through a unit, by holder (SERVER or a client's id), by direction (FORWARD or
+        BACKWARD) and by the unit's number.
     """
 
     def __init__(self):
         self.messages: list[tuple[str, Any]] = []
         self.bytes: collections.Counter[str] = collections.Counter()
+        self.applied: collections.Counter[tuple[str | int, str, int]] = collections.Counter()
 
     def send(self, kind: str, payload: Any) -> Any:
         """The payload as it arrives."""
@@ -132,15 +136,16 @@ class Copy:
 
 
 class Party:
-    """The holder of these copies of neighbouring units. There may be none."""
+    """The holder of these copies of neighbouring units: SERVER, or the client with this id. There may be none."""
 
-    def __init__(self, copies: Sequence[Copy]):
-        self.copies = copies
+    def __init__(self, copies: Sequence[Copy], holder: str | int, transport: Transport):
+        self.copies, self.holder, self.applied = copies, holder, transport.applied
 
     def forward(self, x: Any, step_key: Key[Array, ""]) -> Any:
         """The output of the last unit."""
         now: Any = x
         for copy in self.copies:
+            self._count(FORWARD, copy, now)
             now = copy.forward(now, step_key)
         return now
 
@@ -148,8 +153,12 @@ class Party:
         """The gradient of the first unit's input."""
         now: Any = gradient
         for copy in reversed(self.copies):
+            self._count(BACKWARD, copy, now)
             now = copy.backward(now)
         return now
+
+    def _count(self, direction, copy, batch):
+        self.applied[self.holder, direction, copy.index] += len(jax.tree.leaves(batch)[0])
 
 
 def server_span(units: int, cut: int, tail_units: int = 0) -> range:
@@ -181,17 +190,17 @@ class Session:
     @property
     def client(self) -> Party:
         """The copies that the client holds below the cut."""
-        return Party(self.copies[: self.span.start])
+        return Party(self.copies[: self.span.start], self.work.client, self.transport)
 
     @property
     def server(self) -> Party:
         """The copies that the server holds."""
-        return Party(self.copies[self.span.start : self.span.stop])
+        return Party(self.copies[self.span.start : self.span.stop], SERVER, self.transport)
 
     @property
     def tail(self) -> Party:
         """The copies that the client holds above the server's units."""
-        return Party(self.copies[self.span.stop :])
+        return Party(self.copies[self.span.stop :], self.work.client, self.transport)
 
     @property
     def variables(self) -> list[dict[str, Any]]:

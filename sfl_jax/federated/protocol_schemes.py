@@ -24,7 +24,17 @@ import jax
 import jax.numpy as jnp
 
 from sfl_jax.federated import protocol
-from sfl_jax.federated.protocol import MODEL_DOWN, MODEL_UP, Copy, Party, Session, Transport, Work, World
+from sfl_jax.federated.protocol import (
+    MODEL_DOWN,
+    MODEL_UP,
+    SERVER,
+    Copy,
+    Party,
+    Session,
+    Transport,
+    Work,
+    World,
+)
 
 # Folded into the round's key, then the step, to make the key of units that work on a joined batch.
 JOINED = 2**31 - 1
@@ -173,7 +183,9 @@ def _compute_joined(world, sessions, common, step):
     if not common or not sessions:
         return _compute_separate(world, sessions, common, step)
     key = jax.random.fold_in(jax.random.fold_in(world.key, JOINED), step)
-    replicas = [Party(session.copies[session.span.start : common[0].index]) for session in sessions]
+    transport, first = sessions[0].transport, common[0].index
+    shared = Party(common, SERVER, transport)
+    replicas = [Party(session.copies[session.span.start : first], SERVER, transport) for session in sessions]
     rows = [len(session.work.batches[step]) for session in sessions]
     parts = _parts(rows)
 
@@ -187,14 +199,14 @@ def _compute_joined(world, sessions, common, step):
 
     entering = of_each(lambda session, replica: replica.forward(session.up(step), session.key), replicas)
     # A bad client spoils the statistics of all, so it must be found before the batches are joined.
-    seen = entering if common[0].index else map(world.preprocess, entering)
+    seen = entering if first else map(world.preprocess, entering)
     if any(bad := [not protocol.is_finite(one) for one in seen]):
         return unless(bad)
-    leaving = _divide(Party(common).forward(_join(entering), key), rows)
+    leaving = _divide(shared.forward(_join(entering), key), rows)
     gradients = of_each(Session.top, leaving)
     if any(bad := of_each(lambda session, g: not protocol.is_finite((session.loss, g)), gradients)):
         return unless(bad)
-    of_joined = _divide(Party(common).backward(_join(map(_times, gradients, parts))), rows)
+    of_joined = _divide(shared.backward(_join(map(_times, gradients, parts))), rows)
     of_own = map(_times, of_joined, [1 / part for part in parts])
     of_each(lambda session, replica, g: session.down(replica.backward(g)), replicas, of_own)
     if any(bad := of_each(lambda session: not _is_sound(session, _own(session, common)))):

@@ -11,7 +11,7 @@ from sfl_jax.optim.regression import Curve, Fit, fit_curves, relaxed
 from sfl_jax.optim.replay import at_bands, session_ends_s, slower
 from sfl_jax.optim.serving import any_schedule_bound_s, solve_serving
 from sfl_jax.optim.solve import METHODS, solve, solve_arrays
-from sfl_jax.optim.work import Wire, Work, samples_processed, terms
+from sfl_jax.optim.work import UnitBytes, Wire, Work, samples_processed, terms, unit_bytes
 from sfl_jax.registry import BARRIERS, ROUNDINGS, STARTS
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Server",
     "Solution",
     "Terms",
+    "UnitBytes",
     "Wire",
     "Work",
     "any_schedule_bound_s",
@@ -51,4 +52,5 @@ __all__ = [
     "solve_bandwidth",
     "solve_serving",
     "terms",
+    "unit_bytes",
 ]

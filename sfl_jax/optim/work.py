@@ -84,6 +84,24 @@ class Wire(NamedTuple):
     down_bits: NDArray[np.float64]
 
 
+class UnitBytes(NamedTuple):
+    """Bytes of each unit while it trains; (L,) each.
+
+    copies: parameters, their gradients, the optimiser's state, and other state such as statistics.
+    activations: what one batch leaves for the backward pass.
+    """
+
+    copies: Floats
+    activations: Floats
+
+
+def unit_bytes(profile: Profile, work: Work) -> UnitBytes:
+    """The memory of each unit in training: the one formula for clients, the server, plans and the ledger."""
+    copies = profile.parameters * (2 + work.optimizer_slots) + profile.state
+    activations = profile.activations * work.batch_size
+    return UnitBytes(*(_TRAINING_FLOAT_BYTES * floats.astype(np.float64) for floats in (copies, activations)))
+
+
 def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] | None = None) -> Terms:
     """The factored costs of a fleet that trains a profiled chain.
 
@@ -100,14 +118,13 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
     )
     options, up_bits, down_bits = _crossing(profile, work, wires)
     parameters, state = _before(profile.parameters), _before(profile.state)
-    # Parameters, their gradients and the optimiser's state; activations of one batch.
-    floats = parameters * (2 + work.optimizer_slots) + state + work.batch_size * _before(profile.activations)
+    held = _before(sum(unit_bytes(profile, work)))
     cut, top = options.cut, len(profile.forward_macs) - work.tail_units
     whole = forward[-1] + backward[-1]
     # A client that leaves units to the server holds the tail too.
-    forward, backward, parameters, state, floats = (
+    forward, backward, parameters, state, held = (
         amounts + np.where(np.arange(len(amounts)) < top, amounts[-1] - amounts[top], 0.0)
-        for amounts in (forward, backward, parameters, state, floats)
+        for amounts in (forward, backward, parameters, state, held)
     )
     made = Terms(
         samples=samples_processed(fleet.samples, work),
@@ -123,7 +140,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
         up_bits=up_bits,
         down_bits=down_bits,
         model_bits=((parameters + state) * work.model_bits_per_float)[cut],
-        needed_bytes=(floats * _TRAINING_FLOAT_BYTES)[cut],
+        needed_bytes=held[cut],
         permitted=(cut >= work.min_cut)
         & (cut <= (cut[-1] if work.max_cut is None else work.max_cut))
         & ((cut < top) | (cut == cut[-1])),

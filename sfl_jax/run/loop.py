@@ -118,7 +118,7 @@ def _line(parts, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
         sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
         done.plan.bound_s, sent.state.simulated_s[parts.planner.method], wall_s, trained / took_s,
         int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan,
-        mean, worst, done.ledger,
+        mean, worst, *done.ledger,
     )  # fmt: skip
 
 

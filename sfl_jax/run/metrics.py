@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sfl_jax.run.ledger import Ledger
-
 
 class Round(NamedTuple):
     """One line of metrics.jsonl. The test numbers are None if the round was not evaluated.
 
     round_s, bound_s, simulated_s: seconds of the simulated fleet. wall_s, client_samples_per_s: clocks of
     this machine. client_accuracy_mean, client_accuracy_worst: over all clients, see `clients.accuracies`.
-    ledger: None in lines of releases that did not count bytes.
+    The other fields are those of `Ledger`; None in lines of releases that did not count them.
     """
 
     round: int
@@ -35,23 +33,26 @@ class Round(NamedTuple):
     mean_cut: float
     client_accuracy_mean: float | None = None
     client_accuracy_worst: float | None = None
-    ledger: Ledger | None = None
+    model_down_bytes: int | None = None
+    smashed_up_bytes: int | None = None
+    labels_up_bytes: int | None = None
+    gradient_down_bytes: int | None = None
+    model_up_bytes: int | None = None
+    client_peak_bytes: int | None = None
+    server_peak_bytes: int | None = None
+    client_flop: int | None = None
+    server_flop: int | None = None
 
     @classmethod
     def from_json(cls, values: Any) -> "Round":
         """The round with these values. Raises TypeError for missing or unknown names."""
-        values = {**values}
-        bytes_by_kind = {name: values[name] for name in Ledger._fields if name in values}
-        others = {name: value for name, value in values.items() if name not in Ledger._fields}
-        return cls(**others, ledger=Ledger(**bytes_by_kind) if bytes_by_kind else None)
+        return cls(**values)
 
     def to_json(self) -> dict[str, int | float | None]:
         """The values of the line by name. A number that is not finite becomes None."""
-        flat = self._asdict() | (self.ledger._asdict() if self.ledger else {})
-        del flat["ledger"]
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in flat.items()
+            for name, value in self._asdict().items()
         }
 
 

@@ -16,7 +16,7 @@ class Prepared(NamedTuple):
     """A round before it runs.
 
     left_out: names each client that no plan can serve in this round, and says why. rival_s: the round's
-    seconds under other planning methods. ledger: the bytes of the round.
+    seconds under other planning methods. ledger: its bytes, memory and work.
     """
 
     round: int
@@ -48,9 +48,8 @@ def prepare(parts: Parts, round: int) -> Prepared:
     if isinstance(parts.training.codecs, tuple):
         assignments = assignments._replace(codec=plan.codecs.astype(np.int32))
     rival_s = {name: _round_s(parts, terms, name, delayed, present) for name in parts.rivals}
-    label_bits = 0 if parts.scheme.tail_units else optim.Work().label_bits
-    sent = ledger(terms, plan, comers.came, label_bits)
-    return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round), sent)
+    done = ledger(parts, terms, plan, comers.came)
+    return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round), done)
 
 
 def cohort(parts: Parts, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms, np.ndarray]:

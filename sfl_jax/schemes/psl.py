@@ -71,6 +71,13 @@ class Psl(Scheme):
     def max_cut(self, units: int) -> int:
         return units if self.most is None else self.most
 
+    def shared_units(self, units: int) -> range:
+        return range(self.max_cut(units), units)
+
+    @property
+    def serves_together(self) -> bool:
+        return self.server_batch == "joined"
+
     def start(self, training: Training, variables: Variables) -> Any:
         if not self.keeps_state:
             return ()

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
+from sfl_jax import optim
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.session import Training
 from sfl_jax.models import Variables
@@ -56,6 +58,26 @@ class Scheme:
     def max_cut(self, units: int) -> int:
         """The largest cut that a plan may choose."""
         return units
+
+    def shared_units(self, units: int) -> range:
+        """The units of which the server has one copy for all clients. It has a replica of the others for each
+        client.
+        """
+        return range(0)
+
+    @property
+    def serves_together(self) -> bool:
+        """Whether the server works on the batches of all clients at the same time."""
+        return True
+
+    def server_bytes(self, at_server: Bool[np.ndarray, "K L"], of_units: optim.UnitBytes) -> float:
+        """The most bytes that the server holds to train. at_server: whose units are at the server."""
+        units = at_server.shape[1]
+        is_shared = np.isin(np.arange(units), self.shared_units(units))
+        copies = np.where(is_shared, at_server.any(axis=0), at_server.sum(axis=0))
+        activations = at_server @ of_units.activations
+        at_once = activations.sum() if self.serves_together else activations.max(initial=0)
+        return float(copies @ of_units.copies + at_once)
 
     def engine(self) -> Any:
         """What `Training.scheme` takes: the scheme itself, or None for independent sessions."""

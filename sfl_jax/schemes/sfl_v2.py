@@ -48,6 +48,13 @@ class SflV2(Scheme):
     def clock(self) -> str:
         return "in_turn" if self.order == "client" else "lockstep"
 
+    def shared_units(self, units: int) -> range:
+        return range(units)
+
+    @property
+    def serves_together(self) -> bool:
+        return False
+
     def start(self, training: Training, variables: Variables) -> Any:
         return states(training, PackedVariables.of(variables)) if self.keeps_state else ()
 

@@ -31,6 +31,13 @@ class Sl(Scheme):
     def clock(self) -> str:
         return "handover"
 
+    def shared_units(self, units: int) -> range:
+        return range(units)
+
+    @property
+    def serves_together(self) -> bool:
+        return False
+
     def start(self, training: Training, variables: Variables) -> Any:
         return states(training, PackedVariables.of(variables)) if self.keeps_state else ()
 

@@ -17,7 +17,6 @@ from sfl_jax.errors import BadInput
 from sfl_jax.federated import protocol
 from sfl_jax.run import rounds, wires
 from sfl_jax.schemes.psl import Psl
-from sfl_jax.schemes.sfl import Sfl
 from sfl_jax.schemes.sfl_v2 import SflV2
 from sfl_jax.schemes.sl import Sl
 
@@ -133,29 +132,6 @@ def protocol_of(run, number=0, **codecs):
     return world, works, prepared
 
 
-@pytest.mark.parametrize(
-    ("changes", "tail_units"),
-    [
-        ({}, 0),
-        pytest.param({"scheme": Sfl(tail_units=1)}, 1, marks=pytest.mark.slow),
-        pytest.param({"planner": sfl.Planner(server_flops=1e12, min_cut=0)}, 0, marks=pytest.mark.slow),
-        pytest.param({"faults": sfl.Faults(drop_probability=0.4)}, 0, marks=pytest.mark.slow),
-    ],
-)
-def test_the_ledger_is_the_bytes_of_the_messages(changes, tail_units):
-    run = make(**{"fleet": small_clients(), **changes})
-    world, works, prepared = protocol_of(run)
-    transport = protocol.Transport()
-    protocol.run_round(world, works, transport=transport, tail_units=tail_units)
-    sent, found = transport.bytes, prepared.ledger
-    assert found.model_down_bytes == sent[protocol.MODEL_DOWN] == found.model_up_bytes
-    assert found.smashed_up_bytes == sent[protocol.SMASHED_UP] + sent[protocol.GRADIENT_UP] > 0
-    assert found.labels_up_bytes == sent[protocol.LABELS_UP]
-    assert (found.labels_up_bytes > 0) == (tail_units == 0)
-    assert found.gradient_down_bytes == sent[protocol.GRADIENT_DOWN] + sent[protocol.FEATURES_DOWN]
-    assert sum(found) == sum(sent.values())
-
-
 @pytest.mark.slow
 def test_training_sends_what_the_codec_says():
     """A compiled round of sfl against the protocol with the same codec."""
@@ -164,7 +140,7 @@ def test_training_sends_what_the_codec_says():
     world, works, prepared = protocol_of(run, up=codec.transmit, down=codec.transmit)
     assert ((prepared.assignments.cut > 0) & (prepared.assignments.cut < 3)).any()
     [line] = test_run.trained(run, 1)
-    assert line.ledger == prepared.ledger
+    assert {**line._asdict(), **prepared.ledger._asdict()} == line._asdict()
     expected, *_ = protocol.run_round(world, works)
     chain = run.parts.training.chain
     found = [chain.unit_variables(run.variables, unit)["params"] for unit in range(3)]

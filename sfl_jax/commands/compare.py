@@ -105,18 +105,22 @@ def compare_clocks(config: Config) -> int:
     with screen(f"planning {config.rounds} rounds by every method") as say:
         from sfl_jax.commands import compare_plot, parts, workdir
         from sfl_jax.run import recording
+        from sfl_jax.run.ledger import sent_bytes
 
         lines = recording.logged(config.workdir)
         accuracies = [line.test_accuracy for line in lines]
         built = parts.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on it
         workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
         clocks = report.clocks(config.workdir, built.parts, lines)
-        rows = zip([line.round for line in lines], accuracies, *clocks.values(), strict=True)
+        columns = {f"{name}_s": clock.seconds for name, clock in clocks.items()}
+        columns |= {f"{name}_bytes": sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()}
+        rows = zip([line.round for line in lines], accuracies, *columns.values(), strict=True)
         written = [Path(config.workdir) / name for name in CLOCK_FILES]
-        write_csv(written[0], ("round", "test_accuracy", *(f"{name}_s" for name in clocks)), rows)
+        write_csv(written[0], ("round", "test_accuracy", *columns), rows)
         compare_plot.write_clocks(written[1], accuracies, clocks, config)
         say.result(
-            f"\n{report.table(clocks, config.deadline_factor)}\nwritten: {', '.join(map(str, written))}"
+            f"\n{report.table(clocks, accuracies, config.deadline_factor)}"
+            f"\nwritten: {', '.join(map(str, written))}"
         )
         return 0
 

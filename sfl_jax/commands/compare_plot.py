@@ -9,9 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from sfl_jax.commands import words
 from sfl_jax.commands.config import Config
 from sfl_jax.files import PNG_METADATA, whole_file
 from sfl_jax.planning.comparison import DRAWS, ERRORS, FOUR_STARTS, NEAREST, RECALL, Row
+from sfl_jax.run.clocks import Clock
+from sfl_jax.run.ledger import sent_bytes
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes where a hue comes twice.
 _STYLES = {
@@ -81,39 +84,54 @@ def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
 
 
 def write_clocks(
-    path: Path, accuracies: Sequence[float | None], clocks: Mapping[str, np.ndarray], config: Config
+    path: Path, accuracies: Sequence[float | None], clocks: Mapping[str, Clock], config: Config
 ) -> None:
-    """Test accuracy against the simulated time of every method that can serve all clients."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    draw_clocks(figure.subplots(), accuracies, clocks, config)
+    """Test accuracy against the time and the bytes of every method that can serve all clients."""
+    figure = Figure(figsize=(9, 11), layout="constrained")
+    upper, lower = figure.subplots(2)
+    draw_clocks(upper, accuracies, clocks, config)
+    draw_bytes(lower, accuracies, clocks)
     _save(figure, path)
 
 
 def draw_clocks(
-    axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[str, np.ndarray], config: Config
+    axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[str, Clock], config: Config
 ) -> None:
-    """The same into `axes`; the run's own clock comes first."""
+    """Test accuracy against simulated time into `axes`; the run's own clock comes first."""
+    seconds = {name: clock.seconds for name, clock in clocks.items()}
+    _draw_accuracy(axes, accuracies, seconds, lambda last: f"{last:,.1f} s")
+    title = f"One training of {config.model} on {config.dataset}, every method's clock"
+    axes.set(title=title, xlabel="simulated time, s")
+
+
+def draw_bytes(axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[str, Clock]) -> None:
+    """Test accuracy against all bytes sent so far, both ways."""
+    sent = {name: np.cumsum(sent_bytes(clock.ledger)) for name, clock in clocks.items()}
+    _draw_accuracy(axes, accuracies, sent, lambda last: words.amount(last, "B"))
+    axes.set(title="The same training, every method's bytes", xlabel="sent so far, bytes")
+
+
+def _draw_accuracy(axes, accuracies, against: Mapping[str, np.ndarray], said) -> None:
+    """A curve for each method whose numbers are known, the first of which is the run's own."""
     percent = 100 * np.array(accuracies, float)  # NaN where a round was not evaluated
     evaluated = np.isfinite(percent)
-    for name, seconds in clocks.items():
-        if not np.isfinite(seconds[-1]):
+    for name, values in against.items():
+        if not np.isfinite(values[-1]):
             continue
         colour, dashes = _STYLES.get(name, ("black", "-"))
-        own = name == next(iter(clocks))
+        own = name == next(iter(against))
         axes.plot(
-            seconds[evaluated], percent[evaluated],
+            values[evaluated], percent[evaluated],
             color=colour, linestyle=dashes, linewidth=2.5 if own else 1.5, marker=".",
-            label=f"{name}, {seconds[-1]:,.1f} s" + (" (this plan)" if own else ""),
+            label=f"{name}, {said(values[-1])}" + (" (this plan)" if own else ""),
         )  # fmt: skip
-    axes.set(
-        title=f"One training of {config.model} on {config.dataset}, every method's clock",
-        xlabel="simulated time, s",
-        ylabel="test accuracy, %",
-        xscale="log",
-    )
+    axes.set(ylabel="test accuracy, %", xscale="log")
     _plain(axes.xaxis)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    if axes.lines:
+        axes.legend(loc="lower right", frameon=False, fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "not known of this run", transform=axes.transAxes, ha="center")
 
 
 def _draw_sweep(axes: Axes, sweep: str, rows: Sequence[Row]) -> None:

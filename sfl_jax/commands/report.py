@@ -44,7 +44,8 @@ def report(config: Config) -> int:
             return clocks(run.workdir, built.parts, lines)
 
         found, note = _write(config.workdir, all_clocks)
-        shown = table(found, run.deadline_factor)
+        accuracies = [line.test_accuracy for line in recording.logged(config.workdir)]
+        shown = table(found, accuracies, run.deadline_factor)
         say.result("\n".join(filter(None, [shown, note])))
         print(f"written: {Path(config.workdir) / NAME}")
         return 0
@@ -60,8 +61,7 @@ def write(workdir: str, parts: Any) -> str:
 def clocks(
     workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The simulated seconds after each round by method: the run's own first, as `lines` have them, and then
-    those of `rivals`, or all.
+    """The clock of each method: the run's own first, as `lines` have it, and then those of `rivals`, or all.
 
     BadInput where the plans made now are not those of the run: then other settings or inputs held in it.
     """
@@ -70,9 +70,9 @@ def clocks(
     from sfl_jax.run import clocks
 
     made = clocks.clocks(parts, len(lines), rivals)
-    own = _own_clock(parts.planner, lines)
-    (name, logged_s), *_ = own.items()
-    if not np.allclose(made[name], logged_s, rtol=SAME, atol=0):
+    own = clocks.own_clock(parts.planner, lines)
+    (name, logged), *_ = own.items()
+    if not np.allclose(made[name].seconds, logged.seconds, rtol=SAME, atol=0):
         raise BadInput(
             f"--workdir={workdir}: its rounds were planned with other settings, inputs or another release"
         )
@@ -91,13 +91,14 @@ def _write(workdir, clocks_of):
     from sfl_jax.commands import parts, report_page
     from sfl_jax.commands.workdir import described
     from sfl_jax.run import recording
+    from sfl_jax.run.clocks import own_clock
 
     run, environment = described(workdir)
     lines, note = recording.logged(workdir), ""
     try:
         found = clocks_of(lines)
     except BadInput as error:
-        found = _own_clock(parts.planner(run), lines)
+        found = own_clock(parts.planner(run), lines)
         note = f"other methods' clocks are left out: {as_flags(str(error))}"
     ensure_page_is_ours(workdir)
     with whole_file(Path(workdir) / NAME) as file:
@@ -105,24 +106,20 @@ def _write(workdir, clocks_of):
     return found, note
 
 
-def _own_clock(planner, lines):
-    import numpy as np
+def table(clocks: Mapping[str, Any], accuracies: Sequence[float | None], deadline_factor: float) -> str:
+    """The simulated time of every method, the run's own first, and what each sends, computes and holds."""
+    from sfl_jax.commands import totals
 
-    from sfl_jax.run.clocks import own_method
-
-    return {own_method(planner): np.array([line.simulated_s for line in lines], float)}
-
-
-def table(clocks: Mapping[str, Any], deadline_factor: float) -> str:
-    """The simulated time of every method, (R,) seconds after each round, the run's own first."""
-    own_s, *_ = (seconds[-1] for seconds in clocks.values())
     own, *_ = clocks
+    times_s = {name: clock.seconds[-1] for name, clock in clocks.items()}
     rows = [
-        (name, words.clock(seconds[-1]), "this plan" if name == own else words.beside(seconds[-1], own_s))
-        for name, seconds in clocks.items()
+        (name, words.clock(time_s), "this plan" if name == own else words.beside(time_s, times_s[own]))
+        for name, time_s in times_s.items()
     ]
     note = words.whose_accuracy(deadline_factor)
-    return f"simulated time of every method\n{words.columns(rows)}\n  {note}"
+    tables = totals.method_rows(clocks), totals.accuracy_rows(clocks, accuracies)
+    more = "\n\n".join(map(totals.text, tables))
+    return f"simulated time of every method\n{words.columns(rows)}\n  {note}\n\n{more}"
 
 
 if __name__ == "__main__":

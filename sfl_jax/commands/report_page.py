@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sfl_jax.commands import words
-from sfl_jax.commands.compare_plot import draw_clocks
+from sfl_jax.commands import totals, words
+from sfl_jax.commands.compare_plot import draw_bytes, draw_clocks
 from sfl_jax.commands.config import Config, settings
+from sfl_jax.run.clocks import Clock
 from sfl_jax.run.metrics import Round, attendance
 from sfl_jax.run.recording import MARKS, PAGE
 
@@ -22,7 +23,9 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { font-weight: 600; overflow-wrap: anywhere } code { font-size: 13px; overflow-wrap: anywhere }
 .wide { overflow-x: auto } .wide svg { display: block; width: 100%; min-width: 44rem; height: auto }
-table { border-collapse: collapse } td { padding: .15rem 1.5rem .15rem 0; border-bottom: 1px solid #8884 }
+table { border-collapse: collapse; margin-bottom: 1rem }
+td, th { padding: .15rem 1.5rem .15rem 0; border-bottom: 1px solid #8884 }
+th { text-align: right; font-weight: 600 } th:first-child { text-align: left }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .columns { columns: 3 18rem }
 /* Black becomes white, and hues stay. */
@@ -34,14 +37,12 @@ def page(
     config: Config,
     environment: Mapping[str, Any],
     lines: Sequence[Round],
-    clocks: Mapping[str, np.ndarray],
+    clocks: Mapping[str, Clock],
     note: str = "",
 ) -> str:
-    """The page. `clocks` are simulated seconds after each round by method, (R,), the run's own first; `note`
-    says what of them is left out.
-    """
+    """The page. `clocks` are those of each method, the run's own first; `note` says what is left out."""
     title = f"{config.model} on {config.dataset}"
-    last = lines[-1]
+    last, own = lines[-1], next(iter(clocks.values()))
     cohort = attendance(config.cohort_size, config.clients, [line.clients for line in lines])
     done = f"{last.round} of {config.rounds} rounds, each of {cohort}"
     return "\n".join([
@@ -55,6 +56,11 @@ def page(
         f"{words.whose_accuracy(config.deadline_factor)}.</p>",
         _table(_times(clocks)), *([f"<p>{html.escape(note)}</p>"] if note else []),
         _wide(_pictures(config, lines, clocks)),
+        "<h2>Bytes, work and memory</h2>",
+        "<p>Of all rounds together, counted in closed form. Memory is the most of any round.</p>",
+        _table(totals.run_rows(own)),
+        _grid(totals.method_rows(clocks)),
+        _grid(totals.accuracy_rows(clocks, [line.test_accuracy for line in lines])),
         "<h2>Settings</h2>", _columns(settings(config, "train")),
         "<h2>Made with</h2>", _columns(environment),
         "</html>", "",
@@ -75,17 +81,17 @@ def _results(lines: Sequence[Round]) -> list[tuple[str, str]]:
     return rows
 
 
-def _times(clocks: Mapping[str, np.ndarray]) -> list[tuple[str, ...]]:
+def _times(clocks: Mapping[str, Clock]) -> list[tuple[str, ...]]:
     own, *_ = clocks
     rows = []
-    for name, seconds in clocks.items():
+    for name, (seconds, _) in clocks.items():
         label = name + (" (this plan)" if name == own else "")
         if math.isfinite(seconds[-1]):
             rows.append(
                 (
                     label,
                     f"{seconds[-1]:,.1f} s",
-                    words.beside(seconds[-1], clocks[own][-1]) if name != own else "",
+                    words.beside(seconds[-1], clocks[own].seconds[-1]) if name != own else "",
                 )
             )
         else:
@@ -102,6 +108,17 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
     return _wide("<table>\n" + "\n".join(f"<tr>{row}" for row in cells) + "\n</table>")
 
 
+def _grid(rows: Iterable[Sequence[str]]) -> str:
+    """A table of numbers below a row of titles."""
+    (corner, *titles), *numbers = rows
+    head = f"<tr><th>{html.escape(corner)}" + "".join(f"<th>{html.escape(title)}" for title in titles)
+    body = (
+        f"<tr><td>{html.escape(name)}" + "".join(f'<td class="number">{html.escape(cell)}' for cell in cells)
+        for name, *cells in numbers
+    )
+    return _wide("<table>\n" + "\n".join([head, *body]) + "\n</table>")
+
+
 def _wide(inside: str) -> str:
     """What scrolls by itself where the page is narrower."""
     return f'<div class="wide">\n{inside}\n</div>'
@@ -112,11 +129,14 @@ def _columns(values: Mapping[str, Any]) -> str:
     return '<p class="columns">\n' + "\n".join(entries) + "\n</p>"
 
 
-def _pictures(config: Config, lines: Sequence[Round], clocks: Mapping[str, np.ndarray]) -> str:
-    """One picture as SVG: accuracy on every clock, losses, and each round's time beside its bound."""
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    wide, losses, times = figure.subplot_mosaic([["clocks", "clocks"], ["losses", "times"]]).values()
-    draw_clocks(wide, [line.test_accuracy for line in lines], clocks, config)
+def _pictures(config: Config, lines: Sequence[Round], clocks: Mapping[str, Clock]) -> str:
+    """One picture as SVG: accuracy against time and bytes, losses, and each round's time beside its bound."""
+    figure = Figure(figsize=(11, 13), layout="constrained")
+    places = [["clocks", "clocks"], ["bytes", "bytes"], ["losses", "times"]]
+    wide, sent, losses, times = figure.subplot_mosaic(places).values()
+    accuracies = [line.test_accuracy for line in lines]
+    draw_clocks(wide, accuracies, clocks, config)
+    draw_bytes(sent, accuracies, clocks)
     rounds = [line.round for line in lines]
     _draw(losses, rounds, {"training": _numbers(lines, "train_loss"), "test": _numbers(lines, "test_loss")})
     losses.set(title="Cross-entropy", xlabel="round")

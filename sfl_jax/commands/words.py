@@ -3,13 +3,25 @@
 import math
 
 ALIKE = 0.005  # part by which times may differ that are called equal
+NONE = "-"  # in the place of a number that is not there
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def percent(part: float | None) -> str:
     """An accuracy; a dash where there is none."""
     if part is None:
-        return "-"
+        return NONE
     return f"{100 * part:.2f} %" if math.isfinite(part) else "not finite"
+
+
+def amount(number: float, unit: str) -> str:
+    """A number of bytes or FLOP, "1.23 GB"; a dash where it is not known."""
+    if not math.isfinite(number):
+        return NONE
+    power = 0
+    while number >= 999.5 and power < len(_PREFIXES) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {_PREFIXES[power]}{unit}"
 
 
 def beside(seconds: float, own_s: float) -> str:

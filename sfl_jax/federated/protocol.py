@@ -136,7 +136,7 @@ class Copy:
 
 
 class Party:
-    """The holder of these copies of neighbouring units: SERVER, or the client with this id. There may be none."""
+    """The holder of these copies of neighbouring units: SERVER or a client's id. There may be none."""
 
     def __init__(self, copies: Sequence[Copy], holder: str | int, transport: Transport):
         self.copies, self.holder, self.applied = copies, holder, transport.applied

@@ -1,15 +1,27 @@
-"""The simulated clock of every planning method over the rounds of a run."""
+"""What every planning method makes of the rounds of a run: its simulated clock and its ledger."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 from sfl_jax import planning
 from sfl_jax.planning import Planner, comparison
+from sfl_jax.run.ledger import Ledger, columns, ledger
 from sfl_jax.run.parts import Parts
 from sfl_jax.run.rounds import cohort
+
+
+class Clock(NamedTuple):
+    """The rounds of a run under one method.
+
+    seconds: the simulated time at the end of each round. ledger: each field of `Ledger`, with a number for
+    each round. It is NaN where a line lacks it, and where the method cannot serve the round.
+    """
+
+    seconds: Float64[np.ndarray, " R"]
+    ledger: dict[str, Float64[np.ndarray, " R"]]
 
 
 def own_method(planner: Planner) -> str:
@@ -26,11 +38,15 @@ def own_method(planner: Planner) -> str:
     return name
 
 
-def clocks(
-    parts: Parts, rounds: int, rivals: Sequence[str] | None = None
-) -> dict[str, Float64[np.ndarray, " R"]]:
-    """Returns the simulated seconds at the end of each round, by method. The run's own method comes first,
-    then `rivals`, or every method if `rivals` is None.
+def own_clock(planner: Planner, lines: Sequence[Any]) -> dict[str, Clock]:
+    """That of a run's own method, as its lines have it."""
+    seconds = np.array([line.simulated_s for line in lines], float)
+    return {own_method(planner): Clock(seconds, columns(lines))}
+
+
+def clocks(parts: Parts, rounds: int, rivals: Sequence[str] | None = None) -> dict[str, Clock]:
+    """The clock of each method over a run's rounds. The run's own method comes first, then `rivals`, or every
+    method if `rivals` is None.
 
     Without deadlines, training is the same under every method, so these clocks compare whole trainings. With
     deadlines the plan decides who comes in time, so each method would train differently. Then only the clocks
@@ -41,6 +57,7 @@ def clocks(
     others = comparison.methods(planner.barrier) if rivals is None else rivals
     names = [name, *(method for method in others if method != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
+    ledgers: list[list[Ledger | None]] = [[None] * rounds for _ in names]
     for round in range(rounds):
         ids, clients, terms, available = cohort(parts, round)
         key, delayed = planning.round_key(planner.seed, round), parts.faults.delays(parts.seed, round, ids)
@@ -54,4 +71,6 @@ def clocks(
             if plan is not None:
                 done = planning.turnout(planner, factor, terms, plan, delayed, present)
                 rounds_s[index, round] = done.round_s
-    return dict(zip(names, np.cumsum(rounds_s, axis=1), strict=True))
+                ledgers[index][round] = ledger(parts, terms, plan, done.came)
+    made = map(Clock, np.cumsum(rounds_s, axis=1), map(columns, ledgers))
+    return dict(zip(names, made, strict=True))

@@ -1,12 +1,17 @@
 """What a round sends, holds and computes, in closed form. Tests hold it equal to what the protocol does."""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float64, Int
 
 from sfl_jax import optim
 from sfl_jax.run.parts import Parts
+
+UP = ("model_up_bytes", "smashed_up_bytes", "labels_up_bytes")
+DOWN = ("model_down_bytes", "gradient_down_bytes")
+PEAKS = ("client_peak_bytes", "server_peak_bytes")
 
 
 class Ledger(NamedTuple):
@@ -29,16 +34,6 @@ class Ledger(NamedTuple):
     client_flop: int
     server_flop: int
 
-    @property
-    def up_bytes(self) -> int:
-        """What all clients sent."""
-        return self.model_up_bytes + self.smashed_up_bytes + self.labels_up_bytes
-
-    @property
-    def down_bytes(self) -> int:
-        """What the server sent."""
-        return self.model_down_bytes + self.gradient_down_bytes
-
 
 def ledger(
     parts: Parts, terms: optim.Terms, plan: optim.Plan | optim.BandPlan, came: Bool[np.ndarray, " K"]
@@ -55,6 +50,32 @@ def ledger(
     own_flop = terms.forward_flop + terms.backward_flop
     work = tuple(float((samples * flop[columns]).sum()) for flop in (own_flop, terms.work_flop))
     return Ledger(*map(round, (*sent, *held, *work)))
+
+
+def columns(records: Iterable[Any]) -> dict[str, Float64[np.ndarray, " R"]]:
+    """Each field of ledgers, or of lines of a run, with a number for each round. NaN where a record, or None,
+    lacks it.
+    """
+    records = list(records)
+    return {
+        name: np.array([getattr(record, name, None) for record in records], float) for name in Ledger._fields
+    }
+
+
+def sent_bytes(fields: Mapping[str, Float64[np.ndarray, " R"]]) -> Float64[np.ndarray, " R"]:
+    """What crossed in each round, both ways. fields: as `columns` returns them."""
+    return np.sum([fields[name] for name in (*UP, *DOWN)], axis=0)
+
+
+def totals(fields: Mapping[str, Float64[np.ndarray, " R"]]) -> dict[str, float]:
+    """All rounds together: the sum of each field, but the largest of each peak. NaN where a round lacks it.
+
+    Sums of what goes up and of what goes down are in it too. fields: as `columns` returns them.
+    """
+    peaks = {name: float(fields[name].max(initial=0)) for name in PEAKS}
+    whole = {name: float(values.sum()) for name, values in fields.items()} | peaks
+    up, down = (sum(whole[name] for name in names) for names in (UP, DOWN))
+    return whole | {"up_bytes": up, "down_bytes": down}
 
 
 def _server_bytes(parts, cuts: Int[np.ndarray, " K"]) -> float:

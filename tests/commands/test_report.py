@@ -6,6 +6,7 @@ import html.parser
 import itertools
 import json
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -21,6 +22,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.planning import Planner, comparison
 from sfl_jax.run import clocks as run_clocks
 from sfl_jax.run import recording
+from sfl_jax.run.ledger import columns
 
 RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
 
@@ -91,11 +93,12 @@ def test_the_clock_of_the_run_is_as_it_logged_it(monkeypatch):
     """What is made again may differ by rounding, which would be another number in the same run's table."""
     logged_s = [1.0, 2.0]
     made_again = {"exact": np.array(logged_s) * (1 + report.SAME / 2), "no_split": np.array([3.0, 6.0])}
+    made_again = {name: run_clocks.Clock(seconds, {}) for name, seconds in made_again.items()}
     monkeypatch.setattr(run_clocks, "clocks", lambda *_: made_again)
-    own, lines = mock.Mock(planner=Planner()), [mock.Mock(simulated_s=s) for s in logged_s]
+    own, lines = mock.Mock(planner=Planner()), [SimpleNamespace(simulated_s=s) for s in logged_s]
     found = report.clocks("run", own, lines, ())
     assert list(found) == ["exact", "no_split"]
-    assert found["exact"].tolist() == logged_s
+    assert found["exact"].seconds.tolist() == logged_s
 
 
 def test_the_page_fits_phones_and_the_dark(run, capsys):
@@ -186,8 +189,9 @@ def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeyp
     monkeypatch.setattr(report_page, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
     for round_s in (2.0, None):  # None: no round that is known
         lines = [line._replace(round_s=round_s, bound_s=round_s) for line in recording.logged(str(run))]
-        report_page._pictures(config, lines, {"exact": np.array([2.0, 4.0, 6.0])})
-    assert drawn[0].axes[2].get_ylim() == pytest.approx((0, 2.2))
+        clock = run_clocks.Clock(np.array([2.0, 4.0, 6.0]), columns(lines))
+        report_page._pictures(config, lines, {"exact": clock})
+    assert drawn[0].axes[3].get_ylim() == pytest.approx((0, 2.2))
 
 
 @pytest.mark.parametrize(

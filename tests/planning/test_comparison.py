@@ -139,16 +139,26 @@ def test_the_clock_of_a_run_is_that_of_its_own_plans():
     clocks = run_clocks.clocks(built, 4)
     assert list(clocks) == list(comparison.methods("session"))
     prepared = [prepare(built, round) for round in range(4)]
-    np.testing.assert_allclose(clocks["exact"], np.cumsum([each.plan.round_s for each in prepared]))
+    np.testing.assert_allclose(clocks["exact"].seconds, np.cumsum([each.plan.round_s for each in prepared]))
     for rival in RIVALS:
-        np.testing.assert_allclose(clocks[rival], np.cumsum([each.rival_s[rival] for each in prepared]))
-    assert all((clocks["exact"] <= clock * (1 + 1e-9)).all() for clock in clocks.values())
-    assert clocks["random_cut"][-1] > clocks["exact"][-1] * 1.01
+        np.testing.assert_allclose(
+            clocks[rival].seconds, np.cumsum([each.rival_s[rival] for each in prepared])
+        )
+    own_s = clocks["exact"].seconds
+    assert all((own_s <= clock.seconds * (1 + 1e-9)).all() for clock in clocks.values())
+    assert clocks["random_cut"].seconds[-1] > own_s[-1] * 1.01
+    for name, values in clocks["exact"].ledger.items():
+        assert values.tolist() == [getattr(each.ledger, name) for each in prepared]
+    alone = clocks["no_split"].ledger
+    assert (alone["smashed_up_bytes"] == 0).all()
+    assert (alone["server_flop"] == 0).all()
+    assert (alone["client_flop"] >= clocks["exact"].ledger["client_flop"]).all()
 
 
 def test_a_method_that_cannot_serve_everybody_never_ends():
     built = parts.build(dataclasses.replace(SMALL, clients=12, cohort_size=6, rounds=2)).parts
     poor = built.terms._replace(memory_bytes=np.where(np.arange(12) % 2, 1e12, 1.2e6))
     clocks = run_clocks.clocks(dataclasses.replace(built, terms=poor), 2)
-    assert np.isinf(clocks["no_split"]).all()
-    assert np.isfinite(clocks["exact"]).all()
+    assert np.isinf(clocks["no_split"].seconds).all()
+    assert np.isnan(clocks["no_split"].ledger["client_flop"]).all()
+    assert np.isfinite(clocks["exact"].seconds).all()

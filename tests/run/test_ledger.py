@@ -14,7 +14,7 @@ import sfl_jax as sfl
 from sfl_jax import codecs
 from sfl_jax.federated import protocol, protocol_schemes
 from sfl_jax.federated.protocol import SERVER
-from sfl_jax.run.ledger import Ledger, ledger
+from sfl_jax.run.ledger import Ledger, columns, ledger, sent_bytes, totals
 from sfl_jax.run.rounds import cohort
 from sfl_jax.schemes.psl import Psl
 from sfl_jax.schemes.sfl import Fl, Sfl
@@ -159,7 +159,8 @@ def test_the_ledger_is_what_the_parties_sent_held_and_computed(case, monkeypatch
         client_flop=flop(parts.profile, transport.applied, False),
         server_flop=flop(parts.profile, transport.applied, True),
     )
-    assert found.up_bytes + found.down_bytes == sum(sent.values())
+    whole = totals(columns([found]))
+    assert whole["up_bytes"] + whole["down_bytes"] == sum(sent.values())
     assert (found.labels_up_bytes > 0) == (scheme.tail_units == 0 and min(cuts) < L)
 
 
@@ -201,5 +202,16 @@ def test_a_round_counts_those_who_came():
     world, works, prepared = test_schemes.protocol_of(run)
     assert 0 < prepared.turnout.came.sum() < 3
     transport = run_round(Sfl(), world, works)
-    assert prepared.ledger.up_bytes + prepared.ledger.down_bytes == sum(transport.bytes.values())
+    assert sent_bytes(columns([prepared.ledger])) == sum(transport.bytes.values())
     assert prepared.ledger.client_flop == flop(run.parts.profile, transport.applied, False)
+
+
+def test_totals_are_sums_and_the_largest_peaks_and_unknown_where_a_round_is():
+    one, other = (Ledger(*np.arange(first, first + 9)) for first in (1, 100))
+    whole = totals(columns([other, one]))
+    assert whole["smashed_up_bytes"] == 2 + 101
+    assert whole["server_flop"] == 9 + 108
+    assert (whole["client_peak_bytes"], whole["server_peak_bytes"]) == (105, 106)
+    assert whole["up_bytes"] == (2 + 101) + (3 + 102) + (5 + 104)
+    assert whole["down_bytes"] == (1 + 100) + (4 + 103)
+    assert all(np.isnan(value) for value in totals(columns([one, None])).values())

@@ -1,0 +1,77 @@
+"""What a run sent, computed and held under each method, and what it took to an accuracy, as rows of words."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sfl_jax.commands import words
+from sfl_jax.run.clocks import Clock
+from sfl_jax.run.ledger import DOWN, UP, sent_bytes, totals
+
+TARGETS = (0.97, 0.98, 0.99)
+_KINDS = {
+    "model_down_bytes": "models", "gradient_down_bytes": "gradients",
+    "model_up_bytes": "models", "smashed_up_bytes": "smashed data", "labels_up_bytes": "labels",
+}  # fmt: skip
+
+Row = tuple[str, ...]
+
+
+def run_rows(clock: Clock) -> list[Row]:
+    """The totals of a run under one method: a name, an amount, and what it consists of."""
+    whole = totals(clock.ledger)
+
+    def kinds(names):
+        return ", ".join(f"{_KINDS[name]} {words.amount(whole[name], 'B')}" for name in names)
+
+    return [
+        ("sent by clients", words.amount(whole["up_bytes"], "B"), kinds(UP)),
+        ("sent by the server", words.amount(whole["down_bytes"], "B"), kinds(DOWN)),
+        ("computed by clients", words.amount(whole["client_flop"], "FLOP"), ""),
+        ("computed by the server", words.amount(whole["server_flop"], "FLOP"), ""),
+        ("most memory of a client", words.amount(whole["client_peak_bytes"], "B"), ""),
+        ("most memory of the server", words.amount(whole["server_peak_bytes"], "B"), ""),
+    ]
+
+
+def method_rows(clocks: Mapping[str, Clock]) -> list[Row]:
+    """The totals of every method below a row of titles."""
+    shown = {
+        "up_bytes": ("up", "B"), "down_bytes": ("down", "B"),
+        "client_flop": ("clients compute", "FLOP"), "server_flop": ("server computes", "FLOP"),
+        "client_peak_bytes": ("a client holds", "B"), "server_peak_bytes": ("server holds", "B"),
+    }  # fmt: skip
+    rows: list[Row] = [("all rounds together", *(title for title, _ in shown.values()))]
+    for name, clock in clocks.items():
+        whole = totals(clock.ledger)
+        rows.append((name, *(words.amount(whole[field], unit) for field, (_, unit) in shown.items())))
+    return rows
+
+
+def accuracy_rows(clocks: Mapping[str, Clock], accuracies: Sequence[float | None]) -> list[Row]:
+    """The simulated time and the bytes after which a test accuracy was reached, by method, below titles."""
+    first = [first_round(accuracies, target) for target in TARGETS]
+    rows: list[Row] = [("time and bytes to", *(f"{target:.0%} accuracy" for target in TARGETS))]
+    for name, clock in clocks.items():
+        bytes_so_far = np.cumsum(sent_bytes(clock.ledger))
+        cells = (
+            words.NONE
+            if index is None
+            else f"{words.clock(clock.seconds[index])}, {words.amount(bytes_so_far[index], 'B')}"
+            for index in first
+        )
+        rows.append((name, *cells))
+    return rows
+
+
+def first_round(accuracies: Sequence[float | None], target: float) -> int | None:
+    """The place of the first round whose test accuracy is at least the target; None where there is none."""
+    reached = (index for index, part in enumerate(accuracies) if part is not None and part >= target)
+    return next(reached, None)
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Rows as lines: the first cell flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join(f"  {'  '.join(row)}".rstrip() for row in cells)

@@ -106,9 +106,9 @@ def draw_clocks(
 
 def draw_bytes(axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[str, Clock]) -> None:
     """Test accuracy against all bytes sent so far, both ways."""
-    sent = {name: np.cumsum(sent_bytes(clock.ledger)) for name, clock in clocks.items()}
-    _draw_accuracy(axes, accuracies, sent, lambda last: words.amount(last, "B"))
-    axes.set(title="The same training, every method's bytes", xlabel="sent so far, bytes")
+    sent_mb = {name: np.cumsum(sent_bytes(clock.ledger)) / 1e6 for name, clock in clocks.items()}
+    _draw_accuracy(axes, accuracies, sent_mb, lambda last_mb: words.amount(1e6 * last_mb, "B"))
+    axes.set(title="The same training, every method's bytes", xlabel="sent so far, MB")
 
 
 def _draw_accuracy(axes, accuracies, against: Mapping[str, np.ndarray], said) -> None:

@@ -132,8 +132,9 @@ def _columns(values: Mapping[str, Any]) -> str:
 def _pictures(config: Config, lines: Sequence[Round], clocks: Mapping[str, Clock]) -> str:
     """One picture as SVG: accuracy against time and bytes, losses, and each round's time beside its bound."""
     figure = Figure(figsize=(11, 13), layout="constrained")
-    places = [["clocks", "clocks"], ["bytes", "bytes"], ["losses", "times"]]
-    wide, sent, losses, times = figure.subplot_mosaic(places).values()
+    wide, sent, losses, times = figure.subplot_mosaic(
+        [["clocks", "clocks"], ["bytes", "bytes"], ["losses", "times"]]
+    ).values()
     accuracies = [line.test_accuracy for line in lines]
     draw_clocks(wide, accuracies, clocks, config)
     draw_bytes(sent, accuracies, clocks)

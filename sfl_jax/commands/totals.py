@@ -49,19 +49,22 @@ def method_rows(clocks: Mapping[str, Clock]) -> list[Row]:
 
 
 def accuracy_rows(clocks: Mapping[str, Clock], accuracies: Sequence[float | None]) -> list[Row]:
-    """The simulated time and the bytes after which a test accuracy was reached, by method, below titles."""
-    first = [first_round(accuracies, target) for target in TARGETS]
-    rows: list[Row] = [("time and bytes to", *(f"{target:.0%} accuracy" for target in TARGETS))]
-    for name, clock in clocks.items():
-        bytes_so_far = np.cumsum(sent_bytes(clock.ledger))
-        cells = (
-            words.NONE
-            if index is None
-            else f"{words.clock(clock.seconds[index])}, {words.amount(bytes_so_far[index], 'B')}"
-            for index in first
-        )
-        rows.append((name, *cells))
-    return rows
+    """The simulated time and the bytes to some test accuracies, by method, below a row of titles.
+
+    A dash means that the run did not reach it. If it reached none, one row says so for all methods.
+    """
+    reached = [first_round(accuracies, target) for target in TARGETS]
+    titles = "time and bytes to", *(f"{100 * target:.0f} % accuracy" for target in TARGETS)
+    if all(index is None for index in reached):
+        return [titles, ("not reached", *(words.NONE for _ in TARGETS))]
+    return [titles, *((name, *_spent(clock, reached)) for name, clock in clocks.items())]
+
+
+def _spent(clock, reached):
+    sent = np.cumsum(sent_bytes(clock.ledger))
+    for index in reached:
+        spent = index is not None and f"{words.clock(clock.seconds[index])}, {words.amount(sent[index], 'B')}"
+        yield spent or words.NONE
 
 
 def first_round(accuracies: Sequence[float | None], target: float) -> int | None:

@@ -63,8 +63,10 @@ def accuracy_rows(clocks: Mapping[str, Clock], accuracies: Sequence[float | None
 def _spent(clock, reached):
     sent = np.cumsum(sent_bytes(clock.ledger))
     for index in reached:
-        spent = index is not None and f"{words.clock(clock.seconds[index])}, {words.amount(float(sent[index]), 'B')}"
-        yield spent or words.NONE
+        if index is None:
+            yield words.NONE
+        else:
+            yield f"{words.clock(clock.seconds[index])}, {words.amount(float(sent[index]), 'B')}"
 
 
 def first_round(accuracies: Sequence[float | None], target: float) -> int | None:

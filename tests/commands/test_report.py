@@ -15,14 +15,14 @@ from commands import small_world
 from matplotlib.figure import Figure
 
 from sfl_jax import fleet
-from sfl_jax.commands import compare, parts, report, report_page, train
+from sfl_jax.commands import compare, parts, report, report_page, train, words
 from sfl_jax.commands import workdir as workdirs
 from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
 from sfl_jax.planning import Planner, comparison
 from sfl_jax.run import clocks as run_clocks
 from sfl_jax.run import recording
-from sfl_jax.run.ledger import columns
+from sfl_jax.run.ledger import UP, Ledger, columns
 
 RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
 
@@ -80,6 +80,8 @@ def test_training_leaves_a_page_and_the_command_adds_every_method(run, capsys):
         rows = one.rows()
         assert rows["test accuracy after round 3"] == f"{100 * lines[-1]['test_accuracy']:.2f} %"
         assert rows["exact (this plan)"] == f"{lines[-1]['simulated_s']:,.1f} s"
+        up = sum(line[name] for line in lines for name in UP)
+        assert rows["sent by clients"] == words.amount(up, "B") != words.NONE
         assert one.open.count("svg") == 1
         assert {"--seed", "seed=7"} & {text for tag, text in one.texts if tag == "code"}
     assert {"no_split", "common_cut"} <= first.rows().keys()
@@ -115,6 +117,15 @@ def test_the_page_fits_phones_and_the_dark(run, capsys):
     assert "fill: #ffffff" not in text
     assert "fill: none" in text
     assert re.search(r"<td>no_split<td[^>]*>[\d.]+ s<td>this plan is ", text)
+
+
+def test_of_a_run_that_counted_nothing_the_page_has_dashes(run):
+    lines = [line._replace(**dict.fromkeys(Ledger._fields)) for line in recording.logged(str(run))]
+    clocks = run_clocks.own_clock(Planner(), lines)
+    page = Page(report_page.page(workdirs.described(str(run))[0], {}, lines, clocks))
+    for name in ("sent by clients", "computed by the server", "most memory of a client"):
+        assert page.rows()[name] == words.NONE
+    assert "not known of this run" in [text for _, text in page.texts]
 
 
 def test_names_are_text_and_not_markup(run, tmp_path, capsys):

@@ -2,9 +2,6 @@
 
 import math
 
-from scipy.optimize import root_scalar
-from scipy.special import log_ndtr
-
 from sfl_jax.errors import BadInput
 
 
@@ -36,6 +33,8 @@ def epsilon(sigma: float, messages: int, delta: float) -> float:
         return 0.0
     if not sigma:
         return math.inf
+    from scipy.optimize import root_scalar  # it takes long to import
+
     ratio = 2 * math.sqrt(messages) / sigma
     if _log_delta(ratio, 0.0) <= math.log(delta):
         return 0.0
@@ -46,5 +45,7 @@ def epsilon(sigma: float, messages: int, delta: float) -> float:
 
 def _log_delta(ratio: float, eps: float) -> float:
     """log(Φ(μ/2 - ε/μ) - exp(ε) Φ(-μ/2 - ε/μ)). ratio: μ, the largest difference in units of the noise."""
+    from scipy.special import log_ndtr
+
     larger, smaller = log_ndtr(ratio / 2 - eps / ratio), eps + log_ndtr(-ratio / 2 - eps / ratio)
     return float(larger + math.log(-math.expm1(min(smaller - larger, -math.ulp(0)))))  # rounding may give 0

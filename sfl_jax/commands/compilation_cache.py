@@ -36,12 +36,17 @@ def enable() -> Path | None:
 
 
 def notes() -> Path | None:
-    """The file of what was measured here with these releases; None where JAX is told to keep nothing, or
+    """The file of what was measured here with these releases, in `directory`."""
+    place = directory()
+    return place and place / "executions.json"
+
+
+def directory() -> Path | None:
+    """Where what was found out here with these releases is kept; None where JAX is told to keep nothing, or
     there is no place for it.
     """
     keeps = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    directory = default_directory() if keeps else None
-    return directory and directory / "executions.json"
+    return default_directory() if keeps else None
 
 
 def default_directory() -> Path | None:

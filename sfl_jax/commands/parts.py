@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from sfl_jax import datasets, fleet, models, optim, planning, registry, schemes
-from sfl_jax.commands import division
+from sfl_jax.commands import compilation_cache, division, kept_profile
 from sfl_jax.commands.config import AUTO, Config, fields_of, validate
 from sfl_jax.commands.fields import DATA, FLEET, HARMLESS
 from sfl_jax.commands.rules import RANDOM
@@ -90,8 +90,10 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     clients = clients.with_samples([len(share) for share in shares])
     planning.check_links(own_planner, clients)
     say(f"counting the work of the {len(chain)} units of {config.model}")
-    profile = models.profile(chain, image_shape, stored_shape=data.train_images.shape[1:])
-    notes += division.single_values(config, shares, models.least_normalised(chain, image_shape))
+    directory = compilation_cache.directory() if config.compilation_cache else None
+    stored = data.train_images.shape[1:]
+    profile, least = kept_profile.profile(directory, chain, image_shape, stored)
+    notes += division.single_values(config, shares, least)
     own_work = work(config, data.train_images.dtype, len(chain))
     terms = optim.terms(profile, clients, own_work, _wires(config, profile))  # pyright: ignore[reportArgumentType] has samples
     own_sampling = sampling(config, clients)
@@ -110,7 +112,8 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
         functools.partial(_initial, config, chain, image_shape), own_scheme, own_planner, faults, image_shape,
         config.cohort_size, config.local_epochs, config.batch_size, rate(config), config.eval_every,
         config.seed, suiting.execution_for(own_scheme, execution(config), config.cohort_size), devices,
-        sampling=own_sampling, network=f"{config.model} at {config.image_size}", program=_program(config),
+        sampling=own_sampling, network=f"{config.model} at {config.image_size}",
+        program=f"{_program(config)}, {scaling}",
     )  # fmt: skip
     return Built(config, parts, scaling, init_digest, tuple(notes))
 

@@ -116,6 +116,8 @@ def _train(config, stop, writes, say) -> int:
         for note in built.notes:
             say.result(note)
         inputs, run = parts.inputs(built), Run.of(built.parts)
+        notes = compilation_cache.notes() if config.compilation_cache else None
+        run.load(notes)
         if progress is None:
             say("drawing the first weights" if not config.init_from else f"reading {config.init_from}")
             run.start()
@@ -124,7 +126,6 @@ def _train(config, stop, writes, say) -> int:
             run.resume(checkpoints, progress)
             say.result(f"--workdir={config.workdir}: going on after round {run.round} of {config.rounds}")
         before = parts.settled(progress.settings) if progress else None
-        notes = compilation_cache.notes() if config.compilation_cache else None
         stop.may_end("measuring and compiling")
         run.compile(config.rounds, before, notes, say)
         config = parts.with_execution(config, run.parts.execution)

@@ -1,6 +1,8 @@
 """Makes devices of CPU cores. Imports only JAX, because it must run before JAX looks for devices."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax._src import xla_bridge  # nothing public knows whether JAX has looked for devices
@@ -19,5 +21,14 @@ def cores_as_devices(most: int) -> None:
     said = jax.config.jax_num_cpu_devices >= 0 or _FORCED in os.environ.get("XLA_FLAGS", "")  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
     if said or xla_bridge.backends_are_initialized() or jax.distributed.is_initialized():
         return
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", max(1, min(most, own)))
+    jax.config.update("jax_num_cpu_devices", max(1, min(most, _own())))
+
+
+def has_core_each(devices: Sequence[Any]) -> bool:
+    """Whether these devices of one process are CPU cores, so that none computes with several cores."""
+    return devices[0].platform == "cpu" and len(devices) >= _own()
+
+
+def _own() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import evaluation
 from sfl_jax.federated.balance import fill_chunks
+from sfl_jax.federated.kept import NOTHING, Kept
 from sfl_jax.federated.packing import PackedVariables
 from sfl_jax.federated.round import Outcome, normalised, run_round
 from sfl_jax.federated.session import Assignment, Loss, Samples, Training, cross_entropy
@@ -75,19 +76,27 @@ class Rounds:
     places them. The given model is donated. Compiles once for each shape.
 
     execution: "vmap" computes a chunk's clients at once, "map" one after the other.
+    kept: where programs are looked for before they are compiled. facts: see `Kept.compiled`.
     """
 
     def __init__(
-        self, training: Training, clients_per_chunk: int, devices: Sequence[Any], execution: str = "vmap"
+        self,
+        training: Training,
+        clients_per_chunk: int,
+        devices: Sequence[Any],
+        execution: str = "vmap",
+        kept: Kept = NOTHING,
+        facts: tuple[Any, ...] = (),
     ):
         self._devices = devices
+        self._ready = _Ready("round", kept, facts)
         self._most = 1 if execution == "map" else clients_per_chunk
         self._program = functools.cache(functools.partial(map_round, training, devices))
         self._room = 0
 
     def __call__(self, *arguments: Any):
         placed, program = self._place(*arguments)
-        return program(*placed)
+        return self._ready.program(placed, program)(*placed)
 
     def bytes_needed(self, *arguments: Any) -> int:
         """The memory that such a round needs on each device, beside the model and the samples placed already.
@@ -97,7 +106,8 @@ class Rounds:
         """
         placed, program = self._place(*arguments)
         sent = bytes_placed(placed[2] if _are_placed(arguments[1]) else placed[1:3])
-        return program_bytes(program.lower(*placed).compile()) + 2 * sent
+        results = placed[0], *placed[-1][:2]  # the model, the loss and who diverged
+        return program_bytes(self._ready.compiled(placed, program, results)) + 2 * sent
 
     def _place(self, model, samples, assignments, key, learning_rate, previous=None):
         assignments = assignments._replace(weight=normalised(assignments.weight))
@@ -113,6 +123,28 @@ class Rounds:
             previous = Outcome(*replicate((np.float32(0), nobody, np.int32(0)), self._devices))
         scalars = replicate((key, np.float32(learning_rate)), self._devices)
         return (model, *placed, *scalars, previous), self._program(size, _are_placed(samples))
+
+
+class _Ready:
+    """Programs of one name that are compiled, or were found on the disk, by the shapes that they take."""
+
+    def __init__(self, name: str, kept: Kept, facts: tuple[Any, ...]):
+        self._name, self._kept, self._facts = name, kept, facts
+        self._programs: dict[Any, Any] = {}
+
+    def compiled(self, arguments: tuple[Any, ...], program: Any, results: Any) -> Any:
+        """The program as it is kept, or else compiled, for the calls to come, and kept."""
+        found = self._kept.compiled(self._name, program, arguments, results, *self._facts)
+        self._programs[_shapes(arguments)] = found
+        return found
+
+    def program(self, arguments: tuple[Any, ...], program: Any) -> Any:
+        """The one that is ready for these arguments, else `program`, which compiles when it is called."""
+        return self._programs.get(_shapes(arguments), program) if self._programs else program
+
+
+def _shapes(arguments):
+    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
 
 
 def map_round(training: Training, devices: Sequence[Any], size: int, samples_stay: bool = False) -> Any:
@@ -192,7 +224,10 @@ class Evaluation:
         devices: Sequence[Any],
         loss: Loss = cross_entropy,
         metric: evaluation.Metric = evaluation.accuracy,
+        kept: Kept = NOTHING,
+        facts: tuple[Any, ...] = (),
     ):
+        self._ready = _Ready("evaluation", kept, facts)
         body = functools.partial(evaluation.evaluate, chain, preprocess, loss, metric)
         if len(devices) == 1:
             self._program: Any = jax.jit(functools.partial(body, None))
@@ -202,11 +237,11 @@ class Evaluation:
             )
 
     def __call__(self, packed: PackedVariables, held_out: Samples) -> tuple[jax.Array, ...]:
-        return self._program(packed, held_out)
+        return self._ready.program((packed, held_out), self._program)(packed, held_out)
 
     def bytes_needed(self, packed: PackedVariables, held_out: Samples) -> int:
         """The memory that it needs on each device, beside its arguments. Compiles it for later calls."""
-        return program_bytes(self._program.lower(packed, held_out).compile())
+        return program_bytes(self._ready.compiled((packed, held_out), self._program, (0, 0)))
 
 
 def _are_placed(samples: Samples) -> bool:

@@ -7,6 +7,7 @@ in their real shapes under each alternative: forward, backward and update, vmapp
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -145,6 +146,7 @@ def seconds_per_client(
     )
 
 
+@functools.cache  # the same for every size of a chunk
 def _inputs(chain, images):
     """The shape of each unit's input."""
     inputs = []
@@ -190,7 +192,7 @@ def _seconds_of_unit(chain, index, x, clients, devices):
         placed, run = jax.device_put(arguments, devices[0]), jax.jit(together)
     else:  # every device computes the same
         every = NamedSharding(Mesh(np.asarray(devices), ("devices",)), PartitionSpec("devices"))
-        repeated = jax.tree.map(lambda x: jnp.stack([x] * len(devices)), arguments)
+        repeated = jax.tree.map(functools.partial(_repeated, len(devices)), arguments)
         placed, run = jax.device_put(repeated, every), jax.pmap(together, devices=devices)
     jax.block_until_ready(run(*placed))
     times: list[float] = []
@@ -199,6 +201,11 @@ def _seconds_of_unit(chain, index, x, clients, devices):
         jax.block_until_ready(run(*placed))
         times.append(time.perf_counter() - begun)
     return min(times) / STEPS / clients
+
+
+def _repeated(times, x):
+    """The array so many times, made by NumPy where it can: else every shape would be a program of its own."""
+    return np.stack([x] * times) if isinstance(x, np.ndarray) else jnp.stack([x] * times)
 
 
 def _moved(value, gradient):

@@ -58,8 +58,9 @@ class PackedVariables(NamedTuple):
     batch_stats: Packed
 
     @classmethod
-    def of(cls, variables: Variables) -> "PackedVariables":
-        return cls(pack(variables.params), pack(variables.batch_stats))
+    def of(cls, variables: Variables, numpy: Any = jnp) -> "PackedVariables":
+        """Packs the variables. numpy: see `pack`."""
+        return cls(pack(variables.params, numpy), pack(variables.batch_stats, numpy))
 
     def unpack(self) -> Variables:
         """The variables in the form that the chain takes."""

@@ -33,7 +33,7 @@ class Programs:
         """
         same = self._entries.get(self._of_device(f"{network}, {program}"), {})
         if same:
-            return f"tracing the round, loading its compiled program{_about(same.get('loaded_s'))}"
+            return f"loading the compiled round{_about(same.get('loaded_s'))}"
         alike = [
             one["compiled_s"]
             for one in self._entries.values()

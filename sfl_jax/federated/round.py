@@ -143,16 +143,17 @@ def taken(
     return new, jnp.where(sound, loss, jnp.nan), diverged
 
 
-def start_model(training: Training, variables: Variables) -> Model:
-    """The model before the first round."""
-    model, optimizer = Model.of(variables), training.server_optimizer
+def start_model(training: Training, variables: Variables, numpy: Any = jnp) -> Model:
+    """The model before the first round; `numpy`: see `pack`."""
+    model, optimizer = Model(PackedVariables.of(variables, numpy)), training.server_optimizer
     if training.scheme is not None:
         model = model._replace(kept=training.scheme.start(training, variables))
     elif training.personal is not None:
         model = model._replace(kept=training.personal.bank(model.packed))
     if optimizer is None:
         return model
-    return model._replace(server_state=optimizer.init(_for_server(optimizer, model.packed.params)))
+    # As one program: by itself every array of the state would be one.
+    return model._replace(server_state=jax.jit(optimizer.init)(_for_server(optimizer, model.packed.params)))
 
 
 def _server_step(optimizer, model, mean):

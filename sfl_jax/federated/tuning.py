@@ -15,11 +15,16 @@ import jax
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import execution, memory, processes
 from sfl_jax.federated.balance import chunk_size, places_per_client
+from sfl_jax.federated.cores import has_core_each
 from sfl_jax.federated.execution import AUTO, Alternative, Execution
 from sfl_jax.models import Profile
 from sfl_jax.models.layers import FORMS
 
 FAR_TOO_MUCH = 1.5  # a round expected to need more than this times the budget is refused before compiling
+# From this many multiply-accumulates in a client's step on, several clients at once gain nothing on one core:
+# the time around kernels no longer counts. B0's step at batch 32 has 1.5e9. There 2 to 5 clients at once take
+# 1.16 to 1.20 times as long as one after the other (docs/log/compiling.md).
+LONG_MACS = 1e9
 GIB = 2**30
 
 
@@ -119,7 +124,7 @@ def budget_bytes(asked: Execution, devices: Sequence[Any], placed_bytes: int = 0
     """The bytes that a round may take on each device beside what is placed: the least over all devices."""
     if asked.memory_budget_gib:
         return max(int(GIB * asked.memory_budget_gib) - placed_bytes, 0)
-    own = [device for device in devices if device.process_index == jax.process_index()]
+    own = _own(devices)
     host = zlib.crc32(platform.node().encode()) % 2**31
     sharers = len(own) * int((processes.of_all(host) == host).sum())
     # In GiB, because processes exchange numbers of 32 bits.
@@ -147,11 +152,23 @@ def _sizes(asked, facts, budget) -> list[int]:
         raise _too_much(asked, facts, forced or 1, least, budget)
     if forced:
         return [forced]
+    if asked.mode == AUTO and _is_long(facts) and has_core_each(_own(facts.devices)):
+        return [1]
     sizes = [
         size for size in execution.chunk_sizes(cohort, devices)
         if size == 1 or expected_bytes(facts, size) <= budget
     ]  # fmt: skip
     return [size for size in sizes if size > 1 or asked.mode != "vmap"] or sizes
+
+
+def _is_long(facts):
+    """Whether the step of one client keeps a core busy with large kernels."""
+    return facts.batch_size * (facts.profile.forward_macs + facts.profile.backward_macs).sum() >= LONG_MACS
+
+
+def _own(devices):
+    """Those of this process."""
+    return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def _circumstances(facts):

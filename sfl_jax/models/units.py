@@ -163,10 +163,19 @@ def described(x: PyTree) -> str:
 
 
 def shapes(unit: nn.Module, x: PyTree) -> Shapes:
-    """The shapes of a unit's output and of its variables. Nothing is computed."""
+    """The shapes of a unit's output and of its variables. Equal units are traced once."""
+    leaves, structure = jax.tree.flatten(x)
+    arrays = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    output, variables = _traced_shapes(kind(reference_form(unit)), arrays, structure)
+    # The caller may take its dicts apart.
+    return Shapes(output, jax.tree.map(lambda leaf: leaf, variables))
+
+
+@functools.cache
+def _traced_shapes(unit, arrays, structure):
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-    init = functools.partial(reference_form(unit).init_with_output, **mode(unit, train=False))
-    return Shapes(*jax.eval_shape(init, key, x))
+    init = functools.partial(unit.init_with_output, **mode(unit, train=False))
+    return jax.eval_shape(init, key, jax.tree.unflatten(structure, arrays))
 
 
 def init(unit: nn.Module, key: Key[Array, ""], x: PyTree, shapes: Shapes) -> dict[str, PyTree]:

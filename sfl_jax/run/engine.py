@@ -1,8 +1,10 @@
 """Compiles a run's rounds and its evaluation, and places its data on the devices."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +13,10 @@ import jax
 from sfl_jax import planning
 from sfl_jax.datasets import Dataset
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.federated import execution, tuning
+from sfl_jax.federated import execution, processes, tuning
 from sfl_jax.federated.evaluation import batch_of
 from sfl_jax.federated.execution import Alternative, Execution
+from sfl_jax.federated.kept import NOTHING, Kept
 from sfl_jax.federated.programs import Programs
 from sfl_jax.federated.session import Samples
 from sfl_jax.run.parts import Parts, Say, silent
@@ -24,14 +27,20 @@ from sfl_jax.run.state import State
 class Engine(NamedTuple):
     """The placed data and the compiled programs of a run.
 
-    held_out: the test samples, or None without any. tried: measured seconds of each alternative.
+    testing: the test samples, once `evaluate` is compiled for them; None without any. tried: measured seconds
+    of each alternative.
     """
 
     samples: Samples
-    held_out: Samples | None
+    testing: Future[Samples] | None
     run_round: federated_devices.Rounds
     evaluate: Callable[..., Any]
     tried: dict[Alternative, float]
+
+    @property
+    def held_out(self) -> Samples | None:
+        """The samples to test on; waits until `evaluate` is compiled."""
+        return self.testing and self.testing.result()
 
 
 def compile_rounds(
@@ -41,12 +50,14 @@ def compile_rounds(
     notes: Path | None = None,
     say: Say = silent,
     more: bool = True,
+    kept: Kept = NOTHING,
 ) -> tuple[Parts, Engine]:
     """Returns the parts with a settled execution, and the engine for the rounds after `state`.
 
     A chunk size that the execution leaves open shrinks until the compiled round fits into the memory. Raises
     BadInput if no size fits. `more` says whether a round is to come; without one no round is compiled.
-    `before` and `notes`: see `tuning.settle`.
+    `before` and `notes`: see `tuning.settle`. `kept`: programs of earlier starts. The evaluation is compiled
+    beside the first rounds, which do not need it.
     """
     data, devices, own = parts.data, parts.devices, parts.training
     images = entering_network(own.preprocess, data, parts.batch_size)
@@ -67,27 +78,47 @@ def compile_rounds(
     placed += federated_devices.bytes_placed(samples)
     settled, tried = tuning.settle(parts.execution, before, facts, seconds, notes, placed)
     training = dataclasses.replace(own, chain=own.chain.in_form(settled.layer_form))
-    say("compiling the evaluation")
     evaluate = federated_devices.Evaluation(
-        training.chain, training.preprocess, devices, training.loss, parts.metric
-    )
-    held_out = _place_held_out(parts, evaluate, state, placed) if len(data.test_labels) else None
-    placed += federated_devices.bytes_placed(held_out)
+        training.chain, training.preprocess, devices, training.loss, parts.metric, kept,
+        (settled.layer_form,),
+    )  # fmt: skip
+    before_held_out, held_out = placed, None
+    if len(data.test_labels):
+        held_out = _placed_held_out(parts, batch_of(parts.image_shape))
+        placed += federated_devices.bytes_placed(held_out)
     first, needed = prepare(parts, state.round) if more else None, {}
     programs = Programs(notes, devices)
     while True:
         one = f"{parts.network}, {settled.layer_form}"
         say(programs.expected(one, program(parts, settled)))
         begun = time.perf_counter()
-        rounds = federated_devices.Rounds(training, settled.clients_per_chunk, devices, settled.mode)
-        engine = Engine(samples, held_out, rounds, evaluate, tried)
+        rounds = federated_devices.Rounds(
+            training, settled.clients_per_chunk, devices, settled.mode, kept, (one, program(parts, settled))
+        )
+        engine = Engine(samples, None, rounds, evaluate, tried)
         of_round = rounds.bytes_needed(*arguments(parts, engine, state, first)) if first else 0
         programs.took(one, program(parts, settled), time.perf_counter() - begun)
         needed[settled.clients_per_chunk] = tuning.most_bytes(of_round)
         smaller = tuning.fit(settled, parts.execution.left_open, needed, facts, placed)
         if smaller == settled:
-            return dataclasses.replace(parts, execution=settled, training=training), engine
+            break
         settled = smaller
+    if held_out is not None:
+        like = state._replace(model=jax.tree.map(_like, state.model))  # the model is given to the first round
+        fit = functools.partial(_fit_held_out, parts, evaluate, like, before_held_out, held_out)
+        engine = engine._replace(testing=_meanwhile(fit))
+    return dataclasses.replace(parts, execution=settled, training=training), engine
+
+
+def kept_programs(parts: Parts, notes: Path | None) -> Kept:
+    """What earlier starts kept beside `notes` of the programs of such a run; begins to load the round's.
+
+    Nothing where `parts.program` does not say what they follow from.
+    """
+    place = notes.parent if notes and parts.program else None
+    kept = Kept(place, parts.devices, parts.network, parts.program)
+    kept.begin("round")
+    return kept
 
 
 def program(parts: Parts, settled: Execution) -> str:
@@ -107,14 +138,32 @@ def entering_network(preprocess: Any, data: Dataset, batch: int) -> Any:
     return jax.eval_shape(preprocess, jax.ShapeDtypeStruct((batch, *shape), dtype))
 
 
-def _place_held_out(parts, evaluate, state, placed):
-    """The test samples on the devices, in batches small enough for the memory."""
-    batch, images, labels = batch_of(parts.image_shape), parts.data.test_images, parts.data.test_labels
+def _placed_held_out(parts, batch):
+    """The test samples on the devices, in batches."""
+    data = parts.data
+    return federated_devices.place_held_out(data.test_images, data.test_labels, parts.devices, batch)
+
+
+def _fit_held_out(parts, evaluate, state, placed, held_out):
+    """`held_out`, or the same samples in batches with which `evaluate` fits into the memory."""
+    batch = batch_of(parts.image_shape)
     while True:
-        held_out = federated_devices.place_held_out(images, labels, parts.devices, batch)
         needed = tuning.most_bytes(evaluate.bytes_needed(state.model.packed, held_out))
         taken = placed + federated_devices.bytes_placed(held_out)
         free = tuning.budget_bytes(parts.execution, parts.devices, taken)
         if needed <= free or batch == 1:
             return held_out
         batch = max(1, min(batch // 2, batch * free // needed))
+        held_out = _placed_held_out(parts, batch)
+
+
+def _meanwhile(work) -> Future[Samples]:
+    """The result of `work`, done in a thread. Several processes wait, since they talk to each other in it."""
+    pool = ThreadPoolExecutor(1, "evaluation")
+    future = pool.submit(work)
+    pool.shutdown(wait=not processes.is_alone())
+    return future
+
+
+def _like(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

@@ -18,11 +18,12 @@ from sfl_jax.federated import cores, optimizers
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.evaluation import BATCH, Metric, accuracy, batch_of
 from sfl_jax.federated.execution import Execution
+from sfl_jax.federated.kept import NOTHING
 from sfl_jax.federated.session import Augment, Loss, Training, cross_entropy
 from sfl_jax.fleet import Faults, Fleet, Sampling
 from sfl_jax.planning import Planned, Planner
 from sfl_jax.run import clients, loop, metrics, saving, suiting, wires
-from sfl_jax.run.engine import Engine, compile_rounds, entering_network
+from sfl_jax.run.engine import Engine, compile_rounds, entering_network, kept_programs
 from sfl_jax.run.parts import Parts, Say, always, silent
 from sfl_jax.run.rounds import asked, cohort
 from sfl_jax.run.state import State, is_held, resume, start
@@ -192,6 +193,7 @@ class Run:
         self.parts = parts
         self.engine: Engine | None = None
         self._state: State | None = None
+        self._kept = NOTHING
         self._before: Execution | None = None  # how the restored run was computed
         self.lines: list[Line] = []
         self._stopwatch, self._compiling = metrics.Stopwatch(), metrics.CompileClock()
@@ -223,6 +225,10 @@ class Run:
         """The global model in NumPy arrays. Each field is a tuple with one pytree for each unit."""
         return jax.device_get(federated_devices.on_first(self.state.model).variables)
 
+    def load(self, notes: Path | None) -> None:
+        """Begin to load, in a thread, what earlier starts kept of the round's program beside `notes`."""
+        self._kept = kept_programs(self.parts, notes)
+
     def start(self) -> None:
         """Draws or reads the first weights now. Otherwise this happens when they are first needed."""
         self._state = start(self.parts)
@@ -244,7 +250,7 @@ class Run:
         `tuning.settle`.
         """
         more, before = until is None or self.round < until, before or self._before
-        self.parts, self.engine = compile_rounds(self.parts, self.state, before, notes, say, more)
+        self.parts, self.engine = compile_rounds(self.parts, self.state, before, notes, say, more, self._kept)
 
     def rounds(
         self,

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.round import Model, start_model
@@ -39,7 +40,7 @@ def resume(parts: Parts, checkpoints: Any, progress: Any) -> State:
 
 def initial_model(parts: Parts) -> Model:
     """The model before the first round."""
-    return start_model(parts.training, parts.initial())
+    return start_model(parts.training, jax.device_get(parts.initial()), np)
 
 
 def model_like(training: Training, image_shape: tuple[int, ...]) -> Model:

@@ -36,9 +36,9 @@ def said(notes, config=CONFIG, devices=DEVICES):
 def test_the_first_start_says_how_long_an_earlier_one_took(notes):
     assert said(notes) == "compiling the round (kept in ~/kept; a large network takes minutes)"
     programs.Programs(notes, DEVICES).took(*names(CONFIG), 41.6)
-    assert said(notes) == "tracing the round, loading its compiled program"
+    assert said(notes) == "loading the compiled round"
     programs.Programs(notes, DEVICES).took(*names(CONFIG), 7.2)
-    assert said(notes) == "tracing the round, loading its compiled program (about 7 s)"
+    assert said(notes) == "loading the compiled round (about 7 s)"
     other = dataclasses.replace(CONFIG, batch_size=16)  # another program of the same network
     assert said(notes, other) == "compiling the round (about 42 s the first time; kept in ~/kept)"
     for config in (
@@ -54,7 +54,7 @@ def test_the_first_start_says_how_long_an_earlier_one_took(notes):
 )
 def test_what_is_data_to_a_program_makes_no_other(notes, change):
     programs.Programs(notes, DEVICES).took(*names(CONFIG), 41.6)
-    assert said(notes, dataclasses.replace(CONFIG, **change)).startswith("tracing")
+    assert said(notes, dataclasses.replace(CONFIG, **change)).startswith("loading")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_damaged_notes_are_none(notes, content):
     assert "a large network takes minutes" in said(notes)
     programs.Programs(notes, DEVICES).took(*names(CONFIG), 3.0)
     assert len(json.loads(notes.with_name(programs.NAME).read_text())) >= 1
-    assert said(notes).startswith("tracing")
+    assert said(notes).startswith("loading")
 
 
 def test_a_place_that_cannot_be_written_ends_nothing(tmp_path):

@@ -38,6 +38,30 @@ def settle(profile, asked, seconds=in_fours, before=None, notes=None, **changes)
     return tuning.settle(asked, before, facts(profile, **changes), seconds, notes)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "cores", "asked", "measures"),
+    [
+        (4096, 2, {}, False),
+        (4096, 3, {}, True),  # two devices share three cores
+        (32, 2, {}, True),  # what is spent around kernels counts
+        (4096, 2, {"mode": "vmap"}, True),
+    ],
+)
+def test_on_a_core_of_its_own_a_long_step_computes_one_client(
+    profile, monkeypatch, batch_size, cores, asked, measures
+):
+    if jax.default_backend() != "cpu":
+        pytest.skip("no core is a device here")
+    monkeypatch.setattr("sfl_jax.federated.cores._own", lambda: cores)
+    measured = []
+    asked = Execution("product", memory_budget_gib=1e3, **asked)
+    execution, _ = settle(
+        profile, asked, lambda one: measured.append(one) or in_fours(one), batch_size=batch_size, devices=2
+    )
+    assert bool(measured) == measures
+    assert (execution.clients_per_chunk, execution.mode) == ((4, "vmap") if measures else (1, "map"))
+
+
 def choice(settled):
     return settled.layer_form, settled.mode, settled.clients_per_chunk
 

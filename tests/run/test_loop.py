@@ -45,8 +45,9 @@ def compiled(world):
     return engines.compile_rounds(built, start(built))
 
 
-def test_everything_is_compiled_before_the_first_round(compiled):
+def test_everything_is_compiled_before_it_runs(compiled):
     built, engine = compiled
+    assert engine.held_out is not None  # once the evaluation is compiled
     rounds = loop.run(built, start(built), engine, CONFIG.rounds)
     with metrics.CompileClock() as clock:
         tested = [next(rounds)[1].test_accuracy for _ in range(CONFIG.eval_every)]
@@ -66,10 +67,10 @@ def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay)
     monkeypatch.setattr(devices.Evaluation, "bytes_needed", lambda *given: 0)
     monkeypatch.setattr(devices.Rounds, "bytes_needed", lambda *given: 0)
     _, again = engines.compile_rounds(built, state)
+    assert again.held_out.labels.size == len(built.data.test_labels)
     assert isinstance(again.samples.images, jax.Array) == stay
     after = model + stay * samples
     assert asked == [model, after, after + held_out, after + held_out]
-    assert again.held_out.labels.size == len(built.data.test_labels)
 
 
 @pytest.mark.parametrize(("budget", "batches"), [(64, [32]), (63, [32, 16]), (16, [32, 8]), (0, [32, 1])])
@@ -83,17 +84,19 @@ def test_an_evaluation_takes_the_batches_that_the_memory_holds(compiled, monkeyp
             asked.append(held_out.labels.shape[1])
             return 2 * asked[-1]
 
-    monkeypatch.setattr(engines, "batch_of", lambda shape: len(built.data.test_labels))
+    whole = len(built.data.test_labels)
+    monkeypatch.setattr(engines, "batch_of", lambda shape: whole)
     monkeypatch.setattr(tuning, "budget_bytes", lambda asked, devices, placed: budget)
-    held_out = engines._place_held_out(built, Evaluation(), start(built), 0)
+    placed = engines._placed_held_out(built, whole)
+    held_out = engines._fit_held_out(built, Evaluation(), start(built), 0, placed)
     assert asked == batches
     assert held_out.labels.shape[1] == batches[-1]
 
 
-def go(compiled, pauses=lambda round: False, rounds=CONFIG.rounds):
+def go(compiled, pauses=lambda round: False, rounds=CONFIG.rounds, begun=None):
     """[(state, line)] of a run from the start, lines without the machine's clocks."""
     built, engine = compiled
-    rounds = loop.run(built, start(built), engine, rounds, pauses=pauses)
+    rounds = loop.run(built, begun or start(built), engine, rounds, pauses=pauses)
     return [(state, line._replace(wall_s=0, client_samples_per_s=0)) for state, line in rounds]
 
 
@@ -127,11 +130,11 @@ def test_sending_ahead_changes_no_number(compiled, quiet, sent_ahead):
 
 
 def test_a_round_is_read_after_the_next_was_sent(compiled, sent_ahead, monkeypatch):
-    events = []
+    events, begun = [], start(compiled[0])
     send, get = loop._send, jax.device_get
     monkeypatch.setattr(loop, "_send", lambda *given: events.append("send") or send(*given))
     monkeypatch.setattr(jax, "device_get", lambda tree: events.append("read") or get(tree))
-    go(compiled)
+    go(compiled, begun=begun)
     # The first round compiles: nobody knows yet that rounds are short.
     assert events[:7] == ["send", "read", "send", "send", "read", "send", "read"]
     assert events[-3:] == ["send", "read", "send"]  # the last of which finds no round left
@@ -253,11 +256,11 @@ def test_the_clock_of_a_round_begins_with_its_plan(compiled, one_by_one, monkeyp
 
 
 def test_few_numbers_leave_the_devices(compiled, sent_ahead, monkeypatch):
-    fetched = []
+    fetched, begun = [], start(compiled[0])
     array = type(jax.numpy.zeros(1))
     value = array._value
     monkeypatch.setattr(array, "_value", property(lambda self: fetched.append(self.size) or value.fget(self)))
-    go(compiled)
+    go(compiled, begun=begun)
     evaluations = CONFIG.rounds // CONFIG.eval_every
     # Of each round the loss, who diverged and how many came; of an evaluation loss and accuracy.
     assert sum(fetched) == CONFIG.rounds * (1 + CONFIG.cohort_size + 1) + (2 + 10) * evaluations, fetched

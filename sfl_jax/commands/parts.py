@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from sfl_jax.models import keras_weights
 from sfl_jax.planning import Planned, Planner
 from sfl_jax.run import suiting, wires
 from sfl_jax.run.checkpoints import Checkpoints, Progress
-from sfl_jax.run.parts import Parts, Say, silent
+from sfl_jax.run.parts import RIVALS, Parts, Say, silent
 from sfl_jax.run.schedules import schedule
 from sfl_jax.run.state import model_like
 
@@ -65,6 +65,8 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     config, file = division.settle(config)
     own_scheme = scheme(config)
     devices = suiting.devices_for(own_scheme, config.devices)
+    own_planner, clients = planner(config), division.clients(config, file)
+    _compile_plan_meanwhile(config, own_planner, clients)
     data = datasets.load(config.dataset, config.data_dir or None, len(devices) > 1, config.label_key)
     if data.train_images.ndim != 4:
         raise BadInput(
@@ -83,7 +85,6 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     chain = _chain(config, data.num_classes, image_shape[-1])
     _check_min_cut(config, chain)
     own_scheme.check(len(chain))
-    own_planner, clients = planner(config), division.clients(config, file)
     faults = Faults(config.drop_probability, config.jitter, config.deadline_factor)
     suiting.check_faults(own_scheme, faults, config.on_divergence == "skip_client")
     suiting.check_steps(own_scheme, shares, config.batch_size)
@@ -189,7 +190,7 @@ def read_terms(
     _check_min_cut(config, chain)
     scheme(config).check(len(chain))
     with ThreadPoolExecutor(1) as pool:
-        compiled = pool.submit(_compile_plan, config, clients, len(chain))
+        compiled = pool.submit(_compile_plan, config, clients, len(chain), ("exact",))
         stored = config.stored_size or config.image_size
         sizes = [(side, side, config.image_channels) for side in (config.image_size, stored)]
         profile = models.profile(chain, *sizes)
@@ -349,13 +350,29 @@ def _check_rounds(config, own_planner, own_sampling, clients, terms):
         raise BadInput(f"--fleet={config.fleet}: {error}") from error
 
 
-def _compile_plan(config: Config, clients: fleet.Fleet, units: int) -> None:
-    """Compile the search for the optimum, on a network that costs nothing, while the real one is traced."""
-    if config.barrier == "session" and config.band == "fixed":
+def _compile_plan_meanwhile(
+    config: Config, own_planner: Planner, clients: fleet.Fleet
+) -> Future[None] | None:
+    """Compile in a thread what plans a round, while the data are read. None where another search plans it."""
+    if (config.codec, config.codec_down) != ("float32", "") or own_planner.method != "exact":
+        return None
+    units = len(models.create(config.model))
+    cohort = clients.take(range(min(config.cohort_size, len(clients))))
+    cohort = cohort.with_samples(np.ones(len(cohort), int))
+    pool = ThreadPoolExecutor(1, "plan")
+    compiled = pool.submit(_compile_plan, config, cohort, units, ("exact", *RIVALS))
+    pool.shutdown(wait=False)
+    return compiled
+
+
+def _compile_plan(config: Config, clients: fleet.Fleet, units: int, methods: Sequence[str]) -> None:
+    """Compile the search for plans, on a network that costs nothing, while the real one is traced."""
+    if planner(config).barrier == "session" and config.band == "fixed":
         per_unit, per_cut = np.zeros(units, np.int64), np.zeros(units + 1, np.int64)
         free = models.Profile((), per_unit, per_unit, per_unit, per_unit, per_unit, per_cut)
         terms = optim.terms(free, clients, work(config))  # pyright: ignore[reportArgumentType]
-        optim.solve(terms, config.server_flops)
+        for method in methods:
+            optim.solve(terms, config.server_flops, method)
 
 
 def _program(config) -> str:

@@ -55,6 +55,23 @@ def test_everything_is_compiled_before_it_runs(compiled):
     assert clock.compilations == 0
 
 
+def test_what_plans_a_round_is_compiled_while_the_data_are_read(compiled):
+    config = dataclasses.replace(CONFIG, cohort_size=4)  # shapes that nothing has compiled yet
+    prepare(compiled[0], 0)
+    with metrics.CompileClock() as clock:
+        meanwhile = parts._compile_plan_meanwhile(config, parts.planner(config), compiled[0].fleet)
+        assert meanwhile is not None
+        meanwhile.result()
+    assert clock.compilations >= 3  # the optimum, and those of the two rivals
+    with metrics.CompileClock() as clock:
+        prepare(dataclasses.replace(compiled[0], cohort_size=4), 0)
+    assert clock.compilations == 0
+    schemes = [dataclasses.replace(CONFIG, **change) for change in ({"codec": "int8"}, {"method": "greedy"})]
+    assert all(
+        parts._compile_plan_meanwhile(one, parts.planner(one), compiled[0].fleet) is None for one in schemes
+    )
+
+
 @pytest.mark.parametrize("stay", [True, False])
 def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay):
     """To the samples what the model leaves, to the chunk what both leave, to the round what all leave."""

@@ -161,7 +161,13 @@ def surroundings() -> tuple[str, ...]:
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         lines = {line for line in file if line.startswith(("model name", "flags", "Features"))}
         processor = "".join(sorted(lines))
-    return code.hexdigest(), _sum(processor), *(f"{name} {metadata.version(name)}" for name in _PACKAGES)
+    return code.hexdigest(), _sum(processor), *map(_release, _PACKAGES)
+
+
+def _release(package: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return f"{package} {metadata.version(package)}"
+    return package
 
 
 def _sum(*things: Any) -> str:

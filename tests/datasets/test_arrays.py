@@ -212,7 +212,7 @@ def test_folders_that_are_no_dataset(tmp_path):
     save(tmp_path / "e" / "test" / "cows" / "0.png", X[0])
     for name, reason in (
         ("empty", "needs a folder of pictures for each class, and has none"),
-        ("a", "no pictures in cats; add some (.bmp, .jpeg, .jpg, .png"),
+        ("a", r"no pictures in cats; add some \(.bmp, .jpeg, .jpg, .png"),
         ("b", r"dogs/1.png: shape \(3, 5, 3\), but others have \(4, 5, 3\); make copies"),
         ("c", r"cats/1.png: cannot be read as a picture \(Pillow does not know its format\); repair"),
         ("d", "has a folder test but no folder train"),

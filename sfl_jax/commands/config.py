@@ -271,8 +271,8 @@ class Config:
         "client; joined: one batch of all clients", choices=registry.SERVER_BATCHES,
     )  # fmt: skip
     max_cut: int = flag(
-        -1, SCHEME, PLANNING, "with psl, the units from which on all clients share one copy, and the largest "
-        "cut; -1: all units", at_least=-1,
+        -1, SCHEME, PLANNING, "the largest cut, -1: any; with psl also the first of the units of which all "
+        "clients share one copy", at_least=-1,
     )  # fmt: skip
     tail_units: int = flag(
         0, SCHEME, PLANNING, "the last units, which the client holds too, so that labels never leave it; 0: "

@@ -83,7 +83,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     ]
     image_shape = (config.image_size, config.image_size, data.train_images.shape[-1])
     chain = _chain(config, data.num_classes, image_shape[-1])
-    _check_min_cut(config, chain)
+    _check_cuts(config, chain)
     own_scheme.check(len(chain))
     faults = Faults(config.drop_probability, config.jitter, config.deadline_factor)
     suiting.check_faults(own_scheme, faults, config.on_divergence == "skip_client")
@@ -187,7 +187,7 @@ def read_terms(
     chain = models.create(
         config.model, config.num_classes, config.image_channels, drop_rate_scale=config.drop_rate_scale
     )
-    _check_min_cut(config, chain)
+    _check_cuts(config, chain)
     scheme(config).check(len(chain))
     with ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(_compile_plan, config, clients, len(chain), ("exact",))
@@ -265,7 +265,7 @@ def work(config: Config, stored: Any = np.uint8, units: int | None = None) -> op
         min_cut=config.min_cut,
         optimizer_slots=optimizer(config).slots,
         image_bits=8 * np.dtype(stored).itemsize,
-        max_cut=None if units is None else scheme(config).max_cut(units),
+        max_cut=None if units is None else _max_cut(config, units),
         tail_units=0 if units is None else config.tail_units,
     )
 
@@ -331,7 +331,17 @@ def _chain(config, num_classes, channels):
     )  # fmt: skip
 
 
-def _check_min_cut(config, chain):
+def _max_cut(config, units):
+    """The largest cut that the scheme and the flag allow."""
+    most = scheme(config).max_cut(units)
+    return most if config.max_cut < 0 else min(most, config.max_cut)
+
+
+def _check_cuts(config, chain):
+    if config.max_cut > len(chain):
+        raise BadInput(
+            f"--max_cut={config.max_cut}: must be at most {len(chain)}, the units of {config.model}"
+        )
     if config.min_cut > len(chain):
         raise BadInput(
             f"--min_cut={config.min_cut}: must be at most {len(chain)}, the units of {config.model}"

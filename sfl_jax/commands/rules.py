@@ -25,7 +25,6 @@ _NEEDS = {
     "shards_per_client": ("partition", ("shards",)),
     "server_order": ("scheme", ("sfl_v2",)),
     "server_batch": ("scheme", ("psl",)),
-    "max_cut": ("scheme", ("psl",)),
     "keep_server_state": ("scheme", ("sfl_v2", "psl", "sl")),
     "decay_rate": ("learning_rate_schedule", ("exponential", "step")),
     "decay_rounds": ("learning_rate_schedule", ("exponential", "step")),
@@ -57,6 +56,10 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
     for name, value in _OF_SESSIONS.items():
         if getattr(config, name) != value and config.scheme not in ("sfl", "fl"):
             raise BadInput(f"--{name}={getattr(config, name)}: needs --scheme=sfl or --scheme=fl")
+    if 0 <= config.max_cut < config.min_cut:
+        raise BadInput(f"--max_cut={config.max_cut}: must be at least --min_cut={config.min_cut}")
+    if config.max_cut >= 0 and config.scheme == "fl":
+        raise BadInput(f"--max_cut={config.max_cut}: --scheme=fl has no cut")
     if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
         raise BadInput(
             f"--process_id={config.process_id}: must be below --num_processes={config.num_processes}"

@@ -35,6 +35,7 @@ class Planner:
       band: how clients share bandwidth: "fixed", equal parts; "pooled", best parts of one band; "separate",
         best parts of an uplink and of a downlink band.
       seed: for random plans and links.
+      max_cut: the largest cut of any client; None is the number of units.
 
     Raises:
       BadInput: a value outside its range, or two values that exclude each other.
@@ -51,6 +52,7 @@ class Planner:
     coherence_s: float = 0.0
     band: str = "fixed"
     seed: int = 0
+    max_cut: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -63,6 +65,8 @@ class Planner:
             raise BadInput(f"server_flops={self.server_flops}: must be a finite number, at least 0")
         if self.min_cut < 0:
             raise BadInput(f"min_cut={self.min_cut}: must be at least 0")
+        if self.max_cut is not None and self.max_cut < self.min_cut:
+            raise BadInput(f"max_cut={self.max_cut}: must be at least min_cut={self.min_cut}")
         if self.method == WORK_CONSERVING and self.barrier != "session":
             raise BadInput(f"method={WORK_CONSERVING}: needs barrier=session, not {self.barrier}")
         if self.band != "fixed" and (self.method, self.barrier) != ("exact", "session"):

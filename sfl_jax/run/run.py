@@ -136,6 +136,9 @@ class Run:
         suiting.check_faults(scheme, faults, skip_diverged)
         planner = suiting.planner_for(scheme, planner)
         execution = suiting.execution_for(scheme, execution, cohort_size)
+        most = scheme.max_cut(len(chain)) if planner.max_cut is None else planner.max_cut
+        if most > scheme.max_cut(len(chain)):
+            raise BadInput(f"max_cut={most}: must be at most {scheme.max_cut(len(chain))}")
         if planner.min_cut > len(chain):
             raise BadInput(f"min_cut={planner.min_cut}: must be at most {len(chain)}, the units of the chain")
         personal = suiting.personal_for(scheme, batch_norm, len(fleet))
@@ -163,7 +166,7 @@ class Run:
         profile = models.profile(chain, sample, stored_shape=stored)
         work = optim.Work(
             local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots,
-            image_bits=8 * data.train_images.dtype.itemsize, max_cut=scheme.max_cut(len(chain)),
+            image_bits=8 * data.train_images.dtype.itemsize, max_cut=most,
             tail_units=scheme.tail_units,
         )  # fmt: skip
         chosen = wires.pairs(codec, codec_down)

@@ -1,0 +1,274 @@
+"""Trains one run for each combination of some settings, and compares accuracy, simulated time and bytes.
+
+A run that is done is not trained again, so that a study that was interrupted goes on. Runs that differ in
+--seed alone become one row, with mean and standard deviation.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sfl_jax.commands import flags, words
+from sfl_jax.commands.interruption import INTERRUPTED
+from sfl_jax.commands.program import program
+from sfl_jax.errors import BadInput
+from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+
+WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
+TABLE, PICTURE = "study.json", "study.png"
+USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=0.9,0.95] [--workdir=DIR] [flags of training]
+
+{about}
+
+  --vary=NAME=V1,V2   a setting of training and its values; cut=1,3 gives every client this cut; several
+                      --vary make all combinations
+  --targets=0.9,0.98  accuracies whose rounds, seconds and bytes are told (default {targets})
+  --workdir=DIR       a directory for each run, {table} and {picture} (default {workdir})
+  all other flags     hold in all runs, as in {train}
+
+examples
+  {name} --vary=scheme=sfl,sfl_v2,psl,sl --vary=cut=1,2 --model=cnn --rounds=20
+  {name} --vary=seed=0,1,2 --vary=codec=float32,int8,int4 --preset=quick"""
+
+
+class Case(NamedTuple):
+    """One run. values: the settings that vary. flags: of training. directory: of the run."""
+
+    values: dict[str, str]
+    flags: list[str]
+    directory: Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h", "--helpfull"} & set(arguments):
+        print(_usage())
+        return 0
+    return flags.coded(lambda: study(*_split(arguments)))
+
+
+def study(varied: Mapping[str, Sequence[str]], rest: Sequence[str], workdir: str, targets: Sequence[float]) -> int:
+    """Trains all cases, then writes the table and the picture. Returns the exit code."""
+    ensure_writable(workdir, "workdir", workdir)
+    ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
+    ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
+    cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in _product(varied)]
+    refused = {str(case.directory): _refusal(case) for case in cases}
+    for case in cases:
+        if line := refused[str(case.directory)]:
+            print(f"left out: {_name(case.values)}: {line}", file=sys.stderr)
+    cases = [case for case in cases if not refused[str(case.directory)]]
+    if not cases:
+        raise BadInput("--vary: no combination can be trained")
+    failed = 0
+    for number, case in enumerate(cases, 1):
+        print(f"{number} of {len(cases)}: {_name(case.values)}", file=sys.stderr, flush=True)
+        code = _train(case)
+        if code == INTERRUPTED:
+            print(f"interrupted; the same command goes on ({program('study')})", file=sys.stderr)
+            return INTERRUPTED
+        failed |= code
+    return failed or _write(varied, cases, workdir, targets)
+
+
+def _write(varied, cases, workdir, targets) -> int:
+    from sfl_jax.commands import study_plot
+    from sfl_jax.run import recording
+
+    runs = [(case.values, recording.logged(str(case.directory))) for case in cases]
+    rows = summarised(runs, targets)
+    with whole_file(Path(workdir, TABLE)) as file:
+        text = json.dumps({"varied": {name: list(values) for name, values in varied.items()}, "rows": rows})
+        file.write(text.encode())
+    study_plot.write(Path(workdir, PICTURE), runs)
+    print(table(rows, targets))
+    print(f"written: {Path(workdir, TABLE)}, {Path(workdir, PICTURE)}")
+    return 0
+
+
+def summarised(
+    runs: Sequence[tuple[Mapping[str, str], Sequence[Any]]], targets: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A row for each combination but the seed: means, and standard deviations where there are several runs.
+
+    runs: (the settings that vary, the lines of metrics.jsonl). targets: accuracies from 0 to 1.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    for values, lines in runs:
+        key = tuple((name, value) for name, value in values.items() if name != "seed")
+        groups.setdefault(key, []).append(measured(lines, targets))
+    rows = []
+    for key, found in groups.items():
+        means = {name: _mean([one[name] for one in found]) for name in found[0]}
+        spread = {f"{name}_sd": _sd([one[name] for one in found]) for name in found[0]} if len(found) > 1 else {}
+        rows.append({"settings": dict(key), "runs": len(found)} | means | spread)
+    return rows
+
+
+def measured(lines: Sequence[Any], targets: Sequence[float]) -> dict[str, float | None]:
+    """What a run came to: accuracies, simulated seconds, bytes, and when each target was first reached."""
+    tested = [line for line in lines if line.test_accuracy is not None]
+    total, sums = 0, []
+    for line in lines:
+        total += line.ledger.total_bytes if line.ledger else 0
+        sums.append(total)
+    found: dict[str, float | None] = {
+        "test_accuracy": tested[-1].test_accuracy if tested else None,
+        "best_accuracy": max((line.test_accuracy for line in tested), default=None),
+        "client_accuracy_worst": tested[-1].client_accuracy_worst if tested else None,
+        "simulated_s": lines[-1].simulated_s,
+        "bytes": total or None,
+        "wall_s": lines[-1].wall_s,
+    }
+    for target in targets:
+        first = next((line for line in tested if line.test_accuracy >= target), None)
+        known = first is not None
+        found[f"rounds_to_{target:g}"] = first.round if known else None
+        found[f"seconds_to_{target:g}"] = first.simulated_s if known else None
+        found[f"bytes_to_{target:g}"] = (sums[first.round - 1] or None) if known else None
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
+    """The rows as a person reads them."""
+    names = list(rows[0]["settings"])
+    header = [*names, "accuracy", "worst client", "simulated", "bytes"]
+    header += [f"to {100 * target:g} %: rounds, seconds, bytes" for target in targets]
+    body = [
+        [
+            *(row["settings"][name] for name in names),
+            words.percent(row["test_accuracy"]) + _spread(row),
+            words.percent(row["client_accuracy_worst"]),
+            words.clock(row["simulated_s"]),
+            _bytes(row["bytes"]),
+            *(_to(row, target) for target in targets),
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in (header, *body))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _to(row, target):
+    if row[f"rounds_to_{target:g}"] is None:
+        return "-"
+    seconds, sent = words.clock(row[f"seconds_to_{target:g}"]), _bytes(row[f"bytes_to_{target:g}"])
+    return f"{row[f'rounds_to_{target:g}']:g}, {seconds}, {sent}"
+
+
+def _spread(row):
+    sd = row.get("test_accuracy_sd")
+    return "" if sd is None else f" ± {100 * sd:.2f}"
+
+
+def _bytes(number):
+    if number is None:
+        return "-"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
+
+
+def _mean(values):
+    """None where a run has no value: a mean over the others would flatter."""
+    return None if None in values else sum(values) / len(values)
+
+
+def _sd(values):
+    if None in values:
+        return None
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+
+
+def _split(arguments):
+    """(settings that vary, flags of all runs, workdir, targets)."""
+    varied: dict[str, list[str]] = {}
+    rest, workdir, targets = [], WORKDIR, TARGETS
+    for argument in arguments:
+        name, has_value, value = argument.partition("=")
+        if name in ("--vary", "--workdir", "--targets") and not has_value:
+            raise BadInput(f"{name}: write {name}=VALUE")
+        if name == "--vary":
+            setting, _, values = value.partition("=")
+            if not setting or not all(values.split(",")) or setting in varied:
+                raise BadInput(f"--vary={value}: must be NAME=VALUE,VALUE, each name once")
+            varied[setting] = values.split(",")
+        elif name == "--workdir":
+            workdir = value
+        elif name == "--targets":
+            targets = value
+        else:
+            rest.append(argument)
+    if not varied:
+        raise BadInput("--vary: missing; for example --vary=scheme=sfl,psl")
+    return varied, rest, workdir, _accuracies(targets)
+
+
+def _accuracies(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",") if part]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < target <= 1 for target in found):
+        raise BadInput(f"--targets={text}: must be accuracies above 0 and at most 1, with commas between")
+    return found
+
+
+def _product(varied):
+    return itertools.product(*varied.values())
+
+
+def _case(values: dict[str, str], rest: Sequence[str], workdir: str) -> Case:
+    directory = Path(workdir) / _name(values).replace("/", "_")
+    named = [flag for name, value in values.items() for flag in _flags_of(name, value)]
+    return Case(values, [*rest, *named, f"--workdir={directory}"], directory)
+
+
+def _flags_of(name, value):
+    names = ("min_cut", "max_cut") if name == "cut" else (name,)
+    return [f"--{one}={value}" for one in names]
+
+
+def _name(values):
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def _refusal(case: Case) -> str:
+    """Why the flags of a case are refused, before anything is trained; empty where they are not."""
+    try:
+        flags.parse(case.flags, "train")
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def _train(case: Case) -> int:
+    """The exit code of one training; what it says is in a file beside its directory."""
+    log = case.directory.with_name(case.directory.name + ".log")
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "sfl_jax.commands.train", *case.flags]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code not in (0, INTERRUPTED):
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        print(f"failed with exit code {code}: {''.join(last)} ({log})", file=sys.stderr)
+    return code
+
+
+def _usage() -> str:
+    about = " ".join(str(__doc__).split())
+    return USAGE.format(
+        name=program("study"), about=about, targets=TARGETS, table=TABLE, picture=PICTURE, workdir=WORKDIR,
+        train=program("train"),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

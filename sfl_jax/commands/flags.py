@@ -52,7 +52,7 @@ def run(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with surroundings.mended():
-        return _coded(lambda: _run(main, command, about, arguments))
+        return coded(lambda: _run(main, command, about, arguments))
 
 
 def _run(main, command, about, arguments) -> int | None:
@@ -64,7 +64,7 @@ def _run(main, command, about, arguments) -> int | None:
         return main(parse(arguments, command))
 
 
-def _coded(work: Callable[[], int | None]) -> int:
+def coded(work: Callable[[], int | None]) -> int:
     """The exit code of `work`, which is its own, 0 for None, or that of its error."""
     try:
         with interruption():

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-COMMANDS = ("train", "plan", "compare", "report")
+COMMANDS = ("train", "plan", "compare", "report", "study")
 
 
 def program(command: str) -> str:

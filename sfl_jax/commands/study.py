@@ -20,7 +20,7 @@ from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
 TABLE, PICTURE = "study.json", "study.png"
-USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=0.9,0.95] [--workdir=DIR] [flags of training]
+USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=…] [--workdir=DIR] [flags of training]
 
 {about}
 
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return flags.coded(lambda: study(*_split(arguments)))
 
 
-def study(varied: Mapping[str, Sequence[str]], rest: Sequence[str], workdir: str, targets: Sequence[float]) -> int:
+def study(
+    varied: Mapping[str, Sequence[str]], rest: Sequence[str], workdir: str, targets: Sequence[float]
+) -> int:
     """Trains all cases, then writes the table and the picture. Returns the exit code."""
     ensure_writable(workdir, "workdir", workdir)
     ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
@@ -105,7 +107,9 @@ def summarised(
     rows = []
     for key, found in groups.items():
         means = {name: _mean([one[name] for one in found]) for name in found[0]}
-        spread = {f"{name}_sd": _sd([one[name] for one in found]) for name in found[0]} if len(found) > 1 else {}
+        spread = (
+            {f"{name}_sd": _sd([one[name] for one in found]) for name in found[0]} if len(found) > 1 else {}
+        )
         rows.append({"settings": dict(key), "runs": len(found)} | means | spread)
     return rows
 
@@ -113,16 +117,13 @@ def summarised(
 def measured(lines: Sequence[Any], targets: Sequence[float]) -> dict[str, float | None]:
     """What a run came to: accuracies, simulated seconds, bytes, and when each target was first reached."""
     tested = [line for line in lines if line.test_accuracy is not None]
-    total, sums = 0, []
-    for line in lines:
-        total += line.ledger.total_bytes if line.ledger else 0
-        sums.append(total)
+    sums = sent_so_far(lines)
     found: dict[str, float | None] = {
         "test_accuracy": tested[-1].test_accuracy if tested else None,
         "best_accuracy": max((line.test_accuracy for line in tested), default=None),
         "client_accuracy_worst": tested[-1].client_accuracy_worst if tested else None,
         "simulated_s": lines[-1].simulated_s,
-        "bytes": total or None,
+        "bytes": sums[-1],
         "wall_s": lines[-1].wall_s,
     }
     for target in targets:
@@ -130,8 +131,16 @@ def measured(lines: Sequence[Any], targets: Sequence[float]) -> dict[str, float 
         known = first is not None
         found[f"rounds_to_{target:g}"] = first.round if known else None
         found[f"seconds_to_{target:g}"] = first.simulated_s if known else None
-        found[f"bytes_to_{target:g}"] = (sums[first.round - 1] or None) if known else None
+        found[f"bytes_to_{target:g}"] = sums[first.round - 1] if known else None
     return found
+
+
+def sent_so_far(lines: Sequence[Any]) -> list[float | None]:
+    """The bytes that crossed until the end of each round; None where a line does not count them."""
+    from sfl_jax.run import ledger
+
+    sums = ledger.sent_bytes(ledger.columns(lines)).cumsum()
+    return [None if total != total else float(total) for total in sums]  # NaN
 
 
 def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
@@ -151,7 +160,9 @@ def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in (header, *body))
+    lines = (
+        "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in (header, *body)
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -168,12 +179,7 @@ def _spread(row):
 
 
 def _bytes(number):
-    if number is None:
-        return "-"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"
+    return words.NONE if number is None else words.amount(number, "B")
 
 
 def _mean(values):
@@ -199,7 +205,7 @@ def _split(arguments):
         if name == "--vary":
             setting, _, values = value.partition("=")
             if not setting or not all(values.split(",")) or setting in varied:
-                raise BadInput(f"--vary={value}: must be NAME=VALUE,VALUE, each name once")
+                raise BadInput(f"--vary: {value!r}: must be NAME=VALUE,VALUE, each name once")
             varied[setting] = values.split(",")
         elif name == "--workdir":
             workdir = value

@@ -1,4 +1,4 @@
-"""The picture of a study: accuracy against rounds, simulated seconds and bytes, a line for each combination."""
+"""The picture of a study: accuracy against rounds, seconds and bytes, a line for each combination."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from sfl_jax.commands.study import sent_so_far
 from sfl_jax.files import PNG_METADATA, whole_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes from the second time on.
@@ -28,15 +29,15 @@ def write(path: Path, runs: Sequence[tuple[Mapping[str, str], Sequence[Any]]]) -
         if is_first:
             chosen[name] = next(styles, ("-", "black"))
         dash, colour = chosen[name]
-        sent = list(itertools.accumulate(line.ledger.total_bytes if line.ledger else 0 for line in lines))
-        tested = [(line, total) for line, total in zip(lines, sent, strict=True) if line.test_accuracy is not None]
+        counted = zip(lines, sent_so_far(lines), strict=True)
+        tested = [(line, sent) for line, sent in counted if line.test_accuracy is not None]
         accuracy = [100 * line.test_accuracy for line, _ in tested]
         for panel, x in zip(
             panels,
             (
                 [line.round for line, _ in tested],
                 [line.simulated_s for line, _ in tested],
-                [total / 1e9 for _, total in tested],
+                [float("nan") if sent is None else sent / 1e9 for _, sent in tested],
             ),
             strict=True,
         ):

@@ -41,7 +41,8 @@ def test_a_scheme_is_what_its_flags_say(given, scheme):
     ("given", "line"),
     [
         (["--server_order=step"], "--server_order=step: needs --scheme=sfl_v2"),
-        (["--max_cut=3"], "--max_cut=3: needs --scheme=psl"),
+        (["--max_cut=0"], "--max_cut=0: must be at least --min_cut=1"),
+        (["--max_cut=3", "--scheme=fl"], "--max_cut=3: --scheme=fl has no cut"),
         (["--scheme=sl", "--barrier=staged"], "--barrier=staged: needs --scheme=sfl or --scheme=fl"),
         (["--scheme=psl", "--deadline_factor=2"], "--deadline_factor=2.0: needs --scheme=sfl or --scheme=fl"),
         (["--scheme=sflv2"], "--scheme=sflv2: must be one of sfl, sfl_v2, psl, sl, fl"),

@@ -1,0 +1,90 @@
+"""Many runs and one table: what is measured of a run by hand, what is refused, and a study end to end."""
+
+import json
+
+import pytest
+
+from sfl_jax.commands import study
+from sfl_jax.run.ledger import Ledger
+from sfl_jax.run.metrics import Round
+
+SENT = Ledger(*(100, 20, 3, 40, 100, 7, 8, 9, 10))  # 263 bytes cross
+
+
+def lines(*accuracies, ledger=SENT):
+    return [
+        Round(number, 1.0, None if x is None else 1.0, x, 2.0, 2.0, 2.0 * number, 0.5 * number, 9.0, 3, 1.0,
+              x, None if x is None else x - 0.1, *(ledger or ()))
+        for number, x in enumerate(accuracies, 1)
+    ]  # fmt: skip
+
+
+def test_what_a_run_came_to():
+    found = study.measured(lines(None, 0.8, 0.95, 0.93), (0.9, 0.99))
+    assert found == {
+        "test_accuracy": 0.93, "best_accuracy": 0.95, "client_accuracy_worst": pytest.approx(0.83),
+        "simulated_s": 8.0, "bytes": 4 * 263.0, "wall_s": 2.0,
+        "rounds_to_0.9": 3, "seconds_to_0.9": 6.0, "bytes_to_0.9": 3 * 263.0,
+        "rounds_to_0.99": None, "seconds_to_0.99": None, "bytes_to_0.99": None,
+    }  # fmt: skip
+
+
+def test_runs_that_counted_no_bytes_have_none():
+    found = study.measured(lines(0.95, ledger=None), (0.9,))
+    assert (found["bytes"], found["bytes_to_0.9"], found["rounds_to_0.9"]) == (None, None, 1)
+    assert "-" in study.table(
+        study.summarised([({"codec": "int8"}, lines(0.95, ledger=None))], (0.9,)), (0.9,)
+    )
+
+
+def test_seeds_become_one_row_with_mean_and_deviation():
+    runs = [
+        ({"codec": c, "seed": s}, lines(x)) for c, s, x in (("a", "0", 0.8), ("a", "1", 0.9), ("b", "0", 0.7))
+    ]
+    rows = study.summarised(runs, (0.85,))
+    assert [row["settings"] for row in rows] == [{"codec": "a"}, {"codec": "b"}]
+    assert rows[0]["test_accuracy"] == pytest.approx(0.85)
+    assert rows[0]["test_accuracy_sd"] == pytest.approx(0.05 * 2**0.5)
+    assert rows[0]["rounds_to_0.85"] is None, "one of two runs did not reach it"
+    assert "85.00 % ± 7.07" in study.table(rows, (0.85,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--vary: missing"),
+        (["--vary"], "--vary: write --vary=VALUE"),
+        (["--vary=scheme"], "--vary: 'scheme': must be NAME=VALUE,VALUE"),
+        (["--vary=seed=0,"], "must be NAME=VALUE,VALUE"),
+        (["--vary=seed=0", "--vary=seed=1"], "must be NAME=VALUE,VALUE, each name once"),
+        (["--vary=seed=0", "--targets=90"], "--targets=90: must be accuracies above 0 and at most 1"),
+        (["--vary=seeds=0,1"], "--vary: no combination can be trained"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_in_a_line(arguments, said, capsys, tmp_path):
+    assert study.main([*arguments, f"--workdir={tmp_path}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_names_the_settings(capsys):
+    assert study.main(["--help"]) == 0
+    assert "--vary=NAME=V1,V2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_study_trains_what_can_be_trained_and_goes_on_where_it_stopped(tmp_path, capsys):
+    flags = [
+        "--vary=scheme=sl,fl", "--vary=cut=1,2", "--model=mlp", "--image_size=28", "--clients=20",
+        "--cohort_size=2", "--rounds=2", "--batch_size=100", "--targets=0.3", f"--workdir={tmp_path}",
+    ]  # fmt: skip
+    assert study.main(flags) == 0
+    said = capsys.readouterr()
+    assert said.err.count("left out: scheme=fl") == 2
+    rows = json.loads((tmp_path / study.TABLE).read_text())["rows"]
+    assert [row["settings"] for row in rows] == [{"scheme": "sl", "cut": "1"}, {"scheme": "sl", "cut": "2"}]
+    assert rows[0]["test_accuracy"] == pytest.approx(rows[1]["test_accuracy"], abs=1e-3), "sl knows no cut"
+    assert rows[0]["bytes"] != rows[1]["bytes"]
+    assert (tmp_path / study.PICTURE).stat().st_size > 10_000
+    before = (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes()
+    assert study.main(flags) == 0
+    assert (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes() == before

@@ -161,7 +161,7 @@ def quality(quick):
         for regime in REGIMES:
             instances = [instance(clients, regime, seed) for seed in seeds]
             bests_s = [optim.solve(*each).round_s for each in instances]
-            for scheme in comparison.schemes("session"):
+            for scheme in comparison.methods("session"):
                 plans = [comparison.plan_of(scheme, *each, "session", KEY) for each in instances]
                 ratios = np.array(
                     [p.round_s / s if p else np.inf for p, s in zip(plans, bests_s, strict=True)]

@@ -128,7 +128,7 @@ def test_without_a_home_only_what_needs_one_is_refused(monkeypatch):
 
 def test_a_run_is_found_in_a_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(BadInput, match=f"^--workdir={tmp_path}/run: no run is here"):
+    with pytest.raises(BadInput, match=f"^--workdir={tmp_path}/run: has no run"):
         workdir.saved("~/run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")

@@ -72,4 +72,4 @@ def test_an_installed_package_has_its_commands_presets_and_data(run, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
     done = run("sfl-report", "--workdir=nowhere")
     assert done.returncode == 2
-    assert "--workdir=nowhere: no run is here" in done.stderr
+    assert "--workdir=nowhere: has no run" in done.stderr

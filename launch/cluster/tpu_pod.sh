@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One run on all hosts of a Cloud TPU pod slice that is up; JAX finds the hosts and the chips by itself.
+# One run on all hosts of a running Cloud TPU pod slice. JAX finds the hosts and chips itself.
 #   TPU=my-slice ZONE=us-east5-a REPOSITORY=https://example.com/sfl_jax.git \
 #     launch/cluster/tpu_pod.sh --preset=mnist --workdir=/mnt/runs/mnist
 # The workdir must be a place that every host sees (Filestore, or a bucket mounted with gcsfuse).
 #
-# A spot slice that is taken away saves itself and exits 75. The same command goes on from there, once the slice
-# (or another one, of any size) is up again.
+# If a spot slice is taken away, the run saves its round and exits 75. Give the same command again when the slice, or
+# another one of any size, is up; the run goes on from there.
 #
-# Change: nothing here; the three variables and the flags say it all.
+# Change nothing here. Set the three variables and the flags.
 set -euo pipefail
 : "${TPU:?the name of the slice}" "${ZONE:?its zone}" "${REPOSITORY:?where to clone sfl_jax from}"
 

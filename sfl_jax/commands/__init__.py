@@ -1,1 +1,1 @@
-"""What the launch scripts and the console commands run. Importing a command imports no JAX."""
+"""The commands: what the launch scripts and the console scripts run. Importing a command imports no JAX."""

@@ -1,15 +1,15 @@
-"""JAX as a command needs it: started whatever the environment says, on the devices that were asked for."""
+"""Starts JAX for a command with the settings that the code needs, on the devices that the user asks for."""
 
 import os
 import sys
 
 from sfl_jax.errors import BadInput
 
-# Kernels that add in a fixed order, and none chosen by measuring, which may choose differently next time.
+# Kernels that add in a fixed order. No kernels chosen by timing, because another run may choose others.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
-# What the code relies on. A variable of JAX that says otherwise would end in an error, or in other numbers.
+# Settings that the code relies on. Other values in JAX's variables would cause errors or other numbers.
 RELIED_ON = {
-    "jax_enable_x64": False,  # planning asks for float64 where it needs it
+    "jax_enable_x64": False,  # planning turns float64 on where it needs it
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
     "jax_default_prng_impl": "threefry2x32",
@@ -26,11 +26,11 @@ RELIED_ON = {
 
 
 def start() -> None:
-    """Import JAX and set back what its variables say against the code. BadInput where they are no values."""
+    """Imports JAX and overrides its variables that conflict with the code. BadInput for invalid values."""
     try:
         import jax
     except ValueError as error:
-        raise BadInput(f"JAX cannot start: {error}; mend or unset that variable") from error
+        raise BadInput(f"JAX cannot start: {error}; correct or unset that variable") from error
     changed = [name for name, value in RELIED_ON.items() if _plain(getattr(jax.config, name)) != value]
     for name in changed:
         jax.config.update(name, RELIED_ON[name])
@@ -41,9 +41,9 @@ def start() -> None:
 
 
 def find() -> None:
-    """Start the devices. BadInput where there are none of the platform that JAX's variables ask for.
+    """Starts the devices. BadInput if there are none of the platform that JAX's variables ask for.
 
-    The host's own are always among them, since planning computes there.
+    The host's CPU is always among the platforms, because planning computes there.
     """
     import jax
 
@@ -52,21 +52,21 @@ def find() -> None:
     try:
         if not has_host:
             jax.config.update("jax_platforms", f"{asked},cpu")
-        if jax.default_backend() == "cpu" and not has_host:  # JAX passes over GPUs that are not there
+        if jax.default_backend() == "cpu" and not has_host:  # JAX ignores missing GPUs
             raise RuntimeError
     except RuntimeError as error:
         jax.config.update("jax_platforms", asked)
-        named = os.environ.get("JAX_PLATFORM_NAME")  # the older of the two
+        named = os.environ.get("JAX_PLATFORM_NAME")  # the older name of the same setting
         name, wish = ("JAX_PLATFORM_NAME", named) if named and has_host else ("JAX_PLATFORMS", asked)
         platform = f"{wish} here ({name}={wish}); set {name}=cpu" if wish else "device here"
         raise BadInput(f"JAX finds no {platform}" + (f" ({error})" if str(error) else "")) from error
 
 
 def switch(deterministic: bool = False, matmul_precision: str = "default") -> None:
-    """Set what --deterministic and --matmul_precision ask for.
+    """Sets what --deterministic and --matmul_precision ask for.
 
-    The former has an effect only before JAX computes anything.
-    What the user has set in the environment stays where the flags ask for nothing, and wins in XLA_FLAGS.
+    --deterministic works only before JAX computes anything. If a flag asks for nothing, the user's
+    environment stays. In XLA_FLAGS the environment wins.
     """
     import jax
 

@@ -1,5 +1,7 @@
-"""Every method's simulated clock over one training; with --plan_only, every method's plans over sweeps of
-the fleet and the server, and under misjudged costs.
+"""Compares methods: accuracy on the simulated clock of every method, over one training.
+
+With --plan_only it trains nothing. It compares the plans of every method over many fleets, servers and links,
+and under wrong costs.
 """
 
 import csv
@@ -18,7 +20,7 @@ from sfl_jax.commands.rules import RANDOM
 from sfl_jax.commands.screen import Screen, first_line_of_plan, screen
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
-# What the command writes, and what is in every such file.
+# The files that the command writes, and a text that each contains.
 PLAN_FILES = {"methods.csv": b"sweep,value,fleet,", "methods.png": PNG_MARK, "errors.png": PNG_MARK}
 CLOCK_FILES = {"clocks.csv": b"round,test_accuracy,", "clocks.png": PNG_MARK}
 _SWEEPS = {
@@ -31,12 +33,12 @@ _SWEEPS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return flags.run(compare, "compare", str(__doc__), argv)
 
 
 def compare(config: Config) -> int:
-    """Train and write clocks.csv and .png; with --plan_only methods.csv, methods.png and errors.png."""
+    """Trains and writes clocks.csv and .png. With --plan_only: methods.csv, methods.png and errors.png."""
     ensure_writable(config.workdir, "workdir", config.workdir)
     for name, mark in (PLAN_FILES if config.plan_only else CLOCK_FILES).items():
         ensure_ours(Path(config.workdir, name), mark, "workdir", config.workdir)
@@ -44,7 +46,7 @@ def compare(config: Config) -> int:
 
 
 def compare_plans(config: Config) -> int:
-    """Every method's plans, no training."""
+    """Compares every method's plans without training."""
     with screen(f"plans of every method, no training: {first_line_of_plan(config)}") as say:
         from sfl_jax.commands import accelerators
 
@@ -68,8 +70,9 @@ def compare_plans(config: Config) -> int:
 
 
 def _fleets(config: Config) -> Iterator[Any]:
-    """The terms of the fleet of a file, or of several random ones. BadInput names clients that no method can
-    serve.
+    """The terms of the fleet of a file, or of several random fleets.
+
+    Raises BadInput that names clients that no method can serve.
     """
     from sfl_jax import planning
     from sfl_jax.commands import parts
@@ -83,7 +86,7 @@ def _fleets(config: Config) -> Iterator[Any]:
 
 
 def _said(rows: Iterable[Any], say: Screen) -> list[Any]:
-    """The rows, each sweep said when it begins."""
+    """The rows. Shows each sweep when it begins."""
     found: list[Any] = []
     for row in rows:
         begins = not found or (row.sweep, row.fleet) != (found[-1].sweep, found[-1].fleet)
@@ -94,7 +97,7 @@ def _said(rows: Iterable[Any], say: Screen) -> list[Any]:
 
 
 def compare_clocks(config: Config) -> int:
-    """One training, and the clock of every method beside its accuracy."""
+    """Trains once, then compares accuracy on the clock of every method."""
     from sfl_jax.commands import report, train
 
     code = train.train(config)
@@ -109,7 +112,7 @@ def compare_clocks(config: Config) -> int:
 
         lines = recording.logged(config.workdir)
         accuracies = [line.test_accuracy for line in lines]
-        built = parts.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on it
+        built = parts.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on weights
         workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
         clocks = report.clocks(config.workdir, built.parts, lines)
         columns = {f"{name}_s": clock.seconds for name, clock in clocks.items()}
@@ -126,7 +129,7 @@ def compare_clocks(config: Config) -> int:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; empty where a number is not finite or missing."""
+    """Writes a table. A cell is empty if its number is missing or not finite."""
     with whole_file(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         writer = csv.writer(text, lineterminator="\n")
@@ -136,7 +139,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def methods_table(rows: Sequence[Any]) -> str:
-    """Each method's round over the optimum: the mean and the worst of all cases of a sweep."""
+    """Each method's round over the optimum: the mean and the worst over all cases of a sweep."""
     titles = [_SWEEPS.get(name, name) for name in _sweeps(rows)]
     lines = [
         "round over the optimum, mean (worst) of all cases; 1.000 is optimal",

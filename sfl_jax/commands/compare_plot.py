@@ -1,4 +1,4 @@
-"""Pictures of a comparison: methods over sweeps, under misjudged costs, and accuracy against each clock."""
+"""Draws comparisons: methods over sweeps, plans on wrong costs, and accuracy on each method's clock."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from sfl_jax.planning.comparison import DRAWS, ERRORS, FOUR_STARTS, NEAREST, REC
 from sfl_jax.run.clocks import Clock
 from sfl_jax.run.ledger import sent_bytes
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; dashes where a hue comes twice.
+# Okabe and Ito's colours, which colour-blind people can tell apart. A hue used twice has dashes.
 _STYLES = {
     "exact": ("black", "-"),
     "regression": ("#d55e00", "-"),
@@ -39,7 +39,7 @@ _AXES = {
 
 
 def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
-    """Each method's round over the optimum in every sweep: mean over the fleets, and the range of them."""
+    """Draws each method's round over the optimum in every sweep: the mean and the range over the fleets."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     for sweep, axes in zip(_AXES, figure.subplots(2, 2, sharey=True).flat, strict=True):
         _draw_sweep(axes, sweep, [row for row in rows if row.sweep == sweep])
@@ -56,7 +56,7 @@ def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
 
 
 def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
-    """How much longer kept plans last than plans made on the true costs, over all draws."""
+    """Draws how much longer kept plans last than plans made on the true costs, over all draws."""
     rows = [row for row in rows if row.sweep == "error"]
     methods = [name for name in _STYLES if name in {row.method for row in rows if np.isfinite(row.round_s)}]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -73,10 +73,10 @@ def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
             median.set(color="black")
         axes.set_yticks(np.arange(len(methods)) + 1, methods)
         axes.set_xscale("log")
-        axes.set(title=f"rates off by up to {error:.0%}", xlabel="round of the plan kept / planned anew")
+        axes.set(title=f"rates wrong by up to {error:.0%}", xlabel="round of the kept plan / of a new plan")
         _plain(axes.xaxis)
         axes.grid(axis="x", alpha=0.3)
-    figure.axes[0].invert_yaxis()  # and so the other, which shares it
+    figure.axes[0].invert_yaxis()  # also inverts the other, which shares it
     figure.suptitle(
         f"Plans made on nominal costs, {DRAWS} draws of the true ones (box: quartiles, line: 5-95 %)"
     )
@@ -86,7 +86,7 @@ def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
 def write_clocks(
     path: Path, accuracies: Sequence[float | None], clocks: Mapping[str, Clock], config: Config
 ) -> None:
-    """Test accuracy against the time and the bytes of every method that can serve all clients."""
+    """Draws test accuracy against the time and the bytes of every method that can serve all clients."""
     figure = Figure(figsize=(9, 11), layout="constrained")
     upper, lower = figure.subplots(2)
     draw_clocks(upper, accuracies, clocks, config)
@@ -97,7 +97,7 @@ def write_clocks(
 def draw_clocks(
     axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[str, Clock], config: Config
 ) -> None:
-    """Test accuracy against simulated time into `axes`; the run's own clock comes first."""
+    """Draws test accuracy against simulated time into `axes`. The run's own clock comes first."""
     seconds = {name: clock.seconds for name, clock in clocks.items()}
     _draw_accuracy(axes, accuracies, seconds, lambda last: f"{last:,.1f} s")
     title = f"One training of {config.model} on {config.dataset}, every method's clock"
@@ -105,7 +105,7 @@ def draw_clocks(
 
 
 def draw_bytes(axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[str, Clock]) -> None:
-    """Test accuracy against all bytes sent so far, both ways."""
+    """Draws test accuracy against all bytes sent so far, both ways."""
     sent_mb = {name: np.cumsum(sent_bytes(clock.ledger)) / 1e6 for name, clock in clocks.items()}
     _draw_accuracy(axes, accuracies, sent_mb, lambda last_mb: words.amount(1e6 * last_mb, "B"))
     axes.set(title="The same training, every method's bytes", xlabel="sent so far, MB")
@@ -113,7 +113,7 @@ def draw_bytes(axes: Axes, accuracies: Sequence[float | None], clocks: Mapping[s
 
 def _draw_accuracy(axes, accuracies, against: Mapping[str, np.ndarray], said) -> None:
     """A curve for each method whose numbers are known, the first of which is the run's own."""
-    percent = 100 * np.array(accuracies, float)  # NaN where a round was not evaluated
+    percent = 100 * np.array(accuracies, float)  # NaN if a round was not evaluated
     evaluated = np.isfinite(percent)
     for name, values in against.items():
         if not np.isfinite(values[-1]):
@@ -142,7 +142,7 @@ def _draw_sweep(axes: Axes, sweep: str, rows: Sequence[Row]) -> None:
         ratios = np.array([[r.round_s / r.optimum_s for r in mine if r.value == value] for value in values])
         ratios[~np.isfinite(ratios)] = np.nan
         colour, dashes = _STYLES[method]
-        width = 4.0 if method == "exact" else 1.5  # others lie on it
+        width = 4.0 if method == "exact" else 1.5  # others lie on top of it
         axes.plot(values, ratios.mean(axis=1), color=colour, linestyle=dashes, linewidth=width, label=method)
         axes.fill_between(
             values, ratios.min(axis=1), ratios.max(axis=1), color=colour, alpha=0.1, linewidth=0
@@ -157,7 +157,7 @@ def _draw_sweep(axes: Axes, sweep: str, rows: Sequence[Row]) -> None:
 
 
 def _plain(axis: Axis) -> None:
-    """A logarithmic axis with a few numbers as people write them."""
+    """A logarithmic axis with a few plain numbers."""
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a second start of the same run need not compile them again."""
+"""Keeps compiled programs on disk, so that the same run starts faster the next time."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ from sfl_jax.files import ensure_writable
 
 
 def enable() -> Path | None:
-    """Turns JAX's persistent compilation cache on; its directory, None where there is no place for it.
+    """Turns JAX's persistent compilation cache on. Returns its directory, or None if there is no place for
+    it.
 
-    Programs are machine code of this host for these releases, hence a directory for each pair of them, under
-    $XDG_CACHE_HOME or ~/.cache. A directory that the user has given to JAX stays, except that JAX takes no ~
-    for a home directory.
+    Programs are machine code for this host and these releases. So each combination has its own directory,
+    under $XDG_CACHE_HOME or ~/.cache. A directory that the user gave to JAX is kept; a ~ in it is expanded.
     """
     given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] set by JAX at run time
     if given:
@@ -36,23 +36,24 @@ def enable() -> Path | None:
 
 
 def notes() -> Path | None:
-    """The file of what was measured here with these releases, in `directory`."""
+    """The file with what was measured on this host with these releases, in `directory`."""
     place = directory()
     return place and place / "executions.json"
 
 
 def directory() -> Path | None:
-    """Where what was found out here with these releases is kept; None where JAX is told to keep nothing, or
-    there is no place for it.
+    """The directory of what was found on this host with these releases.
+
+    None if JAX is told to keep nothing, or if there is no place for it.
     """
     keeps = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     return default_directory() if keeps else None
 
 
 def default_directory() -> Path | None:
-    """Where this user's programs for this host and these releases are kept.
+    """The directory for this user's programs on this host with these releases.
 
-    None where no home directory is known, as in a container whose user has a number and no name.
+    None if no home directory is known, for example in a container whose user has a number but no name.
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not caches.is_absolute():

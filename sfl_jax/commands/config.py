@@ -1,4 +1,4 @@
-"""Every setting of every command: one frozen dataclass, and the rules that refuse senseless values."""
+"""All settings of all commands in one frozen dataclass, and the check of each value."""
 
 import dataclasses
 import re
@@ -38,14 +38,14 @@ PRECISIONS = ("default", "high", "highest")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a run. A field's name is its flag's name; units are in the help texts."""
+    """The settings of a run. A field's name is its flag's name. Units are in the help texts."""
 
     model: str = flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=tuple(registry.NETWORKS))
     image_size: int = flag(
         32,
         NETWORK,
         PLANNING,
-        "side of the images that enter the network, in pixels",
+        "side of the network's input images, in pixels",
         at_least=8,
         at_most=4096,
     )
@@ -56,13 +56,13 @@ class Config:
         "batch", NETWORK, TRAINING, "the layers that normalise: batch (norm) or group (norm), which knows no "
         "statistics of a batch", choices=registry.NORMS,
     )  # fmt: skip
-    num_classes: int = flag(10, NETWORK, DATALESS, "classes that the network tells apart", at_least=1)
+    num_classes: int = flag(10, NETWORK, DATALESS, "number of classes", at_least=1)
     layer_form: str = flag(
-        AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which way is faster",
+        AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which is faster",
         choices=(AUTO, *registry.LAYER_FORMS), open=AUTO,
     )  # fmt: skip
     compute_dtype: str = flag(
-        "float32", NETWORK, TRAINING, "number type in which the layers compute", choices=DTYPES
+        "float32", NETWORK, TRAINING, "number type of the layers' computations", choices=DTYPES
     )
     matmul_precision: str = flag(
         "default",
@@ -75,7 +75,7 @@ class Config:
         0.0,
         NETWORK,
         PLANNING,
-        "multiplies the published rates of dropout and stochastic depth; 0 switches them off",
+        "factor on the published rates of dropout and stochastic depth; 0 switches them off",
         at_least=0,
         at_most=1,
     )
@@ -90,41 +90,41 @@ class Config:
         0.0,
         NETWORK,
         TRAINING,
-        "multiplies the random initial weights of the classifier; 0 starts it at zero",
+        "factor on the random initial weights of the classifier; 0 starts it at zero",
         at_least=0,
     )
 
     dataset: str = flag(
         "mnist", DATA, TRAINING, "a TFDS image classification set (mnist is built in), a .npz file, or a "
-        "folder of pictures, as ./mine",
+        "folder of pictures, such as ./mine",
     )  # fmt: skip
     data_dir: str = flag(
-        "", DATA, TRAINING, "TFDS directory that holds the prepared dataset", harmless=True, path=True
+        "", DATA, TRAINING, "TFDS directory with the prepared dataset", harmless=True, path=True
     )
     label_key: str = flag(
-        "", DATA, TRAINING, "which of several class labels to learn; empty: label, or the only one"
+        "", DATA, TRAINING, "the class label to learn, if there are several; empty: label, or the only one"
     )
     partition: str = flag(
-        AUTO, DATA, TRAINING, "how the samples are divided among the clients; auto: fleet where the file of "
-        "--fleet has the column samples, else iid", choices=PARTITIONS,
+        AUTO, DATA, TRAINING, "how samples are divided among clients; auto: fleet if the file of --fleet "
+        "has the column samples, else iid", choices=PARTITIONS,
     )  # fmt: skip
     dirichlet_alpha: float = flag(
         0.5,
         DATA,
         TRAINING,
-        "with dirichlet, how evenly a client sees the classes; with quantity, how alike clients' "
-        "numbers of samples are; larger is more even",
+        "with dirichlet, how evenly classes are mixed in each client; with quantity, how similar the "
+        "clients' numbers of samples are; larger is more even",
         above=0,
         at_most=1e6,
     )
     min_samples: int = flag(
-        1, DATA, TRAINING, "samples that every client gets at least, under every partition", at_least=1
+        1, DATA, TRAINING, "the least samples of a client, under every partition", at_least=1
     )
     shards_per_client: int = flag(
         2,
         DATA,
         TRAINING,
-        "with shards, how many pieces of the samples sorted by label a client gets",
+        "with shards: samples are sorted by label and cut into pieces; this many for each client",
         at_least=1,
     )
 
@@ -134,11 +134,11 @@ class Config:
     )  # fmt: skip
 
     clients: int = flag(
-        0, FLEET, PLANNING, f"clients in all; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
+        0, FLEET, PLANNING, f"number of clients; 0: as many as --fleet has, {CLIENTS} if random", at_least=0
     )
     cohort_size: int = flag(
-        10, FLEET, PLANNING, "clients that take part in a round; a plan says how long such rounds last, "
-        "beside one of all clients", at_least=1,
+        10, FLEET, PLANNING, "clients that take part in a round; a plan shows the time of such rounds "
+        "beside that of a round of all clients", at_least=1,
     )  # fmt: skip
     sampling: str = flag(
         "uniform", FLEET, TRAINING, "how the clients of a round are drawn: uniform, weighted by samples in "
@@ -153,58 +153,58 @@ class Config:
         RANDOM,
         FLEET,
         PLANNING,
-        "compute and links of the clients: random, or the path of a fleet.csv",
+        "the clients' compute and links: random, or the path of a fleet.csv",
         harmless=True,
         path=True,
     )
-    server_flops: float = flag(2e10, FLEET, PLANNING, "compute of the server, FLOP/s; 20G is 2e10", above=0)
+    server_flops: float = flag(2e10, FLEET, PLANNING, "the server's compute, FLOP/s; 20G is 2e10", above=0)
     method: str = flag(
         "exact",
         FLEET,
         PLANNING,
-        "how cuts and shares of the server are chosen",
+        "how cuts and server shares are chosen",
         choices=tuple(registry.METHODS),
     )
     starts: str = flag(
-        "equal", FLEET, PLANNING, "where alternating and regression start; several may be given "
-        "with commas between (equal, proportional, random), the best result is kept",
+        "equal", FLEET, PLANNING, "start of alternating and regression: equal, proportional or random; of "
+        "several, with commas between, the best result is kept",
     )  # fmt: skip
     recall: bool = flag(
         False,
         FLEET,
         PLANNING,
-        "let alternating and regression bring a client back to the server that left it and now ends last",
+        "alternating and regression may bring back a client that left the server and now ends last",
     )
     barrier: str = flag(
         "session",
         FLEET,
         PLANNING,
-        "session: every client goes through its round by itself; staged: all wait for each other "
-        "before and after the server works",
+        "session: no client waits for another before the end of the round; staged: all wait for each "
+        "other before and after the server's work",
         choices=registry.BARRIERS,
     )
     rounding: str = flag(
-        "need", FLEET, PLANNING, "how regression makes a cut whole: the neighbour that needs less server, or "
-        "the nearest", choices=registry.ROUNDINGS,
+        "need", FLEET, PLANNING, "how regression rounds a cut: to the neighbour that needs less of the "
+        "server (need) or to the nearest", choices=registry.ROUNDINGS,
     )  # fmt: skip
     links: str = flag(
         "fixed",
         FLEET,
         PLANNING,
-        "fixed: the rates of the fleet; shannon: rates by distance; fading: rates by distance that "
-        "change every round",
+        "fixed: rates of the fleet; shannon: rates from the distance; fading: rates from the distance "
+        "that change every round",
         choices=registry.LINKS,
     )
     coherence_s: float = flag(
-        0.0, FLEET, PLANNING, "seconds that a fade lasts under --links=fading; rates are means over the "
-        "fades that a transfer sees; 0: over all", at_least=0,
+        0.0, FLEET, PLANNING, "with --links=fading, seconds that a fade lasts; a transfer's rate is the mean "
+        "over the fades that it sees; 0: over all fades", at_least=0,
     )  # fmt: skip
     band: str = flag(
         "fixed",
         FLEET,
         PLANNING,
         "how clients share bandwidth: equal parts (fixed); best parts of one band (pooled); best "
-        "parts of an uplink and a downlink band (separate)",
+        "parts of an uplink band and a downlink band (separate)",
         choices=registry.BANDS,
     )
     drop_probability: float = flag(
@@ -227,25 +227,25 @@ class Config:
         0.0,
         FLEET,
         TRAINING,
-        "a round ends after this many times its planned seconds, and who is late is left out; 0: "
-        "wait for everybody",
+        "a round ends after its planned seconds times this factor, and late clients are left out; "
+        "0: wait for all clients",
         at_least=0,
     )
     stored_size: int = flag(
-        0, FLEET, DATALESS, "side of the images as clients hold them, which go up at cut 0, in pixels; 0: as "
+        0, FLEET, DATALESS, "side of the clients' stored images, which go up at cut 0, in pixels; 0: like "
         "--image_size", at_least=0, at_most=65536,
     )  # fmt: skip
     min_cut: int = flag(
-        1, FLEET, PLANNING, "units that every client keeps to itself; 0 lets its images leave it", at_least=0
+        1, FLEET, PLANNING, "the fewest units on a client; with 0 images may go to the server", at_least=0
     )
     samples_per_client: int = flag(
-        600, FLEET, DATALESS, "samples of every client of the random fleet", at_least=1
+        600, FLEET, DATALESS, "samples of each client in the random fleet", at_least=1
     )
     bits_per_float: int = flag(
         32,
         FLEET,
         DATALESS,
-        "bits in which a number of the smashed data or their gradient is sent",
+        "bits of each number of smashed data and their gradient on the link",
         at_least=1,
         at_most=64,
     )
@@ -253,7 +253,7 @@ class Config:
         0.0,
         FLEET,
         ("plan",),
-        "find the smallest server whose round takes at most this many seconds; 0: off",
+        "find the smallest server with which a round takes at most these seconds; 0: off",
         at_least=0,
     )
 
@@ -263,11 +263,11 @@ class Config:
         choices=tuple(registry.SCHEMES),
     )  # fmt: skip
     server_order: str = flag(
-        "client", SCHEME, PLANNING, "with sfl_v2, whom the server serves next: client: a client's whole "
-        "session, then the next; step: one step of each client in turn", choices=registry.SERVER_ORDERS,
+        "client", SCHEME, PLANNING, "with sfl_v2, the order of clients at the server: client: one whole "
+        "session after the other; step: one step of each client in turn", choices=registry.SERVER_ORDERS,
     )  # fmt: skip
     server_batch: str = flag(
-        "separate", SCHEME, TRAINING, "with psl, what the server's units see: separate: a batch of each "
+        "separate", SCHEME, TRAINING, "with psl, the batches of the server's units: separate: one for each "
         "client; joined: one batch of all clients", choices=registry.SERVER_BATCHES,
     )  # fmt: skip
     max_cut: int = flag(
@@ -275,24 +275,24 @@ class Config:
         "clients share one copy", at_least=-1,
     )  # fmt: skip
     tail_units: int = flag(
-        0, SCHEME, PLANNING, "the last units, which the client holds too, so that labels never leave it; 0: "
-        "none", at_least=0,
+        0, SCHEME, PLANNING, "how many last units the client also holds, so that labels never leave it",
+        at_least=0,
     )  # fmt: skip
     codec: str = flag(
         "float32", SCHEME, PLANNING, "what is done to smashed data at the cut: float32 (nothing), bfloat16, "
         "float16, int8, int4, topk:PART, gaussian:NORM,SIGMA; of several, with + between, the plan chooses "
-        "for every client",
+        "one for each client",
     )  # fmt: skip
     codec_down: str = flag(
-        "", SCHEME, PLANNING, "the same for the gradient of smashed data; empty: as --codec"
+        "", SCHEME, PLANNING, "the same for the gradient of smashed data; empty: like --codec"
     )
     keep_server_state: bool = flag(
-        True, SCHEME, TRAINING, "with sfl_v2, psl and sl, let the optimiser state of shared units outlive "
-        "the round",
+        True, SCHEME, TRAINING, "with sfl_v2, psl and sl, keep the optimiser state of shared units for the "
+        "next round",
     )  # fmt: skip
 
     rounds: int = flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
-    local_epochs: int = flag(1, LEARNING, PLANNING, "epochs that a client trains in a round", at_least=1)
+    local_epochs: int = flag(1, LEARNING, PLANNING, "epochs of a client in a round", at_least=1)
     batch_size: int = flag(32, LEARNING, PLANNING, "samples in a local step", at_least=1)
     optimizer: str = flag(
         "adam",
@@ -317,7 +317,7 @@ class Config:
         "cosine",
         LEARNING,
         TRAINING,
-        "how the learning rate changes over the rounds; cosine and linear fall to 0; exponential and step "
+        "the learning rate over the rounds; cosine and linear fall to 0; exponential and step "
         "follow --decay_rate",
         choices=tuple(registry.SCHEDULES),
     )
@@ -350,28 +350,26 @@ class Config:
         1e-3, LEARNING, TRAINING, "with server adam or yogi, the number added to the root of the second "
         "moment; smaller is more adaptive", above=0,
     )  # fmt: skip
-    server_learning_rate: float = flag(
-        1.0, LEARNING, TRAINING, "multiplies the clients' mean change before the model takes it", above=0
-    )
+    server_learning_rate: float = flag(1.0, LEARNING, TRAINING, "factor on the clients' mean change", above=0)
     server_momentum: float = flag(
         0.5,
         LEARNING,
         TRAINING,
-        "momentum of the clients' mean change from round to round; with adam and yogi the decay of its mean",
+        "momentum of the clients' mean change over the rounds; with adam and yogi the decay of its mean",
         at_least=0,
         below=1,
     )
     on_divergence: str = flag(
-        "stop", LEARNING, TRAINING, "what to do when a client's loss or update is not finite",
+        "stop", LEARNING, TRAINING, "what to do if a client's loss or update is not finite",
         choices=("stop", "skip_client"), harmless=True,
     )  # fmt: skip
-    seed: int = flag(0, LEARNING, PLANNING, "seed of all that is random", at_least=0)
+    seed: int = flag(0, LEARNING, PLANNING, "seed of everything random", at_least=0)
 
     clients_per_chunk: int = flag(
         0,
         MACHINE,
         TRAINING,
-        "most clients that a device computes at once; 0: the fastest number that fits the memory",
+        "the most clients that a device computes at once; 0: the fastest number that fits the memory",
         at_least=0,
         open=0,
     )
@@ -381,11 +379,15 @@ class Config:
         choices=(AUTO, *registry.EXECUTIONS), open=AUTO,
     )  # fmt: skip
     memory_budget_gib: float = flag(
-        0.0, MACHINE, TRAINING, "memory of a device that rounds may take, GiB; 0: what is free", at_least=0
+        0.0,
+        MACHINE,
+        TRAINING,
+        "memory of a device that rounds may take, GiB; 0: all that is free",
+        at_least=0,
     )
     devices: int = flag(0, MACHINE, TRAINING, "devices to use in each process; 0: all", at_least=0)
     deterministic: bool = flag(
-        False, MACHINE, TRAINING, "get the same bits in every run on a GPU too, which is slower"
+        False, MACHINE, TRAINING, "the same bits in every run also on a GPU, which is slower"
     )
     compilation_cache: bool = flag(
         True, MACHINE, PLANNING, "keep compiled programs in the user's cache directory"
@@ -394,14 +396,14 @@ class Config:
         0,
         PROCESSES,
         ("train",),
-        "processes of the run; 0: as SLURM, Open MPI, a TPU pod or GKE says, else 1",
+        "number of processes; 0: from SLURM, Open MPI, a TPU pod or GKE, else 1",
         at_least=0,
     )
     process_id: int = flag(
-        -1, PROCESSES, ("train",), "number of this process, counted from 0; -1: as found", at_least=-1
+        -1, PROCESSES, ("train",), "number of this process, from 0; -1: found automatically", at_least=-1
     )
     coordinator_address: str = flag(
-        "", PROCESSES, ("train",), "host:port at which process 0 can be reached; empty: as found"
+        "", PROCESSES, ("train",), "host:port of process 0; empty: found automatically"
     )
     join_timeout_s: int = flag(
         300, PROCESSES, ("train",), "seconds to wait for the other processes at the start", at_least=1
@@ -413,23 +415,21 @@ class Config:
     workdir: str = flag("runs/demo", FILES, RUNNING, "directory of the run", path=True)
     eval_every: int = flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
     checkpoint_every_rounds: int = flag(
-        0, FILES, TRAINING, "rounds between checkpoints; 0: by time alone", at_least=0
+        0, FILES, TRAINING, "rounds between checkpoints; 0: only by time", at_least=0
     )
     checkpoint_every_s: float = flag(
-        300.0, FILES, TRAINING, "seconds between checkpoints; 0: by rounds alone", at_least=0
+        300.0, FILES, TRAINING, "seconds between checkpoints; 0: only by rounds", at_least=0
     )
     keep: int = flag(2, FILES, TRAINING, "checkpoints to keep", at_least=1)
     on_write_error: str = flag(
-        "stop", FILES, TRAINING, "what to do when the disk fails", choices=("stop", "continue")
+        "stop", FILES, TRAINING, "what to do if the disk fails", choices=("stop", "continue")
     )
-    allow_config_change: bool = flag(
-        False, FILES, TRAINING, "go on with a run that was made with other settings"
-    )
+    allow_config_change: bool = flag(False, FILES, TRAINING, "go on with a run that has other settings")
     output: str = flag(
         "plan.json", FILES, ("plan",), "file of the plan; a .csv is written beside it", path=True
     )
     plan_only: bool = flag(
-        False, FILES, ("compare",), "train nothing: compare the plans of all methods over many fleets"
+        False, FILES, ("compare",), "do not train; compare the plans of all methods over many fleets"
     )
     plot: bool = flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 
@@ -440,19 +440,19 @@ class Config:
                 object.__setattr__(self, field.name, paths.expand(f"--{field.name}", value))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values for config.json."""
+        """The settings in plain values for config.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], command: str = "train") -> "Config":
-        """The settings that `to_dict` gave, or that were typed; names that are missing take their defaults.
+        """The settings from `to_dict` or a command line. Missing names get their defaults.
 
         Raises BadInput for an unknown name, a value of another type, and for whatever `validate` refuses.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in known:
-                raise BadInput(f"config: no setting is called {name}")
+                raise BadInput(f"config: {name} is not a setting")
             if not has_type(value, type(known[name].default)):
                 raise BadInput(f"--{name}={value}: must be {allowed(known[name])}")
         config = cls(**values)
@@ -461,12 +461,12 @@ class Config:
 
 
 def settings(config: Config, command: str) -> dict[str, Any]:
-    """The flags of a command, by name."""
+    """The flags of a command by name."""
     return {field.name: getattr(config, field.name) for field in fields_of(command)}
 
 
 def changes(before: Mapping[str, Any], config: Config, command: str) -> dict[str, str]:
-    """The settings that make other numbers than those of `before` do, by name: "--seed=1 (was 0)"."""
+    """The settings that differ from `before` and change numbers, by name, for example "--seed=1 (was 0)"."""
     harmful = [field for field in fields_of(command) if not field.metadata["harmless"]]
     pairs = [(f.name, getattr(config, f.name), before.get(f.name, f.default)) for f in harmful]
     return {
@@ -477,7 +477,7 @@ def changes(before: Mapping[str, Any], config: Config, command: str) -> dict[str
 
 
 def left_open(config: Config) -> list[str]:
-    """The settings whose choice is left to the run, which then keeps it."""
+    """The settings that the run chooses itself. A run that goes on keeps its choices."""
     fields = dataclasses.fields(config)
     return [f.name for f in fields if "open" in f.metadata and getattr(config, f.name) == f.metadata["open"]]
 
@@ -488,9 +488,9 @@ def fields_of(command: str) -> list[dataclasses.Field[Any]]:
 
 
 def validate(config: Config, command: str = "train") -> None:
-    """Raise BadInput for the first senseless setting: its line names the flag, the value and what is allowed.
+    """Raises BadInput for the first invalid setting, with the flag, the value and what is allowed.
 
-    What holds between flags is asked only of flags that `command` takes.
+    Rules between flags are checked only for flags that `command` takes.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -509,9 +509,9 @@ def validate(config: Config, command: str = "train") -> None:
 
 
 def as_flags(text: str) -> str:
-    """The text with "--" before the name of every setting that has a value in it: "seed=1" is "--seed=1".
+    """The text with "--" before each setting with a value, for example "--seed=1" for "seed=1".
 
-    What is below the commands knows names and values, and no flags.
+    Code below the commands knows names and values, but no flags.
     """
     return _NAMED.sub(r"--\1", text)
 

@@ -1,4 +1,4 @@
-"""Who the clients are, and which training samples each of them owns."""
+"""Decides who the clients are, and which training samples each of them has."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from sfl_jax.errors import BadInput
 
 
 def settle(config: Config, file: fleets.Fleet | None = None) -> tuple[Config, fleets.Fleet | None]:
-    """(`config` with the number of clients and the partition that its fleet decides, the fleet of its file).
+    """Returns (`config` with the clients and partition that its fleet decides, the fleet of its file).
 
-    file: the fleet file of `config`, read here unless it is given; None for the random fleet.
+    file: the fleet file of `config`, if it was read already. The returned fleet is None for the random fleet.
 
     Raises:
-      BadInput: a fleet file that is wrong or has another number of clients than the flag says, or a fleet
-        without the samples that --partition=fleet needs.
+      BadInput: the fleet file is wrong, it has another number of clients than --clients, or it has no samples
+        and --partition=fleet needs them.
     """
     if config.fleet != RANDOM and file is None:
         file = fleets.read_fleet(config.fleet)
@@ -35,7 +35,7 @@ def settle(config: Config, file: fleets.Fleet | None = None) -> tuple[Config, fl
             f"--partition=fleet: needs a fleet file with the column samples; --fleet={config.fleet} has none"
         )
     cohort = config.cohort_size
-    if cohort == Config.cohort_size:  # the default makes way for a smaller fleet
+    if cohort == Config.cohort_size:  # the default is lowered for a smaller fleet
         cohort = min(cohort, number)
     return dataclasses.replace(config, clients=number, cohort_size=cohort, partition=partition), file
 
@@ -48,7 +48,7 @@ def clients(config: Config, file: fleets.Fleet | None) -> fleets.Fleet:
 def divide(
     config: Config, file: fleets.Fleet | None, labels: Int[np.ndarray, " N"]
 ) -> list[Int[np.ndarray, " _"]]:
-    """The samples of each client, as a settled `config` says."""
+    """The sample indices of each client, for a settled `config`."""
     if config.cohort_size > config.clients:
         raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={config.clients}")
     return datasets.partition(
@@ -66,7 +66,7 @@ def divide(
 def notes(
     config: Config, file: fleets.Fleet | None, parts: list[Int[np.ndarray, " _"]], samples: int
 ) -> list[str]:
-    """Lines that say which columns of the fleet file, and how many samples of the data, are not used."""
+    """Lines about columns of the fleet file and samples of the data that are not used."""
     if file is None:
         return []
     counts, lines = [len(part) for part in parts], []
@@ -81,44 +81,44 @@ def notes(
 
 
 def idle_columns(config: Config, file: fleets.Fleet) -> list[str]:
-    """A line about the columns of a fleet file that no plan of `config` uses, if there are some."""
+    """A line about columns of a fleet file that no plan of `config` uses, if there are any."""
     idle = [name for name in file.columns() if name in _idle(config, file)]
     energy = " and no column energy_j" if file.energy_j is None else ""
     return [f"{', '.join(idle)} of {config.fleet} not used: --links={config.links}{energy}"] if idle else []
 
 
 def single_values(config: Config, parts: list[Int[np.ndarray, " _"]], least: int | None) -> list[str]:
-    """A line about clients that cannot learn, because batch norm averages over one value in their batches, or
-    learn badly, because it averages over a single image.
+    """A line about clients that learn badly or not at all, because batch norm averages over too few values.
 
-    Normalised, a single value is 0 whatever the image is. `least`: see `models.least_normalised`.
+    With one image in a batch, batch norm averages over a single image. With one value, the normalised value
+    is 0 for any image. least: see `models.least_normalised`.
 
     Raises:
       BadInput: no client can learn.
     """
     if least is not None and least > 1 and config.batch_size == 1:
         return [
-            f"--batch_size=1: batch norm averages over the {least} values of a single image, which seldom "
+            f"--batch_size=1: batch norm averages over the {least} values of one image, which seldom "
             "trains well; choose at least 2"
         ]
     if least != 1:
         return []
     reason = f"batch norm would average over a single value at --image_size={config.image_size}"
     if config.batch_size == 1:
-        raise BadInput(f"--batch_size=1: {reason}, and nothing be learned; choose at least 2")
+        raise BadInput(f"--batch_size=1: {reason}, so no client could learn; choose at least 2")
     single, clients = sum(len(part) < 2 for part in parts), len(parts)
     if single == clients:
-        raise BadInput(f"--clients={clients}: each has one sample, and {reason}; --min_samples=2 needs fewer")
+        raise BadInput(f"--clients={clients}: each has one sample, and {reason}; choose fewer clients")
     if not single:
         return []
     return [
-        f"{single} of {clients} clients learn next to nothing: they have one sample, and batch norm averages "
-        "over a single value; --min_samples=2 gives each client two"
+        f"{single} of {clients} clients learn almost nothing: they have one sample, and batch norm averages "
+        "over a single value; --min_samples=2 gives every client two samples"
     ]
 
 
 def _idle(config: Config, file: fleets.Fleet) -> set[str]:
-    """Columns that mean nothing with these links, or where energy is not limited."""
+    """Columns that have no effect with these links, or without limited energy."""
     idle = {"distance_m"} if config.links == "fixed" else {"uplink_bps", "downlink_bps"}
     if file.energy_j is None:
         idle |= {"cycles_per_s", "kappa"} | ({"transmit_w"} if config.links == "fixed" else set())

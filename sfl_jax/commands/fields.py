@@ -1,11 +1,11 @@
-"""What a flag is made of: a field of `Config` with its help, its limits and the commands that take it."""
+"""A flag: a field of `Config` with its help, its limits and the commands that take it."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-# Commands that take a flag, and the headings of --help.
+# The commands that take a flag, and the headings of --help.
 TRAINING = ("train", "compare")
 RUNNING = (*TRAINING, "report")
 PLANNING = (*TRAINING, "plan")
@@ -19,18 +19,18 @@ LARGEST_INT = 2**31 - 1
 
 
 def flag(default: Any, group: str, commands: tuple[str, ...], text: str, **limits: Any) -> Any:
-    """A field with what a flag needs; limits: choices, at_least, at_most, above, below. open: the value
-    that leaves the choice to the run. hints: what to say of a wrong value that others know.
+    """A field of `Config` with what its flag needs.
 
-    harmless: whether a run may go on with another value. It may where that changes no numbers but for
-    rounding, as under some headings, and where it names a file whose contents are compared.
+    limits: choices, at_least, at_most, above, below. open: the value that leaves the choice to the run.
+    hints: a remedy for some wrong values. harmless: whether a run may go on with another value. It may if
+    only rounding changes, as under some headings, or if the value names a file whose contents are compared.
     """
     metadata = {"group": group, "commands": commands, "help": text, "harmless": group in HARMLESS}
     return dataclasses.field(default=default, metadata=metadata | limits)
 
 
 def allowed(field: dataclasses.Field[Any]) -> str:
-    """What a field may hold, in words: "an integer, at least 1"."""
+    """What a field may hold, in words, for example "an integer, at least 1"."""
     if "choices" in field.metadata:
         return f"one of {', '.join(field.metadata['choices'])}"
     kind = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
@@ -38,7 +38,7 @@ def allowed(field: dataclasses.Field[Any]) -> str:
 
 
 def bounds(field: dataclasses.Field[Any]) -> str:
-    """The bounds of a number, in words: "at least 8 and at most 4096"; empty where there are none."""
+    """The bounds of a number in words, for example "at least 8 and at most 4096". Empty without bounds."""
     words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
     return " and ".join(f"{words[key]} {field.metadata[key]:g}" for key in words if key in field.metadata)
 
@@ -49,12 +49,12 @@ def is_path(field: dataclasses.Field[Any]) -> bool:
 
 
 def has_type(value: Any, kind: type) -> bool:
-    """Whether a value may stand for a setting: an integer may be a number, true is no integer."""
+    """Whether a value has the type of a setting. An integer is also a number; a bool is not an integer."""
     return type(value) is kind or (kind is float and type(value) is int)
 
 
 def is_within(value: Any, limits: Mapping[str, Any]) -> bool:
-    """Whether a value is one that a field with these limits may hold."""
+    """Whether a value is within these limits."""
     if "choices" in limits:
         return value in limits["choices"]
     if isinstance(value, str | bool):

@@ -1,4 +1,4 @@
-"""From a command line to a validated Config, and from a refusal to one line and exit code 2."""
+"""Turns a command line into a validated Config, and a refusal into one line and exit code 2."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from sfl_jax.commands.interruption import INTERRUPTED, interruption
 from sfl_jax.errors import BadInput
 
 BAD_INPUT, NO_READER = 2, 141
-# What other programs call our flags.
+# Names of our flags in other programs.
 SYNONYMS = {
     "lr": "learning_rate", "wd": "weight_decay", "epochs": "local_epochs, or --rounds", "opt": "optimizer",
     "bs": "batch_size", "batch": "batch_size", "num_rounds": "rounds", "global_rounds": "rounds",
@@ -38,17 +38,17 @@ def run(
     about: str,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse and validate the flags of `command`, call `main(config)`, return the exit code.
+    """Parses and validates the flags of `command`, calls `main(config)` and returns the exit code.
 
-    Bad input, seen here or raised by `main`, and what the disk refuses become one line on stderr and 2;
-    Ctrl-C becomes 130 and a closed pipe 141, as in a shell. `main` imports what is heavy by itself, so that
-    help and refusals are instant.
+    Bad input and refusals of the disk become one line on stderr and exit code 2. Ctrl-C becomes 130 and a
+    closed pipe 141, like in a shell. `main` imports heavy modules itself, so that help and refusals are
+    instant.
 
     Args:
-      main: the command; returns its exit code, None for 0.
+      main: the command. It returns its exit code, or None for 0.
       command: "train", "plan", …: which fields of Config are its flags.
-      about: what --help says first.
-      argv: the arguments without the program's name; None for those of this process.
+      about: the first text of --help.
+      argv: the arguments without the program's name; None means those of this process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with surroundings.mended():
@@ -65,7 +65,7 @@ def _run(main, command, about, arguments) -> int | None:
 
 
 def coded(work: Callable[[], int | None]) -> int:
-    """The exit code of `work`, which is its own, 0 for None, or that of its error."""
+    """The exit code of `work`: its own, 0 for None, or that of its error."""
     try:
         with interruption():
             code = work() or 0
@@ -74,19 +74,19 @@ def coded(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone (say, `| head`); Python's own flush at exit would complain again.
+        # The reader of our output is gone (for example `| head`). Python's flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except (BadInput, OSError) as error:  # an OSError names the file that cannot be read or written
         print("error:", as_flags(_line(error)), file=sys.stderr)
         return BAD_INPUT
-    except MemoryError as error:  # what is asked for in one piece; NumPy says how much
+    except MemoryError as error:  # NumPy's message says how much was asked for
         print(f"error: too little memory ({_line(error)}); ask for less", file=sys.stderr)
         return BAD_INPUT
 
 
 def parse(arguments: Sequence[str], command: str) -> Config:
-    """The validated Config of a command line; raises BadInput for anything that is not a good flag."""
+    """The validated Config of a command line. Raises BadInput for anything that is not a valid flag."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     taken = fields_of(command)
@@ -106,20 +106,20 @@ def parse(arguments: Sequence[str], command: str) -> Config:
     except (flags.Error, ValueError) as error:
         raise BadInput(str(error).removeprefix("flag ").removeprefix("ERROR:: ")) from error
     if strays:
-        remedy = "a comment has a line of its own, without blanks before its #"
-        setting = "write every setting as --name=value"
+        remedy = "a comment needs its own line, without blanks before its #"
+        setting = "write each setting as --name=value"
         raise BadInput(f"{strays[0]!r} is no flag; {remedy if strays[0].startswith('#') else setting}")
     given = {field.name: values[field.name].value for field in taken}
     return Config.from_dict(given | _shorter(given, _typed(arguments)), command)
 
 
 def _typed(arguments: Sequence[str]) -> set[str]:
-    """The flags that stand on the command line itself, and in no file."""
+    """The flags on the command line itself, without those of files."""
     return {argument.lstrip("-").partition("=")[0] for argument in arguments if argument.startswith("-")}
 
 
 def _shorter(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
-    """A warm-up that fits, said in a line, where the rounds were typed and the warm-up comes from a file."""
+    """Shortens a warm-up that comes from a file, and says so, if --rounds was typed and is less."""
     rounds, warmup = given.get("rounds", 0), given.get("warmup_rounds", 0)
     may_give_way = "rounds" in typed and "warmup_rounds" not in typed and warmup != Config.warmup_rounds
     if not may_give_way or not 1 <= rounds < warmup:
@@ -138,7 +138,7 @@ def _unopened(error: flags.CantOpenFlagFileError) -> str:
 
 
 def _unknown(error: flags.UnrecognizedFlagError, names: Sequence[str]) -> str:
-    """The refusal of a flag that no field is called, with the name that was perhaps meant."""
+    """The refusal of an unknown flag, with the name that was perhaps meant."""
     if wrong := paths.for_a_shell(error.flagname):
         return f"--{error.flagname}: {wrong}"
     meant = SYNONYMS.get(error.flagname.lower().replace("-", "_"), "")
@@ -148,7 +148,7 @@ def _unknown(error: flags.UnrecognizedFlagError, names: Sequence[str]) -> str:
 
 
 class _Parser(flags.ArgumentParser):
-    """Reads a text as the type of a field's default."""
+    """Reads a text in the type of a field's default."""
 
     def __init__(self, field: dataclasses.Field[Any]):
         self.field = field
@@ -165,12 +165,12 @@ class _Parser(flags.ArgumentParser):
 
 
 def _number(argument: Any) -> float:
-    """A number, with k, M, G, T or P behind it if one likes."""
+    """A number, with an optional k, M, G, T or P behind it."""
     found = re.fullmatch(r"(.*[\d.])\s*([kKMGTP])", argument.strip()) if isinstance(argument, str) else None
     return float(found[1]) * SUFFIXES[found[2]] if found else float(argument)
 
 
 def _line(error: Exception) -> str:
-    """Its words in one line; what would steer a terminal is spelt out."""
+    """The words of a text in one line. Characters that would control a terminal are escaped."""
     words = " ".join(str(error).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

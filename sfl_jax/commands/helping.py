@@ -1,4 +1,4 @@
-"""The texts of --help: the flags for a first hour, or with --helpfull all."""
+"""The texts of --help: the flags for a first hour, or all with --helpfull."""
 
 import dataclasses
 import shutil
@@ -13,7 +13,7 @@ from sfl_jax.commands.program import program
 
 SHORT, FULL = {"--help", "-help", "-h", "--helpshort"}, {"--helpfull", "-helpfull"}
 MOST_WIDTH, LEAST_WIDTH, COLUMN = 100, 60, 30
-# What a first hour needs, in the order of asking.
+# The flags for a first hour, in the order in which a user meets them.
 FIRST = {
     "train": (
         "dataset", "model", "clients", "cohort_size", "partition", "fleet", "server_flops", "method",
@@ -41,16 +41,17 @@ EXAMPLES = {
         ("--fleet=fleet.csv --target_round_s=20", "the smallest server for this round"),
     ),
     "compare": (
-        ("--plan_only", "plans of all methods, trains nothing"),
-        ("--preset=quick --workdir=runs/compare", "one training, the clock of all methods"),
+        ("--plan_only", "the plans of all methods, no training"),
+        ("--preset=quick --workdir=runs/compare", "one training, the clocks of all methods"),
     ),
-    "report": (("--workdir=runs/demo", "also while the run is under way"),),
+    "report": (("--workdir=runs/demo", "a finished or a running run"),),
 }
 
 
 def help_text(command: str, about: str, arguments: Sequence[str] = ()) -> str:
-    """What --help says: about, usage, examples and flags, each with its default, its meaning and what it may
-    hold. `arguments` tell whether all flags are wanted, and which of two uses.
+    """The text of --help: about, usage, examples, and flags with default, meaning and limits.
+
+    `arguments` say whether all flags are wanted, and in which of its two uses `compare` is called.
     """
     width = min(max(shutil.get_terminal_size().columns - 1, LEAST_WIDTH), MOST_WIDTH)
     name, own = program(command), _that_apply(command, "--plan_only" in arguments)
@@ -60,7 +61,7 @@ def help_text(command: str, about: str, arguments: Sequence[str] = ()) -> str:
     for flags, meaning in EXAMPLES[command]:
         lines += [*_indented(f"  {name} {flags}", width), f"      {meaning}"]
     if command in preset.COMMANDS:
-        there = f"presets: {', '.join(preset.names())}; flags given as well come before theirs"
+        there = f"presets: {', '.join(preset.names())}; other flags override those of a preset"
         lines += ["", *_indented(there, width)]
     if FULL & set(arguments):
         for heading in dict.fromkeys(field.metadata["group"] for field in own):
@@ -72,12 +73,12 @@ def help_text(command: str, about: str, arguments: Sequence[str] = ()) -> str:
         lines += ["", "flags", *_flags(first, width), ""]
         rest = len(own) - len(first)
         more = f"--helpfull lists {rest} more; " if rest else ""
-        lines += _indented(f"{more}--version names the release", width)
+        lines += _indented(f"{more}--version prints the release", width)
     return "\n".join(lines)
 
 
 def _that_apply(command: str, plans_only: bool) -> list[dataclasses.Field[Any]]:
-    """The flags of `command`; compare has some for training alone and some for plans alone."""
+    """The flags of `command`. `compare` has some for training only and some for plans only."""
     fields = fields_of(command)
     if command != "compare":
         return fields
@@ -101,7 +102,7 @@ def _flags(fields, width):
 
 
 def _limits(field) -> str:
-    """The values to choose from, or the bounds, where they do not go without saying."""
+    """The choices, or the bounds if they are not obvious."""
     limits = ", ".join(field.metadata.get("choices", ())) or bounds(field)
     return "" if limits in ("", "at least 0", "at least 1", "at least -1", "above 0") else f" ({limits})"
 

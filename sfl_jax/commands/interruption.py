@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: a command ends at once where nothing is lost by it, a run once its round is saved.
+"""Ctrl-C and SIGTERM. A command ends at once if nothing is lost. A run ends after its round is saved.
 
 Python's own handlers wait for native code to return, and compiling takes seconds to minutes. So a thread
-listens, and ends the process itself.
+listens and ends the process itself.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 
 from sfl_jax import files
 
-INTERRUPTED, SAVED = 130, 75  # exit codes: nothing is kept; there is a saved round to go on from
+INTERRUPTED, SAVED = 130, 75  # exit codes: nothing is saved; a saved round to go on from
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FLUSHED_S = 1.0  # after which whoever reads the output is not waited for
+FLUSHED_S = 1.0  # the longest wait for a slow reader of the output
 AGAIN = "press Ctrl-C again to stop now"
 
 
 class Stop:
     """What a signal does at this point of a command.
 
-    asked: whether the run was asked to stop, which it does once it has saved.
+    asked: whether the run was asked to stop. It stops once it has saved.
     """
 
     def __init__(self):
@@ -32,44 +32,44 @@ class Stop:
         self._kept = (INTERRUPTED, "nothing was trained yet")
 
     def keep(self, saved: str) -> None:
-        """From here on there is a saved round, whose line ends the run where it ends at once."""
+        """From now on there is a saved round. `saved` is printed if a signal ends the run at once."""
         self._kept = SAVED, saved
 
     def wait_for_others(self) -> None:
-        """From here on no process ends before the others do."""
+        """From now on no process ends before the others do."""
         self._others_wait = True
 
     def may_end(self, doing: str) -> None:
-        """From here on nothing is lost if the process ends at once."""
+        """From now on nothing is lost if the process ends at once."""
         code, kept = self._kept
         self._now = doing if self._others_wait else (code, f"stopped while {doing}; {kept}")
 
     def must_end_well(self, doing: str) -> None:
-        """From here on a first signal only asks the run to stop, and it goes on with what it is `doing`."""
+        """From now on a first signal only asks the run to stop. The run goes on with what it is `doing`."""
         self._now = doing
 
     def hear(self, number: int) -> int | None:
-        """Say what follows from a signal; the exit code where that is the end."""
+        """Says what a signal does. Returns the exit code if the process must end."""
         now, again = self._now, self.asked and number == signal.SIGINT
         self.asked = True
         if isinstance(now, str):
             code, line = (INTERRUPTED, "stopped") if again else (None, f"stopping after {now}; {AGAIN}")
         else:
             code, line = now
-        with contextlib.suppress(OSError):  # not print: whatever the signal interrupted may have been one
+        with contextlib.suppress(OSError):  # not print, because the signal may have interrupted a print
             os.write(2, f"\n{line}\n".encode())
         return code
 
 
 @contextlib.contextmanager
 def interruption() -> Iterator[Stop]:
-    """While this lasts, SIGINT and SIGTERM do what the Stop says.
+    """In this block, SIGINT and SIGTERM do what the Stop says.
 
-    Where that is the end of an interactive session, it is KeyboardInterrupt instead.
+    In an interactive session, a signal that ends the command raises KeyboardInterrupt instead.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may say who hears signals
+        yield stop  # only the main thread may install handlers
         return
 
     def interrupt(number: int, _: object) -> None:
@@ -88,9 +88,9 @@ def interruption() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def _listening(stop):
-    """A thread hears every signal that Python handles as soon as it comes."""
+    """A thread hears every signal that Python handles as soon as it arrives."""
     heard, told = os.pipe()
-    os.set_blocking(told, False)  # as Python wants it
+    os.set_blocking(told, False)  # Python requires this
 
     def listen():
         while number := os.read(heard, 1):
@@ -111,8 +111,9 @@ def _listening(stop):
 
 
 def end(code: int) -> None:
-    """End this process now, whatever its other threads do; what has been printed is seen, and no half a file
-    is left.
+    """Ends this process now, whatever its other threads do.
+
+    Printed lines are flushed, and no file is left half written.
     """
     flushing = threading.Thread(target=_flush, daemon=True)
     flushing.start()
@@ -123,5 +124,5 @@ def end(code: int) -> None:
 
 def _flush():
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or missing
             stream.flush()

@@ -1,4 +1,4 @@
-"""From the settings of a command to the parts of a run."""
+"""Turns the settings of a command into the parts of a run."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from sfl_jax.run.parts import RIVALS, Parts, Say, silent
 from sfl_jax.run.schedules import schedule
 from sfl_jax.run.state import model_like
 
-# What a program is made of; the rest is data to it, or does not reach it.
+# Settings of data and fleet that shape a compiled program, and other settings that do not.
 _SHAPES = ("augment", "dataset", "clients", "cohort_size", "partition")
 _NO_SHAPES = (
     "seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds", "decay_rate",
@@ -42,10 +42,10 @@ _NO_SHAPES = (
 
 
 class Built(NamedTuple):
-    """The parts of a run with the settings that they follow from.
+    """The parts of a run, and the settings that they come from.
 
-    config: settled, see `division.settle`. scaling: of the images. init_digest: of the weights to start from.
-    notes: lines to say at the start, about inputs that are not used.
+    config: settled, see `division.settle`. scaling: of the images. init_digest: of the initial weights.
+    notes: lines to print at the start, about inputs that are not used.
     """
 
     config: Config
@@ -56,16 +56,18 @@ class Built(NamedTuple):
 
 
 def build(config: Config, say: Say = silent, progress: Progress | None = None) -> Built:
-    """Data, fleet, costs and network of a run. BadInput for what cannot work, before anything compiles.
+    """The parts of a run. Raises BadInput for what cannot work, before anything compiles.
 
-    progress: what the run has reached, if it has begun; then the weights that it began with may be gone.
+    progress: how far the run has come, if it has begun. Its initial weights may be missing then.
     """
     validate(config)
     say(f"reading {config.dataset}")
     config, file = division.settle(config)
-    own_scheme = scheme(config)
+    own_scheme, own_planner = scheme(config), planner(config)
+    faults = Faults(config.drop_probability, config.jitter, config.deadline_factor)
+    suiting.check_faults(own_scheme, faults, config.on_divergence == "skip_client")
     devices = suiting.devices_for(own_scheme, config.devices)
-    own_planner, clients = planner(config), division.clients(config, file)
+    clients = division.clients(config, file)
     _compile_plan_meanwhile(config, own_planner, clients)
     data = datasets.load(config.dataset, config.data_dir or None, len(devices) > 1, config.label_key)
     if data.train_images.ndim != 4:
@@ -85,8 +87,6 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     chain = _chain(config, data.num_classes, image_shape[-1])
     _check_cuts(config, chain)
     own_scheme.check(len(chain))
-    faults = Faults(config.drop_probability, config.jitter, config.deadline_factor)
-    suiting.check_faults(own_scheme, faults, config.on_divergence == "skip_client")
     suiting.check_steps(own_scheme, shares, config.batch_size)
     clients = clients.with_samples([len(share) for share in shares])
     planning.check_links(own_planner, clients)
@@ -99,10 +99,10 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     terms = optim.terms(profile, clients, own_work, _wires(config, profile))  # pyright: ignore[reportArgumentType] has samples
     own_sampling = sampling(config, clients)
     _check_rounds(config, own_planner, own_sampling, clients, terms)
-    # Read here to be checked, and again where the run starts: kept, they would be a second copy of the model.
+    # Read here to check them, and again when the run starts. Kept, they would be a second copy of the model.
     if progress is not None and _weights_are_gone(config, progress):
         scaling, init_digest = _scaling(progress), progress.inputs["init_from"]
-        notes.append(f"{config.init_from} is gone; the run goes on without it")
+        notes.append(f"{config.init_from} is missing; the run goes on without it")
     else:
         imported = _imported(config, chain, image_shape)
         scaling = imported.scaling if imported else keras_weights.SIGNED
@@ -130,7 +130,7 @@ def inputs(built: Built) -> dict[str, str]:
 
 
 def network(built: Built) -> dict[str, Any]:
-    """What says, besides the settings, which network it is, and how its images are scaled: for `trained`."""
+    """What identifies the network beside the settings, and the scaling of its images; `trained` needs it."""
     return {
         "num_classes": built.parts.data.num_classes,
         "image_channels": built.parts.image_shape[-1],
@@ -148,7 +148,7 @@ class Trained(NamedTuple):
 
 
 def trained(config: Config, checkpoints: Checkpoints, progress: Progress) -> Trained:
-    """The model of a checkpoint on the host, without the data and the weights that it began with."""
+    """The model of a checkpoint on the host. Needs neither the data nor the initial weights."""
     classes, channels = (progress.network[name] for name in ("num_classes", "image_channels"))
     chain, scaling = _chain(config, classes, channels), _scaling(progress)
     image_shape = (config.image_size, config.image_size, channels)
@@ -157,12 +157,13 @@ def trained(config: Config, checkpoints: Checkpoints, progress: Progress) -> Tra
 
 
 def planned(config: Config, file: fleet.Fleet | None = None) -> tuple[Config, Planned]:
-    """(`config` with its server, the plan for its fleet and network); `file`: its fleet file if read already.
+    """Returns (`config` with its server, the plan for its fleet and network).
 
-    With a target_round_s, the server is the smallest that meets it.
+    file: its fleet file, if it was read already. With a target_round_s, the server is the smallest that
+    reaches it.
 
-    Raises BadInput for a fleet file that is wrong or lacks samples, a min_cut beyond the chain, a method that
-    cannot do what is asked, and where some client cannot be served at all.
+    Raises BadInput if the fleet file is wrong or lacks samples, min_cut is larger than the chain, the method
+    cannot do what is asked, or a client cannot be served.
     """
     clients, profile, terms = read_terms(config, file)
     if len(clients) < config.cohort_size != Config.cohort_size:
@@ -201,19 +202,20 @@ def read_terms(
 
 
 def read_fleet(config: Config, file: fleet.Fleet | None = None) -> fleet.Fleet:
-    """The fleet file of `config`, read here unless it is given, or its random fleet."""
+    """The fleet of `config`: its file, which is read unless given, or its random fleet."""
+    own_planner = planner(config)
     config, file = division.settle(config, file)
     clients = division.clients(config, file)
     if config.fleet == RANDOM:
         return clients.with_samples(np.full(len(clients), config.samples_per_client))
     if clients.samples is None:
         raise BadInput(f"{config.fleet}: column samples: missing; a plan needs the samples of each client")
-    planning.check_links(planner(config), clients)
+    planning.check_links(own_planner, clients)
     return clients
 
 
 def scheme(config: Config) -> schemes.Scheme:
-    """Whose copy of a unit a step uses, with the options that it has."""
+    """The scheme, with the options that it has."""
     options = {
         "order": config.server_order,
         "server_batch": config.server_batch,
@@ -226,7 +228,7 @@ def scheme(config: Config) -> schemes.Scheme:
 
 
 def planner(config: Config) -> Planner:
-    """How rounds are planned."""
+    """How rounds are planned, under the scheme's clock."""
     own = Planner(
         config.method, config.server_flops, config.min_cut, config.barrier, tuple(config.starts.split(",")),
         config.recall, config.rounding, config.links, config.coherence_s, config.band, config.seed,
@@ -235,12 +237,12 @@ def planner(config: Config) -> Planner:
 
 
 def execution(config: Config) -> Execution:
-    """How the devices are asked to compute."""
+    """How the devices compute a round; choices may be open."""
     return Execution(config.layer_form, config.clients_per_chunk, config.execution, config.memory_budget_gib)
 
 
 def with_execution(config: Config, execution: Execution) -> Config:
-    """The settings with nothing left open in how the devices compute."""
+    """The settings with the choices of an execution."""
     return dataclasses.replace(
         config,
         layer_form=execution.layer_form,
@@ -255,8 +257,9 @@ def settled(before: Mapping[str, Any]) -> Execution:
 
 
 def work(config: Config, stored: Any = np.uint8, units: int | None = None) -> optim.Work:
-    """What each client does in a round, as its costs need it. stored: the type of its images' numbers. units:
-    of the network, where the scheme has a largest cut.
+    """The work of each client in a round, as its costs need it.
+
+    stored: the number type of stored images. units: those of the network, if the scheme has a largest cut.
     """
     return optim.Work(
         config.local_epochs,
@@ -271,19 +274,19 @@ def work(config: Config, stored: Any = np.uint8, units: int | None = None) -> op
 
 
 def codec_pairs(config: Config) -> Any:
-    """(codec of smashed data, codec of their gradient) of each choice."""
+    """The choices of (codec of smashed data, codec of their gradient)."""
     return wires.pairs(config.codec.split("+"), config.codec_down or None)
 
 
 def _wires(config, profile):
-    """The bits that cross the cut; None where --bits_per_float says them."""
+    """The bits that cross the cut. None if --bits_per_float gives them."""
     if (config.codec, config.codec_down) == ("float32", ""):
         return None
     return wires.wires(codec_pairs(config), profile)
 
 
 def optimizer(config: Config) -> optimizers.LocalOptimizer:
-    """The local optimiser without its learning rate, which each round brings along."""
+    """The local optimiser with learning rate 1. Each round brings its own rate."""
     if config.optimizer == "adam":
         return optimizers.adam(config.momentum, weight_decay=config.weight_decay)
     return optimizers.sgd(config.momentum, config.weight_decay)
@@ -363,7 +366,7 @@ def _check_rounds(config, own_planner, own_sampling, clients, terms):
 def _compile_plan_meanwhile(
     config: Config, own_planner: Planner, clients: fleet.Fleet
 ) -> Future[None] | None:
-    """Compile in a thread what plans a round, while the data are read. None where another search plans it."""
+    """Compiles in a thread what plans a round, while the data are read. None if another search plans it."""
     if (config.codec, config.codec_down) != ("float32", "") or own_planner.method != "exact":
         return None
     units = len(models.create(config.model))
@@ -376,7 +379,7 @@ def _compile_plan_meanwhile(
 
 
 def _compile_plan(config: Config, clients: fleet.Fleet, units: int, methods: Sequence[str]) -> None:
-    """Compile the search for plans, on a network that costs nothing, while the real one is traced."""
+    """Compiles the search for plans on a network without costs, while the real network is traced."""
     if planner(config).barrier == "session" and config.band == "fixed":
         per_unit, per_cut = np.zeros(units, np.int64), np.zeros(units + 1, np.int64)
         free = models.Profile((), per_unit, per_unit, per_unit, per_unit, per_unit, per_cut)
@@ -386,7 +389,7 @@ def _compile_plan(config: Config, clients: fleet.Fleet, units: int, methods: Seq
 
 
 def _program(config) -> str:
-    """All settings that shape a compiled round, but how the devices compute it."""
+    """All settings that shape a compiled round, except how the devices compute it."""
     shapes = {
         field.name for field in fields_of("train")
         if field.metadata["group"] not in (DATA, FLEET, *HARMLESS) and field.name not in _NO_SHAPES
@@ -401,7 +404,7 @@ def _initial(config, chain, image_shape) -> models.Variables:
 
 
 def _imported(config, chain, image_shape) -> keras_weights.Imported | None:
-    """What --init_from names; None where it names nothing."""
+    """The weights that --init_from names. None without --init_from."""
     if not config.init_from:
         return None
     if config.norm != "batch":
@@ -413,25 +416,25 @@ def _imported(config, chain, image_shape) -> keras_weights.Imported | None:
 
 
 def _weights_are_gone(config, progress) -> bool:
-    """Whether --init_from names what the run began with, and nothing is there any more."""
+    """Whether --init_from names the run's initial weights and they are missing now."""
     same = config.init_from == progress.settings.get("init_from")
     return bool(config.init_from) and same and not Path(config.init_from).exists()
 
 
 def _scaling(progress) -> keras_weights.InputScaling:
-    """How a run scales its images, as its checkpoint says."""
+    """How a run scales its images, from its checkpoint."""
     scaling = progress.network["input_scaling"]
     return keras_weights.InputScaling(*map(tuple, (scaling["divisor"], scaling["offset"])))
 
 
 def _classifier(config, imported, num_classes) -> list[str]:
-    """The line that says where the classifier comes from, if --init_from names a file."""
+    """A line that says where the classifier comes from, if --init_from names a file."""
     if imported is None:
         return []
     if imported.classes == num_classes:
         return [f"classifier: from {config.init_from}"]
     has = "none" if imported.classes is None else f"{imported.classes} classes"
-    return [f"classifier: fresh, {config.init_from} has {has}"]
+    return [f"classifier: random weights, because {config.init_from} has {has}"]
 
 
 def _fresh(config, chain, image_shape):

@@ -1,4 +1,4 @@
-"""Cuts and server shares for a round of a fleet: the plan, how good it can be, what would shorten it."""
+"""Plans a round of a fleet: cuts, server shares, a proven bound, and what would make the round shorter."""
 
 import sys
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
-# What is in every file that this command writes, by its ending.
+# A text that each file of this command contains, by the file's ending.
 MARKS = {".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return flags.run(plan, "plan", str(__doc__), argv)
 
 
 def plan(config: Config) -> None:
-    """Plan, print the summary, and write the plan as JSON, as CSV beside it, as a picture if asked for."""
+    """Plans, prints the summary, and writes the plan as JSON and CSV, and as a picture if asked for."""
     output = Path(config.output)
     written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
     check_outputs(written, config.fleet)
@@ -29,7 +29,7 @@ def plan(config: Config) -> None:
         from sfl_jax.fleet import read_fleet
 
         reading = pool.submit(read_fleet, config.fleet) if config.fleet != "random" else None
-        # Meanwhile, for JAX takes as long to import as a million lines to read.
+        # In another thread, because importing JAX takes as long as reading a million lines.
         from sfl_jax.commands import accelerators
 
         accelerators.start()
@@ -58,14 +58,14 @@ def plan(config: Config) -> None:
 
 
 def check_outputs(written: Sequence[Path], fleet: str) -> None:
-    """Refuse, before any work, outputs that cannot be written or would replace the fleet."""
+    """Refuses, before any work, outputs that cannot be written or would replace the fleet."""
     output = written[0]
     ensure_writable(output.parent, "output", str(output))
     for path in written:
         if path.is_dir():
             raise BadInput(f"--output={output}: {path} is a directory; choose another name")
         if path.exists() and Path(fleet).exists() and path.samefile(fleet):
-            raise BadInput(f"--output={output}: {path} is the fleet, which it would replace")
+            raise BadInput(f"--output={output}: {path} is the fleet file; choose another name")
         ensure_ours(path, MARKS[path.suffix], "output", str(output))
 
 

@@ -1,4 +1,4 @@
-"""plan.json and plan.csv for a million clients in seconds: Arrow makes the text, column by column."""
+"""Writes plan.json and plan.csv, a million clients in seconds: Arrow makes the text, column by column."""
 
 import json
 import os
@@ -14,17 +14,17 @@ import pyarrow.compute
 
 from sfl_jax.files import whole_file
 
-pc: Any = pyarrow.compute  # made while it is imported, so type checkers know little of it
+pc: Any = pyarrow.compute  # created at import, so type checkers do not know it
 _T = TypeVar("_T")
-# Of a piece, whose text then fits the caches and takes half as long as with four times the rows.
+# Rows of a piece. Its text fits the caches, which is twice as fast as with four times the rows.
 _ROWS = 2**15
 _WORKERS = min(os.cpu_count() or 1, 8)
 
 
 def write_plan(path: Path, head: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
-    """Write `path` (JSON: `head`, and `clients` as one object each) and the same table as .csv beside it.
+    """Writes `path` (JSON: `head`, and `clients` as one object each) and the same table as .csv beside it.
 
-    columns: by name, (K,) numbers or texts of printable characters; numbers that are not finite become null,
+    columns: by name, (K,) numbers or texts of printable characters. Numbers that are not finite become null,
     and empty in the CSV. Reading gives the same float64. Each file appears whole or not at all.
     """
     starts = range(0, len(next(iter(columns.values()))), _ROWS)
@@ -45,7 +45,7 @@ def write_plan(path: Path, head: Mapping[str, Any], columns: Mapping[str, np.nda
 
 
 def _side_by_side(make: Callable[[Any], _T], pieces: Iterable[Any]) -> Iterator[_T]:
-    """make(piece) in order. Few are made ahead, or a slow disk would fill memory with the whole text."""
+    """make(piece) in order. Only a few are made ahead, or a slow disk would fill memory with text."""
     waiting: deque[Future[_T]] = deque()
     with ThreadPoolExecutor(_WORKERS) as pool:
         for piece in pieces:
@@ -57,7 +57,7 @@ def _side_by_side(make: Callable[[Any], _T], pieces: Iterable[Any]) -> Iterator[
 
 
 def _texts(piece: Mapping[str, np.ndarray]) -> tuple[memoryview, memoryview]:
-    """The objects and the lines of some rows. Arrow leaves Python's lock, so pieces are made side by side."""
+    """The objects and the lines of some rows. Arrow releases Python's lock, so pieces are made at once."""
     objects, lines = [], []
     for name, values in piece.items():
         before, comma = f'{", " if objects else ""}"{name}": ', "," if lines else ""
@@ -75,7 +75,7 @@ def _texts(piece: Mapping[str, np.ndarray]) -> tuple[memoryview, memoryview]:
 
 
 def _joined(parts: list[pa.Array | str], between: str) -> memoryview:
-    """The rows as one text, without a Python string for any of them."""
+    """The rows as one text, without making a Python string for each."""
     rows = pc.binary_join_element_wise(*parts, between, "")
     length = np.frombuffer(rows.buffers()[1], np.int32)[len(rows)] - len(between)
     return memoryview(rows.buffers()[2])[:length]

@@ -1,6 +1,6 @@
-"""A plan as a picture: where each client's time goes, the cuts, and what a larger server would bring.
+"""Draws a plan: where each client's time goes, the cuts, and what a larger server would bring.
 
-Of the regression's plans, also the data and the curves fitted to them.
+For the regression it also draws the data and the fitted curves.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ _COLOURS = {
     "client_backward": "#31a354",
     "model_up": "#3182bd",
 }
-_MOST_BARS = 400  # more clients than pixels tell nothing: evenly spaced ones stand for all
-_NAMED_BARS = 40  # clients whose names fit under their bars
+_MOST_BARS = 400  # of more clients, only evenly spaced ones are drawn: there are not more pixels
+_NAMED_BARS = 40  # up to this many clients, names fit under the bars
 _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
-_A_SERVER = 1e12  # FLOP/s, to draw around where a plan needs none
+_A_SERVER = 1e12  # FLOP/s, the middle of the axis if a plan needs no server
 
 
 def write_plot(file: BinaryIO, config: Config, planned: Planned) -> None:
-    """Draw the plan into an open PNG file."""
+    """Draws the plan into an open PNG file."""
     curves = optim.fit_curves(planned.terms) if planned.planner.method == "regression" else ()
     rows: list[Any] = [["clients"] * 4, ["cuts", "cuts", "servers", "servers"]]
     rows += [[curve.quantity for curve in curves]] if curves else []
@@ -99,7 +99,7 @@ def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
     axes.set(
         title=curve.quantity, xlabel=f"cut; R² {fit.r2:.4f}, worst error {fit.worst:.1%}", ylim=(0, None)
     )
-    # To look for the best place takes seconds on a busy machine, and matplotlib then warns of it.
+    # A fixed place: searching for the best takes seconds on a busy machine, and matplotlib warns then.
     rises = curve.values[-1] > curve.values[0]
     axes.legend(loc="upper left" if rises else "upper right", frameon=False, fontsize=8)
 
@@ -111,13 +111,13 @@ def _draw_servers(axes: Axes, planned: Planned) -> None:
     rounds_s = np.array([each.round_s for each in plans])
     axes.plot(servers, rounds_s, color=_COLOURS["model_up"], label=planner.method)
     axes.plot(servers, [each.bound_s for each in plans], color="black", linestyle=":", label="proven bound")
-    if planner.server_flops:  # a logarithmic axis has no place for none
+    if planner.server_flops:  # a logarithmic axis cannot show 0
         axes.plot(planner.server_flops, plan.round_s, "o", color="black", label="this plan")
     axes.set(
         title="A smaller or larger server",
         xlabel="server, FLOP/s",
         ylabel="round, seconds",
         xscale="log",
-        ylim=(0, 1.1 * rounds_s.max()),  # where the server does not matter, a flat line, below the frame
+        ylim=(0, 1.1 * rounds_s.max()),  # from 0, so that a flat line is inside of the frame
     )
     axes.legend(loc="lower left" if rounds_s.min() > rounds_s.max() / 2 else "upper right", frameon=False)

@@ -1,4 +1,4 @@
-"""A plan in a few lines for a person, and in a few values at the head of plan.json."""
+"""Describes a plan: in a few lines for a person, and in a few values at the head of plan.json."""
 
 from typing import Any
 
@@ -13,11 +13,12 @@ from sfl_jax.digests import digest_of_columns
 from sfl_jax.planning import TOGETHER, Gains, Planned, any_schedule_bound_s, binding, doubts, floor, seconds
 
 ASSUMPTIONS = (
-    "a session runs in order, and nothing in it overlaps",
-    "a share of the server is constant over the round, and speed is linear in it (not with work_conserving)",
+    "the parts of a session run one after the other, without overlap",
+    "a share of the server is constant over the round, and speed is proportional to it (not with "
+    "work_conserving)",
     "the server has memory for a copy of its half for every client",
-    "each client sends and receives at once, at one rate for the whole round, and without round-trip time",
-    "the model is sent to each client apart, and averaging takes no time",
+    "transfers start at once, at one rate for the whole round, and without round-trip time",
+    "the model is sent to each client separately, and averaging takes no time",
     "at cut 0 the stored images go up in every epoch",
 )
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
@@ -34,10 +35,10 @@ _SETTINGS = (
     "momentum",
 )
 _LINKS = {"fixed": "the fleet's links", "shannon": "Shannon links", "fading": "Shannon links as in round 0"}
-_SHOWN = 3  # clients and cuts that are named
-_LISTED = 20  # clients that are listed one by one
-_NEARLY = 0.95  # part of the round that one client needs with any server, and then holds it up alone
-WORDS = {  # terms as people say them
+_SHOWN = 3  # how many clients and cuts are named
+_LISTED = 20  # the most clients that are listed one by one
+_NEARLY = 0.95  # a client that needs this part of the round with any server holds the round up alone
+WORDS = {  # readable names of terms
     "model_down": "model down", "client_forward": "client forward", "smashed_up": "smashed data up",
     "server": "server", "gradient_down": "gradient down", "client_backward": "client backward",
     "model_up": "model up",
@@ -45,7 +46,7 @@ WORDS = {  # terms as people say them
 
 
 def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"]) -> dict[str, Any]:
-    """What plan.json says before the clients. cohorts_s: of `planning.cohort_rounds_s`."""
+    """The values of plan.json before its clients. cohorts_s: from `planning.cohort_rounds_s`."""
     plan = planned.plan
     return {
         **{name: getattr(config, name) for name in _ASKED},
@@ -79,7 +80,7 @@ def _of_cohorts(config, cohorts_s):
 def fits(planned: Planned) -> list[dict[str, Any]]:
     """The curve that the regression chose for each quantity, and how well it fits.
 
-    It is `scale` times the family's formula of cut / last_cut.
+    The curve is `scale` times the family's formula of cut / last_cut.
     """
     curves = optim.fit_curves(planned.terms)
     return [
@@ -123,7 +124,7 @@ def summary(config: Config, planned: Planned, gains: Gains, cohorts_s: Float64[n
 
 
 def _clients(planned: Planned) -> str:
-    """A row for each client: its cut, its share of the server, its seconds and the longest part of them."""
+    """A row for each client: its cut, its share of the server, its seconds and its longest term."""
     plan, flops, parts = planned.plan, planned.planner.server_flops, seconds(planned)._asdict()
     width = max(6, *map(len, planned.fleet.client))
     units = ["images", *planned.profile.names]
@@ -141,8 +142,9 @@ def _clients(planned: Planned) -> str:
 def _in_cohorts(config, cohorts_s):
     of = _of_cohorts(config, cohorts_s)
     return (
-        f"of {config.cohort_size} (--cohort_size), as in training: {of['median_round_s']:.4g} s in the median"
-        f" of {len(cohorts_s)} rounds, {of['p10_round_s']:.4g} to {of['p90_round_s']:.4g} s in four of five"
+        f"of {config.cohort_size} (--cohort_size), like in training: {of['median_round_s']:.4g} s in the "
+        f"median of {len(cohorts_s)} rounds, {of['p10_round_s']:.4g} to {of['p90_round_s']:.4g} s in four of "
+        "five"
     )
 
 
@@ -151,7 +153,7 @@ def _gap(gap: float) -> str:
 
 
 def _bounds(planned: Planned) -> list[tuple[str, str]]:
-    """What is proven, and for which servers."""
+    """The proven bounds, and for which servers they hold."""
     plan, whatever_s = planned.plan, any_schedule_bound_s(planned)
     if planned.planner.method == "work_conserving":
         return [("bound", f"{plan.bound_s:.5g} s, proven for all cuts and every schedule; {_gap(plan.gap)}")]
@@ -164,7 +166,7 @@ def _bounds(planned: Planned) -> list[tuple[str, str]]:
 def _server(planned: Planned, target_round_s: float) -> str:
     shares, flops = planned.plan.shares, planned.planner.server_flops
     if planned.planner.method == "work_conserving":
-        return f"{flops:.4g} FLOP/s, all of it for whoever waits and has the longest way to go"
+        return f"{flops:.4g} FLOP/s, all of it for the waiting client with the most time left to go"
     if np.isnan(shares).any():
         return f"{flops:.4g} FLOP/s, all of it for one client after the other"
     if not flops:
@@ -172,7 +174,7 @@ def _server(planned: Planned, target_round_s: float) -> str:
     target_s, served = target_round_s, int(np.count_nonzero(shares))
     smallest = f", the smallest for {target_s:g} s" if target_s else ""
     given = f"{shares.sum() / flops:.1%} of it given to {_count(served, 'client')}"
-    alone = f"; {_count(len(shares) - served, 'client')} without" if served < len(shares) else ""
+    alone = f"; {_count(len(shares) - served, 'client')} without a share" if served < len(shares) else ""
     return f"{flops:.4g} FLOP/s{smallest}, {given}{alone}"
 
 
@@ -200,13 +202,13 @@ def _time(planned: Planned) -> str:
 
 
 def _whole_server(planned: Planned, name: str) -> str:
-    """How long the server's work of a client would last on the whole server, since a share stretches it."""
+    """How long a client's server work would take on the whole server, because a share makes it longer."""
     if name == "server" and planned.planner.method == "work_conserving":
-        return " (with waiting for it)"
+        return " (waiting included)"
     if name != "server" or np.isnan(planned.plan.shares).any():
         return ""
     _, work, _ = planned.terms.at(planned.terms.columns(planned.plan.cuts, planned.plan.codecs))
-    return f" (with its share; {work.mean() / planned.planner.server_flops:.2g} s with the whole server)"
+    return f" (on its share; {work.mean() / planned.planner.server_flops:.2g} s on the whole server)"
 
 
 def _held_up(planned: Planned) -> str:
@@ -216,8 +218,8 @@ def _held_up(planned: Planned) -> str:
         own = floor(planned, int(client))
         if not isinstance(planned.plan, optim.BandPlan) and own.least_s >= _NEARLY * round_s:
             return (
-                f"client {names[client]}, which needs {own.least_s:.4g} of these {round_s:.4g} s with any"
-                f" server: {own.resource_s:.4g} s for its {own.resource}"
+                f"client {names[client]} alone: it needs {own.least_s:.4g} of these {round_s:.4g} s with any"
+                f" server, {own.resource_s:.4g} s of them for its {own.resource}"
             )
     named = []
     for client, pull in zip(who.clients[:_SHOWN], who.pull, strict=False):
@@ -226,7 +228,7 @@ def _held_up(planned: Planned) -> str:
         named.append(f"{names[client]} (pull {pull:.0%}, {where})")
     shared = "a full band" if isinstance(planned.plan, optim.BandPlan) else "a full server"
     together = f"{shared}: {_count(len(who.clients), 'client')} end together, first "
-    pull = "; pull: part of a second that the round gains where the client saves one"
+    pull = "; pull: what the round gains, in percent of what the client saves"
     return (together if who.together else "") + ", ".join(named) + pull
 
 

@@ -1,22 +1,23 @@
-"""Presets: flag files that come with the package, called by name with --preset=NAME."""
+"""Presets: flag files in the package, chosen with --preset=NAME."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from sfl_jax.errors import BadInput
 
-COMMANDS = ("train", "compare")  # that take all flags of a preset
+COMMANDS = ("train", "compare")  # the commands that take all flags of a preset
 DIRECTORY = Path(__file__).parent / "presets"
 
 
 def names() -> list[str]:
-    """The presets there are."""
+    """The names of the presets."""
     return sorted(path.stem for path in DIRECTORY.glob("*.flags"))
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The arguments with each preset as the flag file that it is, before all others, which can change its
-    settings. BadInput for a name that is none.
+    """Replaces each --preset by its flag file, placed before all other arguments, so that those win.
+
+    Raises BadInput for an unknown name.
     """
     chosen, others, given = [], [], iter(arguments)
     for argument in given:

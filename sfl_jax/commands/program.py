@@ -1,4 +1,4 @@
-"""How this program was started, as a person types it: help and messages name commands that exist there."""
+"""How the user started this program. Help and messages then name commands that exist for this user."""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,10 @@ COMMANDS = ("train", "plan", "compare", "report", "study")
 
 
 def program(command: str) -> str:
-    """What starts `command` in the way in which this process was started.
+    """The text that starts `command` in the way in which this process was started.
 
-    That is `sfl-report` where `sfl-train` runs, and `.venv/bin/python -m launch.report` where
-    `.venv/bin/python -m launch.train` does.
+    For example `sfl-report` if `sfl-train` runs, and `.venv/bin/python -m launch.report` if `.venv/bin/python
+    -m launch.train` runs.
     """
     name = Path(sys.argv[0]).name
     if name.removeprefix("sfl-") in COMMANDS and name.startswith("sfl-"):

@@ -1,4 +1,4 @@
-"""Rounds as they end: a bar on a terminal, lines elsewhere."""
+"""Shows rounds when they end: a bar on a terminal, lines elsewhere."""
 
 import contextlib
 import time
@@ -8,12 +8,13 @@ from typing import Any
 from sfl_jax.commands.screen import Screen
 from sfl_jax.commands.words import percent
 
-LINE_S = 10.0  # a line at least so often, as far as rounds end
+LINE_S = 10.0  # seconds after which the next round gets a line
 
 
 def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) -> Iterator[Any]:
-    """The rounds, each shown: in a bar on a terminal; elsewhere as a line on stdout for each evaluation, the
-    last round, and at least every `LINE_S` seconds.
+    """The rounds, each shown in a bar on a terminal.
+
+    Elsewhere a line on stdout is shown for each evaluation, for the last round, and after `LINE_S` seconds.
     """
     from tqdm import tqdm
 
@@ -39,5 +40,5 @@ def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) 
 
 
 def note(last: Any) -> str:
-    """What a round has come to: loss, the simulated clock, how deep the cuts are."""
+    """A round's loss, simulated time and mean cut."""
     return f"loss {last.train_loss:.3f}, simulated {last.simulated_s:.4g} s, mean cut {last.mean_cut:.1f}"

@@ -1,4 +1,4 @@
-"""report.html of a run, done or not: what it reached, on every method's clock, and with which settings."""
+"""Writes report.html for a run, finished or not: accuracy on the clock of every method, and its settings."""
 
 import dataclasses
 import sys
@@ -13,16 +13,16 @@ from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_ours, ensure_writable, whole_file
 
 NAME = "report.html"
-SAME = 1e-6  # part by which a clock may differ that is made again
+SAME = 1e-6  # relative difference that a recomputed clock may have
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return flags.run(report, "report", str(__doc__), argv)
 
 
 def report(config: Config) -> int:
-    """Write the page of the run in the workdir, with the clock of every method."""
+    """Writes the page of the run in the workdir, with the clock of every method."""
     with screen(f"reading the run in {config.workdir}") as say:
         from sfl_jax.commands import accelerators
 
@@ -32,12 +32,12 @@ def report(config: Config) -> int:
         from sfl_jax.run import recording
 
         run, _ = workdir.described(config.workdir)
-        recording.logged(config.workdir)  # before anything long
+        recording.logged(config.workdir)  # fail early
         ensure_writable(config.workdir, "workdir", config.workdir)
         ensure_page_is_ours(config.workdir)
 
         def all_clocks(lines):
-            # They follow from settings, data and fleet, on whatever devices are here.
+            # Clocks depend on settings, data and fleet, not on devices.
             built = parts.build(dataclasses.replace(run, devices=0, init_from=""), say)
             workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
             say(f"planning {len(lines)} rounds by every method")
@@ -52,8 +52,10 @@ def report(config: Config) -> int:
 
 
 def write(workdir: str, parts: Any) -> str:
-    """Write the page of the run in a workdir, with the clocks of its rivals; a line where it has none of
-    them, else nothing. OSError where the disk does not let it, BadInput where somebody else's page is there.
+    """Writes the page of the run in a workdir, with the clocks of its rivals.
+
+    Returns a line if it has none of them, else an empty text. OSError if the disk refuses, BadInput if the
+    workdir has a page of the user's own.
     """
     return _write(workdir, lambda lines: clocks(workdir, parts, lines, parts.rivals))[1]
 
@@ -61,9 +63,9 @@ def write(workdir: str, parts: Any) -> str:
 def clocks(
     workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The clock of each method: the run's own first, as `lines` have it, and then those of `rivals`, or all.
+    """The clock of each method: the run's own from `lines`, then those of `rivals`, or all.
 
-    BadInput where the plans made now are not those of the run: then other settings or inputs held in it.
+    Raises BadInput if today's plans are not those of the run, which then had other settings or inputs.
     """
     import numpy as np
 
@@ -74,20 +76,21 @@ def clocks(
     (name, logged), *_ = own.items()
     if not np.allclose(made[name].seconds, logged.seconds, rtol=SAME, atol=0):
         raise BadInput(
-            f"--workdir={workdir}: its rounds were planned with other settings, inputs or another release"
+            f"--workdir={workdir}: its rounds were planned with other settings or inputs, or by another "
+            "release"
         )
     return made | own
 
 
 def ensure_page_is_ours(workdir: str) -> None:
-    """BadInput where the workdir has a page of this name that is somebody else's."""
+    """BadInput if the workdir has a page of this name that this package did not write."""
     from sfl_jax.run import recording
 
     ensure_ours(Path(workdir) / NAME, recording.MARKS[NAME], "workdir", workdir)
 
 
 def _write(workdir, clocks_of):
-    """(the clocks on the page, a line where those of other methods are left out)"""
+    """Returns (the clocks on the page, a line if those of other methods are left out)."""
     from sfl_jax.commands import parts, report_page
     from sfl_jax.commands.workdir import described
     from sfl_jax.run import recording

@@ -1,4 +1,4 @@
-"""A run as one page of HTML, pictures inside: it needs no other file and no network."""
+"""A run as one page of HTML with its pictures. It needs no other file and no network."""
 
 import html
 import io
@@ -40,7 +40,10 @@ def page(
     clocks: Mapping[str, Clock],
     note: str = "",
 ) -> str:
-    """The page. `clocks` are those of each method, the run's own first; `note` says what is left out."""
+    """The page. `note` says which clocks are left out.
+
+    clocks: of each method, the run's own first.
+    """
     title = f"{config.model} on {config.dataset}"
     last, own = lines[-1], next(iter(clocks.values()))
     cohort = attendance(config.cohort_size, config.clients, [line.clients for line in lines])
@@ -52,7 +55,7 @@ def page(
         f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(done)}</p>",
         _table(_results(lines)),
         "<h2>Simulated time</h2>",
-        "<p>What training would have lasted on this fleet, by how cuts and shares are chosen;",
+        "<p>How long training would have taken on this fleet, by the method that chooses cuts and shares;",
         f"{words.whose_accuracy(config.deadline_factor)}.</p>",
         _table(_times(clocks)), *([f"<p>{html.escape(note)}</p>"] if note else []),
         _wide(_pictures(config, lines, clocks)),
@@ -120,7 +123,7 @@ def _grid(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _wide(inside: str) -> str:
-    """What scrolls by itself where the page is narrower."""
+    """A part of the page that scrolls by itself if the page is narrower."""
     return f'<div class="wide">\n{inside}\n</div>'
 
 
@@ -144,7 +147,7 @@ def _pictures(config: Config, lines: Sequence[Round], clocks: Mapping[str, Clock
     _draw(times, rounds, {"round": _numbers(lines, "round_s"), "proven bound": _numbers(lines, "bound_s")})
     times.set(title="Simulated time of a round, s", xlabel="round")
     if times.dataLim.y1 > 0:
-        times.set_ylim(0, 1.1 * times.dataLim.y1)  # rounds of one length are a flat line, below the frame
+        times.set_ylim(0, 1.1 * times.dataLim.y1)  # from 0, so that a flat line is inside of the frame
     text = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sfl_jax"}):
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)

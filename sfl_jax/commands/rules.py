@@ -1,4 +1,4 @@
-"""What must hold between settings: each refusal names the flag, its value and what is allowed."""
+"""Rules between settings. Each refusal names the flag, its value and what is allowed."""
 
 import pathlib
 import re
@@ -10,16 +10,16 @@ from sfl_jax.errors import BadInput
 from sfl_jax.registry import STARTS
 
 ALTERNATING = ("alternating", "regression")
-RANDOM, CLIENTS = "random", 100  # the fleet without a file, and how many it has unless --clients says it
+RANDOM, CLIENTS = "random", 100  # the fleet without a file, and its number of clients without --clients
 
-# Flags of plans alone, and what holds in training.
+# Flags that only plans take, and why training needs none.
 _SAID = "the dataset says it"
 _IN_TRAINING = {
     "image_channels": _SAID, "num_classes": _SAID, "samples_per_client": _SAID, "stored_size": _SAID,
     "bits_per_float": "it is 32",
 }  # fmt: skip
 
-# Flags that need one of some values of another.
+# Flags that need one of these values of another flag.
 _NEEDS = {
     "dirichlet_alpha": ("partition", ("dirichlet", "quantity")),
     "shards_per_client": ("partition", ("shards",)),
@@ -30,16 +30,17 @@ _NEEDS = {
     "decay_rounds": ("learning_rate_schedule", ("exponential", "step")),
     "server_epsilon": ("server_optimizer", ("adam", "yogi")),
 }
-# Flags whose other values need one of the schemes that end with everybody's session.
-_OF_SESSIONS = {"barrier": "session", "band": "fixed", "deadline_factor": 0.0}
 
 
 def check(config: Any, command: str, taken: Collection[str]) -> None:
-    """Raises BadInput for settings that make no sense together, among the flags that the command takes."""
+    """Raises BadInput for settings that do not fit together, among the flags that the command takes.
+
+    What a scheme allows is checked by `run.suiting`.
+    """
     default = type(config)
     known = config.clients or (CLIENTS if config.fleet == RANDOM else 0)  # a file is not read here
     in_cohorts = "cohort_size" in taken and not config.plan_only
-    # The default makes way for smaller fleets, see `division.settle`.
+    # `division.settle` lowers the default for smaller fleets.
     in_cohorts = in_cohorts and config.cohort_size != default.cohort_size
     if in_cohorts and 0 < known < config.cohort_size:
         raise BadInput(f"--cohort_size={config.cohort_size}: must be at most --clients={known}")
@@ -53,9 +54,6 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         raise BadInput(
             f"--bits_per_float={config.bits_per_float}: --codec={config.codec} says how many bits are sent"
         )
-    for name, value in _OF_SESSIONS.items():
-        if getattr(config, name) != value and config.scheme not in ("sfl", "fl"):
-            raise BadInput(f"--{name}={getattr(config, name)}: needs --scheme=sfl or --scheme=fl")
     if 0 <= config.max_cut < config.min_cut:
         raise BadInput(f"--max_cut={config.max_cut}: must be at least --min_cut={config.min_cut}")
     if config.max_cut >= 0 and config.scheme == "fl":
@@ -68,15 +66,15 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         raise BadInput(f"--coordinator_address={config.coordinator_address}: must be host:port")
     if 0 < config.deadline_factor < 1:
         raise BadInput(f"--deadline_factor={config.deadline_factor:g}: must be 0, or at least 1")
-    # The default makes way for shorter runs, see `experiment.learning_rate`.
+    # `run.parts.cosine` shortens the default for shorter runs.
     if "warmup_rounds" in taken and config.rounds < config.warmup_rounds != default.warmup_rounds:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
     if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
         raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
     if config.fleet != RANDOM and config.samples_per_client != default.samples_per_client:
         raise BadInput(
-            f"--samples_per_client={config.samples_per_client}: is of the random fleet;"
-            f" --fleet={config.fleet} says the samples of each client"
+            f"--samples_per_client={config.samples_per_client}: needs --fleet={RANDOM};"
+            f" --fleet={config.fleet} has the samples of each client"
         )
     if "availability" in taken and config.availability and not pathlib.Path(config.availability).is_file():
         raise BadInput(f"--availability={config.availability}: no such file; give the path of a CSV file")

@@ -1,4 +1,4 @@
-"""What a command says on stderr while a person waits: what it is doing, its rounds, and warnings."""
+"""Shows on stderr, while a person waits, what a command is doing, its rounds, and warnings."""
 
 import contextlib
 import logging
@@ -12,18 +12,18 @@ from typing import Any
 from sfl_jax.commands.config import Config, as_flags
 from sfl_jax.commands.rules import CLIENTS, RANDOM
 
-TICK_S = 1.0  # between two looks at the clock
-SILENT_S = 4.0  # what is going on is said again after it, where there is no terminal
+TICK_S = 1.0  # seconds between two looks at the clock
+SILENT_S = 4.0  # without a terminal, the line is repeated after these seconds
 RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETION_INDEX", "JAX_PROCESS_ID")
 
 
 class Screen:
-    """Says a line when it is called and then, until the next, that it goes on: on a terminal by a clock below
-    the line, elsewhere by a further line every few seconds. Nobody shall take a command for hung.
+    """Shows a line when it is called. Until the next line it shows that the work goes on.
 
-    Results are no part of it: they are printed on stdout, after `settle`.
+    On a terminal a clock runs below the line. Elsewhere a further line comes every few seconds. So nobody
+    thinks that the command hangs. Results are printed on stdout, after `settle`.
 
-    speaks: false in a process that leaves speaking to another.
+    speaks: False in a process that leaves this to another.
     """
 
     def __init__(self, speaks: bool = True, stream: Any = None, clock: Callable[[], float] = time.monotonic):
@@ -35,7 +35,7 @@ class Screen:
         self._bar: Any = None
 
     def __call__(self, doing: str) -> None:
-        """Begin something: `doing` says what."""
+        """Begins some work; `doing` describes it."""
         with self._lock:
             self.settle()
             self._write(doing + "\n")
@@ -43,22 +43,22 @@ class Screen:
             self._said_at = self._begun
 
     def settle(self) -> None:
-        """What was begun is done; others may print."""
+        """Ends the work that was begun, so that others may print."""
         with self._lock:
             self._clear()
             self._doing = ""
             if self._bar is not None:
-                self._bar.close()  # which ends its line
+                self._bar.close()  # also ends the bar's line
                 self._bar = None
 
     def result(self, text: str) -> None:
-        """Print on stdout, below what was said."""
+        """Prints on stdout, below the earlier lines."""
         self.settle()
         if self.speaks:
             print(as_flags(text), flush=True)
 
     def aside(self, line: str) -> None:
-        """A line between others, as a warning or an error."""
+        """Prints a line between others, such as a warning or an error."""
         line = as_flags(line)
         with self._lock:
             self._clear()
@@ -68,7 +68,7 @@ class Screen:
                 self._bar.write(line, file=self.stream)
 
     def tick(self) -> None:
-        """Say that it goes on, if it is time to."""
+        """Shows that the work goes on, if it is time to."""
         with self._lock:
             if self._bar is not None:
                 self._bar.refresh()
@@ -77,7 +77,7 @@ class Screen:
 
     @contextlib.contextmanager
     def bar(self, bar: Any) -> Iterator[None]:
-        """While it lasts, a terminal shows this bar of tqdm."""
+        """Shows this bar of tqdm on a terminal, until the block ends."""
         self.settle()
         self._bar = bar if self.is_terminal else None
         try:
@@ -102,13 +102,13 @@ class Screen:
 
     def _write(self, text: str) -> None:
         if self.speaks:
-            with contextlib.suppress(OSError, ValueError):  # nobody listens; that ends no run
+            with contextlib.suppress(OSError, ValueError):  # stderr is closed, which must not end a run
                 self.stream.write(text)
                 self.stream.flush()
 
 
 class _Warnings(logging.Handler):
-    """Warnings as lines of a screen."""
+    """Shows warnings as lines of a screen."""
 
     def __init__(self, screen: Screen):
         super().__init__(logging.WARNING)
@@ -120,7 +120,7 @@ class _Warnings(logging.Handler):
 
 @contextlib.contextmanager
 def screen(first: str, speaks: bool = True) -> Iterator[Screen]:
-    """A screen that says `first` at once, and what is logged as a warning while it lasts."""
+    """A screen that shows `first` at once, and logged warnings until the block ends."""
     own, over = Screen(speaks), threading.Event()
 
     def watch():
@@ -141,14 +141,14 @@ def screen(first: str, speaks: bool = True) -> Iterator[Screen]:
 
 
 def first_line(config: Config) -> str:
-    """What a run will be, as far as the flags say it."""
+    """What the run will be, from its flags."""
     size = config.image_size
     who = f"{_clients(config)}, {config.cohort_size} a round, {_count(config.rounds, 'round')}"
     return f"{who}: {config.model} at {size}x{size} on {config.dataset}"
 
 
 def first_line_of_plan(config: Config) -> str:
-    """What a plan will be, as far as the flags say it."""
+    """What the plan will be, from its flags."""
     size = config.image_size
     return f"{_clients(config)}, {config.model} at {size}x{size}, server {config.server_flops:g} FLOP/s"
 
@@ -163,7 +163,7 @@ def _count(number, noun):
 
 
 def is_perhaps_first(config: Config) -> bool:
-    """Whether this process is the one of several that speaks, as far as can be told before they meet."""
+    """Whether this process will be the one that prints, as far as the flags and variables show."""
     if config.process_id >= 0:
         return config.process_id == 0
     return all(os.environ.get(name, "0") == "0" for name in RANKS)

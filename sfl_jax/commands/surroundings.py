@@ -1,6 +1,4 @@
-"""What a command finds around it, and does not rely on: streams that are closed, letters that cannot be
-written, a window system.
-"""
+"""Makes printing and drawing work anywhere: with closed streams, odd encodings, or no window system."""
 
 import contextlib
 import io
@@ -14,16 +12,16 @@ BACKEND = "MPLBACKEND"
 
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
-    """While this lasts, whatever is printed can be, and pictures are drawn without a window."""
+    """In this block everything can be printed, and pictures are drawn without a window."""
     for name, mode in STREAMS:
-        # Else the next file that is opened would take the number of the stream, and what libraries print.
+        # Otherwise the next opened file would get the stream's number, and with it what libraries print.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 it stays open
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     asked = os.environ.get(BACKEND, "")
-    if asked and not asked.startswith("module:"):  # as a notebook's own
+    if asked and not asked.startswith("module:"):  # such as a notebook's own
         os.environ[BACKEND] = "agg"
     try:
         yield

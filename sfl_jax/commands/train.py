@@ -1,6 +1,4 @@
-"""Split federated training: every round plans cuts and shares, trains a cohort, and keeps its simulated
-time.
-"""
+"""Split federated training: each round plans cuts and shares, trains a cohort and simulates its time."""
 
 import contextlib
 import platform
@@ -26,13 +24,15 @@ REMEDY = "try a lower --learning_rate, more --warmup_rounds, or --on_divergence=
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     return flags.run(train, "train", str(__doc__), argv)
 
 
 def train(config: Config) -> int:
-    """Train, or go on with the run in the workdir, which gets config.json, metrics.jsonl and checkpoints; end
-    with a table. Of several processes the first alone writes.
+    """Trains, or goes on with the run in the workdir, and ends with a table.
+
+    Writes config.json, metrics.jsonl and checkpoints into the workdir. With several processes, only the first
+    writes.
     """
     ensure_writable(config.workdir, "workdir", config.workdir)
     with contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ def train(config: Config) -> int:
                 raise
             raise BadInput(_too_large(config)) from error
         except NotWritten as error:
-            print(f"error: --workdir={config.workdir}: {error}; {AGAIN} once that is mended", file=sys.stderr)
+            print(f"error: --workdir={config.workdir}: {error}; solve this, then {AGAIN}", file=sys.stderr)
             return INTERRUPTED
 
 
@@ -90,11 +90,11 @@ def _train(config, stop, writes, say) -> int:
     from sfl_jax.run import Run, metrics, recording
     from sfl_jax.run.checkpoints import Checkpoints
 
-    logging.set_verbosity(logging.FATAL)  # absl's: orbax logs tracebacks of errors that it raises as well
-    config, _ = division.settle(config)  # whether it is the run in the workdir depends on it
+    logging.set_verbosity(logging.FATAL)  # absl's; orbax also logs the tracebacks of errors that it raises
+    config, _ = division.settle(config)  # the comparison with the workdir's run needs this
     checkpoints = Checkpoints(Path(config.workdir) / "checkpoints", config.keep)
     progress = workdir.reached(config, checkpoints)
-    # Also keeps the first from writing while another still looks for what there is.
+    # This also keeps the first process from writing while another still reads.
     processes.agree(
         progress.round if progress else -1,
         f"--workdir={config.workdir}: must be one place for all processes, but they find other rounds in it",
@@ -147,7 +147,7 @@ def _train(config, stop, writes, say) -> int:
 
 
 def _rounds(config, run, recorder, stop, say) -> int:
-    """Run the rounds that are left, under the eyes of `recorder`; the exit code."""
+    """Runs the rounds that are left, with `recorder`. Returns the exit code."""
     from sfl_jax.commands import report
     from sfl_jax.federated import processes
     from sfl_jax.run.loop import Diverged
@@ -178,7 +178,7 @@ def _rounds(config, run, recorder, stop, say) -> int:
         raise
     except Exception:
         if recorder.rescue(run.state):
-            say.aside(f"round {run.round} of {config.rounds} is saved; {AGAIN} once that is mended")
+            say.aside(f"round {run.round} of {config.rounds} is saved; solve the error, then {AGAIN}")
         raise
     if recorder.saved_round != run.round:
         say.aside(f"error: --workdir={config.workdir}: round {run.round} is not saved; {AGAIN}")
@@ -198,20 +198,20 @@ def _rounds(config, run, recorder, stop, say) -> int:
 
 
 def _report(config, parts) -> str:
-    """Where the page of a run that is done is, or why it is not there; all else has been saved."""
+    """Where the page of the finished run is, or why there is none. Everything else is saved already."""
     from sfl_jax.commands import report
 
     path = Path(config.workdir) / report.NAME
     try:
         note = report.write(config.workdir, parts)
         return f"  report: {path}" + (f"; {note}" if note else "")
-    except Exception as error:  # the run is done and saved, whatever a picture or a font does
+    except Exception as error:  # the run is saved; an error of a picture or a font must not end it
         reason = " ".join(as_flags(f"{error}").split()) or type(error).__name__
         return f"{path}: cannot be written ({reason}); {program('report')} writes it later"
 
 
 def _how(parts) -> str:
-    """How the devices compute this run, in a line."""
+    """A line that says how the devices compute this run."""
     devices, size = len(parts.devices), parts.execution.clients_per_chunk
     number = "one client after the other" if size == 1 else f"{size} clients at once"
     where = f" on each of {devices} devices" if devices > 1 else ""
@@ -219,7 +219,7 @@ def _how(parts) -> str:
 
 
 def environment(built: Any, tried: Any) -> dict[str, Any]:
-    """What the numbers of a run may depend on besides its settings."""
+    """What the numbers of a run may depend on beside its settings."""
     return {
         "python": platform.python_version(),
         "packages": software.packages(),
@@ -240,10 +240,10 @@ def summary(
     mean_cuts: Sequence[float] = (),
     units: int = 0,
 ) -> str:
-    """The closing table: accuracy, every scheme's simulated time against this plan's, and this machine's.
+    """The closing table: accuracy, every method's simulated time beside this plan's, and wall time.
 
-    came, mean_cuts: of each round, how many clients' work went into it, and their mean cut. units: of the
-    network, so that plans that cut nothing are told.
+    came, mean_cuts: for each round, how many clients contributed, and their mean cut. units: of the network,
+    to notice plans that cut nothing.
     """
     from sfl_jax.run.metrics import attendance
 
@@ -259,7 +259,7 @@ def summary(
     rows.append(("wall time", f"{wall_s:.1f} s", f"of which compiling {compile_s:.1f} s"))
     lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}", words.columns(rows)]
     if mean_cuts and min(mean_cuts) == units:
-        lines.append("  all clients keep the whole network: nothing to gain by a split")
+        lines.append("  all clients keep the whole network: a split gains nothing")
     lines.append("  simulated times: FLOP = 2 x multiply-accumulates, backward work counted from the trace")
     if config.deadline_factor:
         lines.append(f"  {words.whose_accuracy(config.deadline_factor)}")

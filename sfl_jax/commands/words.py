@@ -1,14 +1,14 @@
-"""Numbers as a person reads them."""
+"""Numbers and sentences in a readable form."""
 
 import math
 
-ALIKE = 0.005  # part by which times may differ that are called equal
-NONE = "-"  # in the place of a number that is not there
+ALIKE = 0.005  # times with a smaller relative difference are called equal
+NONE = "-"  # replaces an unknown number
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def percent(part: float | None) -> str:
-    """An accuracy; a dash where there is none."""
+    """An accuracy in percent; a dash for None."""
     if part is None:
         return NONE
     return f"{100 * part:.2f} %" if math.isfinite(part) else "not finite"
@@ -25,7 +25,7 @@ def amount(number: float, unit: str) -> str:
 
 
 def beside(seconds: float, own_s: float) -> str:
-    """How this plan, which takes own_s, does beside another that takes `seconds`."""
+    """Compares this plan, which takes `own_s`, with another that takes `seconds`."""
     if own_s <= 0 or seconds <= 0 or not math.isfinite(seconds / own_s):
         return ""
     if abs(seconds / own_s - 1) < ALIKE:
@@ -36,7 +36,7 @@ def beside(seconds: float, own_s: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A simulated time; "not possible" where it is infinite."""
+    """A simulated time; "not possible" if it is infinite."""
     if not math.isfinite(seconds):
         return "not possible"
     return (
@@ -45,16 +45,16 @@ def clock(seconds: float) -> str:
 
 
 def whose_accuracy(deadline_factor: float) -> str:
-    """Whether a run's accuracy is that of every scheme whose clock is told beside it."""
+    """Says whether the run's accuracy holds for every method whose clock is shown."""
     if not deadline_factor:
         return "the accuracy is the same for all: a round's numbers do not depend on cuts and shares"
     return (
-        "the accuracy is that of this run's plans alone: who comes before the deadline depends on the scheme"
+        "the accuracy is that of this run's plans alone: who comes before the deadline depends on the method"
     )
 
 
 def columns(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
-    """Rows in columns as wide as their widest cell; the second is flush right."""
+    """Rows in columns as wide as their widest cell. The second column is flush right."""
     widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(2)]
     return "\n".join(
         f"{indent}{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {'  '.join(row[2:])}".rstrip() for row in rows

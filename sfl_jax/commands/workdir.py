@@ -1,4 +1,4 @@
-"""The run in a workdir: what it has reached, and whether a command goes on with it."""
+"""The run in a workdir: how far it has come, and whether a command goes on with it."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from sfl_jax.run.state import State, resume
 
 
 def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:
-    """What the run in the workdir has reached; None where there is none.
+    """The progress of the run in the workdir, or None if there is no run.
 
     Raises:
-      BadInput: it was made with other settings, none of its checkpoints can be used, it has none, or there
-        are files of somebody else's where it would write.
+      BadInput: the run has other settings, has no usable checkpoint, or files of the user's own are in the
+        way.
     """
     log = _log_bytes(config.workdir)
     progress = checkpoints.newest(log)
@@ -41,10 +41,10 @@ def reached(config: Config, checkpoints: Checkpoints) -> Progress | None:
 
 
 def saved(workdir: str) -> tuple[Built, State]:
-    """The run in a workdir as its newest checkpoint has it, on whatever devices are here.
+    """The run in a workdir from its newest checkpoint, on the devices that are here.
 
-    Raises BadInput where there is none, where its dataset or fleet are not to be had any more, and where
-    these or the weights that it began with have other contents: `trained` needs none of them.
+    Raises BadInput if there is no run, if its dataset or fleet is missing, or if these or its initial weights
+    have other contents now. `trained` needs none of them.
     """
     config, checkpoints, progress = _newest(workdir)
     built = parts.build(config, progress=progress)
@@ -53,7 +53,7 @@ def saved(workdir: str) -> tuple[Built, State]:
 
 
 def trained(workdir: str) -> Trained:
-    """What the run in a workdir has learned, from its newest checkpoint alone; BadInput where none is."""
+    """What the run in a workdir has learned, from its newest checkpoint alone. BadInput if there is none."""
     return parts.trained(*_newest(workdir))
 
 
@@ -62,25 +62,24 @@ def ensure_unchanged(
     progress: Progress | None = None,
     names: Sequence[str] = ("dataset", "fleet", "availability", "init_from"),
 ) -> None:
-    """BadInput where inputs of an experiment are not those of the run in its workdir; `progress`: what that
-    has reached, if known.
+    """BadInput if the inputs of an experiment are not those of the run in its workdir.
+
+    progress: that of the run, if known.
     """
     progress = progress or _newest(built.config.workdir)[2]
     now = {name: digest for name, digest in parts.inputs(built).items() if name in names}
     if differ := _other_contents(built.config, progress, now):
-        raise BadInput(
-            f"{', '.join(differ)}: not what the run in --workdir={built.config.workdir} was made with"
-        )
+        raise BadInput(f"{', '.join(differ)}: not the inputs of the run in --workdir={built.config.workdir}")
 
 
 def _newest(workdir):
-    """(settings, checkpoints, progress) of the newest checkpoint in a workdir; the devices are open."""
+    """(settings, checkpoints, progress) from the newest checkpoint in a workdir. Any devices will do."""
     workdir = paths.expand("workdir", workdir)
     config, _ = described(workdir)
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", config.keep)
     progress = checkpoints.newest(_log_bytes(workdir))
     if progress is None:
-        raise BadInput(f"--workdir={workdir}: no checkpoint is here")
+        raise BadInput(f"--workdir={workdir}: has no checkpoint")
     config = Config.from_dict(progress.settings | {"workdir": workdir, "devices": 0}, "report")
     return config, checkpoints, progress
 
@@ -91,9 +90,9 @@ def _log_bytes(workdir):
 
 
 def _differences(config, progress):
-    """The settings that make other numbers than those of the rounds that are done.
+    """The settings that would have made other numbers in the finished rounds.
 
-    More rounds, or fewer, do where the rates of these depend on how many there are.
+    Another number of rounds does if the learning rates depend on it.
     """
     found = changes(progress.settings, config, "train")
     if "rounds" in found:
@@ -104,29 +103,29 @@ def _differences(config, progress):
         else:
             cosine = config.learning_rate_schedule != "constant"
             flag = "learning_rate_schedule" if cosine else "warmup_rounds"
-            reason = f"with --{flag}={getattr(config, flag)} the rates of all rounds depend on it"
+            reason = f"with --{flag}={getattr(config, flag)} the rate of every round depends on it"
             found["rounds"] = f"--rounds={config.rounds} (was {was.rounds}; {reason})"
     return [*found.values()]
 
 
 def described(workdir: str) -> tuple[Config, dict[str, Any]]:
-    """(settings, environment) of the run in a workdir. BadInput where there is none or it is damaged."""
+    """(settings, environment) of the run in a workdir. BadInput if there is none or it is damaged."""
     workdir = paths.expand("workdir", workdir)
     try:
         found = json.loads((Path(workdir) / CONFIG).read_bytes())
     except OSError as error:
-        raise BadInput(f"--workdir={workdir}: no run is here, config.json cannot be read") from error
+        raise BadInput(f"--workdir={workdir}: has no run; config.json cannot be read") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{workdir}/config.json: is damaged ({error})") from error
     if not isinstance(found, dict):
         raise BadInput(f"{workdir}/config.json: is damaged (no settings)")
     environment = found.pop("environment", None)
-    config = Config.from_dict(found | {"workdir": str(workdir)}, "report")  # its files may be gone by now
+    config = Config.from_dict(found | {"workdir": str(workdir)}, "report")  # its files may be missing now
     return config, environment if isinstance(environment, dict) else {}
 
 
 def check_inputs(config: Config, progress: Progress, inputs: dict[str, str]) -> None:
-    """BadInput where the dataset, the fleet or the weights to start from are not those of the run."""
+    """BadInput if the dataset, the fleet or the initial weights are not those of the run."""
     _refuse(config, _other_contents(config, progress, inputs))
 
 
@@ -137,12 +136,12 @@ def _other_contents(config, progress, inputs):
 
 
 def _refuse(config, differences):
-    """BadInput names the differences; where they are allowed, each is said."""
+    """Raises BadInput with the differences. If they are allowed, warns of each instead."""
     if config.allow_config_change:
         for difference in differences:
             logging.warning("--allow_config_change: going on with %s", difference)
     elif differences:
         raise BadInput(
             f"{', '.join(differences)}: the run in --workdir={config.workdir} was made with other settings; "
-            "take those, or another --workdir, or --allow_config_change to go on all the same"
+            "use those, or another --workdir, or --allow_config_change to go on anyway"
         )

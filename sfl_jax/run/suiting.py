@@ -23,8 +23,9 @@ def planner_for(scheme: Scheme, planner: Planner) -> Planner:
         return dataclasses.replace(planner, method="no_split")
     if scheme.clock == "session":
         return planner
-    if planner.barrier != "session":
-        raise BadInput(f"barrier={planner.barrier}: must be session; scheme={scheme.name} has its own clock")
+    for name, wanted in (("barrier", "session"), ("band", "fixed")):
+        if (value := getattr(planner, name)) != wanted:
+            raise BadInput(f"{name}={value}: must be {wanted}; scheme={scheme.name} has its own clock")
     return dataclasses.replace(planner, barrier=scheme.clock)
 
 

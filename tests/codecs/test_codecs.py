@@ -1,4 +1,4 @@
-"""Every codec against NumPy, and what all codecs promise."""
+"""Every codec against NumPy, and the properties that all codecs promise."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def arrived(codec, x, key=KEY):
     return np.asarray(jax.jit(codecs.create(codec).transmit)(x, key), np.float64)
 
 
-# NumPy twins: (float32 samples (B, n), the codec, key) -> what arrives, float64. A wrong one is beside each.
+# NumPy twins: (float32 samples (B, n), codec, key) -> what arrives, float64. A wrong twin is beside each.
 
 
 def as_is(x, codec, key):
@@ -104,7 +104,7 @@ def expected(twin, spec, x, kind):
 
 
 def agree(spec, found, wanted):
-    """Equal where nothing is computed, else to the rounding of float32."""
+    """Equal if nothing is computed, else to float32 rounding."""
     exact = spec.startswith(("float", "bfloat", "topk"))
     return np.allclose(found, wanted, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
 
@@ -140,7 +140,7 @@ def test_a_wrong_twin_is_found_out(spec):
 
 
 def wire_bits(payload, batch):
-    """Bits of each sample's part of a payload, whose arrays must be samples first."""
+    """The bits of each sample's part of a payload. Samples must be the first axis of its arrays."""
     leaves = jax.tree.leaves(payload)
     assert all(leaf.shape[0] == batch for leaf in leaves)
     return sum(8 * leaf.dtype.itemsize * math.prod(leaf.shape[1:]) for leaf in leaves)
@@ -215,10 +215,10 @@ def test_clients_together_are_clients_one_by_one(spec):
     [0.3, -127, *(pytest.param(x, marks=SLOW) for x in (0, 1, -1, -0.3, 1 / 512, 126 + 2 / 3, 1 - 2**-24))],
 )
 def test_the_mean_over_all_dithers_is_the_number(step):
-    """Not to a statistical error: all 2²³ dithers that there are."""
+    """Exactly, without a statistical error: all 2²³ dithers are tried."""
 
     def mean(dithers):
-        """The mean of what the number is rounded to by these dithers."""
+        """The mean over these dithers of the rounded number."""
         whole = jnp.full((1, len(dithers)), step, jnp.float32)
         return np.mean(np.asarray(quantised.rounded_up_by(jnp.asarray(dithers)[None], whole)), dtype=float)
 

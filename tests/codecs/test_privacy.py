@@ -29,26 +29,26 @@ def test_epsilon_is_the_accountants(sigma, messages, delta, expected):
     found = codecs.epsilon(sigma, messages, delta)
     assert found == pytest.approx(expected, rel=1e-6)
     assert codecs.Gaussian(3.0, sigma).epsilon(messages, delta) == found
-    # A sample that is left out instead of replaced would differ by C, not by 2C.
+    # If a sample is left out instead of replaced, the difference is C, not 2C.
     assert codecs.epsilon(2 * sigma, messages, delta) < 0.7 * expected
 
 
 @pytest.mark.parametrize(("sigma", "messages", "delta"), [case[:3] for case in ACCOUNTANT])
 def test_delta_is_the_integral_over_all_messages(sigma, messages, delta):
-    """δ = ∫ max(0, p - exp(ε) q), of N messages along the line between two opposite samples of norm C = 1."""
+    """δ = ∫ max(0, p - exp(ε) q) for N messages along the line between two opposite samples of norm C = 1."""
     eps = codecs.epsilon(sigma, messages, delta)
-    noise = sigma / math.sqrt(messages)  # of the mean of N messages, which says all that they say
+    noise = sigma / math.sqrt(messages)  # for the mean of N messages, which contains all their information
 
     def more(y):
         return max(0.0, stats.norm.pdf(y, 1, noise) - math.exp(eps) * stats.norm.pdf(y, -1, noise))
 
-    first = eps * noise**2 / 2  # where both are equal
+    first = eps * noise**2 / 2  # the point where both are equal
     found, _ = integrate.quad(more, first, first + 12 * noise + 2, epsabs=delta * 1e-9, limit=500)
     assert found == pytest.approx(delta, rel=1e-5)
 
 
 def test_the_codec_is_as_private_as_it_says():
-    """Counts how much likelier messages of a sample are than those of the worst other one."""
+    """Counts how much likelier a sample's messages are than those of the worst other sample."""
     codec, many = codecs.Gaussian(2.0, 3.0), 400_000
     ones = jnp.full((many, 1), 1e9, jnp.float32)
     here, there = (

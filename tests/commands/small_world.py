@@ -1,6 +1,6 @@
-"""Runs of milliseconds a round: a dataset of noise, and faults that come when they are called.
+"""Runs with rounds of milliseconds: a dataset of noise, and faults at chosen moments.
 
-`python -m commands.small_world FAULTS FLAG...` trains in it; FAULTS are the arguments of `faults` in JSON.
+`python -m commands.small_world FAULTS FLAG...` trains in it. FAULTS are the arguments of `faults` in JSON.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def noise(poisoned=(), samples=8 * CLIENTS):
-    """A dataset that is the same every time; images of `poisoned` clients of an IID division are black."""
+    """A dataset that is the same every time. Images of `poisoned` clients of an IID division are black."""
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (samples + 32, 8, 8, 1), np.uint8)
     labels = rng.integers(0, 10, samples + 32).astype(np.int32)
@@ -48,8 +48,8 @@ def noise(poisoned=(), samples=8 * CLIENTS):
 
 @contextlib.contextmanager
 def world(poisoned=(), absent=(), samples=8 * CLIENTS, create=networks.create):
-    """While it lasts, runs train what `create` makes in the place of a model, on noise; `poisoned` clients
-    compute NaN, and `absent` ones never come.
+    """In this block, runs train the model that `create` makes, on noise. `poisoned` clients compute NaN, and
+    `absent` clients never come.
     """
     preprocessing, availability = parts.preprocessing, fleet_faults.availability
 
@@ -72,9 +72,11 @@ def world(poisoned=(), absent=(), samples=8 * CLIENTS, create=networks.create):
 
 @contextlib.contextmanager
 def faults(failing_saves=(), failing_lines=(), signal_after=0, number=0, delay_s=0.0, memory=None):
-    """While it lasts, the disk is full for the checkpoints, and for the first try at the lines, of these
-    rounds; this process gets the signal `number` so long after a round; and the file `memory` gets a line a
-    round: live arrays, their bytes, those of this process.
+    """In this block, faults happen after chosen rounds.
+
+    The disk is full for the checkpoints of these rounds, and for the first try at their lines. This process
+    gets the signal `number` some time after a round. The file `memory` gets a line for each round: live
+    arrays, their bytes, this process's bytes.
     """
     put, write, add = checkpoints.Checkpoints._put, metrics.Log.write, recording.Recorder.add
 
@@ -111,12 +113,12 @@ def faults(failing_saves=(), failing_lines=(), signal_after=0, number=0, delay_s
 
 
 def run(workdir, *flags):
-    """Train in this process; the exit code."""
+    """Trains in this process. Returns the exit code."""
     return train.main([*FLAGS, f"--workdir={workdir}", *flags])
 
 
 def lines(workdir, *without):
-    """Those of metrics.jsonl, without the machine's clocks."""
+    """The lines of metrics.jsonl without the machine's clocks."""
     left_out = {"wall_s", "client_samples_per_s", *without}
     parsed = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in left_out} for line in parsed]
@@ -127,7 +129,7 @@ def saved_rounds(workdir):
 
 
 def model(workdir, round):
-    """The arrays of a checkpoint, as they are on the disk."""
+    """The arrays of a checkpoint on disk."""
     with checkpoints._checkpointer() as reader:
         tree = reader.restore(Path(workdir).resolve() / "checkpoints" / f"{round:06d}" / "model")
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]

@@ -142,7 +142,7 @@ def test_own_flags_of_xla_come_last_and_win(settings_restored):
 
 @pytest.mark.parametrize("flags", [accelerators.DETERMINISTIC, "--xla_gpu_no_such_flag=true"])
 def test_xla_reads_the_flags_although_jax_is_imported(flags):
-    """And knows them: it ends a process that gives it others."""
+    """XLA also checks them: it ends a process that gives it unknown flags."""
     program = (
         "import jax; from sfl_jax.commands import accelerators;"
         f"accelerators.DETERMINISTIC = {flags!r};"

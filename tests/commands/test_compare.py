@@ -1,4 +1,4 @@
-"""launch.compare: one training with every method's clock, and plans without any training."""
+"""launch.compare: one training with every method's clock, and plans without training."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def test_plans_without_training(tmp_path, capsys, monkeypatch):
     assert len(swept) == len(comparison.FACTORS) * comparison.RANDOM_FLEETS * methods
     for name in ("methods.png", "errors.png"):
         assert (tmp_path / name).read_bytes()[:8] == PNG
-    for name, mark in compare.PLAN_FILES.items():  # a second time its own files are replaced
+    for name, mark in compare.PLAN_FILES.items():  # the second run replaces its own files
         files.ensure_ours(tmp_path / name, mark, "workdir", "w")
     assert sorted(os.listdir(tmp_path)) == ["errors.png", "methods.csv", "methods.png"]
     ratio = max(

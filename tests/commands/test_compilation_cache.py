@@ -1,4 +1,4 @@
-"""Compiled programs on disk: found again by a second process, and no trouble where they cannot be kept."""
+"""Compiled programs on disk: a second process finds them, and a place that cannot be used does no harm."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_where_nothing_can_be_written_nothing_is_kept(monkeypatch, tmp_path, no_
 
 
 def test_where_no_home_is_known_nothing_is_kept(monkeypatch, no_directory):
-    """As in a container whose user has a number and no name."""
+    """For example in a container whose user has a number and no name."""
 
     def unknown(number):
         raise KeyError(number)

@@ -34,7 +34,7 @@ ACCEPTED = [
 
 
 def test_flag_names_are_those_of_the_contract():
-    # Written from the contract, apart from the code.
+    # Written from the contract, not from the code.
     contract = {
         *("model", "dataset", "data_dir", "image_size", "partition", "dirichlet_alpha", "clients"),
         *("cohort_size", "rounds", "local_epochs", "batch_size", "optimizer", "learning_rate", "momentum"),
@@ -60,7 +60,7 @@ def test_every_field_has_what_a_flag_needs():
 
 
 def test_defaults_are_the_recipe_that_reached_99_percent():
-    """Written from the top of presets/mnist.flags, apart from the code; the preset sets only the rest."""
+    """Written from the top of presets/mnist.flags, not from the code. The preset sets only the rest."""
     recipe = {
         "model": "efficientnetv2-b0", "image_size": 32, "cohort_size": 10, "server_flops": 2e10,
         "method": "exact", "local_epochs": 1, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.002,
@@ -127,7 +127,7 @@ def test_limits_between_flags_name_both():
 
 
 def test_a_setting_of_another_partition_is_refused():
-    """Whoever says how uneven the classes are to be does not want them even."""
+    """A user who says how uneven the classes are does not want them even."""
     for partition in ("auto", "iid", "shards", "fleet"):
         with pytest.raises(
             BadInput, match=r"^--dirichlet_alpha=0.1: needs --partition=dirichlet or --partition=quantity$"
@@ -192,7 +192,7 @@ def test_frozen():
 
 
 def test_choices_are_those_of_the_registries():
-    """Which everything else reads too, so that no list of names stands twice."""
+    """Other code reads the registries too, so no list of names exists twice."""
     from sfl_jax import models
 
     assert {name for name in registry.NETWORKS if name.startswith("eff")} == set(models.VARIANTS)
@@ -206,7 +206,7 @@ def test_choices_are_those_of_the_registries():
 
 
 def test_a_run_may_go_on_with_other_settings_that_change_no_numbers_but_for_rounding():
-    """Written apart from the code; a new flag is harmful unless it is added here."""
+    """Written independently of the code. A new flag is harmful unless it is added here."""
     harmless = {
         *(
             "data_dir",

@@ -1,4 +1,4 @@
-"""The fleet file decides how many clients there are and what each of them owns, in plans and in training."""
+"""The fleet file decides how many clients there are and which samples each has, in plans and in training."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ SMALL = Config(model="efficientnetv2-tiny", image_size=8, cohort_size=3, server_
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a fleet of five with these samples, and gives the settings that name it."""
+    """Writes a fleet of five clients with these samples. Returns the settings that name it."""
 
     def write(samples=SAMPLES, /, name="fleet.csv", **changes):
         clients = fleets.random_fleet(5, seed=3)
@@ -118,7 +118,7 @@ def test_an_edited_column_is_another_fleet_to_a_run_that_goes_on(file):
 
 
 def test_a_start_says_what_it_does_not_use(file, tmp_path, capsys, monkeypatch):
-    """Of the columns and of the training samples (384 in the small world)."""
+    """Unused columns, and unused training samples (of 384 in the small world)."""
     monkeypatch.setattr(Run, "compile", lambda *_: (_ for _ in ()).throw(BadInput("enough")))
     plain = {"transmit_w": None, "distance_m": None}
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused_with_a_way_out(file):
 
 
 def test_what_was_chosen_is_what_a_run_in_the_workdir_is_compared_with(file, tmp_path, monkeypatch):
-    """Neither command need have named a partition or a number of clients."""
+    """Neither command needs to name a partition or a number of clients."""
     seen = []
 
     def reached(config, _):
@@ -202,16 +202,16 @@ ONES, PAIRS = [np.arange(1)] * 3, [np.arange(2)] * 4
 
 
 def test_clients_that_cannot_learn_are_counted():
-    """Where batch norm averages over one value, a client needs two samples, and a batch too."""
+    """If batch norm averages over one value, a client needs two samples, and so does a batch."""
     [line] = division.single_values(SMALL, ONES + PAIRS, 1)
-    assert line.startswith("3 of 7 clients learn next to nothing: they have one sample, and batch norm")
+    assert line.startswith("3 of 7 clients learn almost nothing: they have one sample, and batch norm")
     assert "--min_samples=2" in line
     assert not division.single_values(SMALL, PAIRS, 1)
     one = dataclasses.replace(SMALL, batch_size=1)
     assert not division.single_values(SMALL, ONES, 4)
     assert not division.single_values(one, ONES, None)
     [line] = division.single_values(one, PAIRS, 4)
-    assert line.startswith("--batch_size=1: batch norm averages over the 4 values of a single image")
+    assert line.startswith("--batch_size=1: batch norm averages over the 4 values of one image")
 
 
 def test_a_run_in_which_no_client_can_learn_is_refused():
@@ -222,7 +222,7 @@ def test_a_run_in_which_no_client_can_learn_is_refused():
 
 
 def test_a_run_looks_at_its_own_images_and_clients():
-    """Tiny at 8x8 ends in maps of 1x1; at 16x16 in 2x2. What goes up at cut 0 is the image of 8x8 in both."""
+    """Tiny ends in maps of 1x1 at 8x8, and of 2x2 at 16x16. At cut 0 the 8x8 image goes up in both."""
     uneven = dataclasses.replace(SMALL, clients=48, partition="quantity", dirichlet_alpha=0.1)
     larger = dataclasses.replace(uneven, image_size=16, batch_size=1)
     with small_world.world(create=models.create):
@@ -230,7 +230,7 @@ def test_a_run_looks_at_its_own_images_and_clients():
         with pytest.raises(BadInput, match="--batch_size=1"):
             parts.build(dataclasses.replace(larger, image_size=8))
     single = sum(len(part) == 1 for part in built.parts.division)
-    assert [line for line in built.notes if line.startswith(f"{single} of 48 clients learn next to nothing")]
+    assert [line for line in built.notes if line.startswith(f"{single} of 48 clients learn almost nothing")]
     assert not any("learn" in line for line in wide.notes)
     for each in (built, wide):
         assert each.parts.terms.up_bits[0] == 8 * 8 * 8 + 32

@@ -1,4 +1,4 @@
-"""Runs in which numbers, clients or the disk fail: what is said, what is kept, and how they go on."""
+"""Runs in which numbers, clients or the disk fail: what is printed, what is kept, and how they go on."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ SEED, CLIENTS, COHORT = 0, small_world.CLIENTS, 4
 
 
 def newcomer(round):
-    """A client that comes to this round (from 1) and to none before."""
+    """A client that comes to this round (from 1) for the first time."""
     before = {client for r in range(round - 1) for client in fleet.cohort(SEED, r, CLIENTS, COHORT)}
     return next(int(c) for c in fleet.cohort(SEED, round - 1, CLIENTS, COHORT) if c not in before)
 
@@ -33,7 +33,7 @@ def test_a_client_that_diverges_stops_the_run_or_is_left_out(tmp_path, capsys, c
         name = f"round 3: the loss or the update of client {broken}, cut "
         assert said.startswith(f"error: {name}")
         assert " is not finite; round 2 is saved; try a lower --learning_rate, " in said
-        # The last good state is kept, bitwise, and the run goes on from it, without the client if asked to.
+        # The last good state is kept bitwise. The run goes on from it, without the client if asked to.
         assert max(saved_rounds(tmp_path / "run")) == 2
         assert same(model(tmp_path / "run", 2), model(tmp_path / "quiet", 2))
         assert run(tmp_path / "run", "--rounds=4") == 3
@@ -73,7 +73,7 @@ def test_an_error_in_the_middle_of_a_run_costs_no_round_that_is_done(error, tmp_
             with pytest.raises(KeyError):
                 run(tmp_path, "--rounds=3")
         said = capsys.readouterr().err
-        assert "round 2 of 3 is saved; run the same command again to go on once that is mended" in said
+        assert "round 2 of 3 is saved; solve the error, then run the same command again to go on" in said
         assert (saved_rounds(tmp_path), len(lines(tmp_path))) == ([0, 2], 2)
         assert run(tmp_path, "--rounds=3") == 0
     assert [line["round"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -99,7 +99,7 @@ def test_nobody_comes_the_model_stays_and_the_rounds_count_as_failed(tmp_path, c
 
 @pytest.mark.slow
 def test_other_settings_are_taken_by_those_who_insist(tmp_path, capsys, caplog):
-    """Then they hold from there on, and for the runs after."""
+    """From then on they hold, also for later runs."""
     with small_world.world():
         assert run(tmp_path / "run", "--rounds=2") == 0
         assert run(tmp_path / "straight", "--rounds=4") == 0
@@ -152,7 +152,7 @@ def test_another_dataset_or_fleet_behind_the_same_flag_is_refused(tmp_path, caps
 
 @pytest.mark.slow
 def test_a_disk_that_fails_for_a_while(tmp_path, capsys, caplog):
-    """Stops the run, which goes on bitwise, or does not stop it: then all is written when it can be."""
+    """Either it stops the run, which goes on bitwise. Or it does not, and everything is written later."""
     given = ["--rounds=6", "--checkpoint_every_rounds=1", "--eval_every=6"]
     with small_world.world():
         assert run(tmp_path / "quiet", *given) == 0
@@ -163,7 +163,7 @@ def test_a_disk_that_fails_for_a_while(tmp_path, capsys, caplog):
                 assert run(stopped, *given) == 75
             [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
             assert "No space left on device" in said
-            assert said.endswith("run the same command again to go on once that is mended")
+            assert said.endswith("; solve this, then run the same command again to go on")
             assert max(saved_rounds(stopped)) == 2
             assert run(stopped, *given) == 0
             caplog.clear()
@@ -202,7 +202,7 @@ def test_a_first_state_that_cannot_be_saved_is_bad_input(tmp_path, capsys):
 
 
 def test_the_small_world_is_the_same_every_time():
-    """Else it would prove nothing that two runs in it agree."""
+    """Without this, two equal runs would prove nothing."""
     one, other = small_world.noise(poisoned=[5]), small_world.noise()
     part = datasets.partition(other.train_labels, CLIENTS)[5]
     assert (one.train_images[part] == 0).all()

@@ -85,7 +85,7 @@ def test_a_stray_line_in_a_flagfile_is_refused(tmp_path, capsys):
     flagfile = tmp_path / "x.flags"
     flagfile.write_text("  # a comment\n")
     assert run([f"--flagfile={flagfile}"]) == 2
-    assert "'# a comment' is no flag; a comment has a line of its own, without" in capsys.readouterr().err
+    assert "'# a comment' is no flag; a comment needs its own line, without" in capsys.readouterr().err
     flagfile.write_text("rounds=7\n")
     assert run([f"--flagfile={flagfile}"]) == 2
     assert "rounds=7" in capsys.readouterr().err
@@ -146,7 +146,7 @@ def test_help_begins_with_examples_and_the_flags_of_a_first_hour(command, capsys
     assert len(listed(lines)) <= 10
     rest = len(helping._that_apply(command, False)) - len(listed(lines))
     more = f"--helpfull lists {rest} more; " if rest else ""
-    assert lines[-1] == f"{more}--version names the release"
+    assert lines[-1] == f"{more}--version prints the release"
     start = next(i for i, line in enumerate(lines) if line == "examples")
     end = next(i for i, line in enumerate(lines) if line == "flags")
     examples = [line.split(f".{command} ")[1] for line in lines[start:end] if f".{command} " in line]
@@ -213,7 +213,7 @@ def test_flags_beside_a_preset_change_its_settings(capsys):
 
 
 def test_a_warm_up_from_a_file_makes_way_for_fewer_rounds(tmp_path, capsys):
-    """Who wants a quick look types --rounds=3. Nobody's own numbers are changed."""
+    """A user who wants a quick look types --rounds=3. Numbers that the user typed are never changed."""
     file = tmp_path / "x.flags"
     file.write_text("--rounds=40\n--warmup_rounds=6\n")
     for argv in ([f"--flagfile={file}", "--rounds=3"], ["--flagfile", str(file), "--rounds", "3"]):
@@ -230,7 +230,7 @@ def test_a_warm_up_from_a_file_makes_way_for_fewer_rounds(tmp_path, capsys):
     assert run(["--preset=mnist", "--rounds=1"]) == 0  # as `make train ARGS=--rounds=1`
 
 
-# A job in the background of a shell is deaf to Ctrl-C, and so are its children: hear it again.
+# A background job of a shell ignores Ctrl-C, and so do its children. So handle it again.
 SCRIPT = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from sfl_jax.commands import flags; sys.exit(flags.run({main}, 'train', 'About.'))"
@@ -268,7 +268,7 @@ def test_letters_that_cannot_be_printed_are_spelt_out():
 
 
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
-    """What is printed would end in it."""
+    """Otherwise printed lines would end in that file."""
     main = "lambda c: [print('printed', flush=True), open(c.workdir, 'w').fileno()][1]"
     command = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", SCRIPT.format(main=main)]
     done = subprocess.run([*command, f"--workdir={tmp_path / 'file'}"], timeout=60, check=False)
@@ -311,7 +311,7 @@ ARGUMENTS = st.lists(
 @given(ARGUMENTS)
 @hypothesis.settings(max_examples=300)
 def test_whatever_is_given_is_a_config_or_refused(arguments):
-    """No other exception, and nothing that validation would not accept."""
+    """There is no other exception, and no config that validation would refuse."""
     arguments = [a for a in arguments if "flagfile" not in a]
     try:
         config = flags.parse(arguments, "train")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at every point of a command: what is said, with which code it ends, what is left."""
+"""Ctrl-C and SIGTERM at every point of a command: the line, the exit code, and what is left."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
 def heard(capfd, stop, *numbers):
-    """(exit code or None, line) of each signal."""
+    """(exit code or None, line) for each signal."""
     return [(stop.hear(number), capfd.readouterr().err.strip()) for number in numbers]
 
 
@@ -67,7 +67,7 @@ with interruption() as stop, whole_file(sys.argv[1]) as file:
 
 
 def test_native_code_is_ended_too_and_leaves_nothing(tmp_path):
-    """It runs for many minutes, during which no handler of Python's comes to its turn."""
+    """The native code runs for many minutes, in which no Python handler runs."""
     command = [sys.executable, "-c", NATIVE, tmp_path / "file"]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
@@ -90,14 +90,14 @@ def test_native_code_is_ended_too_and_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def ends(monkeypatch):
-    """The codes with which this process would have ended."""
+    """The exit codes with which this process would have ended."""
     codes = []
     monkeypatch.setattr(interruption, "end", codes.append)
     return codes
 
 
 def interrupted_in(monkeypatch, name):
-    """Ctrl-C comes within `build` or `compile`, from which the run does not come back."""
+    """Ctrl-C comes within `build` or `compile`, and the run does not return from there."""
     come, hear = threading.Event(), Stop.hear
 
     def hear_and_note(self, number):

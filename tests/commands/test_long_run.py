@@ -1,4 +1,4 @@
-"""Two hundred rounds in which something goes wrong every few of them."""
+"""Two hundred rounds in which something goes wrong every few rounds."""
 
 import json
 import os
@@ -31,12 +31,12 @@ def train(tmp_path):
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
         "JAX_PLATFORMS": "cpu",
-        # On several, who is away decides which device has whom, and so in which order is added up.
+        # On several devices, absent clients change the division over devices, and so the order of sums.
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "true",  # conftest.py turned it off
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        # Else each thread that happens to compute a round takes, and keeps, 9 MB of its own.
+        # Otherwise each thread that computes a round keeps 9 MB of its own.
         "MALLOC_ARENA_MAX": "1",
     }
 
@@ -53,8 +53,8 @@ def train(tmp_path):
 
 
 def disturb(train, workdir, rng):
-    """Run it with faults of the disk every few rounds, broken off and on again until it is done; how often
-    each thing happened.
+    """Runs it with faults of the disk every few rounds, starting it again until it is done. Counts the
+    events.
     """
     happened = {"killed": 0, "interrupted": 0, "damaged": 0}
     failing = [round for round in range(1, ROUNDS) if rng.random() < 0.1]
@@ -83,7 +83,7 @@ def disturb(train, workdir, rng):
 
 @pytest.mark.slow
 def test_faults_that_have_no_influence_leave_no_trace(train, tmp_path):
-    """The clients of POISONED are away in the quiet run; in the other they come with NaN, and are skipped."""
+    """In the quiet run the clients of POISONED are absent. Otherwise they come with NaN and are skipped."""
     memory = tmp_path / "memory.jsonl"
     done = train("quiet", {"absent": POISONED, "memory": str(memory)})
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def test_faults_that_have_no_influence_leave_no_trace(train, tmp_path):
     assert sum(line["clients"] < 4 for line in quiet) > ROUNDS / 4, "hardly anybody was away"
     models = [small_world.model(tmp_path / name, ROUNDS) for name in ("quiet", "disturbed")]
     assert small_world.same(*models)
-    # Clients of POISONED that come with numbers do have an influence.
+    # If clients of POISONED come with good numbers, they have an influence.
     assert train("healthy", {}, "--rounds=12").returncode == 0
     healthy = small_world.lines(tmp_path / "healthy")
     assert [line["train_loss"] for line in healthy] != [line["train_loss"] for line in quiet[:12]]
@@ -113,7 +113,7 @@ def check_flat(memory: Path):
     arrays, held_bytes, resident_bytes = np.array([*map(json.loads, memory.read_text().splitlines())]).T
     print(f"{arrays[-1]} arrays, {held_bytes[-1]} bytes, resident {resident_bytes[[49, 99, 199]] / 1e6} MB")
     assert len(arrays) == ROUNDS
-    # Rounds that are evaluated hold a few more, and are in both halves.
+    # Evaluated rounds hold a few more arrays. Both halves have such rounds.
     assert arrays[100:].max() <= arrays[:100].max()
     assert held_bytes[100:].max() <= held_bytes[:100].max()
     assert resident_bytes[-20:].mean() - resident_bytes[50:70].mean() < 16e6

@@ -46,7 +46,7 @@ def test_a_plan_says_how_long_the_rounds_of_cohorts_last(here, capsys):
     assert (cohorts.pop("cohort_size"), cohorts.pop("rounds")) == (2, 100)
     low, median, high = (cohorts[f"{name}_round_s"] for name in ("p10", "median", "p90"))
     assert 0 < low <= median <= high <= cohorts["longest_round_s"] <= written["round_s"] * (1 + 1e-9)
-    line = f"in cohorts  of 2 (--cohort_size), as in training: {median:.4g} s in the median of 100 rounds"
+    line = f"in cohorts  of 2 (--cohort_size), like in training: {median:.4g} s in the median of 100 rounds"
     assert line in capsys.readouterr().out
     for more, code in (["--cohort_size=5"], 0), (["--cohort_size=6"], 2), ([], 0):
         assert run(*flags, *more) == code
@@ -77,7 +77,7 @@ def test_plan_json_is_as_promised(here, capsys, method):
     assert {name: written[name] for name in expected} == expected
     assert written["server_flops"] == 1e10
     assert 0 < written["bound_s"] <= written["round_s"]
-    # What it takes to make the same plan again.
+    # What is needed to make the same plan again.
     fleet = read_fleet("fleet.csv")
     assert (written["fleet"], written["seed"]) == ("fleet.csv", 0)
     faster = dataclasses.replace(fleet, flops=fleet.flops * 2).columns()
@@ -138,7 +138,7 @@ def test_the_picture_shows_the_plan(here, monkeypatch):
     assert run("--server_flops=1e10", "--plot") == 0
     written = json.loads((here / "plan.json").read_text())
     clients, cuts, servers = drawn[0].axes
-    # Where each client's time goes: a bar of its terms, in order of time, and the highest is the slowest's.
+    # Where each client's time goes: a bar of its terms in order of time. The slowest client's is the highest.
     stacks = clients.containers
     assert [stack.get_label() for stack in stacks] == [WORDS[name] for name in optim.Seconds._fields]
     assert max(bar.get_y() + bar.get_height() for bar in stacks[-1]) == pytest.approx(written["round_s"])
@@ -190,7 +190,7 @@ def test_a_plan_by_regression_says_and_draws_how_well_its_curves_fit(here):
     assert [fit["quantity"] for fit in written["fits"]] == quantities
     assert all(0.5 < fit["r2"] <= 1 and 0 <= fit["worst_error"] < 0.5 for fit in written["fits"])
     assert all(fit["family"] and fit["parameters"] for fit in written["fits"])
-    # A straight line through some knots, as written, is what the network was traced to cost.
+    # The written curve, a straight line through some knots, equals the traced costs of the network.
     profile = models.profile(models.create("efficientnetv2-b0", 10, 1), (32, 32, 1))
     fit, cuts = written["fits"][0], np.arange(1, 25)
     assert fit["family"].startswith("piecewise")
@@ -205,9 +205,9 @@ def test_a_client_that_no_server_helps_is_named_with_what_it_lacks(here, capsys)
     (here / "fleet.csv").write_text(FLEET + "far-away,1e10,1e4,1e4,1e9,64\n")
     assert run("--server_flops=1e12") == 0
     (held_up,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held up by")]
-    assert "client far-away, which needs" in held_up
+    assert "client far-away alone: it needs" in held_up
     assert "with any server" in held_up
-    assert held_up.endswith("s for its uplink")
+    assert held_up.endswith("s of them for its uplink")
 
 
 @pytest.mark.parametrize(("factor", "asked"), [(1, False), (1e-6, True)])
@@ -249,7 +249,7 @@ def test_compiled_programs_are_kept_unless_they_should_not_be(here, monkeypatch,
 
 def test_a_server_nobody_needs(here, capsys):
     assert run("--target_round_s=1e6", "--plot") == 0
-    for name in ("plan.json", "plan.csv", "plan.png"):  # a second time its own files are replaced
+    for name in ("plan.json", "plan.csv", "plan.png"):  # the second run replaces its own files
         plan.check_outputs([here / "plan.json", here / name], "random")
     assert json.loads((here / "plan.json").read_text())["server_flops"] == 0
     out = capsys.readouterr().out
@@ -276,13 +276,13 @@ def test_a_file_of_the_users_own_beside_the_output_stays(name, content, here, ca
 
 BAD_FLAGS = [
     ("--output=fleet.csv/p.json", "--output=fleet.csv/p.json: cannot be written"),
-    ("--output=fleet.json", "which it would replace"),
+    ("--output=fleet.json", "fleet.csv is the fleet file"),
     ("--output=plan.csv", "must end in .json"),
     ("--output=folder.json", "is a directory"),
     ("--server_flops=0", "--server_flops=0.0: must be a finite number, above 0"),
     ("--fleet=missing.csv", "--fleet=missing.csv: no such file"),
     ("--method=best", "--method=best: must be one of"),
-    ("--samples_per_client=7", "--samples_per_client=7: is of the random fleet; --fleet=fleet.csv says"),
+    ("--samples_per_client=7", "--samples_per_client=7: needs --fleet=random; --fleet=fleet.csv has"),
     ("--min_cut=99", "--min_cut=99: must be at most"),
     ("--starts=random", "--starts=random: needs --method=alternating"),
     ("--cohort_size=4", "cohort_size"),
@@ -308,7 +308,7 @@ def test_bad_input_writes_one_line_and_nothing_else(here, capsys, flag, row, wor
     (here / "fleet.csv").write_text(FLEET + row)
     assert run(flag) == 2
     out, err = capsys.readouterr()
-    *_, said = err.splitlines()  # before it, at most what the plan is about
+    *_, said = err.splitlines()  # before it, at most the line that announces the plan
     assert (out, err.count("error: "), said[:7]) == ("", 1, "error: ")
     assert words in said
     assert sorted(os.listdir(here)) == ["fleet.csv", "folder.json"]

@@ -1,4 +1,4 @@
-"""launch.report: the page of a run, done or not."""
+"""launch.report: the page of a run, finished or not."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ RUN = ["--rounds=3", "--eval_every=2", "--seed=7"]
 
 
 class Page(html.parser.HTMLParser):
-    """Its text by kind of element, and what it would load from elsewhere."""
+    """The page's text by kind of element, and what it would load from elsewhere."""
 
     def __init__(self, text):
         super().__init__()
@@ -53,7 +53,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The workdir of a run that is done."""
+    """The workdir of a finished run."""
     workdir = tmp_path_factory.mktemp("run")
     fleet.write_fleet(workdir / "fleet.csv", fleet.random_fleet(small_world.CLIENTS, seed=7))
     with small_world.world():
@@ -92,7 +92,7 @@ def test_training_leaves_a_page_and_the_command_adds_every_method(run, capsys):
 
 
 def test_the_clock_of_the_run_is_as_it_logged_it(monkeypatch):
-    """What is made again may differ by rounding, which would be another number in the same run's table."""
+    """A recomputed clock may differ by rounding, which would show two numbers for one run."""
     logged_s = [1.0, 2.0]
     made_again = {"exact": np.array(logged_s) * (1 + report.SAME / 2), "no_split": np.array([3.0, 6.0])}
     made_again = {name: run_clocks.Clock(seconds, {}) for name, seconds in made_again.items()}
@@ -104,7 +104,7 @@ def test_the_clock_of_the_run_is_as_it_logged_it(monkeypatch):
 
 
 def test_the_page_fits_phones_and_the_dark(run, capsys):
-    """What is wider scrolls by itself; pictures have no paper of their own, and black lines turn white."""
+    """Wide parts scroll by themselves. Pictures are transparent, and black lines turn white."""
     made(run, capsys)
     text = (run / "report.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
@@ -149,7 +149,7 @@ def test_of_a_run_under_way_whole_lines_count(run, tmp_path, capsys):
 
 @contextlib.contextmanager
 def changed(run, name):
-    """While it lasts, an input of the run, a record of it, or what planned it, is another."""
+    """In this block, an input of the run, a record of it, or its planner differs."""
     before = {
         path: path.read_bytes() for path in (run / "fleet.csv", run / "metrics.jsonl", run / "config.json")
     }
@@ -175,10 +175,10 @@ def changed(run, name):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("fleet", r"--fleet=.*fleet.csv \(has other contents now\): not what the run in .* was made"),
-        ("dataset", r"--dataset=mnist \(has other contents now\): not what the run in"),
+        ("fleet", r"--fleet=.*fleet.csv \(has other contents now\): not the inputs of the run in"),
+        ("dataset", r"--dataset=mnist \(has other contents now\): not the inputs of the run in"),
         ("gone", r"--fleet=.*fleet.csv: no such file"),
-        ("settings", r"--workdir=.*: its rounds were planned with other settings, inputs or another release"),
+        ("settings", r"--workdir=.*: its rounds were planned with other settings or inputs, or"),
     ],
 )  # fmt: skip
 def test_of_other_inputs_no_clock_is_made_but_that_of_the_run_is_shown(name, reason, run, capsys):
@@ -198,7 +198,7 @@ def test_of_other_inputs_no_clock_is_made_but_that_of_the_run_is_shown(name, rea
 def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeypatch):
     drawn, config = [], workdirs.described(str(run))[0]
     monkeypatch.setattr(report_page, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
-    for round_s in (2.0, None):  # None: no round that is known
+    for round_s in (2.0, None):  # None: no known round
         lines = [line._replace(round_s=round_s, bound_s=round_s) for line in recording.logged(str(run))]
         clock = run_clocks.Clock(np.array([2.0, 4.0, 6.0]), columns(lines))
         report_page._pictures(config, lines, {"exact": clock})
@@ -210,7 +210,7 @@ def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeyp
     [("fleet", "has other contents now"), ("settings", "its rounds were planned with other")],
 )
 def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
-    """The clocks of every method in a table, and the experiment as it was."""
+    """The table of every method's clock, and the experiment with its own settings."""
     config, _ = workdirs.described(str(run))
     with changed(run, name):
         if name == "fleet":
@@ -224,7 +224,7 @@ def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
 
 @pytest.mark.parametrize("factor", [0.0, 1.5])
 def test_whose_accuracy_it_is_depends_on_who_may_be_late(factor, run, tmp_path, capsys):
-    """With a deadline other clients come in time under other methods."""
+    """With a deadline, other clients are in time under other methods."""
     written = json.loads((run / "config.json").read_text())
     written["deadline_factor"] = factor
     (tmp_path / "config.json").write_text(json.dumps(written))
@@ -276,7 +276,7 @@ LINE = b'{"round": 1}\n'
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("config.json", None, "no run is here, config.json cannot be read"),
+        ("config.json", None, "has no run; config.json cannot be read"),
         ("config.json", b"{", "config.json: is damaged"),
         ("metrics.jsonl", None, "has no rounds; metrics.jsonl cannot be read"),
         ("metrics.jsonl", b"", "must hold rounds 1, 2, ..., one a line"),
@@ -307,7 +307,7 @@ def test_what_is_no_run_is_refused_in_one_line(run, tmp_path, capsys, name, cont
 
 
 def test_a_full_disk_leaves_the_run_done_and_no_page(run, tmp_path):
-    """What is done is done: the end of the run says where the page is not, and what writes it."""
+    """The run is finished. Its end says that the page is missing, and which command writes it."""
     for file in ("config.json", "metrics.jsonl"):
         (tmp_path / file).write_bytes((run / file).read_bytes())
     config, _ = workdirs.described(str(tmp_path))

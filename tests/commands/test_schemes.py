@@ -1,11 +1,14 @@
 """--scheme and --codec from the command line."""
 
+import dataclasses
 import json
 
 import pytest
 from commands import small_world
 
-from sfl_jax.commands import flags, parts, plan, train
+from sfl_jax import registry
+from sfl_jax.commands import flags, parts, plan, rules, train
+from sfl_jax.commands.config import Config, fields_of
 from sfl_jax.errors import BadInput
 from sfl_jax.schemes.psl import Psl
 from sfl_jax.schemes.sfl import Sfl
@@ -43,8 +46,6 @@ def test_a_scheme_is_what_its_flags_say(given, scheme):
         (["--server_order=step"], "--server_order=step: needs --scheme=sfl_v2"),
         (["--max_cut=0"], "--max_cut=0: must be at least --min_cut=1"),
         (["--max_cut=3", "--scheme=fl"], "--max_cut=3: --scheme=fl has no cut"),
-        (["--scheme=sl", "--barrier=staged"], "--barrier=staged: needs --scheme=sfl or --scheme=fl"),
-        (["--scheme=psl", "--deadline_factor=2"], "--deadline_factor=2.0: needs --scheme=sfl or --scheme=fl"),
         (["--scheme=sflv2"], "--scheme=sflv2: must be one of sfl, sfl_v2, psl, sl, fl"),
     ],
 )
@@ -52,6 +53,37 @@ def test_flags_of_another_scheme_are_refused(given, line):
     with pytest.raises(BadInput) as caught:
         flags.parse([*FLAGS, *given], "train")
     assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"barrier": "staged"}, "barrier=staged: must be session; scheme=psl has its own clock"),
+        ({"band": "pooled"}, "band=pooled: must be fixed; scheme=psl has its own clock"),
+        ({"deadline_factor": 2.0}, "deadline_factor=2: must be 0 with scheme=psl, where a late client"),
+    ],
+)
+def test_what_a_scheme_does_not_allow_is_refused_before_data_are_read(changes, line):
+    config = Config(scheme="psl", dataset="no such data", **changes)
+    with pytest.raises(BadInput, match=f"^{line}"):
+        parts.build(config)
+    if "deadline_factor" not in changes:
+        with pytest.raises(BadInput, match=f"^{line}"):
+            parts.read_terms(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Sfl):
+    """A plug-in scheme with the clock and the abilities of sfl."""
+
+    name = "mine"
+
+
+def test_a_plug_in_may_do_what_it_declares(monkeypatch):
+    monkeypatch.setitem(registry.SCHEMES._members, "mine", Mine)
+    config = Config(scheme="mine", barrier="staged", deadline_factor=2.0)
+    rules.check(config, "train", {field.name for field in fields_of("train")})
+    assert parts.planner(config).barrier == "staged"
 
 
 def test_a_run_in_turn_with_a_codec_stops_and_goes_on_and_says_what_it_did(tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""What a command says while a person waits."""
+"""What a command shows while a person waits."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from sfl_jax.run import metrics
 
 
 class Stream(io.StringIO):
-    """stderr that is a terminal, or none."""
+    """A stderr that is a terminal, or is not."""
 
     def __init__(self, is_terminal):
         super().__init__()
@@ -45,14 +45,14 @@ def make(is_terminal, clock, speaks=True):
 
 
 def pass_s(screen, clock, seconds):
-    """So long, with a tick a second."""
+    """Lets these seconds pass, with a tick every second."""
     for _ in range(seconds):
         clock.now += 1
         screen.tick()
 
 
 def shown(text):
-    """What a terminal shows in the end."""
+    """What a terminal shows at the end."""
     lines = [""]
     column = 0
     for character in text:
@@ -140,7 +140,7 @@ def test_nobody_who_listens_ends_no_run(clock):
 
 
 def rounds(clock, seconds, tested=()):
-    """Rounds 1, 2, ... that last so long, of which some are evaluated."""
+    """Rounds 1, 2, ... with these durations; some are evaluated."""
     for number, lasts in enumerate(seconds, 1):
         clock.now += lasts
         accuracy = 0.5 + number / 100 if number in tested else None
@@ -167,7 +167,7 @@ def test_on_a_terminal_the_bar_has_every_rounds_loss_and_no_warning_crosses_it(c
     for line in progress.with_progress(rounds(clock, [1, 1, 1], tested={1}), 0, 3, screen):
         if line.round == 2:
             screen.aside("warning: look")
-        screen.tick()  # the bar's own clock moves
+        screen.tick()  # the bar's clock moves
     text = shown(screen.stream.getvalue())
     assert "warning: look" in text
     (bar,) = (line for line in text if "3/3" in line)
@@ -177,7 +177,7 @@ def test_on_a_terminal_the_bar_has_every_rounds_loss_and_no_warning_crosses_it(c
 
 
 def test_a_line_of_the_bar_is_ended_before_anything_else_is_said(clock):
-    """By an interruption, and by an error of a round."""
+    """By an interruption, and by an error in a round."""
 
     def failing():
         yield from rounds(clock, [1])

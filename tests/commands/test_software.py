@@ -1,4 +1,4 @@
-"""What a run notes of the software that made it. A note that cannot be had is None, and costs no run."""
+"""What a run notes about its software. A note that cannot be made is None, and does not stop a run."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def git(directory, *arguments):
 
 @pytest.fixture
 def project(tmp_path):
-    """Another project's repository, into which a copy of the package is installed."""
+    """Another project's repository, with a copy of the package installed in it."""
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "x")
     installed = tmp_path / "venv" / "sfl_jax" / "software.py"
@@ -39,7 +39,7 @@ def test_the_commit_is_that_of_the_repository_that_tracks_the_package(project, m
     git(directory, "commit", "-m", "vendored")
     commit = git(directory, "rev-parse", "HEAD")
     assert software.git_commit(installed) == commit
-    monkeypatch.setenv("GIT_DIR", str(REPOSITORY / ".git"))  # as in a hook of another repository
+    monkeypatch.setenv("GIT_DIR", str(REPOSITORY / ".git"))  # like in a hook of another repository
     assert software.git_commit(installed) == commit
 
 
@@ -68,7 +68,9 @@ def test_what_a_git_that_does_not_answer_has_started_ends_with_it(tmp_path, monk
     assert software.git_commit() is None
     state = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
     until = time.monotonic() + 30
-    while state.exists() and state.read_text().split()[2] != "Z":  # ended, and nobody has asked how
+    while (
+        state.exists() and state.read_text().split()[2] != "Z"
+    ):  # it has ended, and nobody has read its exit code
         assert time.monotonic() < until, "it is still there"
         time.sleep(0.01)
 

@@ -1,6 +1,6 @@
-"""Runs that are killed, interrupted, or short of room, in processes of their own.
+"""Runs that are killed, interrupted, or have too little room, in their own processes.
 
-All take one compilation cache, so that a start costs seconds: a cached program is the same program.
+All use one compilation cache, so that a start takes seconds. A cached program is the same program.
 """
 
 import json
@@ -50,8 +50,8 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begin(environment):
-    """begin(workdir, *flags, devices=1) -> a process that trains, as people start it: somewhere, with a
-    relative workdir.
+    """begin(workdir, *flags, devices=1) -> a process that trains, started like a user does: in some
+    directory, with a relative workdir.
     """
 
     def begin(workdir, *flags, devices=1):
@@ -67,7 +67,7 @@ def begin(environment):
 
 @pytest.fixture(scope="module")
 def quiet(begin, tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
+    """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("quiet")
     finish(begin(workdir))
     return workdir
@@ -105,7 +105,7 @@ def final_model(workdir):
 
 
 def wait_for(path, process, lines=1):
-    """Until a file has so many lines."""
+    """Waits until a file has this many lines."""
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -151,7 +151,7 @@ def half_written(workdir):
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
-    """Runs of a few seconds each. The moments lie anywhere in them, their starts too; every second one waits
+    """Runs of a few seconds. They are killed at any moment, also while they start. Every second kill waits
     for a checkpoint that is being written.
     """
     rng, start = random.Random(0), time.monotonic()
@@ -179,7 +179,7 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
 
 
 def test_a_run_that_is_asked_to_stop_goes_on_when_it_is_typed_again(tmp_path, monkeypatch, capsys):
-    """In a directory that holds no code, with a relative workdir, on the network of `small_world`."""
+    """In a directory without code, with a relative workdir, on the network of `small_world`."""
     root = Path(__file__).parents[2]
     flags = ["--workdir=runs/mine", "--eval_every=4"]
     process = subprocess.Popen(
@@ -222,7 +222,7 @@ def test_asked_to_stop_it_saves_and_ends_with_75(number, begin, quiet, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_while_it_compiles_it_ends_at_once(number, begin, tmp_path):
-    """Here with a network that is not in the cache of the others; handlers of Python would have to wait."""
+    """With a network that is not in the others' cache. Python handlers would have to wait."""
     process = begin(tmp_path, "--batch_size=5")
     said = iter(process.stderr.readline, "")
     assert any("compiling" in line for line in said)
@@ -248,7 +248,7 @@ def test_jax_variables_that_would_change_the_numbers_do_not(begin, environment, 
 
 @pytest.mark.slow
 def test_with_the_settings_of_a_newcomer_it_is_stopped_goes_on_and_is_reported(environment, tmp_path):
-    """All that may be left open is, and every command is typed again in the directory of the first."""
+    """All choices are left open. Every command is typed again in the first command's directory."""
     train = [
         sys.executable,
         "-m",
@@ -321,7 +321,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_bitwise_once_there_is_room(begi
     wait_for(small_disk / "run" / "metrics.jsonl", process, lines=2)
     fill(small_disk / "filler")
     _, err = finish(process, 75)
-    assert "run the same command again to go on once that is mended" in err
+    assert "solve this, then run the same command again to go on" in err
     text = (small_disk / "run" / "metrics.jsonl").read_text()
     assert all(json.loads(line) for line in text.splitlines()), "a half line"
     _, err = finish(begin(small_disk / "run"), 2)

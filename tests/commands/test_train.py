@@ -1,4 +1,4 @@
-"""launch.train on a small run: its files, its table, and what it refuses before anything is written."""
+"""launch.train on a small run: its files, its table, and what it refuses before it writes anything."""
 
 import contextlib
 import dataclasses
@@ -136,7 +136,7 @@ def test_a_run_goes_on_without_the_weights_it_began_with_but_not_with_others(tmp
         path.unlink()
         assert small_world.run(workdir, *flags, "--rounds=2") == 2
         out, err = capsys.readouterr()
-        assert f"{path} is gone; the run goes on without it" in out
+        assert f"{path} is missing; the run goes on without it" in out
         assert "this is far enough" in err
         built, state = workdirs.saved(str(workdir))
         assert built.scaling == keras_weights.CENTRED
@@ -196,7 +196,7 @@ def test_an_export_needs_the_checkpoint_alone(run, monkeypatch):
         )
     found = workdirs.trained(workdir.name)
     _, checkpoints, progress = workdirs._newest(workdir.name)
-    with pytest.MonkeyPatch.context() as patch:  # of a fleet that is gone
+    with pytest.MonkeyPatch.context() as patch:  # of a fleet file that is missing
         lost = progress._replace(settings=progress.settings | {"fleet": "gone.csv"})
         patch.setattr(type(checkpoints), "newest", lambda *_: lost)
         assert workdirs.trained(workdir.name).round == 3
@@ -215,10 +215,10 @@ def test_an_export_needs_the_checkpoint_alone(run, monkeypatch):
 
 @pytest.mark.parametrize("read", [workdirs.saved, workdirs.trained])
 def test_where_there_is_no_run_none_is_exported(read, tmp_path):
-    with pytest.raises(BadInput, match=r"^--workdir=.*: no run is here"):
+    with pytest.raises(BadInput, match=r"^--workdir=.*: has no run"):
         read(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"^--workdir=.*: no checkpoint is here"):
+    with pytest.raises(BadInput, match=r"^--workdir=.*: has no checkpoint"):
         read(str(tmp_path))
 
 
@@ -230,7 +230,9 @@ def test_a_damaged_description_of_a_run_is_refused(content, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras, which saves
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # from Keras, which saves them
 def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypatch, tmp_path):
     model = keras_models.make("efficientnetv2-b0", include_preprocessing=True, classes=1000)
     model.save(tmp_path / "b0.keras")
@@ -251,7 +253,7 @@ def test_training_starts_from_a_model_of_colour_images_that_keras_wrote(monkeypa
 )  # fmt: skip
 def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkeypatch, capsys):
     def exhaust(*_):
-        # More than any machine has: the error is the allocator's own.
+        # More than any machine has, so the error comes from the allocator.
         jax.block_until_ready(jnp.zeros((2**46,), jnp.int8))
         yield
 
@@ -290,7 +292,7 @@ def test_of_several_processes_that_have_met_the_first_speaks(is_first, tmp_path,
     monkeypatch.setattr(processes, "is_first", lambda: is_first)
     monkeypatch.setattr(
         train, "is_perhaps_first", lambda config: not is_first
-    )  # until then it was thought so
+    )  # before, this process seemed to be the first
     assert train.train(Config(workdir=str(tmp_path))) == 0
     assert found == [(is_first, is_first)]
 
@@ -308,7 +310,7 @@ def test_the_table_compares_the_clocks():
 
 
 def test_the_table_reads_the_right_way_in_columns():
-    """A plan that loses, a long name, equal clocks, no accuracy, and a network that nobody cuts."""
+    """A worse plan, a long name, equal clocks, no accuracy, and a network that nobody cuts."""
     last = metrics.Round(2, 0.5, 0.4, math.nan, 1.0, 1.0, 2.0, 9.0, 100.0, 2, 8.0)
     clocks = {"random_cut": 1540.0, "no_split": 200.0, "common_cut": 1540.0}
     text = train.summary(
@@ -327,7 +329,7 @@ def test_the_table_reads_the_right_way_in_columns():
     assert lines[0].endswith(" not finite")
     assert lines[2].endswith(" 200.0 s  this plan is 7.70 times as slow")
     assert lines[3].endswith(" 1,540.0 s  this plan is as fast")
-    whole = "  all clients keep the whole network: nothing to gain by a split"
+    whole = "  all clients keep the whole network: a split gains nothing"
     assert whole in text.splitlines()
     some_split = train.summary(
         Config(), {"exact": 1.0}, last, 9.0, 3.0, [2, 2], mean_cuts=[7.5, 8.0], units=8

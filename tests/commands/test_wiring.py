@@ -1,4 +1,4 @@
-"""Every setting reaches what it is for: short runs of a network of two dense units against NumPy."""
+"""Every setting reaches its use: short runs of a network of two dense units against NumPy."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ BASE = Config(
     optimizer="sgd", learning_rate=0.3, momentum=0.0, weight_decay=0.0, learning_rate_schedule="constant",
     warmup_rounds=0, eval_every=1, execution="vmap", clients_per_chunk=2, seed=2,
 )  # fmt: skip
-# Every run differs from BASE in several settings; each of them is shown to matter on its own.
+# Every run differs from BASE in several settings. A test shows that each setting alone matters.
 RUNS = {
     "momentum": {
         "momentum": 0.7, "weight_decay": 0.05, "local_epochs": 2, "seed": 5, "eval_every": 2,
@@ -56,7 +56,7 @@ RUNS = {
         "image_size": 10, "head_init_scale": 0.3, "jitter": 0.5, "deadline_factor": 1.2,
     },
 }  # fmt: skip
-# What no run of RUNS sets, and where it is tested instead.
+# Settings that no run of RUNS sets, and where they are tested instead.
 ELSEWHERE = {
     "model": "models", "layer_form": "models", "compute_dtype": "federated/test_precision.py",
     "matmul_precision": "commands/test_accelerators.py", "deterministic": "commands/test_accelerators.py",
@@ -86,7 +86,7 @@ ELSEWHERE = {
 
 
 def the_fleet():
-    """Slow clients, so that a small network is much to them."""
+    """Slow clients, for which a small network is much work."""
     draw = np.random.default_rng(4).random((4, 7))
     return fleet.Fleet(
         client=np.array([f"c{k}" for k in range(7)]), flops=10 ** (4.5 + draw[0]),
@@ -97,7 +97,7 @@ def the_fleet():
 
 @pytest.fixture(scope="module", autouse=True)
 def made_with():
-    """What the network was asked to be, the last time; it is that of the reference instead."""
+    """The arguments with which the network was last made. The reference's network replaces it."""
     asked = {}
 
     def create(name, num_classes=10, in_channels=1, *, layer_form, dtype=None, drop_rate_scale=1.0, **_):
@@ -108,7 +108,7 @@ def made_with():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "create", create)
         patch.setattr(datasets, "load", lambda *_, **__: DATA)
-        patch.setattr(loop, "SHORT_S", 0.0)  # so that the model of every round is there
+        patch.setattr(loop, "SHORT_S", 0.0)  # so that every round's model is kept
         yield asked
 
 
@@ -135,14 +135,14 @@ def trained(config):
     built = parts.build(config)
     run = Run.of(built.parts)
     run.compile()
-    # Read at once: the next round takes its place.
+    # Read at once, because the next round reuses the buffers.
     return built, [
         (reference_run.as_params(run.variables), run.state, line) for line in run.rounds(config.rounds)
     ]
 
 
 def numbers(line):
-    """Of a line of the reference; -1 where a round was not evaluated."""
+    """The numbers of a line of the reference. -1 if a round was not evaluated."""
     values = [*line[:5], *line.clocks.values(), line.clients, line.cuts.mean()]
     return np.array([-1 if value is None else value for value in values], float)
 
@@ -161,7 +161,7 @@ def assert_params(params, expected):
 
 
 def differ(a, b):
-    """Whether some number of two lines differs by far more than rounding makes of it."""
+    """Whether a number of two lines differs by far more than rounding."""
     values = zip((*numbers(a)[[0, 1, 3, 4]], *a.params), (*numbers(b)[[0, 1, 3, 4]], *b.params), strict=True)
     return any(
         np.shape(x) != np.shape(y) or not finite.are_close(x, y, rtol=2e-3, atol=2e-3) for x, y in values
@@ -204,7 +204,7 @@ def test_every_setting_of_training_is_in_a_run_or_tested_elsewhere():
 
 
 class Crash(Exception):
-    """Ends a run as a lost machine would."""
+    """Ends a run like a machine that is lost."""
 
 
 def test_a_run_that_was_lost_goes_on_with_everything_it_had(base, tmp_path, monkeypatch, made_with):

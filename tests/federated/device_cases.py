@@ -1,4 +1,4 @@
-"""What `test_devices.py` runs in processes of their own, where there are eight virtual devices."""
+"""The cases that `test_devices.py` runs in other processes, with eight virtual devices."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,9 @@ class Linear(nn.Module):
 
 SHORT = {"product": rounds.short(rounds.CHAIN), "conv": rounds.short(rounds.REFERENCE_CHAIN)}
 KEY = jax.random.key(7)
-profiling = importlib.import_module("sfl_jax.models.profile")  # the package's `profile` is the function in it
+profiling = importlib.import_module(
+    "sfl_jax.models.profile"
+)  # `models.profile` is the function, not the module
 
 
 def samples_of(chain):
@@ -67,8 +69,10 @@ def after_rounds(
     free_bytes=0,
     **changes,
 ):
-    """(model, loss, diverged) after two rounds on `count` devices, as NumPy; the `broken`-th client sees
-    nothing but black. Samples are sent with the rounds unless there are `free_bytes` for them.
+    """(model, loss, diverged) in NumPy after two rounds on `count` devices.
+
+    The `broken`-th client sees only black images. Samples are sent with the rounds, unless they fit into
+    `free_bytes`.
     """
     chosen = devices.choose_devices(count)
     training = dataclasses.replace(rounds.training(codecs=rounds.SCALING, chain=chain), **changes)
@@ -96,7 +100,7 @@ def distance(result, other):
 
 
 def whole_network():
-    """9 clients, unequal, in chunks of 2: nothing divides evenly."""
+    """9 unequal clients in chunks of 2, so that nothing divides evenly."""
     one = after_rounds(1)
     assert rounds.difference(one[0].variables, rounds.start()[0]) > 0.01
     for count in (2, 4, 8):
@@ -111,7 +115,7 @@ def small_network():
 
 
 def samples_stay_or_are_sent():
-    """Neither changes a bit; what stays is whole on every device."""
+    """Neither changes a bit. Samples that stay are whole on every device."""
     chain = models.Chain((Linear(),))
     sent, resident = (after_rounds(4, chain=chain, free_bytes=free) for free in (0, math.inf))
     jax.tree.map(np.testing.assert_array_equal, sent, resident)
@@ -143,7 +147,7 @@ def divergence():
 
 
 def executions_and_cohorts():
-    """Every execution, both layer forms, chunks and cohorts that do and do not divide."""
+    """Every execution, both layer forms, and chunks and cohorts that divide or do not."""
     cases = {
         "product": [(4, 3, "vmap", 9), (2, 2, "map", 9), (8, 4, "vmap", 3), (8, 2, "vmap", 1)],
         "conv": [(4, 2, "vmap", 9), (2, 3, "map", 9)],
@@ -158,7 +162,7 @@ def executions_and_cohorts():
 
 
 def mutations():
-    """What makes several devices equal to one, left out: each must show."""
+    """Leaves out what makes several devices equal to one. Each omission must show."""
     chain = SHORT["conv"]
     one = after_rounds(1, chain=chain)
     assert distance(one, after_rounds(4, chain=chain)) < 1e-5
@@ -172,7 +176,7 @@ def mutations():
         return tree
 
     def weights_of_this_device(tree, axis_name):
-        """The sums of all devices, over the weight of one."""
+        """The sums of all devices over one device's weight."""
         (sums, _), (total, diverged) = tree, psum(tree, axis_name)
         return total._replace(weight=sums.weight), diverged
 
@@ -193,7 +197,7 @@ def shifted_unique(values, *, unique=np.unique, **options):
 
 
 def evaluations():
-    """130 samples on 8 devices in batches of at most 6, the last ones filled up."""
+    """130 samples on 8 devices in batches of at most 6, with padding in the last ones."""
     evaluations_of(rounds.SMALL_CHAIN)
 
 
@@ -235,7 +239,7 @@ def evaluations_of(chain):
 
 
 class StopAfter(interruption.Stop):
-    """A wish to stop that comes after so many rounds."""
+    """A request to stop that comes after some rounds."""
 
     def __init__(self, rounds):
         self.looks, self.rounds = 0, rounds
@@ -243,6 +247,7 @@ class StopAfter(interruption.Stop):
 
     @property
     def asked(self):
+        """Each reading counts as a round."""
         self.looks += 1
         return self.looks > self.rounds
 
@@ -252,8 +257,9 @@ class StopAfter(interruption.Stop):
 
 
 def checkpoints_move():
-    """A run that goes on with other devices has the numbers of one that always had one, but for rounding; the
-    server's optimiser moves along.
+    """A run that goes on with other devices has the numbers of one that always had one, except for rounding.
+
+    The server optimiser's state moves with it.
     """
     flags = [
         "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", "--clients=1200",
@@ -275,14 +281,14 @@ def checkpoints_move():
                 for run in (one, several)
             )
             assert len(a) == len(b) == 6
-            if name != "train_loss":  # of every second round
+            if name != "train_loss":  # in every second round
                 assert a[::2] == b[::2] == [None] * 3
                 a, b = a[1::2], b[1::2]
             np.testing.assert_allclose(np.array(a, float), np.array(b, float), rtol=1e-5, err_msg=name)
 
 
 def placed(count, chain, chunk=2):
-    """(what a round takes on `count` devices, the clients of a chunk)."""
+    """(the input of a round on `count` devices, the clients of a chunk)."""
     chosen = devices.choose_devices(count)
     arranged, size = fill_chunks(cohort(chain), chunk, count)
     samples = samples_of(chain)
@@ -292,7 +298,7 @@ def placed(count, chain, chunk=2):
 
 
 def placement():
-    """A device that is sent its samples holds the model, its own clients, theirs, and nothing of others."""
+    """A device that is sent its samples holds the model, its own clients and their samples. Nothing else."""
     samples_stay_or_are_sent()
     chain, count = SHORT["conv"], 4
     (model, samples, assignments, *_), _ = placed(count, chain)
@@ -312,7 +318,7 @@ def placement():
             for steps, batches in zip(by_device.steps[shard], by_device.batches[shard], strict=True)
             for index in batches[:steps].reshape(-1)
         }
-        # Rows beyond those of its clients are empty room.
+        # Rows beyond those of its clients are empty.
         np.testing.assert_array_equal(images[: len(wanted)], everything.images[sorted(wanted)])
         assert not images[len(wanted) :].any()
         for k, steps in enumerate(here.steps):
@@ -333,15 +339,17 @@ def collectives(text):
 
 
 def arguments_of(text):
-    """The shapes of what a compiled program is given on each device, less axes of length 1."""
+    """The shapes of a compiled program's arguments on each device, without axes of length 1."""
     inside = re.search(r"entry_computation_layout=\{\((.*?)\)->", text)[1]
     found = re.findall(r"[a-z]+\d+\[([\d,]*)\]", inside)
     return Counter(tuple(int(n) for n in dims.split(",") if n not in ("", "1")) for dims in found)
 
 
 def crossing_bytes():
-    """The compiled program sums the model, the loss, the weight and who diverged over devices, and moves
-    nothing else; so does `jit(shard_map(body))`, which is given no more than what belongs to its device.
+    """The compiled program sums the model, the loss, the weight and who diverged over devices. It moves
+    nothing else.
+
+    So does `jit(shard_map(body))`, and its arguments are only those of its device.
     """
     crossing_bytes_of(networks.dense())
 
@@ -366,10 +374,10 @@ def crossing_bytes_of(*chains):
                 tuple(n for n in leaf.addressable_shards[0].data.shape if n != 1)
                 for leaf in jax.tree.leaves((*arguments[:3], jax.random.key_data(KEY), arguments[4]))
             )
-            given = arguments_of(text)  # less what is not used: with the identity codec, the cuts
+            given = arguments_of(text)  # without unused ones: with the identity codec, the cuts
             assert given <= own
             assert (own - given).total() <= 1
-    # What would move too much is told apart.
+    # A program that moves too much is recognised.
     with mock.patch.object(round.lax, "psum", sum_of_gathered):
         found = collectives(mapped(chain, size).lower(*arguments).compile().as_text())
     assert "all-gather" in {kind for kind, _ in found}
@@ -381,11 +389,11 @@ def sum_of_gathered(tree, axis_name):
 
 
 def work_of_devices():
-    """Steps counted while they run, device by device, are those that the paper model says."""
+    """The steps counted while they run on each device are those that the paper model predicts."""
     chain, counts = networks.dense(), Counter()
 
     def counting(images):
-        # Given something of the client's own, it runs once for each client of a chunk.
+        # Its argument belongs to a client, so it runs once for each client of a chunk.
         device = jax.lax.axis_index(devices.AXIS)
         jax.debug.callback(lambda device, _: counts.update([int(device)]), device, images[0, 0, 0, 0])
         return rounds.preprocess(images)
@@ -404,7 +412,7 @@ def work_of_devices():
 
 
 def benchmark():
-    """It runs, and its rows say what the paper model says of the busiest device."""
+    """It runs, and its rows agree with the paper model of the busiest device."""
     flags = [
         "--devices=2", "--clients=3", "--steps=2", "--batch=4", "--size=16", "--rounds=1",
         "--clients_per_chunk=2",
@@ -433,8 +441,9 @@ def benchmark():
 
 
 def products(jaxpr, times=1):
-    """Multiply-accumulates of convolutions and products; the body of a loop counts as often as it is known to
-    run, once where that is data.
+    """Multiply-accumulates of convolutions and products.
+
+    The body of a loop counts as often as it is known to run, and once if that is data.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -445,8 +454,9 @@ def products(jaxpr, times=1):
 
 
 def work_of_a_step():
-    """A device's program has the products of the paper model, on one device of one and of four: the sums
-    over clients add none.
+    """A device's program has the products of the paper model, on one device of one and of four.
+
+    So the sums over clients add no products.
     """
     chain, chunk = SHORT["conv"], 3
     profile, training = models.profile(chain, (16, 16, 1)), rounds.training(chain=chain)
@@ -480,7 +490,7 @@ def mapped(chain, size, donated=(0,)):
 
 
 def lowered(chain, platform, chunk=2, donated=(0,)):
-    """The StableHLO of a round on four devices of a platform that is not here."""
+    """The StableHLO of a round on four devices of a platform that this machine does not have."""
     arguments, size = placed(4, chain, chunk)
     program = mapped(chain, size, donated).trace(*arguments).lower(lowering_platforms=(platform,))
     return program.as_text(), arguments
@@ -491,7 +501,7 @@ def donations(text):
 
 
 def reduced(text):
-    """Bytes of the results of all sums over devices in StableHLO."""
+    """The result bytes of all sums over devices in StableHLO."""
     results = re.findall(
         r'"stablehlo\.all_reduce"\(.*?\}\) : \([^)]*\) -> (\([^)]*\)|tensor<[^>]*>)', text, re.DOTALL
     )
@@ -500,8 +510,9 @@ def reduced(text):
 
 
 def other_platforms():
-    """On CUDA and TPU: products, not grouped convolutions; donation kept; the only collective the sum of the
-    model and of who diverged.
+    """On CUDA and TPU: products, no grouped convolutions; donation is kept; the only collective is one sum.
+
+    It sums the model and who diverged.
     """
     for platform in ("cuda", "tpu"):
         text, (model, _, work, *_) = lowered(rounds.CHAIN, platform)
@@ -513,7 +524,7 @@ def other_platforms():
             models.profile(rounds.CHAIN, (16, 16, 1)), work.client.size
         )
         assert donations(text) == len(jax.tree.leaves(model))
-        # What these checks are there to tell apart: the other form, nothing donated, another collective.
+        # What these checks must recognise: the other form, no donation, another collective.
         with mock.patch.object(round.lax, "psum", sum_of_gathered):
             text, _ = lowered(SHORT["conv"], platform, donated=())
         assert donations(text) == 0

@@ -1,4 +1,4 @@
-"""What `test_processes.py` runs in processes of their own, which meet as a run's do."""
+"""The cases that `test_processes.py` runs in other processes, which meet like those of a run."""
 
 import os
 from unittest import mock
@@ -15,8 +15,8 @@ from sfl_jax.federated.session import Assignment, Samples
 
 JOB = {"SLURM_JOB_ID": str(9 * 4096 + 3)}
 ON_TPU = {"TPU_WORKER_HOSTNAMES": "tpu-0.local,tpu-1.local,tpu-2.local", "TPU_WORKER_ID": "2"}
-# What each system sets; what its metadata server says; what is found in it: where process 0 is, how many
-# there are, which one this is.
+# What each system sets, what its metadata server says, and what is found: the address of process 0, the
+# number of processes, and the number of this process.
 SYSTEMS = {
     "slurm": (
         JOB
@@ -130,7 +130,9 @@ SYSTEMS = {
 
 
 def found(variables, metadata):
-    """(address of process 0, processes, which this is) that `join` meets others with; None where alone."""
+    """(address of process 0, processes, number of this process) with which `join` meets others. None if
+    alone.
+    """
     from jax._src import distributed
     from jax._src.clusters import cloud_tpu_cluster, cluster
 
@@ -149,7 +151,7 @@ def found(variables, metadata):
         mock.patch.object(distributed, "global_state", distributed.State()) as state,
     ):
         if on_tpu:
-            os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which JAX sets elsewhere
+            os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it elsewhere
         processes.join()
         if not library.get_distributed_runtime_client.called:
             return None
@@ -173,7 +175,7 @@ class Recording(np.ndarray):
 
 
 def own_samples():
-    """A process reads the samples of its own clients and no others."""
+    """A process reads only the samples of its own clients."""
     own = int(os.environ["PROCESS"])
     config = Config(
         coordinator_address=os.environ["ADDRESS"], num_processes=2, process_id=own,

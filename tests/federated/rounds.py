@@ -1,5 +1,7 @@
-"""Small rounds for tests: tiny on 16x16 noise, one client for every cut, unequal sessions and weights; a
-chain of three units on 4x4 noise, which compiles in a second; and the same for the protocol.
+"""Small rounds for tests, compiled and for the protocol.
+
+One is tiny on 16x16 noise, with one client for each cut and unequal sessions and weights. The other is a
+chain of three units on 4x4 noise, which compiles in a second.
 """
 
 import finite
@@ -18,13 +20,13 @@ from sfl_jax.models import Chain
 
 
 def short(chain):
-    """Fewer units, one of each kind: what devices do with a network depends on its variables alone."""
+    """Fewer units, one of each kind. What devices do with a network depends only on its variables."""
     stem, fused, *_, separable, _, head, classifier = chain.units
     return Chain((stem, fused, separable, head, classifier))
 
 
 def number(key):
-    """In 0..1, another for every key, and cheap to compile."""
+    """A number in 0..1 that differs for every key and is cheap to compile."""
     return jax.random.key_data(key)[-1].astype(jnp.result_type(float)) / 2.0**32
 
 
@@ -53,27 +55,27 @@ SMALL_CUTS, SMALL_SIZE = len(SMALL_CHAIN) + 1, 4
 CHAIN = models.create("efficientnetv2-tiny")
 REFERENCE_CHAIN = models.create("efficientnetv2-tiny", layer_form="conv")
 CUTS = len(CHAIN) + 1
-# Not the identity, so that every cut gives numbers of its own.
+# Not the identity, so that every cut gives other numbers.
 SCALING = CutCodec(up=lambda x, _: 0.5 * x, down=lambda g, _: 2.0 * g)
-# With the keys that it is given, both ways.
+# Uses its key in both directions.
 NOISY = CutCodec(up=lambda x, key: (1 + number(key)) * x, down=lambda g, key: number(key) * g)
-OPTIMIZERS = {  # of learning rate 1
+OPTIMIZERS = {  # with learning rate 1
     "sgd": optimizers.sgd(0.9),
-    # With its usual epsilon Adam makes whole steps of gradients that are 0 but for rounding, those of biases
-    # that the next batch norm takes away. Element by element only this can be compared; `SHARP` by its norm.
+    # Biases before a batch norm have gradients that are 0 except for rounding. With its usual epsilon, Adam
+    # makes whole steps of them. Only this epsilon can be compared by element; `SHARP` is compared by norm.
     "adam": optimizers.adam(eps=1.0),
 }
-OF_OPTAX = {  # by the learning rate
+OF_OPTAX = {  # depends on the learning rate
     "sgd": lambda rate: optax.sgd(rate, 0.9),
     "adam": lambda rate: optax.adam(rate, eps=1.0),
 }
-# By x64: epsilons so small that nearly every element moves by a whole step, whatever its gradient. Of such
-# updates the norm is compared, see `distance`.
+# By x64: epsilons so small that nearly every element moves by a whole step for any gradient. The norm of
+# such updates is compared, see `distance`.
 SHARP = {False: 1e-3, True: 1e-7}
 SHARP_RATE, SHARP_BATCH = (
     0.01,
     16,
-)  # less of a step is rounding of the parameters, and of a mean over the batch
+)  # a smaller part of a step is rounding of the parameters and of a mean over the batch
 RATE = 0.05
 
 
@@ -95,7 +97,7 @@ def training(optimizer="sgd", codecs=None, chain=CHAIN):
 
 
 def world(training, variables, samples, key, optimizer):
-    """The world of the protocol in which parties do what `training` says, with an optimiser of optax."""
+    """The protocol's world in which parties do what `training` says, with an optax optimiser."""
     codecs = {} if training.codecs is None else vars(training.codecs)
     if training.augment is not None:
         codecs = codecs | {"augment": training.augment}
@@ -106,7 +108,7 @@ def world(training, variables, samples, key, optimizer):
 
 
 def works(assignments):
-    """Assignments as the protocol takes them."""
+    """Assignments in the form of the protocol."""
     rows = zip(*map(np.asarray, assignments[:5]), strict=True)
     return [
         protocol.Work(int(client), int(cut), float(weight), batches[:steps])
@@ -115,17 +117,17 @@ def works(assignments):
 
 
 def by_unit(chain, variables):
-    """What the protocol calls variables."""
+    """Variables in the form of the protocol."""
     return [chain.unit_variables(variables, index) for index in range(len(chain))]
 
 
 def sharp_training(x64, codecs=None, chain=CHAIN, **changes):
-    """With Adam of a small epsilon; `changes` are of its arguments."""
+    """With Adam of a small epsilon. `changes` are arguments of Adam."""
     return Training(chain, optimizers.adam(**{"eps": SHARP[x64], **changes}), preprocess, codecs)
 
 
 def poisoned(samples, work, client):
-    """(samples of which the last is black, work in which that is all that the k-th client sees)."""
+    """(samples of which the last is black, work in which the k-th client sees only this one)."""
     batches = work.batches.copy()
     batches[client] = len(samples.labels) - 1
     images = np.array(samples.images)
@@ -146,7 +148,7 @@ def start(chain=CHAIN, size=16):
 
 
 def assignments(cuts=range(CUTS), steps=None, batch=4, seed=0):
-    """NumPy assignments of one client a cut, of 2 and 1 steps in turn."""
+    """NumPy assignments of one client for each cut, with 2 and 1 steps in turn."""
     clients = len(cuts)
     rng = np.random.default_rng(seed)
     steps = np.arange(clients) % 2 + 1 if steps is None else np.broadcast_to(steps, clients)
@@ -173,14 +175,14 @@ def sessions(training, variables, samples, work, key, rate=RATE):
 
 
 def client(work, k):
-    """What the k-th client has or does, of a tree with a leading axis of clients."""
+    """The k-th client's part of a tree with a leading axis of clients."""
     return jax.tree.map(lambda x: x[k], work)
 
 
 def difference(tree, other):
     """The largest difference of two trees, each leaf relative to its largest element. All must be finite.
 
-    Leaves below 0.01 are measured against 0.01: a bias that batch norm cancels is 0 but for rounding.
+    A leaf below 0.01 is compared with 0.01: a bias that batch norm cancels is 0 except for rounding.
     """
 
     def of_leaf(a, b):
@@ -190,7 +192,7 @@ def difference(tree, other):
 
 
 def unpacked(tree):
-    """The tree with what is packed in it as it was before."""
+    """The tree with everything packed in it unpacked."""
     return jax.tree.map(
         lambda part: part.unpack() if isinstance(part, Packed) else part,
         tree,
@@ -199,8 +201,9 @@ def unpacked(tree):
 
 
 def distance(params, other, start):
-    """The norm of the difference of two results over that of the update that led to the second. All must be
-    finite.
+    """The norm of the difference of two results over the norm of the update that led to the second.
+
+    All numbers must be finite.
     """
 
     def norm(a, b):
@@ -210,6 +213,6 @@ def distance(params, other, start):
 
 
 def typical_update(params, start, rate):
-    """The median size of what elements moved, in steps of the learning rate. All must be finite."""
+    """The median size of the moved elements' updates, in steps of the learning rate. All must be finite."""
     moved = [np.abs(np.ravel(x - y)) for x, y in finite.pairs(params, start)]
     return np.median(np.concatenate(moved)) / rate

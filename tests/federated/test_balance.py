@@ -1,4 +1,4 @@
-"""Who runs where: every client once, little padding, devices done at the same time."""
+"""Which device runs which client: each client once, little padding, and devices that end together."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def test_a_cohort_that_nothing_divides_is_still_computed_together(clients, most,
     assert found == size
     slots = len(arranged.client) // devices // size
     assert len(arranged.client) == devices * slots * size
-    # What a device has most of, counted, against what the choice among sizes is told.
+    # The most places of a device, counted, against the number by which a size is chosen.
     busiest = (arranged.weight.reshape(devices, slots, size) > 0).any(2).sum(1).max()
     assert places_per_client(clients, size, devices) == busiest * size * min(devices, clients) / clients
 
@@ -56,7 +56,7 @@ def test_a_cohort_that_nothing_divides_is_still_computed_together(clients, most,
 @pytest.mark.parametrize(("clients", "most"), [(100, 1.15), (1000, 1.05)])
 @pytest.mark.parametrize("seed", range(3))
 def test_few_steps_are_run_in_vain(clients, most, seed):
-    """Sizes from Dirichlet(0.5), as of 60,000 samples in batches of 32; chunks of 4."""
+    """Sizes from Dirichlet(0.5), like 60,000 samples in batches of 32; chunks of 4."""
     labels = np.random.default_rng(seed).integers(0, 10, 60_000)
     parts = datasets.partition(labels, clients, name="dirichlet", alpha=0.5, seed=seed)
     steps = np.array([max(len(part) // 32, 1) for part in parts])
@@ -67,11 +67,11 @@ def test_few_steps_are_run_in_vain(clients, most, seed):
 
     assert 1 <= ratio(steps) <= most
     as_they_come = (steps[: clients // 4 * 4].reshape(-1, 4).max(1) * 4).sum() / steps.sum()
-    assert as_they_come > most  # which is what ordering is for
+    assert as_they_come > most  # this is why clients are ordered
 
 
 def loads(steps, devices, slots):
-    """Steps that each device runs."""
+    """The steps that each device runs."""
     filled = np.zeros(devices * slots, int)
     filled[deal(steps, devices, slots)] = steps
     return filled.reshape(devices, slots).sum(1)
@@ -98,9 +98,7 @@ def test_slots_are_kept_and_nobody_is_lost(steps, devices):
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_unequal_clients_keep_all_devices_busy(devices):
-    """100 very unequal clients in chunks of 4: within a tenth of the best possible, better than dealing in
-    turn.
-    """
+    """100 very unequal clients in chunks of 4: within a tenth of the optimum, and better than in turn."""
     steps = np.random.default_rng(0).pareto(1.5, 100)
     steps = np.minimum(1 + 10 * steps, 100).astype(int)
     arranged, size = fill_chunks(rounds.assignments(cuts=[1] * 100, steps=steps, batch=1), 4, devices)

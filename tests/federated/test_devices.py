@@ -1,4 +1,4 @@
-"""Several devices against one, in processes of their own: virtual devices are asked for before JAX starts."""
+"""Several devices against one, in other processes, because virtual devices must be set before JAX starts."""
 
 import os
 import subprocess
@@ -11,12 +11,12 @@ import pytest
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices
 
-# Both sides of every comparison are compiled alike.
+# Both sides of every comparison are compiled with the same settings.
 SLOW = (
     "executions_and_cohorts", "mutations", "divergence", "checkpoints_move", "evaluations_of_both_forms",
     "own_normalisation", "crossing_bytes_of_both_forms", "work_of_devices", "benchmark",
 )  # fmt: skip
-# Some share a process, since to start one costs seconds.
+# Some share a process, because starting one takes seconds.
 CASES = (
     ("small_network", "evaluations", "placement", "crossing_bytes"),
     ("work_of_a_step", "other_platforms"),
@@ -24,7 +24,7 @@ CASES = (
 
 
 def run_cases(*names, flags=compiling.FAST_FLAGS):
-    """Runs functions of `device_cases` on eight virtual devices; an error names the one that failed."""
+    """Runs functions of `device_cases` on eight virtual devices. An error names the one that failed."""
     tests = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -48,7 +48,7 @@ def test_on_eight_devices(cases):
 
 @pytest.mark.slow
 def test_several_devices_give_the_numbers_of_one():
-    """The whole network, compiled as it is in use."""
+    """The whole network, compiled like in use."""
     run_cases("whole_network", flags="")
 
 

@@ -55,7 +55,7 @@ BY_LEAF = {
 
 
 def starting_from(function):
-    """SGD that adds what `function` makes of the first parameters."""
+    """SGD that adds `function` of the first parameters."""
 
     def init(params):
         return jax.tree.map(function, params)
@@ -72,13 +72,13 @@ def stateless(function):
 
 
 def times(numbers):
-    """Minus the updates times numbers that are made for a leaf."""
+    """Minus the updates times numbers that depend on the leaf."""
     return stateless(lambda u, p: -u * numbers(u).reshape(u.shape).astype(u.dtype))
 
 
 @optax.stateless
 def exchanged(updates, params):
-    """The updates, those of the first leaf and of the last one of its shape exchanged."""
+    """The updates, with those of the first leaf and of the last leaf of its shape exchanged."""
     leaves, structure = jax.tree.flatten(updates)
     last = max(index for index, leaf in enumerate(leaves) if leaf.shape == leaves[0].shape)
     leaves[0], leaves[last] = leaves[last], leaves[0]

@@ -1,4 +1,4 @@
-"""What an evaluation says of logits that are given."""
+"""The results of an evaluation for given logits."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class PixelsAreLogits(nn.Module):
 
 
 def said_of(pixels, labels, bad=np.nan):
-    """(mean loss, accuracy) of images of four pixels, each a logit; `bad` where it is 255."""
+    """(mean loss, accuracy) of images of four pixels, each a logit. `bad` replaces a pixel of 255."""
 
     def preprocess(images):
         return jnp.where(images == BAD, bad, images.astype(jnp.float32))
@@ -45,7 +45,7 @@ def pixels():
 
 
 def test_loss_and_accuracy_are_those_of_all_samples(pixels):
-    """Ten samples in batches of three, the last filled up."""
+    """Ten samples in batches of three, with padding in the last."""
     labels = np.array([0, 1, 2, 3, 0, 0, 1, 2, 3, 3], np.int32)
     logits = pixels.astype(float)
     own = np.log(np.exp(logits).sum(1)) - logits[np.arange(10), labels]
@@ -57,7 +57,7 @@ def test_loss_and_accuracy_are_those_of_all_samples(pixels):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_network_that_computes_no_number_has_no_accuracy(pixels, bad):
-    """NaN everywhere would be right about all of class 0; one infinite logit may be right or wrong."""
+    """NaN everywhere would count as right for class 0. One infinite logit may be right or wrong."""
     for where in (np.s_[:], np.s_[3, 2]):
         broken = pixels.copy()
         broken[where] = BAD
@@ -66,7 +66,7 @@ def test_a_network_that_computes_no_number_has_no_accuracy(pixels, bad):
 
 
 def test_what_fills_a_batch_up_is_no_sample():
-    """Its images are black: here their logits are not finite, and do not count."""
+    """Padding is black: here its logits are not finite, and they do not count."""
     full = np.full((4, CLASSES), 7, np.uint8)
     full[:, 1] = 9
 

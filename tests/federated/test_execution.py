@@ -17,7 +17,7 @@ FORMS = ("product", "conv")
 
 
 def timed(table):
-    """(a stand-in for measuring, what it was asked)."""
+    """(a replacement for measuring, its calls)."""
     asked = []
 
     def seconds(one):
@@ -50,7 +50,7 @@ def test_nothing_is_measured_without_a_choice():
 
 
 def test_idle_places_cost_their_part():
-    """17 clients: nine at once run 18 places, which is worth it only where nine are that much faster."""
+    """17 clients: chunks of nine run 18 places, which pays only if nine at once are that much faster."""
     sizes = chunk_sizes(17, 1)
     places = functools.partial(places_per_client, 17)
     for nine, best in ((0.9, 9), (0.96, 1)):
@@ -97,13 +97,13 @@ def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch):
     profile = models.profile(chain, (8, 8, 1))
     images = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
     assert 0 < execution.seconds_per_client(chain, profile, images, 1, jax.devices()[:1]) < 1
-    # A call of the clock is a second later than the one before.
+    # Each call of the clock is one second later.
     monkeypatch.setattr(execution, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(execution, "UNITS", 1)
     own, of_two = (
         execution.seconds_per_client(chain, profile, images, clients, jax.devices()[:1]) for clients in (1, 2)
     )
-    assert own * execution.STEPS in (1, 2)  # so many units are like the heaviest
+    assert own * execution.STEPS in (1, 2)  # this many units are like the heaviest
     assert of_two == own / 2
 
 
@@ -121,5 +121,7 @@ def test_what_was_measured_is_found_again(tmp_path):
         assert remembered(path, key) is None
     path.unlink()
     path.mkdir()
-    remember(path, key, Alternative("product", 4), tried)  # no place, no trouble
+    remember(
+        path, key, Alternative("product", 4), tried
+    )  # without a place nothing is kept, and nothing fails
     assert remembered(path, key) is None

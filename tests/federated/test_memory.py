@@ -1,4 +1,4 @@
-"""What a machine and its control groups leave to a round: trees of files like the kernel's."""
+"""What a machine and its control groups leave for a round: trees of files like the kernel's."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def v2(limit, used, inactive=0, active=0):
 
 
 def v1(limit, used, inactive=0, active=0):
-    """Of the group alone its own numbers, which `total_` sums with those of the groups within."""
+    """A group's own numbers. The files with `total_` add those of the groups inside."""
     return {
         "memory.limit_in_bytes": limit,
         "memory.usage_in_bytes": used,
@@ -41,7 +41,7 @@ def tree(root, group, directories, meminfo=PHYSICAL):
     ("mount", "group", "files"), [(V2, "0::/", v2), (V1, "4:memory:/\n0::/", v1), (V1, "4:cpu,memory:/", v1)]
 )
 def test_the_page_cache_is_not_memory_that_somebody_needs(tmp_path, mount, group, files):
-    """A container that has read its dataset, once or again and again, has what it had before."""
+    """A container that has read its dataset, once or often, has as much memory as before."""
     for inactive, active in ((3 * GIB, 0), (0, 3 * GIB), (GIB, 2 * GIB)):
         root = tree(tmp_path, group, {mount: files(4 * GIB, 4 * GIB - 5, inactive, active)})
         assert host_bytes(root) == 3 * GIB + 5

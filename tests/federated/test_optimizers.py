@@ -1,5 +1,6 @@
-"""A local optimiser's step may wait: what it then takes from its state is what optax would have given. Any
-optimiser of optax gives the numbers of the protocol, or is refused.
+"""A local optimiser's step may wait: the updates from its state are those of optax.
+
+Any optax optimiser gives the numbers of the protocol, or is refused.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def test_updates_come_from_the_new_state(name):
     state, expected_state = ours.init(PARAMS), whole.init(PARAMS)
     params, waiting = PARAMS, None
     for seed in range(4):
-        # What was left waiting is taken when the parameters are read again.
+        # The waiting step is taken when the parameters are read again.
         taken = ours.updates_of(state, params)
         if waiting is not None:
             jax.tree.map(np.testing.assert_array_equal, taken, waiting)
@@ -76,7 +77,7 @@ def axes(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-# All that looks at a leaf: its norm, its rows, its axes, its name.
+# Everything that looks at a leaf: at its norm, rows, axes or name.
 BY_LEAF = optax.chain(
     optax.clip_by_block_rms(0.1),
     optax.scale_by_factored_rms(min_dim_size_to_factor=2),
@@ -93,7 +94,7 @@ AS_USED = {
 
 
 def test_what_is_no_optimiser_is_refused_where_it_is_given(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it, who check no types
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # without type checks, like in use
     chain = Chain((rounds.Head(),))
     for wrong in (optax.adamw(1e-2), "adam", None):
         with pytest.raises(BadInput, match=r"^optimizer: \w+; must be sgd.* or of_optax.* of sfl_jax"):
@@ -133,7 +134,7 @@ UPHILL = {
 
 
 def if_large_by_global_norm(most):
-    """A clip that lets a NaN pass."""
+    """A clip that lets NaN pass."""
 
     def clip(updates, params):
         norm = optax.tree.norm(updates)

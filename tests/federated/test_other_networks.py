@@ -1,4 +1,4 @@
-"""A round of a network that is not ours: Flax layers, dropout, batch norm, and state of other kinds."""
+"""A round of a network from outside: Flax layers, dropout, batch norm, and state of other kinds."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.models import Chain
 
 RATE, KEY = 0.1, jax.random.key(2)
-CALLS = 2**24 + 1  # before the round; no number of float32
+CALLS = 2**24 + 1  # before the round; float32 cannot hold it
 
 
 class Body(nn.Module):
-    """Counts its calls in an integer, and keeps a mean of what it saw in a collection of its own."""
+    """Counts its calls in an integer, and keeps a mean of its inputs in its own collection."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -35,7 +35,7 @@ CHAIN = Chain([Body(), nn.Dense(10)])
 
 @jax.jit
 def step_by_hand(params, state, images, labels, key):
-    """One step of SGD by Flax alone."""
+    """One step of SGD in plain Flax."""
 
     def loss(params):
         dropout = jax.random.fold_in(jax.random.fold_in(key, 0), 2**32 - 1)
@@ -90,6 +90,6 @@ def test_a_round_is_the_mean_of_what_flax_makes_of_each_client():
     assert rounds.difference(found.params[1], params["head"]) < 1e-5
     assert rounds.difference(unit["averages"], state["averages"]) < 1e-5
     assert rounds.difference(unit["batch_stats"]["BatchNorm_0"], state["batch_stats"]["BatchNorm_0"]) < 1e-5
-    # Calls are 3 and 1 more: integers stay integers, and change by the rounded mean of 1.5.
+    # The counts grow by 3 and 1: integers stay integers, and change by the rounded mean of 1.5.
     assert unit["batch_stats"]["calls"].dtype == jnp.int32
     assert unit["batch_stats"]["calls"] == CALLS + 2

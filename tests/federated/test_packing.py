@@ -43,7 +43,7 @@ def test_the_gradient_of_packed_units_is_the_packed_gradient():
     jax.tree.map(np.testing.assert_array_equal, packed.unpack(), jax.grad(loss)(UNITS))
 
 
-LARGE_INTEGER = 2**24 + 1  # which float32 does not have
+LARGE_INTEGER = 2**24 + 1  # float32 cannot hold it
 MIXED = (
     {
         "count": jnp.array(LARGE_INTEGER),

@@ -36,7 +36,7 @@ def equations(jaxpr):
 
 
 def types_of_products(function, *arguments):
-    """{types of both factors: how many products have them}."""
+    """{types of both factors: the number of such products}."""
     products = ("dot_general", "conv_general_dilated")
     return Counter(
         tuple(factor.aval.dtype for factor in equation.invars)
@@ -88,7 +88,7 @@ def test_what_clients_keep_and_what_is_summed_is_float32():
 
 @pytest.mark.slow
 def test_a_mean_over_clients_keeps_what_bfloat16_would_round_away():
-    """Clients that do not step give back the very float32 variables that they were given."""
+    """Clients without steps return exactly the float32 variables that they were given."""
     variables, samples = rounds.start()
     work = rounds.assignments(steps=0)
     run = jax.jit(functools.partial(run_round, training(jnp.bfloat16), 3, None))

@@ -1,6 +1,6 @@
-"""Runs of several real processes on this machine: the numbers of one, and what happens when one ends early.
+"""Runs of several real processes on this machine: they give the numbers of one, and one may end early.
 
-All runs take one compilation cache, so that a start costs seconds: a cached program is the same program.
+All use one compilation cache, so that a start takes seconds. A cached program is the same program.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from sfl_jax.commands import train
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 12
-# 5 unequal clients in chunks of 2: the processes have unequal work. Small steps, so that rounding stays so.
+# 5 unequal clients in chunks of 2: the processes have unequal work. Small steps keep rounding small.
 RUN = [
     *plain.FLAGS,
     "--model=efficientnetv2-tiny", "--layer_form=conv", "--image_size=8", "--partition=dirichlet",
@@ -39,7 +39,7 @@ CLOCKS = {"wall_s", "client_samples_per_s"}
 def environment(tmp_path_factory):
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # Compiled fast, and alike in all runs that are compared.
+        # Compiled fast, and with the same settings in all runs that are compared.
         "XLA_FLAGS": compiling.FAST_FLAGS,
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
@@ -48,7 +48,7 @@ def environment(tmp_path_factory):
 
 
 def free_port(ports=(0,)):
-    """The first of these ports that is free; 0 is any."""
+    """The first of these ports that is free. 0 means any."""
     for port in ports:
         with socket.socket() as server:
             try:
@@ -60,7 +60,7 @@ def free_port(ports=(0,)):
 
 
 class Process:
-    """One that trains; `said` is what it wrote on stdout and stderr."""
+    """A process that trains. `said` is its stdout and stderr."""
 
     def __init__(self, command, environment, directory):
         self.paths = [directory / f"{id(self)}.{name}" for name in ("out", "err")]
@@ -69,13 +69,13 @@ class Process:
 
     @property
     def said(self):
-        # Gloo itself says on stdout that it is connected.
+        # Gloo prints on stdout that it is connected.
         return [re.sub(r"\[Gloo\].*\n", "", path.read_text()) for path in self.paths]
 
 
 @pytest.fixture(scope="module")
 def launch(environment, tmp_path_factory):
-    """launch(count, workdir, *flags) starts a run of that many processes; none outlives the tests."""
+    """launch(count, workdir, *flags) starts a run with that many processes. None outlives the tests."""
     started = []
 
     def launch(count, workdir, *flags, variables=None):
@@ -96,14 +96,14 @@ def launch(environment, tmp_path_factory):
 
 
 def finish(processes, timeout=1800):
-    """(exit code, stdout, stderr) of each."""
+    """(exit code, stdout, stderr) of each process."""
     ends = time.monotonic() + timeout
     return [(one.child.wait(ends - time.monotonic()), *one.said) for one in processes]
 
 
 @pytest.fixture(scope="module")
 def one(launch, tmp_path_factory):
-    """The workdir of a run of one process that nothing disturbed."""
+    """The workdir of an undisturbed run with one process."""
     workdir = tmp_path_factory.mktemp("one")
     [(code, _, said)] = finish(launch(1, workdir))
     assert code == 0, said
@@ -112,7 +112,7 @@ def one(launch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(launch, tmp_path_factory):
-    """(workdir, what its processes said) of two that nothing disturbed, started as by Open MPI's mpirun."""
+    """(workdir, output of its processes) of an undisturbed run of two, started like by Open MPI's mpirun."""
     workdir, port = tmp_path_factory.mktemp("two"), free_port(range(61440, 65536))
 
     def variables(process):
@@ -137,7 +137,7 @@ def numbers(workdir):
 
 
 def assert_close(workdir, other):
-    """But for rounding."""
+    """Equal except for rounding."""
     for a, b in zip(numbers(workdir), numbers(other), strict=True):
         assert {name: value is None for name, value in a.items()} == {
             name: value is None for name, value in b.items()
@@ -150,7 +150,7 @@ def assert_close(workdir, other):
 
 
 def after_lines(workdir, count, processes, timeout=1800):
-    """Waits until metrics.jsonl has so many lines."""
+    """Waits until metrics.jsonl has this many lines."""
     ends = time.monotonic() + timeout
     while len(lines(workdir)) < count:
         assert time.monotonic() < ends
@@ -160,7 +160,7 @@ def after_lines(workdir, count, processes, timeout=1800):
 
 @pytest.mark.slow
 def test_processes_started_by_open_mpi_give_the_numbers_of_one(one, two):
-    """Only the first writes and speaks."""
+    """Only the first writes and prints."""
     workdir, results = two
     assert [code for code, *_ in results] == [0, 0], results
     assert_close(workdir, one)
@@ -172,7 +172,7 @@ def test_processes_started_by_open_mpi_give_the_numbers_of_one(one, two):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes(launch, one, tmp_path):
-    """2, then 3, then 1. One alone is asked to stop; all do, and the first says so."""
+    """2, then 3, then 1. Only one is asked to stop; all stop, and the first says so."""
     for count, until in ((2, 3), (3, 7)):
         processes = launch(count, tmp_path, PATIENT)
         after_lines(tmp_path, until, processes)
@@ -197,7 +197,7 @@ def test_one_process_killed_ends_all_and_the_same_command_goes_on(count, victim,
     processes[victim].child.kill()
     killed_at = time.monotonic()
     results = finish(processes)
-    # Some seconds more, since this machine may be busy.
+    # Some seconds more, because this machine may be busy.
     assert time.monotonic() - killed_at < heartbeat_s + 30
     assert results[victim][0] == -signal.SIGKILL
     for code, _, said in results[:victim] + results[victim + 1 :]:
@@ -208,7 +208,7 @@ def test_one_process_killed_ends_all_and_the_same_command_goes_on(count, victim,
     first_said = results[0][2]
     results = finish(launch(count, tmp_path, *flags))
     assert [code for code, *_ in results] == [0] * count, results
-    # The round of a checkpoint, or the newest that process 0 still had whole when it lost the others.
+    # The round of a checkpoint, or the newest round that process 0 had finished when it lost the others.
     kept = re.search(r"round (\d+) of 12 is saved", first_said)
     begun = int(re.search(r"going on after round (\d+) of 12", results[0][1])[1])
     assert begun == int(kept[1]) if kept else begun in (3, 6, 9)
@@ -220,7 +220,7 @@ def test_one_process_killed_ends_all_and_the_same_command_goes_on(count, victim,
 
 @pytest.mark.slow
 def test_preempted_under_slurm_it_is_requeued_and_goes_on(environment, two, tmp_path):
-    """The job script itself, with two tasks; SLURM asks all of its processes to stop."""
+    """The job script itself, with two tasks. SLURM asks all its processes to stop."""
     job = free_port(range(62000, 65536)) - 61440
     workdir = tmp_path / "run"
     queue = Process(
@@ -242,7 +242,7 @@ def test_preempted_under_slurm_it_is_requeued_and_goes_on(environment, two, tmp_
 
 
 def case(name, environment, **variables):
-    """A function of `process_cases`, in a process of its own."""
+    """A function of `process_cases` in another process."""
     tests = Path(__file__).parents[1]
     return subprocess.Popen(
         [sys.executable, "-c", f"from federated import process_cases; process_cases.{name}()"],
@@ -278,7 +278,7 @@ def test_processes_that_cannot_be_are_refused(capsys, tmp_path):
 
 
 def test_a_task_whose_others_never_come_says_so_and_ends(environment, tmp_path):
-    """Twice: at once, and instead of JAX's abort."""
+    """Once at once, and once instead of JAX's abort."""
     port = free_port(range(61440, 65536))
     task = {
         "SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "4",

@@ -1,4 +1,4 @@
-"""What earlier starts noted of compiling, in words for a person who waits."""
+"""What is shown about compiling, from notes of earlier starts."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def notes(tmp_path, monkeypatch):
 
 
 def names(config):
-    """Those of the network and of its program."""
+    """The names of the network and of its program."""
     of_devices = config.clients_per_chunk, config.execution
     return f"{config.model} at {config.image_size}", f"{parts._program(config)}, {of_devices}"
 

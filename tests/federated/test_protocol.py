@@ -1,4 +1,4 @@
-"""The compiled session and round at every cut against two parties that exchange messages."""
+"""The compiled session and round at every cut, against two parties that exchange messages."""
 
 import ast
 import dataclasses
@@ -25,13 +25,13 @@ SETTINGS = [
     for optimizer in rounds.OPTIMIZERS
     for codec in (None, rounds.SCALING)
 ]
-QUICK = [(True, "sgd", rounds.SCALING)]  # of fewer units; the others are of the whole network
+QUICK = [(True, "sgd", rounds.SCALING)]  # of fewer units; the other settings use the whole network
 KEY = jax.random.key(7)
 
 
 class Both(NamedTuple):
-    """Sessions of one client a cut, compiled (products, vmapped) and by the protocol (lax.conv, one by
-    one).
+    """Sessions of one client for each cut: compiled (products, vmapped), and by the protocol (lax.conv, one
+    by one).
     """
 
     tolerance: float
@@ -57,7 +57,7 @@ def both(request):
     chain, reference_chain = map(rounds.short, chains) if request.param in QUICK else chains
     with jax.enable_x64(x64):
         variables, samples = rounds.start(chain)
-        # The same batches and keys for every cut, so that cuts may be compared.
+        # All cuts have the same batches and keys, so that they can be compared.
         work = rounds.assignments(range(len(chain) + 1), steps=2)
         work = work._replace(
             client=work.client * 0, batches=np.broadcast_to(work.batches[:1], work.batches.shape)
@@ -81,7 +81,7 @@ def test_every_cut_equals_the_protocol(both):
 
 
 def test_cuts_differ_exactly_where_the_codec_does_something(both):
-    """At cut 0 images go up as they are, and at cut L nothing does."""
+    """At cut 0 images go up unchanged, and at cut L nothing goes up."""
     for cut in range(len(both.chain)):
         apart = rounds.difference(both.compiled[cut][0], both.compiled[cut + 1][0])
         if both.scaled:
@@ -112,7 +112,7 @@ def test_adam_that_makes_whole_steps_equals_the_protocol_at_every_cut(x64):
                     rounds.by_unit(rounds.CHAIN, compiled[cut][0]), expected, world.variables,
                 )
             )  # fmt: skip
-            # Two steps of the same direction would be 2. A momentum of such gradients would move by 0.02.
+            # Two steps in the same direction would give 2. Momentum with such gradients would move by 0.02.
             assert rounds.typical_update(expected, start, rate) > 1.2
             return rounds.distance(found, expected, start)
 
@@ -152,15 +152,15 @@ def test_a_round_of_any_cuts_equals_that_of_the_protocol(x64, optimizer):
             assert rounds.difference(other[0], expected) > 10 * TOLERANCE[x64], wrong
 
 
-# NOISY, but a gradient whose key has a large number comes down as NaN.
+# Like NOISY, but a gradient whose key gives a large number comes down as NaN.
 BREAKING = dataclasses.replace(
     rounds.NOISY, down=lambda g, key: jnp.where(rounds.number(key) > 0.95, jnp.nan, rounds.NOISY.down(g, key))
 )
 
 
 class Small(NamedTuple):
-    """Rounds of the small chain: two clients a cut, of 0 to 3 steps, with random numbers and a noisy codec.
-    The last sample is black and gives NaN; no client sees it.
+    """Rounds of the small chain: two clients for each cut, with 0 to 3 steps, random numbers and a noisy
+    codec. The last sample is black and gives NaN; no client sees it.
 
     run: assignments -> (variables by unit, loss, who diverged) of the compiled round.
     """
@@ -228,7 +228,7 @@ def test_a_client_whose_last_update_alone_is_not_finite_diverged(small_round):
     assert_same_round(found, protocol.run_round(small_round.world, rounds.works(work), skip_diverged=True))
 
 
-# What the equality would not survive: each is done to one client of the protocol.
+# Changes that must break the equality. Each is made to one client of the protocol.
 WRONG_WORK = {
     "another client's keys": {"client": 90},
     "another cut": {"cut": 1},
@@ -244,7 +244,7 @@ WRONG_CODE = {
 
 @pytest.fixture(scope="module")
 def session(small_round):
-    """(the third client, at cut 2 with 3 steps; its session by the protocol)."""
+    """(the third client, with cut 2 and 3 steps; its session by the protocol)."""
     one = rounds.works(small_round.work)[2]
     return one, protocol.run_session(small_round.world, one)[0]
 
@@ -274,7 +274,7 @@ def test_a_session_of_no_steps_changes_nothing_and_has_loss_0(small_round):
 
 def test_diverged_clients_are_those_of_the_protocol(small_round):
     work = small_round.work._replace(batches=small_round.work.batches.copy())
-    work.batches[5, 2] = work.batches[0, 1] = 63  # the last steps of these two
+    work.batches[5, 2] = work.batches[0, 1] = 63  # the last steps of these two clients
     found, works = small_round.run(work), rounds.works(work)
     assert found[2] == [work.client[0], work.client[5]]
     assert_same_round(found, protocol.run_round(small_round.world, works, skip_diverged=True))
@@ -324,7 +324,7 @@ def test_nothing_else_crosses_the_cut(cut, small_round):
 
 @pytest.mark.parametrize("cut", range(rounds.SMALL_CUTS))
 def test_the_bytes_of_its_messages_are_those_of_the_plan(cut):
-    """In float32. Clocks and bytes follow from the same terms."""
+    """In float32. Clocks and bytes come from the same terms."""
     chain, steps, batch, transport = rounds.SMALL_CHAIN, 2, 6, protocol.Transport()
     training = rounds.training("sgd", None, chain)
     with jax.enable_x64(False):

@@ -1,4 +1,4 @@
-"""The protocol's schemes against SGD by one gradient of the whole network, and against each other."""
+"""The protocol's schemes against SGD with one gradient of the whole network, and against each other."""
 
 import ast
 import dataclasses
@@ -24,7 +24,7 @@ DROP = 0.5
 
 
 class Normed(nn.Module):
-    """With statistics, an integer counter, and random numbers."""
+    """A unit with statistics, an integer counter and random numbers."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -45,7 +45,7 @@ class Plain(nn.Module):
 
 
 class Blameless(nn.Module):
-    """The identity. The gradient of its parameter is NaN, that of its input is finite."""
+    """The identity. The gradient of its parameter is NaN; that of its input is finite."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -58,7 +58,7 @@ def preprocess(images):
 
 UNITS = (Plain(4), Normed(), Plain(3), Plain(5))
 L = len(UNITS)
-# Clients' steps and weights are unequal; the second and the third hold different cuts.
+# Clients have unequal steps and weights. The second and the third have different cuts.
 STEPS, WEIGHTS = (2, 3, 1), (1.0, 2.0, 5.0)
 ALL_CUTS = ((0, 0, 0), (L, L, L), (1, 3, 2), (4, 0, 1))
 
@@ -71,7 +71,7 @@ def x64():
 
 @pytest.fixture(scope="module")
 def world():
-    """The last sample becomes NaN; no client sees it unless a test says so."""
+    """The last sample becomes NaN. No client sees it unless a test says so."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         images = rng.normal(size=(40, 3))
@@ -109,12 +109,12 @@ def poisoned(works, k, step):
     return changed(works, k, batches=batches)
 
 
-# What is compared with: every update from one gradient of the whole network.
+# The reference: every update comes from one gradient of the whole network.
 
 
 @jax.jit
 def whole(params, others, x, labels, keys):
-    """((loss, new collections), gradients) of the whole network; the keys are of its units."""
+    """((loss, new collections), gradients) of the whole network, with the keys of its units."""
 
     def loss(params):
         now, news = x, []
@@ -133,7 +133,7 @@ def keys_of(world, client, step):
 
 
 def gradients(world, units, rows, keys):
-    """(loss, [(gradient, new collections) of each unit]) where a unit is (variables, state)."""
+    """(loss, [(gradient, new collections) of each unit]), where a unit is (variables, state)."""
     params = [variables["params"] for variables, _ in units]
     others = [{name: v for name, v in variables.items() if name != "params"} for variables, _ in units]
     images = world.preprocess(world.images[rows])
@@ -186,7 +186,7 @@ def fedavg(world, works):
 
 
 def in_turn(world, works, turns, is_shared):
-    """The variables after steps in this order: unit i of client k is shared where is_shared(i, k)."""
+    """The variables after steps in this order. is_shared(i, k): whether unit i of client k is shared."""
     rows = {"shared": started(world)} | {k: started(world) for k in range(len(works))}
     whose = {k: ["shared" if is_shared(i, k) else k for i in range(L)] for k in range(len(works))}
 
@@ -202,7 +202,7 @@ def in_turn(world, works, turns, is_shared):
 
 
 def lockstep(world, works, is_shared):
-    """The variables after parallel steps: shared units learn from the mean gradient of all active clients."""
+    """The variables after parallel steps. Shared units learn from the mean gradient of all active clients."""
     units = [started(world) for _ in works]
     for step in range(max(len(work.batches) for work in works)):
         active = [k for k, work in enumerate(works) if step < len(work.batches)]
@@ -222,7 +222,7 @@ def lockstep(world, works, is_shared):
 
 
 def apart(a, b):
-    """The largest difference of any number; all must be finite."""
+    """The largest difference of any number. All numbers must be finite."""
     return max(np.abs(x - y).max() for x, y in finite.pairs(list(a), list(b)))
 
 
@@ -234,7 +234,7 @@ def assert_differ(a, b):
     assert apart(a, b) > 1e-4
 
 
-# Each scheme with fixed further arguments: (world, works, order, **arguments).
+# Each scheme with its other arguments fixed: (world, works, order, **arguments).
 SCHEMES = {
     "sfl_v2-client": run_sfl_v2,
     "sfl_v2-step": lambda *given, **named: run_sfl_v2(*given, by="step", **named),
@@ -311,7 +311,7 @@ def test_sfl_v2_shares_what_is_at_the_server(world, by, tail_units):
 
 
 def test_psl_of_a_server_that_holds_everything_is_sgd_on_large_batches(world):
-    """Of the mean gradient and the mean statistics of all, or literally one batch of all samples."""
+    """With the mean gradient and the mean statistics of all, or with one batch of all samples."""
     works = cohort()
     assert_same(run_psl(world, works, 0).variables, lockstep(world, works, lambda i: True))
     joined, losses = started(world), []
@@ -356,7 +356,7 @@ def test_psl_shares_units_from_the_largest_cut_to_the_tail(world, tail_units):
 
 @pytest.mark.parametrize("tail_units", [0, 1])
 def test_joined_batches_are_separate_ones_where_samples_do_not_meet(world, tail_units):
-    """Units from 2 on have no statistics and no random numbers. Batches of unequal sizes."""
+    """Units from 2 on have no statistics and no random numbers. Batches have unequal sizes."""
     works = cohort((1, 2, 0))
     works = changed(works, 0, batches=works[0].batches[:, :2])
     separate, joined = (
@@ -430,11 +430,11 @@ def test_a_bad_gradient_of_a_shared_unit_blames_all(world, scheme):
 
 
 def test_a_later_bad_step_is_the_end_of_a_client(world):
-    """What it shared before stays. It is in no mean: what it held alone is lost."""
+    """Its earlier steps on shared copies stay. It is not in the mean, so its own copies are lost."""
     cuts = (1, 3, 2)
     bad = poisoned(cohort(cuts), 1, 1)
     truncated = changed(bad, 1, batches=bad[1].batches[:1])
-    # The mean alone knows weights, and in it the client no longer counts.
+    # Only the mean uses weights, and the client no longer counts in it.
     weightless = changed(truncated, 1, weight=0.0)
     for by, turns in TURNS.items():
         found = run_sfl_v2(world, bad, ORDER, by, skip_diverged=True)
@@ -589,12 +589,12 @@ def test_labels_stay_with_the_tail(world):
 @pytest.mark.parametrize("tail_units", [0, 1])
 @pytest.mark.parametrize("scheme", ["sfl", *SCHEMES])
 def test_the_bytes_of_its_messages(world, scheme, tail_units):
-    """The same in all schemes: only what crosses, and the client's units, never the server's."""
+    """The same in all schemes: only what crosses and the client's units, never the server's units."""
     cuts, transport = (1, 0, 2), Transport()
     run = SCHEMES.get(scheme, lambda world, works, _, **named: run_round(world, works, **named))
     run(world, cohort(cuts), ORDER, tail_units=tail_units, transport=transport)
     size = [sum(leaf.nbytes for leaf in jax.tree.leaves(unit)) for unit in world.variables]
-    entering = [3, 4, 3, 3]  # numbers of a sample that enter each unit
+    entering = [3, 4, 3, 3]  # numbers of a sample in each unit's input
     model = sum(sum(size[:cut]) + sum(size[L - tail_units :]) for cut in cuts)
     samples = [BATCH * steps for steps in STEPS]
     features = 8 * sum(samples) * entering[-1]

@@ -1,4 +1,4 @@
-"""A round: against FedAvg that knows no cuts, chunk by chunk, with unequal, absent and broken clients."""
+"""A round against FedAvg without cuts, chunk by chunk, with unequal, absent and broken clients."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def start():
 
 
 def assignments(cuts=None, **given):
-    """Of nine clients, with every cut."""
+    """Nine clients, with every cut."""
     return rounds.assignments(np.arange(CLIENTS) % rounds.SMALL_CUTS if cuts is None else cuts, **given)
 
 
@@ -113,7 +113,7 @@ def test_any_cuts_give_fedavg():
 @pytest.mark.slow
 @pytest.mark.parametrize(("x64", "optimizer"), [(True, "sgd"), (True, "adam"), (False, "adam")])
 def test_any_cuts_give_fedavg_with_every_optimizer(x64, optimizer):
-    """Adam with steps that are whole, in float32 and x64."""
+    """Adam with whole steps, in float32 and x64."""
     tolerance = 1e-10 if x64 else 1e-5
     with jax.enable_x64(x64):
         variables, samples = rounds.start()
@@ -191,7 +191,7 @@ def test_nobody_came_keeps_the_variables():
     assert np.isnan(loss)
 
 
-# The images of client 4 are NaN: its loss is. Or the gradient that comes back to it is: its update alone is.
+# The images of client 4 are NaN, so its loss is. Or the gradient that comes down is, so only its update is.
 BROKEN = {
     "loss": {"preprocess": rounds.preprocess_black_to_nan},
     "update": {"codecs": CutCodec(up=lambda x, _: x, down=lambda g, _: g * jnp.nan)},
@@ -201,7 +201,7 @@ BROKEN = {
 @pytest.mark.parametrize("number", ["loss", pytest.param("update", marks=pytest.mark.slow)])
 def test_a_diverged_client_has_no_influence_and_is_named(number):
     variables, samples = start()
-    cuts = np.full(CLIENTS, len(CHAIN))  # without a message from the server, but for client 4
+    cuts = np.full(CLIENTS, len(CHAIN))  # only client 4 gets a message from the server
     cuts[4] = 2
     samples, work = rounds.poisoned(samples, assignments(cuts), 4)
 
@@ -260,12 +260,12 @@ def test_server_momentum_adds_up_the_mean_changes():
         )  # fmt: skip
         expected = jax.tree.map(lambda old, v: np.asarray(old) - 0.5 * v, before.params, velocity)
         assert rounds.difference(model.variables.params, expected) < 1e-5
-        # Statistics are averaged, not accelerated.
+        # Statistics are averaged, without momentum.
         assert rounds.difference(model.variables.batch_stats, mean.variables.batch_stats) == 0
 
 
 def test_a_client_that_does_not_come_has_no_influence_though_all_its_data_are_nan():
-    """The same compiled shape: its place is there, without weight and without steps."""
+    """The compiled shape is the same: its place has no weight and no steps."""
     samples, _ = rounds.poisoned(start()[1], assignments(), 4)
     step = compiled(3, preprocess=rounds.preprocess_black_to_nan)
 
@@ -277,7 +277,7 @@ def test_a_client_that_does_not_come_has_no_influence_though_all_its_data_are_na
     absent = work._replace(weight=work.weight * there, steps=work.steps * there)
     _, broken = rounds.poisoned(samples, absent, 4)
     finite.assert_equal(run(absent), run(broken))
-    # Had it come, it would have been seen.
+    # If it came, it would be noticed.
     assert run(work._replace(batches=broken.batches))[2].max() == work.client[4]
     assert rounds.difference(run(work)[0].variables, run(absent)[0].variables) > 1e-4
 
@@ -287,7 +287,7 @@ IDLE = rounds.assignments(cuts=[0, 1, 2], steps=0)._replace(weight=np.array([600
 
 @pytest.fixture(scope="module")
 def idle():
-    """(variables of several types and sizes, a round in which nobody takes a step)."""
+    """(variables of several types and sizes, a round in which no client takes a step)."""
     chain = Chain((rounds.Block(4), rounds.Head()))
     variables, samples = rounds.start(chain, rounds.SMALL_SIZE)
     first, last = variables.params
@@ -309,7 +309,7 @@ def idle():
 
 
 def test_what_nobody_changed_stays_as_it_was(idle):
-    """The mean of equal numbers is their number, also of narrow types, of integers and of very large ones."""
+    """The mean of equal numbers is that number, also for narrow types, integers and very large numbers."""
     variables, run = idle
     mean, loss = run(normalised(IDLE.weight))
     assert loss == 0
@@ -327,7 +327,7 @@ def test_statistics_that_overflow_are_not_taken(idle):
 
 
 def test_a_state_of_the_server_that_overflows_is_not_taken():
-    """Its steps may be small all the same, as where Adam divides by what is infinite."""
+    """Its steps may be small nevertheless, for example if Adam divides by an infinite number."""
     growing = optax.GradientTransformation(
         lambda params: jnp.float32(1e38),
         lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), 10 * state),

@@ -1,4 +1,4 @@
-"""Samples stay on a device where they fit; otherwise a round sends the rows that it needs."""
+"""Samples stay on a device if they fit. If not, a round sends the rows that it needs."""
 
 import math
 from types import SimpleNamespace
@@ -99,12 +99,12 @@ def test_samples_that_are_placed_are_no_part_of_what_a_round_needs(resident):
     assert devices.bytes_placed(placed[1]) == 6400 * 20
     need = resident.bytes_needed(*placed)
     assert need == resident.bytes_needed(*arguments(few, work(), math.inf))
-    # The mean, and of two clients at once parameters, gradients and momentum, are in it.
+    # It holds the mean, and the parameters, gradients and momentum of two clients at once.
     assert need > 7 * devices.bytes_placed(placed[0]) > 0
 
 
 def test_what_is_sent_is_needed_twice(resident, sending):
-    """The next round's may come while a round still reads its own."""
+    """The next round's samples may arrive while a round still reads its own."""
     stays, sent = (
         run.bytes_needed(*arguments(noise(64), work(), free))
         for run, free in ((resident, math.inf), (sending, 0))
@@ -132,8 +132,10 @@ def test_rounds_of_few_samples_compile_nothing_new(sending):
 
 @pytest.mark.parametrize("name", ["iid", "quantity"])
 def test_several_devices_are_sent_little_more_than_they_need(name):
-    """100 clients of MNIST, ten a round on four devices: never twice of what the one that needs most needs,
-    in few shapes. Room for the longest sessions there are would be 232,320 rows under quantity (S = 121).
+    """100 clients of MNIST, ten a round on four devices, in few shapes.
+
+    Each device gets less than twice what the one with the most needs. Room for the longest possible sessions
+    would be 232,320 rows under quantity (S = 121).
     """
     labels = np.random.default_rng(0).integers(0, 10, 60_000)
     parts = datasets.partition(labels, 100, name=name, alpha=0.5, seed=0)

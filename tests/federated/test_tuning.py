@@ -1,4 +1,4 @@
-"""What flags leave open is settled once: by measurement, by memory, and by what the run began with."""
+"""What flags leave open is settled once: by measurement, by memory, and by the choices of the run so far."""
 
 import dataclasses
 import functools
@@ -89,7 +89,7 @@ def test_what_a_flag_says_stays(profile, forced, expected):
     ("cohort", "size"), [(17, 9), (19, 10), (34, 12), (37, 13), (16, 16), (2, 2), (1, 1)]
 )
 def test_the_settings_say_what_is_computed_at_once(profile, cohort, size):
-    """--clients_per_chunk=16 of a cohort that 16 does not divide."""
+    """--clients_per_chunk=16 with a cohort that 16 does not divide."""
     settled, _ = settle(profile, Execution("conv", 16, "vmap", 8.0), cohort_size=cohort)
     assert choice(settled) == ("conv", "vmap", size)
     work = rounds.assignments(cuts=[1] * cohort, steps=1, batch=1)
@@ -128,7 +128,7 @@ def test_what_was_measured_once_is_not_measured_again(profile, tmp_path):
     notes = tmp_path / "executions.json"
     first = settle(profile, OPEN, notes=notes)
     assert settle(profile, OPEN, lambda _: pytest.fail("measured"), notes=notes) == first
-    # Other shapes, and other cohorts in the same chunks, are other questions.
+    # Other shapes, and other cohorts in the same chunks, need their own measurement.
     for other in ({"batch_size": 8}, {"cohort_size": 31}):
         measured = []
         settle(profile, OPEN, lambda one, seen=measured: seen.append(one) or 1.0, notes=notes, **other)
@@ -159,7 +159,7 @@ def test_what_the_compiled_round_needs_has_the_last_word(profile):
 
     assert fit(config, 2**30) is config
     assert choice(fit(config, 2**30 + 1))[1:] == ("vmap", 3)
-    # Twice what was expected: so will the others need.
+    # Twice the estimate, so other sizes will also need twice theirs.
     needs = functools.partial(tuning.expected_bytes, facts(profile))
     poor = dataclasses.replace(config, memory_budget_gib=(2 * needs(2) + 1) / tuning.GIB)
     assert choice(fit(poor, 2 * needs(4)))[1:] == ("vmap", 2)
@@ -176,8 +176,8 @@ def test_what_the_compiled_round_needs_has_the_last_word(profile):
 @pytest.mark.parametrize("fixed", [0.1, 3.0, 30.0])
 @pytest.mark.parametrize("fits", [1, 3, 7])
 def test_few_rounds_are_compiled_to_find_the_chunk_that_fits(profile, cohort, devices, fixed, fits):
-    """Whatever part of the memory does not grow with the chunk: the largest that fits, of one compiled first,
-    is found by one or two more.
+    """For any part of the memory that does not grow with the chunk, the largest chunk that fits is found.
+    After the first compiled round, one or two more are enough.
     """
     sizes = sorted({chunk_size(cohort, most, devices) for most in range(1, 17)})
     expected = max(size for size in sizes if size <= fits)
@@ -207,7 +207,7 @@ def test_the_budget_is_what_the_device_has_left():
         def memory_stats(self):
             return {"bytes_limit": 1000, "bytes_in_use": 200}
 
-    # What is placed is in use; no part of it is taken off again.
+    # What is placed is already counted as used; it is not subtracted again.
     assert memory.available_bytes(Gpu()) == 720
     assert tuning.budget_bytes(dataclasses.replace(OPEN, memory_budget_gib=0), [Gpu()], 100) == 720
 
@@ -218,7 +218,7 @@ def test_what_is_placed_counts_against_a_budget():
 
 
 def test_processes_of_one_host_share_its_memory(monkeypatch):
-    """Two of three processes are on this host, each with two of its devices; one has half as much left."""
+    """Two of three processes are on this host, each with two of its devices. One has half as much left."""
     asked = []
 
     def of_all(value):
@@ -247,6 +247,6 @@ def test_more_samples_and_clients_need_more(profile):
     model = 4 * int(np.sum(profile.parameters) + np.sum(profile.state))
     assert memory.expected_bytes(profile, 64, 4, 1) > 1.9 * base - 16 * model
     assert memory.expected_bytes(profile, 32, 8, 1) == 2 * base - model
-    # Without activations: the mean, and of each client parameters, gradients and a moment.
+    # Without activations: the mean, and each client's parameters, gradients and one moment.
     assert memory.expected_bytes(profile, 0, 4, 1) == (1 + 4 * 3) * model
     assert memory.expected_bytes(profile, 32, 4, 2) == base + 4 * model

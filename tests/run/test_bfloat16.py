@@ -9,7 +9,7 @@ from sfl_jax.commands.config import Config
 from sfl_jax.run import Run
 
 ROUNDS = 20
-CONFIG = Config(  # the preset for MNIST, of a smaller network on smaller images
+CONFIG = Config(  # like the preset for MNIST, with a smaller network and smaller images
     model="efficientnetv2-tiny", image_size=16, server_flops=2e10, rounds=ROUNDS, eval_every=ROUNDS // 2,
     optimizer="adam", learning_rate=0.002, server_momentum=0.5, learning_rate_schedule="cosine",
     warmup_rounds=2, drop_rate_scale=0.0, head_init_scale=0.0,
@@ -19,7 +19,7 @@ POINTS = 0.3
 
 
 def accuracies(**changes):
-    """Test accuracies, in percent, half way and at the end."""
+    """Test accuracies in percent, half way and at the end."""
     run = Run.of(parts.build(dataclasses.replace(CONFIG, **changes)).parts)
     lines = list(run.rounds(ROUNDS))
     return [100 * line.test_accuracy for line in lines if line.test_accuracy is not None]

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, what is kept, and every way in which a file can be damaged."""
+"""Checkpoints: what comes back, what is kept, and all the ways in which a file can be damaged."""
 
 import hashlib
 import os
@@ -102,7 +102,7 @@ def test_buffers_may_be_reused_while_it_is_written(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
     given, may_begin = model(2), threading.Event()
-    checkpoints._writer.submit(may_begin.wait, 60)  # as a save before it that takes its time
+    checkpoints._writer.submit(may_begin.wait, 60)  # like an earlier save that is slow
     checkpoints.save(given, progress(2))
     overwrite(given)
     may_begin.set()
@@ -123,7 +123,7 @@ def test_a_process_that_ends_while_it_saves_leaves_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(checkpoints_module, "_copy", end)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(model(2), progress(2))
-    with pytest.raises(OSError, match="No such file or directory"):  # for this process has not ended
+    with pytest.raises(OSError, match="No such file or directory"):  # because this process has not ended
         checkpoints.wait()
 
 
@@ -137,7 +137,7 @@ def test_the_newest_stay(keep, tmp_path):
 
 
 def damages(path):
-    """(how, the damage done to a file) of every way."""
+    """(name, the damage done to a file) for every kind of damage."""
     content = path.read_bytes()
     middle = len(content) // 2
     flipped = bytes([*content[:middle], content[middle] ^ 1, *content[middle + 1 :]])
@@ -218,7 +218,7 @@ def test_what_a_killed_run_left_of_a_replaced_checkpoint_is_not_in_the_way(can_b
         shutil.copytree(copy / "000002", copy / f".000005.{kind}")
     checkpoints = Checkpoints(copy, keep=2)
     assert checkpoints.newest(LOG) == progress(2)
-    if not can_be_deleted:  # as on NFS, while somebody reads it
+    if not can_be_deleted:  # like on NFS, while a process reads it
         remove = shutil.rmtree
         monkeypatch.setattr(
             shutil, "rmtree", lambda path, **how: None if ".0" in str(path) else remove(path, **how)
@@ -307,7 +307,7 @@ def test_leaves_are_known_by_their_paths_however_they_are_packed(saved, monkeypa
 
 
 def renamed(tree, **names):
-    """A tree of dicts whose leaves have other names."""
+    """A tree of dicts with other names of leaves."""
     if isinstance(tree, dict):
         return {names.get(name, name): renamed(value, **names) for name, value in tree.items()}
     return tuple(renamed(value, **names) for value in tree) if isinstance(tree, tuple) else tree
@@ -381,8 +381,8 @@ def test_a_full_temporary_directory_is_named_and_orbax_never_meets_it(small_temp
 
 
 def test_what_a_killed_run_left_in_the_temporary_directory_is_cleared(tmp_path, monkeypatch):
-    """And nothing else: neither what another save holds, as of a container that shares the directory, nor
-    what is so new that its lock may be still to come.
+    """Nothing else is cleared: not what another save holds, for example in a container that shares the
+    directory, and not a directory so new that its lock may come later.
     """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with checkpoints_module._staging() as held:

@@ -34,7 +34,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
-    """Noise that divides into 8 samples a client, and a network that compiles in a second."""
+    """Noise with 8 samples for each client, and a network that compiles in a second."""
     with small_world.world(), mock.patch.object(models, "create", networks.create):
         yield
 
@@ -74,7 +74,7 @@ def test_what_plans_a_round_is_compiled_while_the_data_are_read(compiled):
 
 @pytest.mark.parametrize("stay", [True, False])
 def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay):
-    """To the samples what the model leaves, to the chunk what both leave, to the round what all leave."""
+    """The samples get what the model leaves, the chunk what both leave, and the round what all leave."""
     built, engine = compiled
     state, asked = start(built), []
     model, samples, held_out = map(devices.bytes_placed, (state.model, engine.samples, engine.held_out))
@@ -92,7 +92,7 @@ def test_what_is_placed_leaves_less_to_what_follows(compiled, monkeypatch, stay)
 
 @pytest.mark.parametrize(("budget", "batches"), [(64, [32]), (63, [32, 16]), (16, [32, 8]), (0, [32, 1])])
 def test_an_evaluation_takes_the_batches_that_the_memory_holds(compiled, monkeypatch, budget, batches):
-    """Of a program that needs two bytes a sample."""
+    """With a program that needs two bytes for each sample."""
     built, _ = compiled
     asked = []
 
@@ -111,7 +111,7 @@ def test_an_evaluation_takes_the_batches_that_the_memory_holds(compiled, monkeyp
 
 
 def go(compiled, pauses=lambda round: False, rounds=CONFIG.rounds, begun=None):
-    """[(state, line)] of a run from the start, lines without the machine's clocks."""
+    """[(state, line)] of a run from the start; lines without the machine's clocks."""
     built, engine = compiled
     rounds = loop.run(built, begun or start(built), engine, rounds, pauses=pauses)
     return [(state, line._replace(wall_s=0, client_samples_per_s=0)) for state, line in rounds]
@@ -152,9 +152,9 @@ def test_a_round_is_read_after_the_next_was_sent(compiled, sent_ahead, monkeypat
     monkeypatch.setattr(loop, "_send", lambda *given: events.append("send") or send(*given))
     monkeypatch.setattr(jax, "device_get", lambda tree: events.append("read") or get(tree))
     go(compiled, begun=begun)
-    # The first round compiles: nobody knows yet that rounds are short.
+    # The first round compiles, so it is not known yet that rounds are short.
     assert events[:7] == ["send", "read", "send", "send", "read", "send", "read"]
-    assert events[-3:] == ["send", "read", "send"]  # the last of which finds no round left
+    assert events[-3:] == ["send", "read", "send"]  # the last one finds no round left
     assert events.count("read") == CONFIG.rounds
 
 
@@ -184,7 +184,7 @@ def test_an_error_while_the_next_round_is_prepared_costs_no_round_that_is_done(
 
     def prepare_or_fail(own, round):
         if round == broken and not failed:
-            failed.append(round)  # once: whoever tried again would go on after an error
+            failed.append(round)  # once: a second try would go on after an error
             raise ValueError(f"round {round}")
         return prepare(own, round)
 
@@ -201,8 +201,8 @@ def test_an_error_while_the_next_round_is_prepared_costs_no_round_that_is_done(
 
 
 def test_the_clock_of_a_round_stops_when_it_is_done(compiled, sent_ahead):
-    """Neither what evaluates it, nor what compiles or prepares beside it, is in it, also of the last two
-    rounds. A round takes milliseconds here.
+    """It counts neither the evaluation nor what compiles or prepares meanwhile, also in the last two rounds.
+    A round takes milliseconds here.
     """
     built, engine = compiled
     slow_s, slow_rounds = 1.0, (4, CONFIG.rounds)
@@ -213,7 +213,7 @@ def test_the_clock_of_a_round_stops_when_it_is_done(compiled, sent_ahead):
         evaluated.append(2 * len(evaluated) + 2)
         if evaluated[-1] not in slow_rounds:
             return engine.evaluate(*given)
-        time.sleep(slow_s / 2)  # as compiling does, before the evaluation is sent
+        time.sleep(slow_s / 2)  # like compiling, before the evaluation is sent
         return jax.tree.map(slowly, engine.evaluate(*given))
 
     clock = metrics.Stopwatch()
@@ -228,7 +228,7 @@ def test_the_clock_of_a_round_stops_when_it_is_done(compiled, sent_ahead):
 
 
 def test_a_round_begins_when_it_is_planned_and_what_is_before_it_is_done(compiled, monkeypatch):
-    """Rounds that began, ended, and were evaluated, at these seconds."""
+    """Rounds that began, ended and were evaluated at these seconds."""
 
     def at(seconds):
         done = Future()
@@ -268,7 +268,7 @@ def test_the_clock_of_a_round_begins_with_its_plan(compiled, one_by_one, monkeyp
     built, engine = compiled
     for _, line in loop.run(built, start(built), engine, 2):
         assert 24 / line.client_samples_per_s > 0.3
-        time.sleep(0.6)  # what writes the line is not in the next
+        time.sleep(0.6)  # writing the line does not count for the next round
         assert line.client_samples_per_s > 24 / 0.6
 
 
@@ -279,7 +279,7 @@ def test_few_numbers_leave_the_devices(compiled, sent_ahead, monkeypatch):
     monkeypatch.setattr(array, "_value", property(lambda self: fetched.append(self.size) or value.fget(self)))
     go(compiled, begun=begun)
     evaluations = CONFIG.rounds // CONFIG.eval_every
-    # Of each round the loss, who diverged and how many came; of an evaluation loss and accuracy.
+    # For each round: loss, who diverged, how many came. For an evaluation: loss, accuracy, that of classes.
     assert sum(fetched) == CONFIG.rounds * (1 + CONFIG.cohort_size + 1) + (2 + 10) * evaluations, fetched
 
 
@@ -287,7 +287,7 @@ def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead
     built, engine = compiled
     compilations, arrays = [], []
     gc.collect()
-    gc.freeze()  # what is there stays there, and need not be looked at again
+    gc.freeze()  # what is present stays, and need not be checked again
     try:
         with metrics.CompileClock() as clock:
             for _ in loop.run(built, start(built), engine, 30):
@@ -302,7 +302,7 @@ def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clients_of_a_round(compiled):
-    """But for the indices of their samples, also where each takes several steps."""
+    """Except for the indices of their samples, also if each client takes several steps."""
     _, engine = compiled
     needed, indices = [], []
     for clients in (100, 1000):
@@ -317,7 +317,7 @@ def test_memory_does_not_grow_with_the_clients_of_a_round(compiled):
         assert first.assignments.steps.max() >= 4
         needed.append(rounds.bytes_needed(*engines.arguments(many, engine, state, first)))
         indices.append(sum(array.nbytes for array in jax.tree.leaves(first.assignments)))
-    # What the round is sent is counted twice, and split into chunks.
+    # The round's input is counted twice, and split into chunks.
     allowed = 0.1 * needed[0] + 4 * (indices[1] - indices[0])
     models_of_clients = 900 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.model.packed))
     assert needed[1] - needed[0] < allowed < models_of_clients / 3

@@ -1,4 +1,4 @@
-"""What a run leaves on disk round by round, without any training."""
+"""What a run writes round by round, without training."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ ROUNDS = 7
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The machine's seconds, in a list of one."""
+    """The machine's seconds, in a list with one number."""
     now = [0.0]
     monkeypatch.setattr(recording.time, "monotonic", lambda: now[0])
     return now
@@ -74,7 +74,7 @@ def test_checkpoints_come_by_rounds_or_seconds_and_as_many_stay_as_are_kept(flag
 
 def test_a_run_goes_on_with_what_it_had_reached(clock, tmp_path):
     config = Config(workdir=str(tmp_path), checkpoint_every_rounds=2, checkpoint_every_s=0.0)
-    go(config, clock, range(1, 6))  # a line after the last checkpoint, as of a run that was killed
+    go(config, clock, range(1, 6))  # a line after the last checkpoint, like that of a killed run
     whole = (tmp_path / recording.LOG).read_bytes()
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     progress = workdir.reached(config, checkpoints)
@@ -89,7 +89,7 @@ def test_a_run_goes_on_with_what_it_had_reached(clock, tmp_path):
 
 
 class Fails:
-    """The disk is full for the next saves, so many of them."""
+    """The disk is full for the next `times` saves."""
 
     def __init__(self, monkeypatch, times):
         self.left, put = times, Checkpoints._put
@@ -149,7 +149,7 @@ def test_bytes_are_read_back_and_missing_in_lines_of_older_releases():
 
 
 def test_clients_are_counted_over_the_whole_run(clock, tmp_path, monkeypatch):
-    """Those of the lines before it went on, and of lines that could not be written yet."""
+    """Also in lines before it went on, and in lines that are not written yet."""
     config = Config(workdir=str(tmp_path), checkpoint_every_rounds=1, on_write_error="continue")
     go(config, clock, range(1, 3))
     progress = workdir.reached(config, Checkpoints(tmp_path / "checkpoints", 2))
@@ -163,7 +163,7 @@ def test_clients_are_counted_over_the_whole_run(clock, tmp_path, monkeypatch):
 
 
 def differences(before, after, rounds, tmp_path, clock):
-    """What refuses a run that has done so many rounds with `before`, and is to go on with `after`."""
+    """What refuses a run that has finished some rounds with `before` and would go on with `after`."""
     config = Config(workdir=str(tmp_path), checkpoint_every_rounds=1, learning_rate=0.5, **before)
     go(config, clock, range(1, rounds + 1))
     try:
@@ -185,13 +185,13 @@ CONSTANT = {"learning_rate_schedule": "constant", "warmup_rounds": 0}
         ({**CONSTANT, "rounds": 9}, 3, {"rounds": 4, "seed": 1}, "--seed=1 (was 0)"),
         (
             {**CONSTANT, "rounds": 4, "warmup_rounds": 8}, 4, {"rounds": 8},
-            "--rounds=8 (was 4; with --warmup_rounds=8 the rates of all rounds depend on it)",
+            "--rounds=8 (was 4; with --warmup_rounds=8 the rate of every round depends on it)",
         ),
         (
             {"learning_rate_schedule": "cosine", "rounds": 4, "warmup_rounds": 0}, 4, {"rounds": 8},
-            "--rounds=8 (was 4; with --learning_rate_schedule=cosine the rates of all rounds depend on it)",
+            "--rounds=8 (was 4; with --learning_rate_schedule=cosine the rate of every round depends on it)",
         ),
-        # The rounds that are done have the same rates in a run of so many rounds.
+        # The finished rounds have the same rates in a run with these rounds.
         ({"learning_rate_schedule": "cosine", "rounds": 9, "warmup_rounds": 2}, 2, {"rounds": 8}, None),
     ],
 )  # fmt: skip

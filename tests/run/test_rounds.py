@@ -1,4 +1,4 @@
-"""What a round of a training run is made of, before any device has a part in it."""
+"""The preparation of a round on the host, before any device takes part."""
 
 import dataclasses
 import gc
@@ -86,7 +86,7 @@ def test_a_client_that_cannot_be_served_in_a_later_round_is_refused_at_the_start
     config = dataclasses.replace(SMALL, fleet=str(path), method=method, **fixed, rounds=first + 1)
     with pytest.raises(BadInput, match=rf"fleet.csv: round {first + 1}: .* client {poor}: {reason}"):
         parts.build(config)
-    # Nobody need serve who does not come.
+    # A client that does not come needs no service.
     parts.build(dataclasses.replace(config, rounds=first))
 
 
@@ -108,9 +108,7 @@ def test_settings_from_python_are_held_to_the_rules_of_flags(settings, line):
 
 
 def thrifty(tmp_path, memory_bytes=1e12, budget=1.0):
-    """A fleet file whose clients may spend `budget` times what their cheapest cut costs on links that do not
-    fade.
-    """
+    """A fleet file whose clients may spend `budget` times the energy of their cheapest cut on fixed links."""
     clients = dataclasses.replace(
         fleet.random_fleet(30, seed=0), memory_bytes=np.full(30, memory_bytes), energy_j=np.full(30, 1e300),
         cycles_per_s=np.full(30, 1e9), kappa=np.full(30, 1e-30),
@@ -142,7 +140,7 @@ def test_whom_the_links_of_a_round_do_not_serve_is_absent_in_it(method, tmp_path
             assert " J; the client's budget is " in line
         for of_client in (done.assignments.weight, done.assignments.steps, done.plan.client_s):
             np.testing.assert_array_equal(of_client > 0, could)
-        # Its plan is that of the others, and nobody waits for it until the deadline.
+        # The plan is that of the other clients, and nobody waits for the absent client until the deadline.
         given = terms, SMALL.server_flops
         alone = optim.solve(*given, method, present=could)
         assert done.turnout.round_s == pytest.approx(alone.round_s)
@@ -164,7 +162,7 @@ def test_whom_the_links_of_a_round_do_not_serve_is_absent_in_it(method, tmp_path
 
 
 def line_of(built, done):
-    """The metrics of a round that took two seconds, in which client i had cut i."""
+    """The line of a round that took two seconds, in which client i had cut i."""
     done = done._replace(plan=done.plan._replace(cuts=np.arange(len(done.plan.cuts))))
     state = State(done.round + 1, None, {built.planner.method: 1.0})  # pyright: ignore
     nobody = np.full(len(done.plan.cuts), -1)
@@ -256,15 +254,15 @@ def test_a_run_that_has_begun_needs_the_weights_it_began_with_no_more(tmp_path):
         later = parts.build(config, progress=reached)
     assert later.scaling == keras_weights.CENTRED == begun.scaling
     assert parts.inputs(later) == parts.inputs(begun)
-    assert f"{path} is gone; the run goes on without it" in later.notes
+    assert f"{path} is missing; the run goes on without it" in later.notes
     with small_world.world(create=models.create), pytest.raises(BadInput, match="no such file"):
         parts.build(dataclasses.replace(config, init_from=f"{path}.other"), progress=reached)
 
 
 @pytest.mark.parametrize(
     ("units", "classes", "line"),
-    [(8, 10, "classifier: from {}"), (8, 20, "classifier: fresh, {} has 20 classes"),
-     (7, 10, "classifier: fresh, {} has none")],
+    [(8, 10, "classifier: from {}"), (8, 20, "classifier: random weights, because {} has 20 classes"),
+     (7, 10, "classifier: random weights, because {} has none")],
 )  # fmt: skip
 def test_a_run_says_where_its_classifier_comes_from(units, classes, line, tmp_path):
     chain, _ = models.create("efficientnetv2-tiny", classes).split(units)

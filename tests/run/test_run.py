@@ -1,4 +1,4 @@
-"""`Run`: parts put together from Python, what it gives, and how it is saved."""
+"""`Run`: parts composed in Python, its results, and how it is saved."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ FLEET = sfl.fleet.random_fleet(9)
 
 
 class Flat(nn.Module):
-    """A unit without `train`, with initialisers and parameter names of its own."""
+    """A unit without `train`, with its own initialisers and parameter names."""
 
     features: int
 
@@ -50,7 +50,7 @@ def make(**changes):
 
 
 def trained(run, rounds):
-    """The run after so many rounds, with its lines without the machine's clocks."""
+    """The lines of these rounds without the machine's clocks."""
     return [line._replace(wall_s=0.0, client_samples_per_s=0.0) for line in run.rounds(rounds)]
 
 
@@ -92,7 +92,7 @@ def test_it_learns_and_says_how_well(done):
 
 
 def test_a_round_is_that_of_optax_and_flax(done):
-    """Of the first: each client alone, with the optimiser as its author writes it, and the mean of them."""
+    """The first round: each client alone, with the optimiser as its author writes it, and their mean."""
     run, start = make(), CHAIN.init(jax.random.key(4), jax.numpy.zeros((1, 6, 6, 1)))
     _, lines = done
     planned = run.plan()
@@ -140,7 +140,7 @@ def test_calls_of_rounds_add_up(done):
 
 
 def test_a_run_that_goes_on_computes_as_before(tmp_path):
-    """What was left open and was chosen by a measurement stays: another choice would round otherwise."""
+    """Choices that a measurement settled are kept, because other choices would round differently."""
     run = make(execution=sfl.Execution())
     trained(run, 1)
     assert run.parts.execution.left_open == ()

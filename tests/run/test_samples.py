@@ -1,4 +1,4 @@
-"""Samples that are no images: tokens and series, from arrays to a model that was trained."""
+"""Samples that are not images: tokens and series, from arrays to a trained model."""
 
 import jax
 import ml_dtypes
@@ -13,7 +13,7 @@ from sfl_jax.models import profile
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 120)
-TOKENS = RNG.integers(0, 6, (120, 7)) + 6 * LABELS[:, None]  # each class has words of its own
+TOKENS = RNG.integers(0, 6, (120, 7)) + 6 * LABELS[:, None]  # each class has its own words
 SERIES = (
     np.cumsum(RNG.normal(size=(120, 9, 2)) + LABELS[:, None, None] - 1, 1) / 3
 )  # which rise, fall or stay
@@ -64,7 +64,7 @@ def test_it_learns_and_counts_the_bits_of_what_is_stored(samples, first, bits):
     assert (lines[-1].test_accuracy or 0) > 0.6
     raw, labels = run.parts.terms.up_bits[0], 32
     assert raw == samples[0].size * bits + labels
-    logits = run.predict(samples[90:])  # of the type that was given
+    logits = run.predict(samples[90:])  # the given type
     assert run.evaluate().accuracy == pytest.approx((logits.argmax(1) == LABELS[90:]).mean())
     with pytest.raises(BadInput, match=r"^images: of shape \(30,\); must be \(N, "):
         run.predict(samples[90:, 0, ...].reshape(30, -1)[:, 0])

@@ -1,4 +1,4 @@
-"""Schemes and codecs in a `Run`: what is planned is what is trained, and what cannot be is refused."""
+"""Schemes and codecs in a `Run`: the plan is what is trained, and impossible combinations are refused."""
 
 import dataclasses
 
@@ -116,7 +116,7 @@ def test_bits_of_a_plan_are_those_of_the_messages():
 
 
 def protocol_of(run, number=0, **codecs):
-    """(the protocol's world in a round of a run that begins, the work of its clients, what is prepared)"""
+    """(the protocol's world in a run's first round, the work of its clients, the prepared round)"""
     parts, begun = run.parts, run.variables
     chain, prepared = parts.training.chain, rounds.prepare(run.parts, number)
     world = protocol.World(
@@ -150,7 +150,7 @@ def test_training_sends_what_the_codec_says():
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves([unit["params"] for unit in other]), strict=True)
         return max(float(np.abs(a - b).max()) for a, b in pairs)
 
-    # A number that rounding puts on the other side of a step moves by a step; the codec itself moves all.
+    # Rounding may move a number to the next step. The codec itself moves every number.
     assert apart(expected) < 0.1 * apart(plain)
 
 

@@ -27,7 +27,7 @@ L = len(CHAIN)
 
 
 class Case(NamedTuple):
-    """A scheme, and what the protocol does for it: (world, works, order, shared_state) -> Result."""
+    """A scheme, and its protocol: (world, works, order, shared_state) -> Result."""
 
     scheme: Any
     protocol: Any
@@ -225,7 +225,7 @@ def test_psl_chunks_change_nothing_but_rounding():
 
 
 def spoilt(case):
-    """(work in which the second client meets NaN at its second step, the samples with them)."""
+    """(work in which the second client meets NaN at its second step, the samples)."""
     _, samples = start()
     work, order = work_of(case)
     work = work._replace(steps=np.full_like(work.steps, 2))

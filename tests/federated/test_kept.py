@@ -69,6 +69,7 @@ def test_a_kept_program_needs_no_compiling_and_gives_the_same_bits(own_cache, be
     assert devices.program_bytes(again) == devices.program_bytes(first)
 
 
+@pytest.mark.slow
 def test_another_process_finds_it(own_cache):
     first, _ = compiled(own_cache)
     code = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sfl_jax import models
-from sfl_jax.federated.kept import surroundings
+from sfl_jax.federated.kept import code, surroundings
 from sfl_jax.files import whole_file
 from sfl_jax.models import Chain, Profile
 from sfl_jax.run.saving import described
@@ -60,4 +60,4 @@ def _written(costs: Profile, least: int | None) -> bytes:
 
 
 def _head(kept: bytes) -> bytes:
-    return hashlib.sha256(repr(surroundings()).encode() + kept).hexdigest().encode()
+    return hashlib.sha256(repr((code(), surroundings())).encode() + kept).hexdigest().encode()

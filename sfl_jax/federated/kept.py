@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
@@ -39,13 +39,12 @@ class Kept:
         self._directory = directory if jax.process_count() == 1 else None
         self._devices, self._facts = devices, facts
         self._begun: dict[str, Future[Any]] = {}
+        self._writing: list[Future[None]] = []
 
     def begin(self, name: str) -> None:
         """Load what is kept under `name` in a thread, before its arguments are known."""
         if self._directory is not None:
-            pool = ThreadPoolExecutor(1, f"loading the {name}")
-            self._begun[name] = pool.submit(self._read, name)
-            pool.shutdown(wait=False)
+            self._begun[name] = _in_thread(self._read, name)
 
     def compiled(self, name: str, program: Any, arguments: tuple[Any, ...], results: Any, *facts: Any) -> Any:
         """The jitted `program` as it is kept for arguments like these; else it is compiled and kept.
@@ -58,41 +57,60 @@ class Kept:
         made_from = _made_from(arguments, facts)
         if found := self._loaded(name, made_from, results):
             return found
-        with _compilations() as written:
-            found = program.lower(*arguments).compile()
+        lowered = program.lower(*arguments)
         # What JAX has from its own cache lacks kernels when it is written out again (CPU, jaxlib 0.10.2).
-        if written:
-            self._keep(name, made_from, found)
+        with _compilations() as written:
+            found = lowered.compile()
+        self._writing.append(_in_thread(self._keep, name, made_from, lowered, found if written else None))
         return found
+
+    def wait(self) -> None:
+        """Wait until what was compiled is on the disk."""
+        while self._writing:
+            self._writing.pop().result()
 
     def _loaded(self, name, made_from, results):
         begun = self._begun.pop(name, None)
         kept_from, program = begun.result() if begun else self._read(name)
         return Program(program, jax.tree.structure(results)) if kept_from == made_from else None
 
-    def _keep(self, name, made_from, program) -> None:
-        """Keep the compiled program, if JAX can write it out and the disk lets it."""
-        assert self._directory is not None
+    def _keep(self, name, made_from, lowered, program) -> None:
+        """Keep the compiled program, if JAX can write it out and the disk lets it. Where there is none, the
+        program in the file is kept for this code as well, if it says the same, word for word.
+        """
         with contextlib.suppress(Exception):  # as of devices whose programs cannot be written out
-            payload, takes, gives = serialize_executable.serialize(program)
-            kept = zlib.compress(payload, level=1)
-            counts = f"{takes.num_leaves} {gives.num_leaves}"
-            head = _MARK, self._here(), made_from, hashlib.sha256(kept).hexdigest(), counts
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with whole_file(self._path(name)) as file:
-                file.write("".join(f"{line}\n" for line in head).encode() + kept)
+            says = made_from, _sum(lowered.as_text())
+            if program is not None:
+                payload, takes, gives = serialize_executable.serialize(program)
+                counts = f"{takes.num_leaves} {gives.num_leaves}"
+                self._write(name, says, counts, zlib.compress(payload, level=1))
+            elif (found := self._found(name)) and (found.here, found.text) == (self._here(), says[1]):
+                self._write(name, says, found.counts, found.kept)
+
+    def _write(self, name, says, counts, kept) -> None:
+        assert self._directory is not None
+        head = _MARK, code(), self._here(), *says, hashlib.sha256(kept).hexdigest(), counts
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with whole_file(self._path(name)) as file:
+            file.write("".join(f"{line}\n" for line in head).encode() + kept)
+
+    def _found(self, name) -> "_Found | None":
+        """What is in the file, None where it is damaged."""
+        *head, kept = self._path(name).read_bytes().split(b"\n", 7)
+        mark, of_code, here, made_from, text, digest, counts = (line.decode() for line in head)
+        is_whole = mark == _MARK and digest == hashlib.sha256(kept).hexdigest()
+        return _Found(of_code, here, made_from, text, counts, kept) if is_whole else None
 
     def _read(self, name) -> tuple[str, Any]:
         """(what it was made from, the program of flat arguments and results); ("", None) in any doubt."""
         try:
-            mark, here, made_from, digest, counts, kept = self._path(name).read_bytes().split(b"\n", 5)
-            head = _MARK, self._here(), hashlib.sha256(kept).hexdigest()
-            if (mark.decode(), here.decode(), digest.decode()) != head:
+            found = self._found(name)
+            if found is None or (found.code, found.here) != (code(), self._here()):
                 return "", None
-            takes, gives = ([0] * int(count) for count in counts.split())
+            takes, gives = ([0] * int(count) for count in found.counts.split())
             trees = jax.tree.structure((tuple(takes), {})), jax.tree.structure(tuple(gives))
-            return made_from.decode(), serialize_executable.deserialize_and_load(
-                zlib.decompress(kept), *trees, self._devices[0].client, self._devices
+            return found.made_from, serialize_executable.deserialize_and_load(
+                zlib.decompress(found.kept), *trees, self._devices[0].client, self._devices
             )
         except Exception:  # a damaged file can fail in any way, and none of them matters
             return "", None
@@ -102,7 +120,7 @@ class Kept:
         return self._directory / f"{name}-{_sum(self._devices_said(), self._facts)[:32]}.program"
 
     def _here(self) -> str:
-        """A digest of all around that a program follows from."""
+        """A digest of what a program follows from besides the code and its arguments."""
         settings = [
             f"{name}={value}" for name, value in jax.config.values.items() if not name.startswith(_OF_CACHES)
         ]
@@ -111,6 +129,19 @@ class Kept:
 
     def _devices_said(self):
         return [(device.platform, device.device_kind, device.id) for device in self._devices]
+
+
+class _Found(NamedTuple):
+    """What a file says of its program, and the program: the code that it is of, digests of what else it
+    follows from and of its text, and how many arrays it takes and gives.
+    """
+
+    code: str
+    here: str
+    made_from: str
+    text: str
+    counts: str
+    kept: bytes
 
 
 class Program:
@@ -144,6 +175,13 @@ def _compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_listener(listen)
 
 
+def _in_thread(work, *given) -> Future[Any]:
+    pool = ThreadPoolExecutor(1, "kept programs")
+    future = pool.submit(work, *given)
+    pool.shutdown(wait=False)
+    return future
+
+
 def _made_from(arguments, facts) -> str:
     leaves, structure = jax.tree.flatten(arguments)
     shapes = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in leaves]
@@ -151,17 +189,22 @@ def _made_from(arguments, facts) -> str:
 
 
 @functools.cache
-def surroundings() -> tuple[str, ...]:
-    """Digests of this package's code and of the processor, and the releases of what a program is made by."""
-    package = Path(__file__).parent.parent
-    code = hashlib.sha256()
+def code() -> str:
+    """A digest of this package's code."""
+    package, total = Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+        total.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+@functools.cache
+def surroundings() -> tuple[str, ...]:
+    """A digest of the processor, and the releases of what a program is made by."""
     processor = platform.processor() + platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         lines = {line for line in file if line.startswith(("model name", "flags", "Features"))}
         processor = "".join(sorted(lines))
-    return code.hexdigest(), _sum(processor), *map(_release, _PACKAGES)
+    return _sum(processor), *map(_release, _PACKAGES)
 
 
 def _release(package: str) -> str:

@@ -43,7 +43,7 @@ def test_it_is_of_its_network_its_sizes_and_its_code(tmp_path, traced, monkeypat
     kept_profile.profile(tmp_path, CHAIN, (9, 9, 1), SHAPE)
     kept_profile.profile(tmp_path, models.create("mlp", 11), SHAPE, SHAPE)
     assert len(traced) == 4
-    monkeypatch.setattr(kept_profile, "surroundings", lambda: ("other code",))
+    monkeypatch.setattr(kept_profile, "code", lambda: "other code")
     kept_profile.profile(tmp_path, CHAIN, SHAPE, SHAPE)
     assert len(traced) == 5
 

@@ -37,6 +37,7 @@ def compiled(directory, facts=FACTS, given=None, begins=False):
     given = given or arguments()
     with CompileClock() as clock:
         program = mine.compiled("step", jax.jit(functools.partial(step)), given, given, *facts)
+        mine.wait()
     return program, clock.compilations > 0
 
 
@@ -86,7 +87,7 @@ def test_another_process_finds_it(own_cache):
 
 @pytest.mark.parametrize(
     "change",
-    ["facts", "shapes", "type", "structure", "code", "flags", "setting"],
+    ["facts", "shapes", "type", "structure", "code", "processor", "flags", "setting"],
 )
 def test_what_it_follows_from_makes_another_program(own_cache, monkeypatch, change):
     compiled(own_cache)
@@ -100,6 +101,8 @@ def test_what_it_follows_from_makes_another_program(own_cache, monkeypatch, chan
     elif change == "structure":
         given = {"a": given[0]["a"], "c": given[0]["b"]}, given[1]
     elif change == "code":
+        monkeypatch.setattr(kept, "code", lambda: "other")
+    elif change == "processor":
         monkeypatch.setattr(kept, "surroundings", lambda: ("another",))
     elif change == "flags":
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
@@ -108,7 +111,7 @@ def test_what_it_follows_from_makes_another_program(own_cache, monkeypatch, chan
     with jax.default_matmul_precision("highest" if change == "setting" else None):
         compiled(own_cache, facts, given)
     assert not loaded
-    if change in ("shapes", "type", "structure"):  # the rest JAX has in its own cache
+    if change in ("facts", "code", "shapes", "type", "structure"):
         compiled(own_cache, facts, given)
         assert loaded, "it has taken the place of the other"
 
@@ -143,6 +146,20 @@ def test_what_jax_had_in_its_own_cache_is_not_kept(own_cache):
     jax.clear_caches()
     assert compiled(own_cache)[1]
     assert not [*own_cache.iterdir()]
+
+
+def test_what_says_something_else_is_not_kept_on(own_cache, monkeypatch):
+    """Programs of one name and equal arguments, the second of which JAX has in its own cache."""
+    other = jax.jit(lambda tree, rate: (jax.tree.map(lambda x: x + rate, tree), rate))
+    given = arguments()
+    Kept(None, ()).compiled("step", other, given, given)
+    compiled(own_cache)
+    (file,) = own_cache.iterdir()
+    before = file.read_bytes()
+    mine = Kept(own_cache, jax.devices()[:1], "a network")
+    mine.compiled("step", other, given, given, "other")
+    mine.wait()
+    assert file.read_bytes() == before
 
 
 def test_without_a_place_nothing_is_kept():

@@ -15,7 +15,7 @@ import optax
 from sfl_jax import datasets, fleet, models, optim, planning, registry, schemes
 from sfl_jax.commands import compilation_cache, division, kept_profile
 from sfl_jax.commands.config import AUTO, Config, fields_of, validate
-from sfl_jax.commands.fields import DATA, FLEET, HARMLESS
+from sfl_jax.commands.fields import HARMLESS
 from sfl_jax.commands.rules import RANDOM
 from sfl_jax.datasets.images import preprocessing, squeezed
 from sfl_jax.digests import digest, digest_of_columns
@@ -33,11 +33,12 @@ from sfl_jax.run.parts import RIVALS, Parts, Say, silent
 from sfl_jax.run.schedules import schedule
 from sfl_jax.run.state import model_like
 
-# Settings of data and fleet that shape a compiled program, and other settings that do not.
-_SHAPES = ("augment", "dataset", "clients", "cohort_size", "partition")
+# What is data to a program, or does not reach it. Whatever else there is may be part of it.
 _NO_SHAPES = (
     "seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds", "decay_rate",
-    "decay_rounds", "layer_form",
+    "decay_rounds", "layer_form", "data_dir", "dirichlet_alpha", "min_samples", "shards_per_client",
+    "fleet", "server_flops", "method", "starts", "recall", "barrier", "rounding", "links", "coherence_s", "band", "drop_probability",
+    "jitter", "deadline_factor", "min_cut",
 )  # fmt: skip
 
 
@@ -392,8 +393,8 @@ def _program(config) -> str:
     """All settings that shape a compiled round, except how the devices compute it."""
     shapes = {
         field.name for field in fields_of("train")
-        if field.metadata["group"] not in (DATA, FLEET, *HARMLESS) and field.name not in _NO_SHAPES
-    }.union(_SHAPES)  # fmt: skip
+        if field.metadata["group"] not in HARMLESS and field.name not in _NO_SHAPES
+    }  # fmt: skip
     return ", ".join(f"{name}={getattr(config, name)}" for name in sorted(shapes))
 
 

@@ -241,7 +241,7 @@ class Evaluation:
 
     def bytes_needed(self, packed: PackedVariables, held_out: Samples) -> int:
         """The memory that it needs on each device, beside its arguments. Compiles it for later calls."""
-        return program_bytes(self._ready.compiled((packed, held_out), self._program, (0, 0)))
+        return program_bytes(self._ready.compiled((packed, held_out), self._program, (0, 0, 0)))
 
 
 def _are_placed(samples: Samples) -> bool:

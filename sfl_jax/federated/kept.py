@@ -53,14 +53,14 @@ class Kept:
         code, releases, devices, settings of JAX and XLA, and the shapes of its arguments.
         """
         if self._directory is None:
-            return program.lower(*arguments).compile()
+            return _as_said(program.lower(*arguments).compile(), results)
         made_from = _made_from(arguments, facts)
         if found := self._loaded(name, made_from, results):
             return found
         lowered = program.lower(*arguments)
         # What JAX has from its own cache lacks kernels when it is written out again (CPU, jaxlib 0.10.2).
         with _compilations() as written:
-            found = lowered.compile()
+            found = _as_said(lowered.compile(), results)
         self._writing.append(_in_thread(self._keep, name, made_from, lowered, found if written else None))
         return found
 
@@ -173,6 +173,12 @@ def _compilations() -> Iterator[list[str]]:
         yield noted
     finally:
         jax.monitoring.unregister_event_listener(listen)
+
+
+def _as_said(program, results):
+    """The program. A kept one is given back the tree of its results by whoever asks for it."""
+    assert program.out_tree == jax.tree.structure(results), (program.out_tree, results)
+    return program
 
 
 def _in_thread(work, *given) -> Future[Any]:

@@ -100,7 +100,9 @@ def made_with():
     """The arguments with which the network was last made. The reference's network replaces it."""
     asked = {}
 
-    def create(name, num_classes=10, in_channels=1, *, layer_form, dtype=None, drop_rate_scale=1.0, **_):
+    def create(
+        name, num_classes=10, in_channels=1, *, layer_form="product", dtype=None, drop_rate_scale=1.0, **_
+    ):
         asked.update(name=name, num_classes=num_classes, in_channels=in_channels)
         asked.update(layer_form=layer_form, dtype=dtype)
         return networks.dense(drop_rate_scale, num_classes)

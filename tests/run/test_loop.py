@@ -56,7 +56,7 @@ def test_everything_is_compiled_before_it_runs(compiled):
 
 
 def test_what_plans_a_round_is_compiled_while_the_data_are_read(compiled):
-    config = dataclasses.replace(CONFIG, cohort_size=4)  # shapes that nothing has compiled yet
+    config = dataclasses.replace(CONFIG, cohort_size=37)  # shapes that nothing has compiled yet
     prepare(compiled[0], 0)
     with metrics.CompileClock() as clock:
         meanwhile = parts._compile_plan_meanwhile(config, parts.planner(config), compiled[0].fleet)
@@ -64,7 +64,7 @@ def test_what_plans_a_round_is_compiled_while_the_data_are_read(compiled):
         meanwhile.result()
     assert clock.compilations >= 3  # the optimum, and those of the two rivals
     with metrics.CompileClock() as clock:
-        prepare(dataclasses.replace(compiled[0], cohort_size=4), 0)
+        prepare(dataclasses.replace(compiled[0], cohort_size=37), 0)
     assert clock.compilations == 0
     schemes = [dataclasses.replace(CONFIG, **change) for change in ({"codec": "int8"}, {"method": "greedy"})]
     assert all(

@@ -108,7 +108,7 @@ def parse(arguments: Sequence[str], command: str) -> Config:
     if strays:
         remedy = "a comment needs its own line, without blanks before its #"
         setting = "write each setting as --name=value"
-        raise BadInput(f"{strays[0]!r} is no flag; {remedy if strays[0].startswith('#') else setting}")
+        raise BadInput(f"{strays[0]!r} is not a flag; {remedy if strays[0].startswith('#') else setting}")
     given = {field.name: values[field.name].value for field in taken}
     return Config.from_dict(given | _shorter(given, _typed(arguments)), command)
 
@@ -143,7 +143,7 @@ def _unknown(error: flags.UnrecognizedFlagError, names: Sequence[str]) -> str:
         return f"--{error.flagname}: {wrong}"
     meant = SYNONYMS.get(error.flagname.lower().replace("-", "_"), "")
     if meant.partition(",")[0] in names:
-        return f"--{error.flagname}: no flag is called that; the name here is --{meant}"
+        return f"--{error.flagname}: is not a flag; the name here is --{meant}"
     return str(error)
 
 

@@ -52,7 +52,8 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
     coded = (config.codec, config.codec_down) != ("float32", "")
     if coded and config.bits_per_float != default.bits_per_float:
         raise BadInput(
-            f"--bits_per_float={config.bits_per_float}: --codec={config.codec} says how many bits are sent"
+            f"--bits_per_float={config.bits_per_float}: must be {default.bits_per_float} with"
+            f" --codec={config.codec}, which decides the bits"
         )
     if 0 <= config.max_cut < config.min_cut:
         raise BadInput(f"--max_cut={config.max_cut}: must be at least --min_cut={config.min_cut}")

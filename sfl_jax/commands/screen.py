@@ -163,7 +163,7 @@ def _count(number, noun):
 
 
 def is_perhaps_first(config: Config) -> bool:
-    """Whether this process will be the one that prints, as far as the flags and variables show."""
+    """Whether this process will be the one that prints, judging by flags and environment variables."""
     if config.process_id >= 0:
         return config.process_id == 0
     return all(os.environ.get(name, "0") == "0" for name in RANKS)

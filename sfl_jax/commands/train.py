@@ -77,7 +77,7 @@ def train(config: Config) -> int:
 
 def _too_large(config) -> str:
     if not config.clients_per_chunk:
-        return "--clients_per_chunk=0: as many as were chosen do not fit into the memory; try 1"
+        return "--clients_per_chunk=0: the chosen number does not fit into the memory; try 1"
     flag = "clients_per_chunk" if config.clients_per_chunk > 1 else "batch_size"
     value = getattr(config, flag)
     way_out = f"try {value // 2}" if value > 1 else "choose a smaller --image_size or --model"
@@ -97,10 +97,10 @@ def _train(config, stop, writes, say) -> int:
     # This also keeps the first process from writing while another still reads.
     processes.agree(
         progress.round if progress else -1,
-        f"--workdir={config.workdir}: must be one place for all processes, but they find other rounds in it",
+        f"--workdir={config.workdir}: must be one place for all processes, but they find different rounds",
     )
     if progress is not None and progress.round >= config.rounds:
-        say.result(f"--workdir={config.workdir}: done, all {progress.round} rounds; nothing was trained")
+        say.result(f"--workdir={config.workdir}: all {progress.round} rounds are done; nothing was trained")
         return 0
     if progress is not None:
         stop.keep(f"round {progress.round} of {config.rounds} is saved; {AGAIN}")
@@ -111,7 +111,7 @@ def _train(config, stop, writes, say) -> int:
     clock = metrics.Stopwatch(before_s)
     with metrics.CompileClock(compiled_s) as compiling:
         if config.warmup_rounds > config.rounds:
-            say(f"the learning rate rises to the last round: --warmup_rounds={config.warmup_rounds}")
+            say(f"the learning rate rises until the last round: --warmup_rounds={config.warmup_rounds}")
         built = parts.build(config, say, progress)
         for note in built.notes:
             say.result(note)

@@ -77,7 +77,7 @@ def host_bytes(root: Path = Path("/")) -> int:
 
 
 def _groups(root: Path, hierarchy: _Hierarchy) -> Iterator[Path]:
-    """The directories of this process's control group and of all groups above it, as far as they are visible.
+    """The directories of this process's control group and of all visible groups above it.
 
     In a container the mount may hold only its own group, whatever the path says.
     """

@@ -156,7 +156,7 @@ class Checkpoints:
         try:
             return _restore_model(path, like)
         except OtherForm as error:
-            raise BadInput(f"{path}: is no checkpoint of this network and release ({error})") from error
+            raise BadInput(f"{path}: is not a checkpoint of this network and release ({error})") from error
 
     def _write(self, model, progress):
         try:

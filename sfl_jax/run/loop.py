@@ -143,12 +143,12 @@ def _judge(parts, sent: Sent, outcome: Outcome) -> None:
         for id in outcome.diverged[outcome.diverged >= 0]
     ]
     if outcome.is_last(parts.training):
-        of_server = f"round {done.round + 1}: the step of the server is not finite"
+        of_server = f"round {done.round + 1}: the server's step is not finite"
         raise Diverged("; ".join(names) or of_server, sent.before._replace(model=sent.state.model))
     for name in names:
         logging.warning("%s; left out", name)
     if len(names) == outcome.came:
-        logging.warning("round %d: failed, no client's work is left; the model stays", done.round + 1)
+        logging.warning("round %d: no client's work is left; the model does not change", done.round + 1)
 
 
 def _add_clocks(clocks, method, done: Prepared) -> dict[str, Any]:

@@ -328,7 +328,7 @@ class Run:
         labels = np.asarray(labels)
         logits = self.predict(images)
         if labels.shape != logits.shape[:1]:
-            raise BadInput(f"labels: of shape {labels.shape}; must be one for each of {len(logits)} images")
+            raise BadInput(f"labels: have shape {labels.shape}; must be one for each of {len(logits)} images")
         losses = self.parts.training.loss(jnp.asarray(logits), jnp.asarray(labels))
         return Evaluated(
             float(np.asarray(losses, np.float64).mean()), float(self._metric(logits, labels).mean())

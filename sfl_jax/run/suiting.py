@@ -34,9 +34,9 @@ def devices_for(scheme: Scheme, count: int) -> list[Any]:
     if SEVERAL_DEVICES in scheme.allows:
         return federated_devices.choose_devices(count)
     if count > 1:
-        raise BadInput(f"devices={count}: scheme={scheme.name} computes on one device")
+        raise BadInput(f"devices={count}: must be 0 or 1 with scheme={scheme.name}")
     if jax.process_count() > 1:
-        raise BadInput(f"num_processes={jax.process_count()}: scheme={scheme.name} computes on one device")
+        raise BadInput(f"num_processes={jax.process_count()}: must be 1 with scheme={scheme.name}")
     return federated_devices.choose_devices(1)
 
 

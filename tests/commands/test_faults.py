@@ -90,7 +90,7 @@ def test_nobody_comes_the_model_stays_and_the_rounds_count_as_failed(tmp_path, c
     for line in lines(tmp_path):
         assert (line["clients"], line["train_loss"]) == (0, None)
         assert line["round_s"] > 0
-    failed = [f"round {number}: failed, no client's work is left; the model stays" for number in (1, 2, 3)]
+    failed = [f"round {number}: no client's work is left; the model does not change" for number in (1, 2, 3)]
     assert [message for message in caplog.messages if "failed" in message] == failed
     assert [*map(str.split, capsys.readouterr().out.splitlines())].count(
         ["failed", "rounds,", "without", "a", "client", "3"]

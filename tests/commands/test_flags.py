@@ -30,16 +30,16 @@ BAD = [
     (["--server_flops=1e400"], "--server_flops=inf: must be a finite number, above 0"),
     (["--method=best"], "--method=best: must be one of exact, "),
     (["--bathc_size=3"], "Did you mean: batch_size"),
-    (["stray"], "'stray' is no flag"),
-    (["--rounds=3", "--", "--rounds=4"], "'--rounds=4' is no flag"),
-    (["-"], "'-' is no flag"),
+    (["stray"], "'stray' is not a flag"),
+    (["--rounds=3", "--", "--rounds=4"], "'--rounds=4' is not a flag"),
+    (["-"], "'-' is not a flag"),
     (["--flagfile"], "--flagfile"),
     (["--flagfile=/no/such/file"], "--flagfile=/no/such/file: cannot be read (No such file or directory)"),
     ([f"--flagfile={sys.executable}"], "--flagfile: must be a text file"),
     (["--output=x"], "output"),  # belongs to another command
-    (["--lr=1"], "--lr: no flag is called that; the name here is --learning_rate"),
-    (["--num-rounds=3"], "--num-rounds: no flag is called that; the name here is --rounds"),
-    (["--epochs", "3"], "--epochs: no flag is called that; the name here is --local_epochs, or --rounds"),
+    (["--lr=1"], "--lr: is not a flag; the name here is --learning_rate"),
+    (["--num-rounds=3"], "--num-rounds: is not a flag; the name here is --rounds"),
+    (["--epochs", "3"], "--epochs: is not a flag; the name here is --local_epochs, or --rounds"),
     (["--optimizer=adamw"], "must be one of sgd, adam; adam with --weight_decay is AdamW"),
     (["--server_flops=20X"], "--server_flops=20X: must be a finite number, above 0"),
     (["--server_flops=G"], "--server_flops=G: must be a finite number"),
@@ -85,7 +85,7 @@ def test_a_stray_line_in_a_flagfile_is_refused(tmp_path, capsys):
     flagfile = tmp_path / "x.flags"
     flagfile.write_text("  # a comment\n")
     assert run([f"--flagfile={flagfile}"]) == 2
-    assert "'# a comment' is no flag; a comment needs its own line, without" in capsys.readouterr().err
+    assert "'# a comment' is not a flag; a comment needs its own line, without" in capsys.readouterr().err
     flagfile.write_text("rounds=7\n")
     assert run([f"--flagfile={flagfile}"]) == 2
     assert "rounds=7" in capsys.readouterr().err

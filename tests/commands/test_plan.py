@@ -287,7 +287,7 @@ BAD_FLAGS = [
     ("--starts=random", "--starts=random: needs --method=alternating"),
     ("--cohort_size=4", "cohort_size"),
     ("--eval_every=3", "eval_every"),
-    ("plan.json", "'plan.json' is no flag"),
+    ("plan.json", "'plan.json' is not a flag"),
 ]
 BAD_ROWS = [
     ("cam-1,1,1,1,1,1", "fleet.csv:5: column client"),

@@ -92,7 +92,7 @@ def test_a_finished_run_is_not_trained_again(run, capsys, monkeypatch):
     monkeypatch.setattr(parts, "build", lambda *_: pytest.fail("built"))
     before = (workdir / "metrics.jsonl").read_bytes()
     assert train.main([*SMALL, f"--workdir={workdir}"]) == 0
-    assert "done, all 3 rounds" in capsys.readouterr().out
+    assert "all 3 rounds are done" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -266,7 +266,7 @@ def test_too_little_memory_is_a_line_with_a_way_out(flag, line, tmp_path, monkey
 @pytest.mark.parametrize(
     ("chunk", "batch", "line"),
     [
-        (0, 32, "--clients_per_chunk=0: as many as were chosen do not fit into the memory; try 1"),
+        (0, 32, "--clients_per_chunk=0: the chosen number does not fit into the memory; try 1"),
         (9, 32, "--clients_per_chunk=9: does not fit into the memory; try 4"),
         (1, 32, "--batch_size=32: does not fit into the memory; try 16"),
         (1, 1, "--batch_size=1: does not fit into the memory; choose a smaller --image_size or --model"),
@@ -359,7 +359,7 @@ def test_the_table_counts_the_clients_of_all_rounds():
         (["--clients=70000"], r"--clients=70000: .*60000"),
         (["--server_flops=0"], r"--server_flops=0.0: must be .*above 0"),
         (["--devices=99"], r"--devices=99: must be 0 to"),
-        (["train"], r"'train' is no flag"),
+        (["train"], r"'train' is not a flag"),
         (["--fleet={fleet}"], r"--clients=600: must be 1, the clients of --fleet="),
         (["--fleet={dead}"], r"dead.csv:2: column uplink_bps: '0'"),
         (["--init_from=nowhere.h5"], r"--init_from=nowhere.h5: no such file"),

@@ -280,7 +280,7 @@ def test_a_damaged_one_is_replaced_and_does_not_count(copy, caplog):
 
 def test_another_network_is_refused(saved):
     like = jax.eval_shape(lambda: Model.of(jax.tree.map(lambda x: x[..., None], model(0).variables)))
-    with pytest.raises(BadInput, match=r"000005: is no checkpoint of this .*\] instead of \["):
+    with pytest.raises(BadInput, match=r"000005: is not a checkpoint of this .*\] instead of \["):
         Checkpoints(saved, keep=2).restore(progress(5), like)
 
 
@@ -328,7 +328,9 @@ def test_a_leaf_of_another_name_is_refused_although_its_form_is_the_same(names, 
     checkpoints.wait()
     same = checkpoints.restore(progress(2), {"params": packing.pack(units)})
     jax.tree.map(np.testing.assert_array_equal, same["params"].unpack(), units)
-    with pytest.raises(BadInput, match=rf"000002: is no checkpoint of this network and release \(.*{said}"):
+    with pytest.raises(
+        BadInput, match=rf"000002: is not a checkpoint of this network and release \(.*{said}"
+    ):
         checkpoints.restore(progress(2), {"params": packing.pack(renamed(units, **names))})
 
 

@@ -240,7 +240,7 @@ def test_what_is_asked_of_a_run_is_checked(done):
         (lambda: run.rounds(0), "rounds=0: must be an integer, at least 1"),
         (lambda: run.predict(np.zeros((2, 5, 5, 1), np.uint8)), r"images: of shape \(2, 5, 5, 1\)"),
         (lambda: run.predict(np.zeros((2, 6, 6, 1))), "images: of float64; must be uint8"),
-        (lambda: run.evaluate(DATA.test_images, [1, 2]), r"labels: of shape \(2,\)"),
+        (lambda: run.evaluate(DATA.test_images, [1, 2]), r"labels: have shape \(2,\)"),
     ):
         with pytest.raises(BadInput, match=line):
             ask()

@@ -157,7 +157,7 @@ def test_training_sends_what_the_codec_says():
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"scheme": "sl", "devices": 2}, "devices=2: scheme=sl computes on one device"),
+        ({"scheme": "sl", "devices": 2}, "devices=2: must be 0 or 1 with scheme=sl"),
         ({"scheme": "sl", "faults": sfl.Faults(deadline_factor=2.0)}, "deadline_factor=2: must be 0"),
         ({"scheme": "sl", "execution": sfl.Execution("auto", 3)}, "clients_per_chunk=3: must be 0 or 1 with"),
         ({"scheme": "psl", "planner": sfl.Planner(barrier="staged")}, "barrier=staged: must be session"),

@@ -37,8 +37,8 @@ from sfl_jax.run.state import model_like
 _NO_SHAPES = (
     "seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds", "decay_rate",
     "decay_rounds", "layer_form", "data_dir", "dirichlet_alpha", "min_samples", "shards_per_client",
-    "fleet", "server_flops", "method", "starts", "recall", "barrier", "rounding", "links", "coherence_s", "band", "drop_probability",
-    "jitter", "deadline_factor", "min_cut",
+    "fleet", "sampling", "availability", "server_flops", "method", "starts", "recall", "barrier", "rounding",
+    "links", "coherence_s", "band", "drop_probability", "jitter", "deadline_factor", "min_cut",
 )  # fmt: skip
 
 

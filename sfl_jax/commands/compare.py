@@ -121,10 +121,7 @@ def compare_clocks(config: Config) -> int:
         written = [Path(config.workdir) / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *columns), rows)
         compare_plot.write_clocks(written[1], accuracies, clocks, config)
-        say.result(
-            f"\n{report.table(clocks, accuracies, config.deadline_factor)}"
-            f"\nwritten: {', '.join(map(str, written))}"
-        )
+        say.result(f"\n{report.table(clocks, accuracies, config)}\nwritten: {', '.join(map(str, written))}")
         return 0
 
 

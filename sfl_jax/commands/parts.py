@@ -228,6 +228,11 @@ def scheme(config: Config) -> schemes.Scheme:
     return schemes.create(config.scheme, tail_units=config.tail_units, **own)
 
 
+def cuts_matter(config: Config) -> bool:
+    """Whether other cuts give other numbers: by the scheme, or by what the codec does at the cut."""
+    return scheme(config).cuts_matter or (config.codec, config.codec_down) != ("float32", "")
+
+
 def planner(config: Config) -> Planner:
     """How rounds are planned, under the scheme's clock."""
     own = Planner(

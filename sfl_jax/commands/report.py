@@ -45,7 +45,7 @@ def report(config: Config) -> int:
 
         found, note = _write(config.workdir, all_clocks)
         accuracies = [line.test_accuracy for line in recording.logged(config.workdir)]
-        shown = table(found, accuracies, run.deadline_factor)
+        shown = table(found, accuracies, run)
         say.result("\n".join(filter(None, [shown, note])))
         print(f"written: {Path(config.workdir) / NAME}")
         return 0
@@ -109,9 +109,9 @@ def _write(workdir, clocks_of):
     return found, note
 
 
-def table(clocks: Mapping[str, Any], accuracies: Sequence[float | None], deadline_factor: float) -> str:
+def table(clocks: Mapping[str, Any], accuracies: Sequence[float | None], config: Config) -> str:
     """The simulated time of every method, the run's own first, and what each sends, computes and holds."""
-    from sfl_jax.commands import totals
+    from sfl_jax.commands import parts, totals
 
     own, *_ = clocks
     times_s = {name: clock.seconds[-1] for name, clock in clocks.items()}
@@ -119,7 +119,7 @@ def table(clocks: Mapping[str, Any], accuracies: Sequence[float | None], deadlin
         (name, words.clock(time_s), "this plan" if name == own else words.beside(time_s, times_s[own]))
         for name, time_s in times_s.items()
     ]
-    note = words.whose_accuracy(deadline_factor)
+    note = words.whose_accuracy(config.deadline_factor, parts.cuts_matter(config))
     tables = totals.method_rows(clocks), totals.accuracy_rows(clocks, accuracies)
     more = "\n\n".join(map(totals.text, tables))
     return f"simulated time of every method\n{words.columns(rows)}\n  {note}\n\n{more}"

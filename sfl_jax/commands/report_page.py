@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sfl_jax.commands import totals, words
+from sfl_jax.commands import parts, totals, words
 from sfl_jax.commands.compare_plot import draw_bytes, draw_clocks
 from sfl_jax.commands.config import Config, settings
 from sfl_jax.run.clocks import Clock
@@ -56,7 +56,7 @@ def page(
         _table(_results(lines)),
         "<h2>Simulated time</h2>",
         "<p>How long training would have taken on this fleet, by the method that chooses cuts and shares;",
-        f"{words.whose_accuracy(config.deadline_factor)}.</p>",
+        f"{words.whose_accuracy(config.deadline_factor, parts.cuts_matter(config))}.</p>",
         _table(_times(clocks)), *([f"<p>{html.escape(note)}</p>"] if note else []),
         _wide(_pictures(config, lines, clocks)),
         "<h2>Bytes, work and memory</h2>",

@@ -44,8 +44,15 @@ def clock(seconds: float) -> str:
     )
 
 
-def whose_accuracy(deadline_factor: float) -> str:
-    """Says whether the run's accuracy holds for every method whose clock is shown."""
+def whose_accuracy(deadline_factor: float, cuts_matter: bool = False) -> str:
+    """Says whether the run's accuracy holds for every method whose clock is shown.
+
+    cuts_matter: whether other cuts give other numbers.
+    """
+    if cuts_matter:
+        return (
+            "the accuracy is that of this run's plans alone: this scheme or codec makes it depend on the cuts"
+        )
     if not deadline_factor:
         return "the accuracy is the same for all: a round's numbers do not depend on cuts and shares"
     return (

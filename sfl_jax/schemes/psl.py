@@ -44,6 +44,7 @@ class Psl(Scheme):
     keeps_state: bool = True
 
     name = "psl"
+    cuts_matter = False  # the largest cut of the run does, which is the same in every plan
 
     def __post_init__(self):
         if self.server_batch not in SERVER_BATCHES:

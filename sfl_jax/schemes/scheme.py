@@ -27,6 +27,7 @@ class Scheme:
     tail_units: int = 0
 
     name: ClassVar[str] = ""
+    cuts_matter: ClassVar[bool] = True  # whether other cuts give other numbers, with the identity codec
     has_order: ClassVar[bool] = False
 
     @property

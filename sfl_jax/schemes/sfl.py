@@ -14,6 +14,7 @@ class Sfl(Scheme):
     """
 
     name = "sfl"
+    cuts_matter = False
 
     @property
     def clock(self) -> str:

@@ -25,6 +25,7 @@ class Sl(Scheme):
     keeps_state: bool = True
 
     name = "sl"
+    cuts_matter = False
     has_order = True
 
     @property

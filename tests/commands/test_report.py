@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from sfl_jax import fleet
 from sfl_jax.commands import compare, parts, report, report_page, train, words
 from sfl_jax.commands import workdir as workdirs
+from sfl_jax.commands.config import Config
 from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
 from sfl_jax.planning import Planner, comparison
@@ -220,6 +221,12 @@ def test_other_inputs_refuse_what_is_made_of_nothing_else(name, reason, run):
         with pytest.raises(BadInput, match=reason):
             compare.compare_clocks(config)
     assert not (run / "clocks.csv").exists()
+
+
+def test_where_cuts_change_the_numbers_the_accuracy_is_that_of_the_plan():
+    changes = ({}, {"scheme": "psl"}, {"scheme": "sl"}, {"scheme": "sfl_v2"}, {"codec": "int8"})
+    assert [parts.cuts_matter(Config(**change)) for change in changes] == [False, False, False, True, True]
+    assert "depend on the cuts" in words.whose_accuracy(0.0, cuts_matter=True)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.5])

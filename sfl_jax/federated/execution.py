@@ -204,7 +204,7 @@ def _seconds_of_unit(chain, index, x, clients, devices):
 
 
 def _repeated(times, x):
-    """The array so many times, made by NumPy where it can: else every shape would be a program of its own."""
+    """The array repeated along a new axis, made by NumPy if possible: else every shape compiles a program."""
     return np.stack([x] * times) if isinstance(x, np.ndarray) else jnp.stack([x] * times)
 
 

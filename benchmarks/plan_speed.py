@@ -198,6 +198,31 @@ def _shared(terms, flops, band):
     return optim.solve_bandwidth(terms, flops, band, reference_hz=1.0)
 
 
+def server_memory(quick):
+    """The server's memory limited to a part of what the plan without a limit takes."""
+    rows = []
+    for clients in (100,) if quick else (100, 10_000):
+        for regime in REGIMES:
+            terms, server_flops = instance(clients, regime)
+            free = optim.solve(terms, server_flops)
+            taken = terms.server_bytes[free.cuts].sum()
+            for part in (0.7, 0.3, 0.05):
+                limit = float(int(part * taken))
+                staged = optim.solve(terms, server_flops, barrier="staged") if clients == 100 else None
+                calls = {"session": functools.partial(optim.solve_memory, terms, server_flops, limit)}
+                if staged is not None:
+                    calls["staged"] = functools.partial(optim.solve_staged_memory, terms, server_flops, limit)
+                for barrier, call in calls.items():
+                    plan, (wall_s,) = call(), seconds(call, repeats=max(1, 300 // clients))
+                    least_s = (free if barrier == "session" else staged).round_s
+                    rows.append(
+                        [clients, regime, f"{taken / 1e9:.3g}", f"{part:.0%}", barrier, f"{1e3 * wall_s:.0f}",
+                         f"{plan.gap:.0e}", f"{plan.round_s / least_s:.3f}"]
+                    )  # fmt: skip
+    header = ["K", "server", "GB taken", "limit", "barrier", "ms", "proven gap", "round / without limit"]
+    show("the server's memory limited", header, rows)
+
+
 def against_highs(quick):
     """The same problem as two mixed-integer programs, which bound it from below and from above."""
     clients, limit_s, rows = (10 if quick else 50), (5.0 if quick else 20.0), []
@@ -216,7 +241,10 @@ def against_highs(quick):
     show(f"HiGHS (stopped after {limit_s:g} s): bounds from below and from above", header, rows)
 
 
-PARTS = {part.__name__: part for part in (memory, command, speed, rounds, quality, problems, against_highs)}
+PARTS = {
+    part.__name__: part
+    for part in (memory, command, speed, rounds, quality, problems, server_memory, against_highs)
+}
 
 
 def main():

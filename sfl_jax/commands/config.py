@@ -158,6 +158,10 @@ class Config:
         path=True,
     )
     server_flops: float = flag(2e10, FLEET, PLANNING, "the server's compute, FLOP/s; 20G is 2e10", above=0)
+    server_memory_bytes: float = flag(
+        0.0, FLEET, ("train", "plan"), "the server's memory for copies of its half, one for each client of a "
+        "round, bytes; 8G is 8e9; 0: no limit", at_least=0,
+    )  # fmt: skip
     method: str = flag(
         "exact",
         FLEET,

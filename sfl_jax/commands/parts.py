@@ -114,8 +114,8 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
         functools.partial(_initial, config, chain, image_shape), own_scheme, own_planner, faults, image_shape,
         config.cohort_size, config.local_epochs, config.batch_size, rate(config), config.eval_every,
         config.seed, suiting.execution_for(own_scheme, execution(config), config.cohort_size), devices,
-        sampling=own_sampling, network=f"{config.model} at {config.image_size}",
-        program=f"{_program(config)}, {scaling}",
+        rivals=suiting.rivals_for(own_planner, RIVALS), sampling=own_sampling,
+        network=f"{config.model} at {config.image_size}", program=f"{_program(config)}, {scaling}",
     )  # fmt: skip
     return Built(config, parts, scaling, init_digest, tuple(notes))
 
@@ -238,6 +238,7 @@ def planner(config: Config) -> Planner:
     own = Planner(
         config.method, config.server_flops, config.min_cut, config.barrier, tuple(config.starts.split(",")),
         config.recall, config.rounding, config.links, config.coherence_s, config.band, config.seed,
+        server_memory_bytes=config.server_memory_bytes,
     )  # fmt: skip
     return suiting.planner_for(scheme(config), own)
 

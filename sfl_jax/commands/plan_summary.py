@@ -10,16 +10,31 @@ from sfl_jax.commands.config import Config
 from sfl_jax.commands.division import idle_columns
 from sfl_jax.commands.rules import ALTERNATING, RANDOM
 from sfl_jax.digests import digest_of_columns
-from sfl_jax.planning import TOGETHER, Gains, Planned, any_schedule_bound_s, binding, doubts, floor, seconds
+from sfl_jax.planning import (
+    TOGETHER,
+    Gains,
+    Planned,
+    any_schedule_bound_s,
+    binding,
+    doubts,
+    floor,
+    memory_gain_s,
+    seconds,
+    server_bytes,
+)
 
 ASSUMPTIONS = (
     "the parts of a session run one after the other, without overlap",
     "a share of the server is constant over the round, and speed is proportional to it (not with "
     "work_conserving)",
-    "the server has memory for a copy of its half for every client",
     "transfers start at once, at one rate for the whole round, and without round-trip time",
     "the model is sent to each client separately, and averaging takes no time",
     "at cut 0 the stored images go up in every epoch",
+)
+MEMORY = "the server has memory for a copy of its half for every client"
+WITHIN_MEMORY = (
+    "a copy of the server's half takes its parameters, their gradients, optimiser state and statistics, and"
+    " activations of a batch"
 )
 CONVENTION = "FLOP = 2 x multiply-accumulates, backward work counted from the trace"
 _ASKED = ("model", "image_size", "barrier", "method", "links", "band", "server_flops")
@@ -57,6 +72,7 @@ def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"])
         **({"cohorts": _of_cohorts(config, cohorts_s)} if len(cohorts_s) else {}),
         **({"starts": config.starts, "recall": config.recall} if config.method in ALTERNATING else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
+        **({"server_memory_bytes": config.server_memory_bytes} if config.server_memory_bytes else {}),
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
         "fleet": config.fleet,
@@ -64,7 +80,7 @@ def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"])
         "seed": config.seed,
         "sfl_jax": __version__,
         "convention": CONVENTION,
-        "assumptions": ASSUMPTIONS,
+        "assumptions": (*ASSUMPTIONS, WITHIN_MEMORY if config.server_memory_bytes else MEMORY),
     }
 
 
@@ -103,6 +119,8 @@ def summary(config: Config, planned: Planned, gains: Gains, cohorts_s: Float64[n
         ("+10 %", "of downlink for all", gains.downlink_s),
         ("+10 %", "of compute for all clients", gains.compute_s),
     ]  # fmt: skip
+    if config.server_memory_bytes:
+        more.append(("+10 %", "of memory of the server", memory_gain_s(planned)))
     more.sort(key=lambda each: -each[2])
     lines = [
         ("plan", f"{method}, {config.barrier} barrier, {_LINKS[config.links]}, {network}, {clients}"),
@@ -112,6 +130,7 @@ def summary(config: Config, planned: Planned, gains: Gains, cohorts_s: Float64[n
         *_bounds(planned),
         *([("in cohorts", _in_cohorts(config, cohorts_s))] if len(cohorts_s) else []),
         ("server", _server(planned, config.target_round_s)),
+        *([("memory", _memory(planned))] if config.server_memory_bytes else []),
         *([("band", _band(planned.plan))] if isinstance(planned.plan, optim.BandPlan) else []),
         ("cuts", _cuts(planned)),
         ("time", _time(planned)),
@@ -157,7 +176,8 @@ def _bounds(planned: Planned) -> list[tuple[str, str]]:
     plan, whatever_s = planned.plan, any_schedule_bound_s(planned)
     if planned.planner.method == "work_conserving":
         return [("bound", f"{plan.bound_s:.5g} s, proven for all cuts and every schedule; {_gap(plan.gap)}")]
-    lines = [("bound", f"{plan.bound_s:.5g} s, proven for all cuts and constant shares; {_gap(plan.gap)}")]
+    cuts = "all cuts that fit the memory" if planned.planner.server_memory_bytes else "all cuts"
+    lines = [("bound", f"{plan.bound_s:.5g} s, proven for {cuts} and constant shares; {_gap(plan.gap)}")]
     if whatever_s is not None:
         lines.append(("", f"{whatever_s:.5g} s, proven for every schedule: see --method=work_conserving"))
     return lines
@@ -176,6 +196,16 @@ def _server(planned: Planned, target_round_s: float) -> str:
     given = f"{shares.sum() / flops:.1%} of it given to {_count(served, 'client')}"
     alone = f"; {_count(len(shares) - served, 'client')} without a share" if served < len(shares) else ""
     return f"{flops:.4g} FLOP/s{smallest}, {given}{alone}"
+
+
+def _memory(planned: Planned) -> str:
+    taken, limit = server_bytes(planned), planned.planner.server_memory_bytes
+    copies = (
+        "copy of the server's half"
+        if (count := np.count_nonzero(taken)) == 1
+        else "copies of the server's half"
+    )
+    return f"{taken.sum() / 1e9:.4g} of {limit / 1e9:.4g} GB, taken by {count} {copies}"
 
 
 def _band(plan: optim.BandPlan) -> str:

@@ -90,6 +90,8 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
             f"--target_round_s={config.target_round_s}: needs"
             " --method=exact, --barrier=session and --band=fixed"
         )
+    if "target_round_s" in taken and config.target_round_s and config.server_memory_bytes:
+        raise BadInput(f"--target_round_s={config.target_round_s}: needs --server_memory_bytes=0")
     if not set(config.starts.split(",")) <= set(STARTS):
         raise BadInput(f"--starts={config.starts}: must be some of {', '.join(STARTS)}, with commas between")
     if config.starts != default.starts and config.method not in ALTERNATING:
@@ -110,6 +112,10 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
     if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
         raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
+    if config.server_memory_bytes and config.method not in ("exact", "no_split"):
+        raise BadInput(
+            f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"
+        )
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")

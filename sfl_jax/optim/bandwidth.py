@@ -81,7 +81,7 @@ def solve_bandwidth(
     clients, _ = terms.shape
     here = np.ones(clients, bool) if present is None else np.asarray(present, bool)
     up_hz, down_hz = np.broadcast_to(reference_hz, 2).tolist()
-    fixed_s, amounts, allowed = _demands(terms, (up_hz, down_hz), pooled=len(bands) == 1)
+    fixed_s, amounts, allowed = demands(terms, (up_hz, down_hz), pooled=len(bands) == 1)
     amounts = amounts / budgets[:, None, None]
     least = None if terms.energy is None else _least_parts(terms, terms.energy, up_hz / bands[0])
     open_to = allowed if least is None else allowed & (least <= 1)
@@ -122,7 +122,7 @@ def _least_parts(terms: Terms, energy: Energy, reference: float) -> Floats:
     return np.where((left_j > 0) | ((left_j == 0) & (sending_j <= 0)), least, np.inf)
 
 
-def _demands(terms: Terms, reference_hz: tuple[float, float], *, pooled: bool):
+def demands(terms: Terms, reference_hz: tuple[float, float], *, pooled: bool):
     """Seconds off all budgets (K, C), FLOP or Hz s of each budget (I, K, C), allowed (K, C) energy aside."""
     clients, count = terms.shape
     ones = np.ones(clients)
@@ -166,11 +166,7 @@ def joint(fixed_s, amounts, allowed, present, least=None):
 
     def polish(cuts):
         mine = chosen(cuts)
-
-        def reprice_fixed(_, prices):
-            return _normal(prices * jnp.sum(_parts(prices, *mine, present), axis=1))
-
-        parts = _parts(lax.fori_loop(0, _POLISH, reprice_fixed, prices), *mine, present)
+        parts = _settled(prices, *mine, present)
         if least is None:
             return _fitted(parts, *mine, present)
         floors = jnp.where(present, least[jnp.arange(clients), cuts], 0.0)
@@ -183,6 +179,25 @@ def joint(fixed_s, amounts, allowed, present, least=None):
 
 
 _compiled = jax.jit(joint)
+
+
+@jax.jit
+def plan_at(prices, fixed_s, amounts, present):
+    """Fixed columns: what they use of each budget (I,) at these prices, and their plan at settled ones.
+
+    The plan is parts (I, K), ends (K,) and round (). fixed_s: (K,) s.  amounts: (I, K).  present: (K,).
+    """
+    used = jnp.sum(_parts(prices, fixed_s, amounts, present), axis=1)
+    return used, _fitted(_settled(prices, fixed_s, amounts, present), fixed_s, amounts, present)
+
+
+def _settled(prices, fixed_s, amounts, present):
+    """The parts (I, K) of fixed columns at prices under which each budget is used up."""
+
+    def reprice(_, prices):
+        return _normal(prices * jnp.sum(_parts(prices, fixed_s, amounts, present), axis=1))
+
+    return _parts(lax.fori_loop(0, _POLISH, reprice, prices), fixed_s, amounts, present)
 
 
 def _squares(prices, amounts) -> Any:

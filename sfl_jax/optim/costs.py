@@ -100,6 +100,7 @@ class Terms(NamedTuple):
     down_bits: Floats  # (C,) gradient of the smashed data, per sample
     model_bits: Floats  # (C,) client half, sent once a round in each direction
     needed_bytes: Floats  # (C,) memory of the client half in training
+    server_bytes: Floats  # (C,) memory of the server half of one client in training
     permitted: NDArray[np.bool_]  # (C,) by min_cut and max_cut
     options: CutsAndCodecs | None = None  # None: column l is cut l
 

@@ -144,6 +144,7 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
         down_bits=smashed,
         model_bits=model,
         needed_bytes=np.interp(cuts, np.arange(last + 1), terms.needed_bytes),
+        server_bytes=np.interp(cuts, np.arange(last + 1), terms.server_bytes),
         permitted=(cuts >= open_to[0]) & (cuts <= open_to[-1]),
         options=None,
     )

@@ -141,6 +141,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
         down_bits=down_bits,
         model_bits=((parameters + state) * work.model_bits_per_float)[cut],
         needed_bytes=held[cut],
+        server_bytes=(held[-1] - held)[cut],
         permitted=(cut >= work.min_cut)
         & (cut <= (cut[-1] if work.max_cut is None else work.max_cut))
         & ((cut < top) | (cut == cut[-1])),

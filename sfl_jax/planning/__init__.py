@@ -13,7 +13,9 @@ from sfl_jax.planning.insight import (
     doubts,
     floor,
     gains,
+    memory_gain_s,
     seconds,
+    server_bytes,
     table,
 )
 from sfl_jax.planning.planner import (
@@ -31,10 +33,12 @@ from sfl_jax.planning.planner import (
     solve,
 )
 from sfl_jax.planning.turnout import Turnout, turnout
+from sfl_jax.planning.within_memory import METHODS as WITHIN_MEMORY
 
 __all__ = [
-    "COHORTS", "METHODS", "PLAN", "TOGETHER", "TRAINING", "Binding", "Floor", "Gains", "Planned", "Planner",
+    "COHORTS", "METHODS", "PLAN", "TOGETHER", "TRAINING", "WITHIN_MEMORY", "Binding", "Floor", "Gains",
+    "Planned", "Planner",
     "Served", "Turnout", "any_schedule_bound_s", "binding", "check_links", "check_rounds", "cohort_rounds_s",
-    "doubts", "floor", "gains", "linked", "round_key", "seconds", "serve", "smallest_server", "solve",
-    "table", "turnout",
+    "doubts", "floor", "gains", "linked", "memory_gain_s", "round_key", "seconds", "serve", "server_bytes",
+    "smallest_server", "solve", "table", "turnout",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int64
 from sfl_jax import fleet as fleets
 from sfl_jax import optim
 from sfl_jax.errors import BadInput
+from sfl_jax.planning import within_memory
 from sfl_jax.registry import BANDS, LINKS, METHODS
 
 # Folded into the seed's key, one per purpose. The network folds in unit indices, which are smaller.
@@ -36,6 +37,7 @@ class Planner:
         best parts of an uplink and of a downlink band.
       seed: for random plans and links.
       max_cut: the largest cut of any client; None is the number of units.
+      server_memory_bytes: the server's memory for copies of its half, one per client; 0 for no limit.
 
     Raises:
       BadInput: a value outside its range, or two values that exclude each other.
@@ -53,6 +55,7 @@ class Planner:
     band: str = "fixed"
     seed: int = 0
     max_cut: int | None = None
+    server_memory_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -71,6 +74,7 @@ class Planner:
             raise BadInput(f"method={WORK_CONSERVING}: needs barrier=session, not {self.barrier}")
         if self.band != "fixed" and (self.method, self.barrier) != ("exact", "session"):
             raise BadInput(f"band={self.band}: needs method=exact and barrier=session")
+        within_memory.check_planner(self)
 
     @property
     def links_vary(self) -> bool:
@@ -102,6 +106,9 @@ def check_rounds(
     best = {"uplink_bps": np.full(len(fleet), np.inf), "downlink_bps": np.full(len(fleet), np.inf)}
     terms = terms._replace(**best) if planner.links_vary else linked(planner, fleet, terms)
     usable = optim.servable(terms, planner.server_flops)
+    if within_memory.limits(planner):
+        cohorts = list(cohorts)
+        within_memory.check_cohorts(planner, terms, usable, cohorts)
     usable = usable[:, -1:] if planner.method == "no_split" else usable
     together = planner.method == "common_cut"
     if usable.all(axis=0).any() if together else usable.any(axis=1).all():
@@ -188,6 +195,8 @@ def solve(
 
 
 def _solve(planner, terms, round, present=None):
+    if within_memory.limits(planner):
+        return within_memory.solve(planner, terms, present)
     if planner.band != "fixed":
         equal = float(len(terms.samples))
         band = equal if planner.band == "pooled" else (equal, equal)

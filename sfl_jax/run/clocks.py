@@ -11,6 +11,7 @@ from sfl_jax.planning import Planner, comparison
 from sfl_jax.run.ledger import Ledger, columns, ledger
 from sfl_jax.run.parts import Parts
 from sfl_jax.run.rounds import cohort
+from sfl_jax.run.suiting import rivals_for
 
 
 class Clock(NamedTuple):
@@ -46,7 +47,8 @@ def own_clock(planner: Planner, lines: Sequence[Any]) -> dict[str, Clock]:
 
 def clocks(parts: Parts, rounds: int, rivals: Sequence[str] | None = None) -> dict[str, Clock]:
     """The clock of each method over a run's rounds. The run's own method comes first, then `rivals`, or every
-    method if `rivals` is None.
+    method if `rivals` is None. With a limited memory of the server, only methods that keep the limit are
+    among them.
 
     Without deadlines, training is the same under every method, so these clocks compare whole trainings. With
     deadlines the plan decides who comes in time, so each method would train differently. Then only the clocks
@@ -54,7 +56,7 @@ def clocks(parts: Parts, rounds: int, rivals: Sequence[str] | None = None) -> di
     """
     planner, factor = parts.planner, parts.faults.deadline_factor
     name = own_method(planner)
-    others = comparison.methods(planner.barrier) if rivals is None else rivals
+    others = rivals_for(planner, comparison.methods(planner.barrier) if rivals is None else rivals)
     names = [name, *(method for method in others if method != name)]
     rounds_s = np.full((len(names), rounds), np.inf)
     ledgers: list[list[Ledger | None]] = [[None] * rounds for _ in names]

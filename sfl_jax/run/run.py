@@ -135,6 +135,7 @@ class Run:
         scheme.check(len(chain))
         suiting.check_faults(scheme, faults, skip_diverged)
         planner = suiting.planner_for(scheme, planner)
+        suiting.check_rivals(planner, rivals)
         execution = suiting.execution_for(scheme, execution, cohort_size)
         most = scheme.max_cut(len(chain)) if planner.max_cut is None else planner.max_cut
         if most > scheme.max_cut(len(chain)):

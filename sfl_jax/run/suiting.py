@@ -12,7 +12,7 @@ from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.execution import AUTO, Execution
 from sfl_jax.federated.personal import LAYERS, STATISTICS, Personal
 from sfl_jax.fleet import Faults
-from sfl_jax.planning import Planner
+from sfl_jax.planning import WITHIN_MEMORY, Planner
 from sfl_jax.registry import BATCH_NORMS
 from sfl_jax.schemes import CHUNKS, DEADLINE, OWN_NORM, SEVERAL_DEVICES, Scheme
 
@@ -26,7 +26,29 @@ def planner_for(scheme: Scheme, planner: Planner) -> Planner:
     for name, wanted in (("barrier", "session"), ("band", "fixed")):
         if (value := getattr(planner, name)) != wanted:
             raise BadInput(f"{name}={value}: must be {wanted}; scheme={scheme.name} has its own clock")
+    if planner.server_memory_bytes:
+        raise BadInput(
+            f"server_memory_bytes={planner.server_memory_bytes:g}: needs scheme=sfl, where the server holds a"
+            f" half for every client, not {scheme.name}"
+        )
     return dataclasses.replace(planner, barrier=scheme.clock)
+
+
+def rivals_for(planner: Planner, rivals: Sequence[str]) -> tuple[str, ...]:
+    """The methods whose plans keep the planner's limits: within the server's memory, those that know it."""
+    if not planner.server_memory_bytes:
+        return tuple(rivals)
+    return tuple(name for name in rivals if name in WITHIN_MEMORY)
+
+
+def check_rivals(planner: Planner, rivals: Sequence[str]) -> None:
+    """BadInput for a rival whose plans do not keep the planner's limits."""
+    for name in rivals:
+        if name not in rivals_for(planner, rivals):
+            raise BadInput(
+                f"rivals: {name} does not know server_memory_bytes={planner.server_memory_bytes:g}; choose"
+                f" some of {', '.join(WITHIN_MEMORY)}"
+            )
 
 
 def devices_for(scheme: Scheme, count: int) -> list[Any]:

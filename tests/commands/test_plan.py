@@ -100,6 +100,26 @@ def test_plan_json_is_as_promised(here, capsys, method):
     assert sorted(os.listdir(here / "out")) == ["p.csv", "p.json"]
 
 
+def test_a_limited_memory_is_told_and_what_is_missing_refused(here, capsys):
+    assert run("--server_flops=1e10", "--output=p.json") == 0
+    free = json.loads((here / "p.json").read_text())
+    assert "server_memory_bytes" not in free
+    assert "memory      " not in capsys.readouterr().out
+    assert run("--server_flops=1e10", "--output=p.json", "--server_memory_bytes=12M") == 0
+    within, out = json.loads((here / "p.json").read_text()), capsys.readouterr().out
+    assert within["server_memory_bytes"] == 12e6
+    assert 0 < sum(client["server_bytes"] for client in within["clients"]) <= 12e6
+    assert within["round_s"] >= free["round_s"]
+    assert "of 0.012 GB, taken by 1 copy of the server's half" in out
+    assert "proven for all cuts that fit the memory" in out
+    assert "+10 %       of memory of the server: " in out
+    assert (here / "p.csv").read_text().startswith("client,cut,unit,share_flops,server_bytes,")
+    (here / "small.csv").write_text(FLEET.replace("1e9", "1e7"))
+    assert run("--server_flops=1e10", "--output=p.json", "--fleet=small.csv", "--server_memory_bytes=1M") == 2
+    words = "error: --fleet=small.csv: --server_memory_bytes=1e+06: 3 of 3 clients cannot train alone"
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["exact", "equal_shares"])
 def test_the_summary_says_who_holds_up_and_what_would_help(here, capsys, method):
     assert run("--server_flops=1e10", f"--method={method}") == 0

@@ -50,7 +50,7 @@ def fixed_cuts_round_s(fixed_s, demands, least=0.0):
 def test_round_and_bound_enclose_the_optimum_of_enumeration(band_hz, seed):
     terms, server_flops = terms_of(2, seed), 2e9
     plan = bandwidth.solve_bandwidth(terms, server_flops, band_hz, reference_hz=1.0)
-    fixed_s, amounts, allowed = bandwidth._demands(terms, (1.0, 1.0), pooled=band_hz == POOLED)
+    fixed_s, amounts, allowed = bandwidth.demands(terms, (1.0, 1.0), pooled=band_hz == POOLED)
     budgets = np.r_[server_flops, band_hz]
     rows = np.arange(2)
     optimum = min(
@@ -83,7 +83,7 @@ def test_energy_budgets_hold_at_the_part_of_the_band_that_is_given(band_hz, seed
     assert (joules(terms, plan) <= budget * (1 + 1e-12)).all()
     assert (joules(free, plan) > 0).all()
     budgets = np.r_[server_flops, band_hz]
-    fixed_s, amounts, allowed = bandwidth._demands(terms, (1.0, 1.0), pooled=band_hz == POOLED)
+    fixed_s, amounts, allowed = bandwidth.demands(terms, (1.0, 1.0), pooled=band_hz == POOLED)
     least = bandwidth._least_parts(terms, terms.energy, 1 / budgets[1])
     rows = np.arange(3)
     optimum = min(

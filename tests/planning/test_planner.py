@@ -351,7 +351,7 @@ def test_pull_under_a_shared_band_is_what_a_second_less_brings(tiny, band):
     who = planning.binding(shared)
     assert who.pull.sum() == pytest.approx(1)
     budgets = np.r_[TINY.server_flops, [12.0] if band == "pooled" else [12.0, 12.0]]
-    fixed_s, amounts, _ = bandwidth._demands(shared.terms, (1.0, 1.0), pooled=band == "pooled")
+    fixed_s, amounts, _ = bandwidth.demands(shared.terms, (1.0, 1.0), pooled=band == "pooled")
     rows, cuts = np.arange(12), shared.plan.cuts
     mine = amounts[:, rows, cuts] / budgets[:, None]
 

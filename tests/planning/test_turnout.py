@@ -17,7 +17,9 @@ def planned(before, server, after, barrier="session"):
     """
     before, server, after = (np.array(part, float) for part in (before, server, after))
     clients = len(before)
-    amounts = {name: np.zeros(1) for name in ("up_bits", "down_bits", "model_bits", "needed_bytes")}
+    amounts = {
+        name: np.zeros(1) for name in ("up_bits", "down_bits", "model_bits", "needed_bytes", "server_bytes")
+    }
     # Everything before the server is compute, everything after it is a download.
     terms = optim.Terms(
         samples=np.ones(clients), steps=np.ones(clients), flops=1 / before, uplink_bps=np.ones(clients),

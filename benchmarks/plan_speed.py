@@ -223,6 +223,34 @@ def server_memory(quick):
     show("the server's memory limited", header, rows)
 
 
+def several_servers(quick):
+    """Servers with links of their own, with and without a memory that binds; the first has half the compute."""
+    rows = []
+    for clients in (100,) if quick else (100, 10_000):
+        for regime in REGIMES:
+            for count, limited in ((2, False), (3, False), (3, True)):
+                terms, server_flops = instance(clients, regime)
+                rng = np.random.default_rng(1)
+                rates = [part[:, None] * np.exp(0.5 * rng.normal(size=(clients, count)))
+                         for part in (terms.uplink_bps, terms.downlink_bps)]  # fmt: skip
+                flops = server_flops * np.array([0.5, 0.3, 0.2])[:count]
+                servers = optim.Servers(flops, np.full(count, np.inf), *rates)
+                call = functools.partial(optim.solve_servers, terms, servers)
+                plan = call()
+                if limited:  # to half of what the plan takes of each without
+                    taken = np.bincount(plan.servers, terms.server_bytes[plan.cuts], count)
+                    servers = servers._replace(memory_bytes=np.floor(0.5 * taken))
+                    call = functools.partial(optim.solve_servers, terms, servers)
+                (wall_s,) = seconds(call, repeats=1)
+                plan, alone = call(), optim.solve(servers.terms(terms, 0), flops[0])
+                rows.append(
+                    [clients, regime, count, "half" if limited else "no limit", f"{wall_s:.2f}",
+                     f"{plan.gap:.0e}", f"{plan.round_s / alone.round_s:.3f}"]
+                )  # fmt: skip
+    header = ["K", "server", "servers", "memory", "s", "proven gap", "round / first server alone"]
+    show("several servers", header, rows)
+
+
 def against_highs(quick):
     """The same problem as two mixed-integer programs, which bound it from below and from above."""
     clients, limit_s, rows = (10 if quick else 50), (5.0 if quick else 20.0), []
@@ -243,7 +271,17 @@ def against_highs(quick):
 
 PARTS = {
     part.__name__: part
-    for part in (memory, command, speed, rounds, quality, problems, server_memory, against_highs)
+    for part in (
+        memory,
+        command,
+        speed,
+        rounds,
+        quality,
+        problems,
+        server_memory,
+        several_servers,
+        against_highs,
+    )
 }
 
 

@@ -158,6 +158,14 @@ class Config:
         path=True,
     )
     server_flops: float = flag(2e10, FLEET, PLANNING, "the server's compute, FLOP/s; 20G is 2e10", above=0)
+    servers: str = flag(
+        "", FLEET, ("train", "plan"), "with launch.plan, the path of a CSV file of several servers (server, "
+        "flops, memory_bytes); empty: one server, of --server_flops", path=True,
+    )  # fmt: skip
+    server_links: str = flag(
+        "", FLEET, ("plan",), "with --servers, the path of a CSV file of the links of each client to each "
+        "server (client, server, uplink_bps, downlink_bps); empty: the rates of the fleet", path=True,
+    )  # fmt: skip
     server_memory_bytes: float = flag(
         0.0, FLEET, ("train", "plan"), "the server's memory for copies of its half, one for each client of a "
         "round, bytes; 8G is 8e9; 0: no limit", at_least=0,

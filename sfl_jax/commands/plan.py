@@ -42,6 +42,14 @@ def plan(config: Config) -> None:
         if config.compilation_cache:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
+        if config.servers:
+            from sfl_jax.commands.servers_plan import told
+
+            several = told(config, reading and reading.result())
+            write_plan(output, several.head, several.table)
+            say.result(several.summary)
+            print(f"{'written':<11} {', '.join(map(str, written))}")
+            return
         config, planned = parts.planned(config, reading and reading.result())
         say("planning with more server, with faster links and clients, and in cohorts")
         cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)

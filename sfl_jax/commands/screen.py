@@ -150,7 +150,8 @@ def first_line(config: Config) -> str:
 def first_line_of_plan(config: Config) -> str:
     """What the plan will be, from its flags."""
     size = config.image_size
-    return f"{_clients(config)}, {config.model} at {size}x{size}, server {config.server_flops:g} FLOP/s"
+    server = f"servers of {config.servers}" if config.servers else f"server {config.server_flops:g} FLOP/s"
+    return f"{_clients(config)}, {config.model} at {size}x{size}, {server}"
 
 
 def _clients(config):

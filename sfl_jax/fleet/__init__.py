@@ -5,6 +5,7 @@ from sfl_jax.fleet.faults import Delays, Faults
 from sfl_jax.fleet.files import read_fleet, write_fleet
 from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, order, slowdowns
 from sfl_jax.fleet.sampling import Availability, Sampling, read_availability
+from sfl_jax.fleet.servers import ServerList, read_servers
 
 __all__ = [
     "Availability",
@@ -13,6 +14,7 @@ __all__ = [
     "Fleet",
     "Links",
     "Sampling",
+    "ServerList",
     "availability",
     "cohort",
     "fading_rates",
@@ -20,6 +22,7 @@ __all__ = [
     "random_fleet",
     "read_availability",
     "read_fleet",
+    "read_servers",
     "slowdowns",
     "write_fleet",
 ]

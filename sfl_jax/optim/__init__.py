@@ -11,6 +11,7 @@ from sfl_jax.optim.memory import check_fits, solve_memory
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
 from sfl_jax.optim.regression import Curve, Fit, fit_curves, relaxed
 from sfl_jax.optim.replay import at_bands, session_ends_s, slower
+from sfl_jax.optim.servers import Servers, ServersPlan, solve_servers
 from sfl_jax.optim.serving import any_schedule_bound_s, solve_serving
 from sfl_jax.optim.solve import METHODS, solve, solve_arrays
 from sfl_jax.optim.staged_memory import solve_staged_memory
@@ -34,6 +35,8 @@ __all__ = [
     "Seconds",
     "Sensitivity",
     "Server",
+    "Servers",
+    "ServersPlan",
     "Solution",
     "Terms",
     "UnitBytes",
@@ -56,6 +59,7 @@ __all__ = [
     "solve_band_memory",
     "solve_bandwidth",
     "solve_memory",
+    "solve_servers",
     "solve_serving",
     "solve_staged_memory",
     "terms",

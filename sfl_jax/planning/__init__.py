@@ -32,13 +32,22 @@ from sfl_jax.planning.planner import (
     smallest_server,
     solve,
 )
+from sfl_jax.planning.several import (
+    SeveralPlanned,
+    best_alone,
+    plan_servers,
+    server_gains_s,
+    several_bytes,
+    several_seconds,
+    several_table,
+)
 from sfl_jax.planning.turnout import Turnout, turnout
 from sfl_jax.planning.within_memory import METHODS as WITHIN_MEMORY
 
 __all__ = [
     "COHORTS", "METHODS", "PLAN", "TOGETHER", "TRAINING", "WITHIN_MEMORY", "Binding", "Floor", "Gains",
-    "Planned", "Planner",
-    "Served", "Turnout", "any_schedule_bound_s", "binding", "check_links", "check_rounds", "cohort_rounds_s",
-    "doubts", "floor", "gains", "linked", "memory_gain_s", "round_key", "seconds", "serve", "server_bytes",
-    "smallest_server", "solve", "table", "turnout",
+    "Planned", "Planner", "Served", "SeveralPlanned", "Turnout", "any_schedule_bound_s", "best_alone",
+    "binding", "check_links", "check_rounds", "cohort_rounds_s", "doubts", "floor", "gains", "linked",
+    "memory_gain_s", "plan_servers", "round_key", "seconds", "serve", "server_bytes", "server_gains_s",
+    "several_bytes", "several_seconds", "several_table", "smallest_server", "solve", "table", "turnout",
 ]  # fmt: skip

@@ -169,7 +169,7 @@ def serve(
             return Served(_solve(planner, terms, round, present), present, tuple(left_out))
         except optim.Infeasible as error:
             if not planner.links_vary or not error.clients:
-                raise BadInput(_named(error, fleet)) from error
+                raise BadInput(named(error, fleet)) from error
             present[list(error.clients)] = False
             left_out += _reasons(error, fleet)
         except BadInput:  # each client can be served, but not all together
@@ -191,7 +191,7 @@ def solve(
     try:
         return _solve(planner, terms, round)
     except optim.Infeasible as error:
-        raise BadInput(_named(error, fleet)) from error
+        raise BadInput(named(error, fleet)) from error
 
 
 def _solve(planner, terms, round, present=None):
@@ -219,10 +219,10 @@ def smallest_server(fleet: fleets.Fleet, terms: optim.Terms, target_round_s: flo
     try:
         return optim.smallest_server(terms, target_round_s).server_flops
     except optim.Infeasible as error:
-        raise BadInput(f"target_round_s={target_round_s:g}: {_named(error, fleet)}") from error
+        raise BadInput(f"target_round_s={target_round_s:g}: {named(error, fleet)}") from error
 
 
-def _named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:
+def named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:
     """The error's text with the clients' names instead of their indices."""
     reasons = _reasons(error, fleet)
     more = f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
@@ -230,5 +230,5 @@ def _named(error: optim.Infeasible, fleet: fleets.Fleet) -> str:
 
 
 def _reasons(error, fleet):
-    named = zip(fleet.client[list(error.clients)], error.reasons, strict=True)
-    return [f"client {client}: {reason}" for client, reason in named]
+    pairs = zip(fleet.client[list(error.clients)], error.reasons, strict=True)
+    return [f"client {client}: {reason}" for client, reason in pairs]

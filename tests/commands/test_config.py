@@ -21,7 +21,8 @@ REFUSED = [
     ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1e-9), ("learning_rate_schedule", "stairs"),
     ("warmup_rounds", -1), ("seed", -1), ("clients_per_chunk", -1), ("memory_budget_gib", -1.0),
     ("execution", "loop"),
-    ("server_memory_bytes", -1.0), ("layer_form", "fft"), ("compute_dtype", "int8"), ("devices", -1), ("eval_every", 0), ("workdir", " "),
+    ("server_memory_bytes", -1.0), ("servers", "no/such/servers.csv"),
+    ("layer_form", "fft"), ("compute_dtype", "int8"), ("devices", -1), ("eval_every", 0), ("workdir", " "),
     ("dataset", ""),
 ]  # fmt: skip
 

@@ -1,0 +1,143 @@
+"""The plan of several servers: what the terminal and plan.json tell of it."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sfl_jax import __version__, planning
+from sfl_jax.commands import parts
+from sfl_jax.commands.config import Config
+from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY, WITHIN_MEMORY, WORDS
+from sfl_jax.digests import digest_of_columns
+from sfl_jax.errors import BadInput
+from sfl_jax.fleet import Fleet, read_servers
+from sfl_jax.planning import SeveralPlanned
+
+_MOST_GAINS = 5  # servers for which 10 % more compute is tried
+_LISTED = 20  # clients that are listed one by one
+_ASKED = ("model", "image_size", "barrier", "method", "links", "band", "servers", "server_links")
+_OWN = (
+    "each client has one server for the whole round, with its links to that server",
+    "the servers average their models at the end of the round, in no time",
+)
+
+
+class Told(NamedTuple):
+    """What plan.json says before the clients, the table of the clients, and the lines for the terminal."""
+
+    head: dict[str, Any]
+    table: dict[str, Any]
+    summary: str
+
+
+def told(config: Config, file: Fleet | None) -> Told:
+    """Plans the fleet of `config` (`file`: its fleet file, read already) for the servers of its file."""
+    fleet, profile, terms = parts.read_terms(config, file)
+    try:
+        servers = read_servers(config.servers, fleet, config.server_links or None)
+    except BadInput as error:
+        flag = (
+            "server_links"
+            if config.server_links and f"{error}".startswith(config.server_links)
+            else "servers"
+        )
+        raise BadInput(f"--{flag}: {error}") from error
+    try:
+        planned = planning.plan_servers(profile, fleet, terms, servers)
+    except BadInput as error:
+        raise BadInput(f"--servers={config.servers}: {error}") from error
+    return Told(_head(config, planned), planning.several_table(planned), _summary(config, planned, terms))
+
+
+def _head(config: Config, planned: SeveralPlanned) -> dict[str, Any]:
+    plan, servers = planned.plan, planned.servers
+    by_server = zip(servers.server.tolist(), *(part.tolist() for part in _by_server(planned)), strict=True)
+    memory = WITHIN_MEMORY if np.isfinite(servers.memory_bytes).any() else MEMORY
+    return {
+        **{name: getattr(config, name) for name in _ASKED},
+        "round_s": plan.round_s,
+        "bound_s": plan.bound_s,
+        "iterations": plan.iterations,
+        "of_servers": [
+            {"server": name, "flops": flops, "memory_bytes": limit if np.isfinite(limit) else None,
+             "clients": clients, "share_flops": given, "server_bytes": taken}
+            for name, flops, limit, clients, given, taken in by_server
+        ],
+        "fleet": config.fleet,
+        "fleet_sha256": digest_of_columns(planned.fleet.columns()),
+        "seed": config.seed,
+        "sfl_jax": __version__,
+        "convention": CONVENTION,
+        "assumptions": (*(line for line in ASSUMPTIONS if "work_conserving" not in line), memory, *_OWN),
+    }  # fmt: skip
+
+
+def _by_server(planned: SeveralPlanned):
+    """FLOP/s, memory, clients, shares given and bytes taken; (E,) each."""
+    plan, servers = planned.plan, planned.servers
+    served = plan.servers[plan.shares > 0]
+    sums = (
+        np.bincount(plan.servers, part, len(servers))
+        for part in (plan.shares, planning.several_bytes(planned))
+    )
+    return servers.flops, servers.memory_bytes, np.bincount(served, minlength=len(servers)), *sums
+
+
+def _summary(config: Config, planned: SeveralPlanned, terms) -> str:
+    plan, servers = planned.plan, planned.servers
+    gap = f"optimal to {plan.gap:.0e}" if plan.gap < 1e-6 else f"at most {plan.gap:.2%} above it"
+    lines = [
+        ("plan", f"exact, session barrier, the links of each server, {config.model} at {config.image_size}x"
+         f"{config.image_size}, {len(planned.fleet)} clients, {len(servers)} servers"),
+        *(("units", doubt) for doubt in planning.doubts(planned.fleet)),
+        ("round", f"{plan.round_s:.5g} s"),
+        ("bound", f"{plan.bound_s:.5g} s, proven for all assignments, cuts and constant shares; this plan is"
+         f" {gap}"),
+        *(("server", line) for line in _of_servers(planned)),
+        ("cuts", f"{plan.cuts.min()} to {plan.cuts.max()} of 0 to {len(planned.profile.names)}"),
+        *_gains(planned, terms),
+        ("convention", CONVENTION),
+    ]  # fmt: skip
+    text = "\n".join(f"{name:<11} {text}" for name, text in lines)
+    return f"{text}\n\n{_clients(planned)}\n" if len(planned.fleet) <= _LISTED else text
+
+
+def _of_servers(planned: SeveralPlanned):
+    """A line for each server: what of its compute and memory is used, and by how many clients."""
+    for name, flops, limit, clients, given, taken in zip(
+        planned.servers.server, *_by_server(planned), strict=True
+    ):
+        memory = f"; {taken / 1e9:.4g} of {limit / 1e9:.4g} GB taken" if np.isfinite(limit) else ""
+        count = f"{clients} client{'' if clients == 1 else 's'}"
+        yield f"{name}: {flops:.4g} FLOP/s, {given / flops:.1%} of it given to {count}{memory}"
+
+
+def _gains(planned: SeveralPlanned, terms) -> list[tuple[str, str]]:
+    """What the servers bring together, and what more of one would."""
+    round_s, lines = planned.plan.round_s, []
+    if alone := planning.best_alone(planned, terms):
+        name, alone_s = planned.servers.server[alone[0]], alone[1]
+        lines.append(("one alone", f"{alone_s:.5g} s with {name} alone, the best of them"))
+    if len(planned.servers) <= _MOST_GAINS:
+        gains = zip(planned.servers.server, planning.server_gains_s(planned, terms), strict=True)
+        for name, gain_s in sorted(gains, key=lambda pair: -pair[1]):
+            is_gain = gain_s > planning.TOGETHER * round_s
+            change = f"{gain_s:.3g} s shorter ({gain_s / round_s:.1%})" if is_gain else "no change"
+            lines.append(("+10 %", f"of server {name}: {change}"))
+    return lines
+
+
+def _clients(planned: SeveralPlanned) -> str:
+    """A row for each client: its server, cut, share, seconds and the longest part of them."""
+    plan, seconds = planned.plan, planning.several_seconds(planned)._asdict()
+    names = planned.servers.server[plan.servers]
+    wide, wider = max(6, *map(len, planned.fleet.client)), max(6, *map(len, planned.servers.server))
+    rows = [f"{'client':<{wide}}  {'server':<{wider}}  {'cut':>3}{'share':>8}{'seconds':>11}  longest term"]
+    for k, client in enumerate(planned.fleet.client):
+        share = f"{plan.shares[k] / planned.servers.flops[plan.servers[k]]:.2%}"
+        longest = max(seconds, key=lambda term: seconds[term][k])
+        rows.append(
+            f"{client:<{wide}}  {names[k]:<{wider}}  {plan.cuts[k]:>3}{share:>8}{plan.client_s[k]:>11.4g}"
+            f"  {WORDS[longest]}, {seconds[longest][k]:.3g} s"
+        )
+    return "\n".join(rows)

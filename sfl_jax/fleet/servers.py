@@ -1,0 +1,158 @@
+"""servers.csv, one line per server, and links.csv, one line per link between a client and a server."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64, Shaped
+
+from sfl_jax.errors import BadInput
+from sfl_jax.fleet.clients import Fleet
+
+_SERVER_COLUMNS, _SERVER_REQUIRED = ("server", "flops", "memory_bytes"), ("server", "flops")
+_LINK_COLUMNS = ("client", "server", "uplink_bps", "downlink_bps")
+_NAMES = ("client", "server")
+_NAME_LENGTH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ServerList:
+    """E servers, and their links to K clients.
+
+    Attributes:
+      server: names, unique.
+      flops: FLOP/s of the server.
+      memory_bytes: its memory for copies of its half; inf where it is not limited.
+      uplink_bps, downlink_bps: bit/s of each client to and from each server; 0 where there is no link.
+    """
+
+    server: Shaped[np.ndarray, " E"]
+    flops: Float64[np.ndarray, " E"]
+    memory_bytes: Float64[np.ndarray, " E"]
+    uplink_bps: Float64[np.ndarray, "K E"]
+    downlink_bps: Float64[np.ndarray, "K E"]
+
+    def __len__(self) -> int:
+        return len(self.server)
+
+
+def read_servers(
+    path: str | os.PathLike[str], fleet: Fleet, links: str | os.PathLike[str] | None = None
+) -> ServerList:
+    """The servers of a CSV file, with the links of a fleet's clients to them.
+
+    The columns are `server`, `flops` and perhaps `memory_bytes`; an empty cell there is no limit. Without a
+    file of links each client has the rates of the fleet to every server. Such a file has the columns
+    `client`, `server`, `uplink_bps` and `downlink_bps`, and a line for each link. A client and a server
+    without a line have no link.
+
+    Raises:
+      BadInput: no such file, or a wrong format; the line is `path:LINE: column NAME: 'cell': must be …`.
+    """
+    path = Path(os.path.expanduser(path))
+    names: dict[str, int] = {}
+    flops, memory_bytes = [], []
+    for place, row in _rows(path, _SERVER_COLUMNS, _SERVER_REQUIRED):
+        name = _name(place, "server", row)
+        if name in names:
+            raise BadInput(f"{place}: column server: {name!r}: is also on line {names[name]}")
+        names[name] = int(place.rpartition(":")[2])
+        flops.append(_number(place, "flops", row["flops"]))
+        cell = row.get("memory_bytes", "")
+        memory_bytes.append(_number(place, "memory_bytes", cell) if cell else np.inf)
+    if not names:
+        raise BadInput(f"{path}: no servers; must have one line for each")
+    shape = len(fleet), len(names)
+    rates = [np.repeat(rate[:, None], shape[1], axis=1) for rate in (fleet.uplink_bps, fleet.downlink_bps)]
+    if links is not None:
+        rates = _read_links(Path(os.path.expanduser(links)), fleet.client.tolist(), list(names), path)
+    return ServerList(np.array(list(names)), np.array(flops), np.array(memory_bytes), *rates)
+
+
+def _read_links(
+    path: Path, clients: Sequence[str], servers: Sequence[str], servers_path: Path
+) -> list[np.ndarray]:
+    """Rates (K, E) up and down of a file of links, 0 where it has none."""
+    clients_at, servers_at = ({name: at for at, name in enumerate(names)} for names in (clients, servers))
+    rates = [np.zeros((len(clients), len(servers))) for _ in range(2)]
+    line_of: dict[tuple[int, int], str] = {}
+    for place, row in _rows(path, _LINK_COLUMNS, _LINK_COLUMNS):
+        pair = (
+            _known(place, "client", row, clients_at, "the fleet"),
+            _known(place, "server", row, servers_at, str(servers_path)),
+        )
+        if pair in line_of:
+            raise BadInput(f"{place}: this client and this server are also on line {line_of[pair]}")
+        line_of[pair] = place.rpartition(":")[2]
+        for rate, name in zip(rates, _LINK_COLUMNS[2:], strict=True):
+            rate[pair] = _number(place, name, row[name])
+    alone = ~rates[0].any(axis=1)
+    if alone.any():
+        raise BadInput(
+            f"{path}: client {clients[int(np.argmax(alone))]} has no line; must have a link to a server"
+        )
+    return rates
+
+
+def _rows(
+    path: Path, columns: Sequence[str], required: Sequence[str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The place and the cells of each line, blanks around cells removed."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: byte {error.object[error.start]:#04x}: must be UTF-8") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path}: {reason}; give the path of a CSV file") from error
+    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        header = [name.strip() for name in next(filter(None, rows), [])]
+        place = f"{path}:{max(rows.line_num, 1)}"
+        for at, name in enumerate(header):
+            if name not in columns:
+                raise BadInput(f"{place}: column {name!r}: must be one of {', '.join(columns)}")
+            if name in header[:at]:
+                raise BadInput(f"{place}: column {name}: must occur once")
+        for name in required:
+            if name not in header:
+                raise BadInput(f"{place}: column {name}: missing; must have {','.join(required)}")
+        for row in filter(None, rows):
+            place = f"{path}:{rows.line_num}"
+            if len(row) != len(header):
+                raise BadInput(f"{place}: {len(row)} cells; must be {len(header)}, as in the first line")
+            yield place, dict(zip(header, map(str.strip, row), strict=True))
+    except csv.Error as error:
+        raise BadInput(f"{path}:{rows.line_num}: not CSV ({error})") from error
+
+
+def _name(place: str, column: str, row: Mapping[str, str]) -> str:
+    name = row[column]
+    if not (1 <= len(name) <= _NAME_LENGTH and name.isprintable()):
+        raise BadInput(
+            f"{place}: column {column}: {name!r}: must be 1 to {_NAME_LENGTH} printable characters"
+        )
+    return name
+
+
+def _known(place: str, column: str, row: Mapping[str, str], known: Mapping[str, int], where: str) -> int:
+    """The place of a name among those that are known."""
+    name = _name(place, column, row)
+    if name not in known:
+        raise BadInput(f"{place}: column {column}: {name!r}: must be a {column} of {where}")
+    return known[name]
+
+
+def _number(place: str, column: str, cell: str) -> float:
+    """A positive number, as other programs read it too."""
+    try:
+        value = float(cell)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < np.inf or not cell.isascii() or "_" in cell:
+        raise BadInput(f"{place}: column {column}: {cell!r}: must be a positive number")
+    return value

@@ -1,0 +1,99 @@
+"""Plans of a fleet that several servers serve, and what they tell."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Shaped
+
+from sfl_jax import fleet as fleets
+from sfl_jax import models, optim
+from sfl_jax.errors import BadInput
+from sfl_jax.planning.insight import MORE
+from sfl_jax.planning.planner import named
+
+
+class SeveralPlanned(NamedTuple):
+    """A plan of several servers, and what it was made from. `terms` have the links that the plan uses."""
+
+    profile: models.Profile
+    fleet: fleets.Fleet
+    servers: fleets.ServerList
+    terms: optim.Terms
+    plan: optim.ServersPlan
+
+
+def plan_servers(
+    profile: models.Profile, fleet: fleets.Fleet, terms: optim.Terms, servers: fleets.ServerList
+) -> SeveralPlanned:
+    """Servers, cuts and shares of a round. BadInput names the clients that no server serves."""
+    own = _of_optim(servers)
+    plan = _solved(fleet, terms, own)
+    return SeveralPlanned(profile, fleet, servers, own.terms(terms, plan.servers), plan)
+
+
+def server_gains_s(planned: SeveralPlanned, terms: optim.Terms) -> Float64[np.ndarray, " E"]:
+    """Seconds by which the round would be shorter if one server had 10 % more compute, for each server.
+
+    A plan that is not proven optimal may differ from the next by chance, so none is less than 0.
+    """
+    gains = []
+    for e in range(len(planned.servers)):
+        faster = planned.servers.flops * np.where(np.arange(len(planned.servers)) == e, MORE, 1.0)
+        richer = dataclasses.replace(planned.servers, flops=faster)
+        gains.append(planned.plan.round_s - _solved(planned.fleet, terms, _of_optim(richer)).round_s)
+    return np.maximum(np.array(gains), 0.0)
+
+
+def best_alone(planned: SeveralPlanned, terms: optim.Terms) -> tuple[int, float] | None:
+    """The server that alone would give the shortest round, and that round; None where none can serve all."""
+    rounds_s = []
+    for e in range(len(planned.servers)):
+        one = optim.Servers(*(part[..., e : e + 1] for part in _of_optim(planned.servers)))
+        try:
+            rounds_s.append(optim.solve_servers(terms, one).round_s)
+        except BadInput:
+            rounds_s.append(np.inf)
+    best = int(np.argmin(rounds_s))
+    return (best, float(rounds_s[best])) if np.isfinite(rounds_s[best]) else None
+
+
+def several_seconds(planned: SeveralPlanned) -> optim.Seconds:
+    """Each client's seconds by term; (K,) each."""
+    plan = planned.plan
+    return planned.terms.seconds(planned.terms.columns(plan.cuts, plan.codecs), plan.shares)
+
+
+def several_bytes(planned: SeveralPlanned) -> Float64[np.ndarray, " K"]:
+    """The memory that each client's half takes on its server."""
+    return planned.terms.server_bytes[planned.terms.columns(planned.plan.cuts, planned.plan.codecs)]
+
+
+def several_table(planned: SeveralPlanned) -> dict[str, Shaped[np.ndarray, " K"]]:
+    """One row per client: client, cut, unit, share_flops, server, server_bytes, <term>_s …, client_s.
+
+    `unit` is the last unit that the client holds, "" at cut 0. A client that trains alone has the server over
+    which the model comes and goes.
+    """
+    plan, last_units = planned.plan, np.array(["", *planned.profile.names])
+    return {
+        "client": planned.fleet.client,
+        "cut": plan.cuts,
+        "unit": last_units[plan.cuts],
+        "share_flops": plan.shares,
+        "server": planned.servers.server[plan.servers],
+        "server_bytes": several_bytes(planned),
+        **{f"{name}_s": values for name, values in several_seconds(planned)._asdict().items()},
+        "client_s": plan.client_s,
+    }
+
+
+def _of_optim(servers: fleets.ServerList) -> optim.Servers:
+    return optim.Servers(servers.flops, servers.memory_bytes, servers.uplink_bps, servers.downlink_bps)
+
+
+def _solved(fleet, terms, servers) -> optim.ServersPlan:
+    try:
+        return optim.solve_servers(terms, servers)
+    except optim.Infeasible as error:
+        raise BadInput(named(error, fleet)) from error

@@ -224,7 +224,7 @@ def server_memory(quick):
 
 
 def several_servers(quick):
-    """Servers with links of their own, with and without a memory that binds; the first has half the compute."""
+    """Servers with their own links, with and without a memory that binds. The first has half the compute."""
     rows = []
     for clients in (100,) if quick else (100, 10_000):
         for regime in REGIMES:

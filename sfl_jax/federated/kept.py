@@ -3,8 +3,8 @@
 What is kept is a convenience. A file may be absent, cut off, of other code or of another machine. Then the
 program is compiled as if there were none, and the file is replaced.
 
-Such a file holds machine code, and JAX's loader unpickles what surrounds it. So it is trusted as much as JAX's own
-compilation cache, beside which it lies in the user's cache directory. Nothing from elsewhere is read this way.
+Such a file holds machine code, and JAX's loader unpickles what surrounds it. So it is trusted as JAX's own
+compilation cache is, beside which it lies in the user's cache directory. No other file is read this way.
 """
 
 import contextlib

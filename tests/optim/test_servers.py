@@ -110,7 +110,9 @@ def fullest(terms, of, time_s, seconds=20.0):
     within[places, np.arange(pairs)], within[:, -1] = needs[clients, places], -1
     answer = optimize.milp(
         np.append(np.zeros(pairs), 1.0), integrality=np.append(np.ones(pairs), 0.0),
-        constraints=[optimize.LinearConstraint(one_each, 1, 1), optimize.LinearConstraint(within, -np.inf, 0)],
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1), optimize.LinearConstraint(within, -np.inf, 0),
+        ],
         bounds=optimize.Bounds(0, np.append(np.ones(pairs), np.inf)), options={"time_limit": seconds},
     )  # fmt: skip
     return answer.mip_dual_bound, answer.fun

@@ -13,7 +13,15 @@ from sfl_jax.errors import BadInput
 from sfl_jax.models import Chain, Variables, keras_weights
 from sfl_jax.run import recording
 
-COMMANDS = {"workdir": "train", "init_from": "train", "data_dir": "train", "fleet": "plan", "output": "plan"}
+COMMANDS = {
+    "workdir": "train",
+    "init_from": "train",
+    "data_dir": "train",
+    "fleet": "plan",
+    "output": "plan",
+    "availability": "train",
+    "servers": "plan",
+}
 REFUSED = [
     ("gs://bucket/x.json", "must be a path on this machine; mount remote storage, e.g. with gcsfuse"),
     ("s3://bucket/x.json", "must be a path on this machine"),
@@ -72,9 +80,10 @@ def test_every_path_is_taken_as_it_is_meant(name, from_file, tmp_path, monkeypat
 
 def test_every_flag_that_holds_a_path_is_tried_here():
     """A new text flag must be added there or here."""
-    no_paths = {"dataset", "label_key", "starts", "coordinator_address", "codec", "codec_down"}
+    no_paths = {"dataset", "label_key", "starts", "coordinator_address", "codec", "codec_down", "augment"}
+    alone_refused = {"server_links"}  # it needs --servers
     fields = [f for f in dataclasses.fields(Config) if type(f.default) is str and "choices" not in f.metadata]
-    assert {f.name for f in fields if f.metadata.get("path")} == COMMANDS.keys()
+    assert {f.name for f in fields if f.metadata.get("path")} == COMMANDS.keys() | alone_refused
     assert {f.name for f in fields if not f.metadata.get("path")} == no_paths
 
 

@@ -17,6 +17,7 @@ from sfl_jax.commands import compilation_cache, division, kept_profile
 from sfl_jax.commands.config import AUTO, Config, fields_of, validate
 from sfl_jax.commands.fields import HARMLESS
 from sfl_jax.commands.rules import RANDOM
+from sfl_jax.datasets.augment import augmentation, check_images
 from sfl_jax.datasets.images import preprocessing, squeezed
 from sfl_jax.digests import digest, digest_of_columns
 from sfl_jax.errors import BadInput
@@ -77,7 +78,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
             "must be images (H, W, C)"
         )
     shares = division.divide(config, file, data.train_labels)
-    datasets.check_images(datasets.augmentation(config.augment, config.dataset), data.train_images.shape[1:])
+    check_images(augmentation(config.augment, config.dataset), data.train_images.shape[1:])
     notes = [
         *data.notes,
         *squeezed(config.image_size, *data.train_images.shape[1:3]),
@@ -326,7 +327,7 @@ def _training(config, chain, scaling):
         server_optimizer=server_optimizer(config), skip_diverged=config.on_divergence == "skip_client",
         scheme=scheme(config).engine(), tail_units=config.tail_units,
         codecs=wires.cut_codecs(codec_pairs(config)),
-        augment=datasets.augmentation(config.augment, config.dataset), proximal=config.proximal,
+        augment=augmentation(config.augment, config.dataset), proximal=config.proximal,
         clip_norm=config.clip_norm, reestimates=config.batch_norm == "reestimated",
         personal=suiting.personal_for(scheme(config), config.batch_norm, config.clients),
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """Data sets of images or other samples, their division among clients, and the batches of a round."""
 
 from sfl_jax.datasets.arrays import as_stored, check_splits, from_arrays
-from sfl_jax.datasets.augment import augmentation, check_images
 from sfl_jax.datasets.batches import batches, max_steps, session_steps
 from sfl_jax.datasets.dataset import Dataset
 from sfl_jax.datasets.loading import load
@@ -10,9 +9,7 @@ from sfl_jax.datasets.partition import partition
 __all__ = [
     "Dataset",
     "as_stored",
-    "augmentation",
     "batches",
-    "check_images",
     "check_splits",
     "from_arrays",
     "load",

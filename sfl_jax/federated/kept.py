@@ -39,7 +39,7 @@ class Kept:
 
     def __init__(self, directory: Path | None, devices: Sequence[Any], *facts: Any):
         # A program of several processes is loaded by all of them or by none, which one alone cannot know.
-        self._directory = directory if jax.process_count() == 1 else None
+        self._directory = directory if directory and jax.process_count() == 1 else None
         self._devices, self._facts = devices, facts
         self._begun: dict[str, Future[Any]] = {}
         self._writing: list[Future[None]] = []

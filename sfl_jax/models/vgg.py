@@ -3,6 +3,7 @@
 9,231,114 parameters for 10 classes of colour images.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -28,10 +29,9 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=HE, name="conv")(x)
-        norm: Any = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="bn")
-        if self.norm == "group":
-            norm = GroupNorm(epsilon=1e-5, name="bn")
-        x = nn.relu(norm(x))
+        norm = functools.partial(nn.BatchNorm, not train, momentum=0.9, dtype=self.dtype)
+        norm = GroupNorm if self.norm == "group" else norm
+        x = nn.relu(norm(epsilon=1e-5, name="bn")(x))
         return nn.max_pool(x, (2, 2), strides=(2, 2)) if self.is_pooled and min(x.shape[1:3]) > 1 else x
 
 

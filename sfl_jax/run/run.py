@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from sfl_jax import codecs, datasets, models, optim, planning, schemes
+from sfl_jax.datasets.augment import augmentation, check_images
 from sfl_jax.datasets.images import scaled
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import cores, optimizers
@@ -69,7 +70,7 @@ class Run:
       server_optimizer: an optax transformation that the server applies to the clients' mean change.
       sampling: draws the clients of each round, and knows when they are available.
       augment: changes the images of local steps at random. A text such as "shift:2+flip", see
-        `sfl_jax.datasets.augmentation`, or a function of stored images (B, ...) and a key.
+        `sfl_jax.datasets.augment.augmentation`, or a function of stored images (B, ...) and a key.
       proximal: FedProx's factor on the distance from the global parameters; 0 is none.
       clip_norm: the largest norm of a unit's gradient in a local step; 0 clips nothing.
       batch_norm: what happens to normalisation layers after a round. "averaged": they are averaged.
@@ -148,8 +149,8 @@ class Run:
         if execution.layer_form != "auto":
             chain = chain.in_form(execution.layer_form)
         stored = data.train_images.shape[1:]
-        augment = datasets.augmentation(augment) if isinstance(augment, str) else augment
-        datasets.check_images(augment, stored)
+        augment = augmentation(augment) if isinstance(augment, str) else augment
+        check_images(augment, stored)
         entering = entering_network(preprocess, data, 1)
         image_shape = entering.shape[1:]
         fresh = functools.partial(_fresh, chain, entering, seed)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfl_jax.datasets import augment, augmentation, check_images
+from sfl_jax.datasets import augment
+from sfl_jax.datasets.augment import augmentation, check_images
 from sfl_jax.errors import BadInput
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (64, 5, 6, 2), np.uint8)

@@ -44,11 +44,18 @@ def compiled(directory, facts=FACTS, given=None, begins=False):
 @pytest.fixture
 def own_cache(tmp_path):
     """JAX's own cache empty: what it holds is not kept by us."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path / "jax"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
     jax.experimental.compilation_cache.compilation_cache.reset_cache()
     yield tmp_path / "kept"
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
     jax.experimental.compilation_cache.compilation_cache.reset_cache()
 
 

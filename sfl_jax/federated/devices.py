@@ -135,7 +135,8 @@ class _Ready:
     def compiled(self, arguments: tuple[Any, ...], program: Any, results: Any) -> Any:
         """The program as it is kept, or else compiled, for the calls to come, and kept."""
         found = self._kept.compiled(self._name, program, arguments, results, *self._facts)
-        self._programs[_shapes(arguments)] = found
+        if jax.process_count() == 1:  # pmap takes the arrays of one process, its compiled program those of all
+            self._programs[_shapes(arguments)] = found
         return found
 
     def program(self, arguments: tuple[Any, ...], program: Any) -> Any:

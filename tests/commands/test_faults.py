@@ -91,7 +91,7 @@ def test_nobody_comes_the_model_stays_and_the_rounds_count_as_failed(tmp_path, c
         assert (line["clients"], line["train_loss"]) == (0, None)
         assert line["round_s"] > 0
     failed = [f"round {number}: no client's work is left; the model does not change" for number in (1, 2, 3)]
-    assert [message for message in caplog.messages if "failed" in message] == failed
+    assert [message for message in caplog.messages if "work is left" in message] == failed
     assert [*map(str.split, capsys.readouterr().out.splitlines())].count(
         ["failed", "rounds,", "without", "a", "client", "3"]
     ) == 1

@@ -135,7 +135,7 @@ class _Ready:
     def compiled(self, arguments: tuple[Any, ...], program: Any, results: Any) -> Any:
         """The program as it is kept, or else compiled, for the calls to come, and kept."""
         found = self._kept.compiled(self._name, program, arguments, results, *self._facts)
-        if jax.process_count() == 1:  # pmap takes the arrays of one process, its compiled program those of all
+        if jax.process_count() == 1:  # pmap takes one process's arrays; its compiled program, those of all
             self._programs[_shapes(arguments)] = found
         return found
 

@@ -104,7 +104,9 @@ def compile_rounds(
             break
         settled = smaller
     if held_out is not None:
-        like = state._replace(model=jax.tree.map(_like, state.model))  # the model is given to the first round
+        like = state
+        if processes.is_alone():  # the first round takes the model; several processes compile before it
+            like = state._replace(model=jax.tree.map(_like, state.model))
         fit = functools.partial(_fit_held_out, parts, evaluate, like, before_held_out, held_out)
         engine = engine._replace(testing=_meanwhile(fit))
     return dataclasses.replace(parts, execution=settled, training=training), engine

@@ -227,7 +227,7 @@ def test_weights_to_start_from_are_held_once(tmp_path, built):
         assert held_bytes() - before < model_bytes / 2
         state = start(own.parts)
         assert model_bytes <= held_bytes() - before < 1.5 * model_bytes
-        second = initial_model(own.parts)
+        second = jax.device_put(initial_model(own.parts))  # it is made on the host
         assert held_bytes() - before >= 2 * model_bytes
         for model in (state.model, second):
             jax.tree.map(np.testing.assert_array_equal, model.variables, given)

@@ -368,7 +368,7 @@ def test_joined_batches_are_separate_ones_where_samples_do_not_meet(world, tail_
 
 
 def test_a_cut_above_the_largest_is_refused(world):
-    with pytest.raises(ValueError, match=r"max_cut=1: the cuts of clients \[12\] are larger"):
+    with pytest.raises(ValueError, match=r"max_cut=1: clients \[12\] have larger cuts"):
         run_psl(world, cohort((1, 0, 2)), 1)
 
 

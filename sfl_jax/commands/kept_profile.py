@@ -1,4 +1,4 @@
-"""What a network costs, kept from one start to the next: tracing every unit takes a second or two."""
+"""Keeps the costs of a network from one start to the next, because tracing all units takes seconds."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from sfl_jax.run.saving import described
 def profile(
     directory: Path | None, chain: Chain, image_shape: tuple[int, ...], stored_shape: tuple[int, ...]
 ) -> tuple[Profile, int | None]:
-    """(`models.profile`, `models.least_normalised`) of the chain, looked up in `directory` first."""
+    """(`models.profile`, `models.least_normalised`) of the chain. They are looked up in `directory` first."""
     path = directory and directory / f"profile-{described(chain.units, image_shape, stored_shape)[:32]}.json"
     if path and (kept := _read(path)):
         return kept
@@ -32,7 +32,7 @@ def profile(
 
 
 def _read(path: Path) -> tuple[Profile, int | None] | None:
-    """What is kept there; None where nothing is, it is damaged, or other code or another release made it."""
+    """The content of the file. None if it is absent or damaged, or if other code or releases made it."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         head, kept = path.read_bytes().split(b"\n", 1)
         if head == _head(kept):
@@ -42,7 +42,7 @@ def _read(path: Path) -> tuple[Profile, int | None] | None:
 
 
 def _value(name: str, value: Any) -> Any:
-    """A field of Profile as it was before JSON made lists of it."""
+    """A field of Profile. JSON has turned its tuples and arrays into lists."""
     if name == "names":
         return tuple(value)
     if name == "shapes":

@@ -6,20 +6,23 @@ A run that is done is not trained again, so that a study that was interrupted go
 
 import itertools
 import json
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sfl_jax.commands import flags, words
-from sfl_jax.commands.interruption import INTERRUPTED
+from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
 from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
 TABLE, PICTURE = "study.json", "study.png"
+POLL_S = 0.1  # between two looks at a training
 USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=…] [--workdir=DIR] [flags of training]
 
 {about}
@@ -59,26 +62,26 @@ def study(
     ensure_writable(workdir, "workdir", workdir)
     ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
     ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
-    cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in _product(varied)]
-    refused = {str(case.directory): _refusal(case) for case in cases}
-    for case in cases:
-        if line := refused[str(case.directory)]:
-            print(f"left out: {_name(case.values)}: {line}", file=sys.stderr)
-    cases = [case for case in cases if not refused[str(case.directory)]]
+    combinations = itertools.product(*varied.values())
+    cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in combinations]
+    cases = [case for case in cases if _can_be_trained(case)]
     if not cases:
         raise BadInput("--vary: no combination can be trained")
-    failed = 0
+    done, failed = [], 0
     for number, case in enumerate(cases, 1):
         print(f"{number} of {len(cases)}: {_name(case.values)}", file=sys.stderr, flush=True)
         code = _train(case)
-        if code == INTERRUPTED:
-            print(f"interrupted; the same command goes on ({program('study')})", file=sys.stderr)
-            return INTERRUPTED
-        failed |= code
-    return failed or _write(varied, cases, workdir, targets)
+        if code == SAVED:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            return SAVED
+        failed = failed or code
+        done += [] if code else [case]
+    if done:
+        _write(varied, done, workdir, targets)
+    return failed
 
 
-def _write(varied, cases, workdir, targets) -> int:
+def _write(varied, cases, workdir, targets) -> None:
     from sfl_jax.commands import study_plot
     from sfl_jax.run import recording
 
@@ -90,7 +93,6 @@ def _write(varied, cases, workdir, targets) -> int:
     study_plot.write(Path(workdir, PICTURE), runs)
     print(table(rows, targets))
     print(f"written: {Path(workdir, TABLE)}, {Path(workdir, PICTURE)}")
-    return 0
 
 
 def summarised(
@@ -106,16 +108,19 @@ def summarised(
         groups.setdefault(key, []).append(measured(lines, targets))
     rows = []
     for key, found in groups.items():
-        means = {name: _mean([one[name] for one in found]) for name in found[0]}
-        spread = (
-            {f"{name}_sd": _sd([one[name] for one in found]) for name in found[0]} if len(found) > 1 else {}
-        )
-        rows.append({"settings": dict(key), "runs": len(found)} | means | spread)
+        values = {name: [one[name] for one in found] for name in found[0]}
+        row = {"settings": dict(key), "runs": len(found)}
+        row |= {name: _of_all(statistics.fmean, own) for name, own in values.items()}
+        if len(found) > 1:
+            row |= {f"{name}_sd": _of_all(statistics.stdev, own) for name, own in values.items()}
+        rows.append(row)
     return rows
 
 
 def measured(lines: Sequence[Any], targets: Sequence[float]) -> dict[str, float | None]:
     """What a run came to: accuracies, simulated seconds, bytes, and when each target was first reached."""
+    from sfl_jax.commands import totals
+
     tested = [line for line in lines if line.test_accuracy is not None]
     sums = sent_so_far(lines)
     found: dict[str, float | None] = {
@@ -127,11 +132,11 @@ def measured(lines: Sequence[Any], targets: Sequence[float]) -> dict[str, float 
         "wall_s": lines[-1].wall_s,
     }
     for target in targets:
-        first = next((line for line in tested if line.test_accuracy >= target), None)
-        known = first is not None
-        found[f"rounds_to_{target:g}"] = first.round if known else None
-        found[f"seconds_to_{target:g}"] = first.simulated_s if known else None
-        found[f"bytes_to_{target:g}"] = sums[first.round - 1] if known else None
+        place = totals.first_round([line.test_accuracy for line in lines], target)
+        known = place is not None
+        found[f"rounds_to_{target:g}"] = lines[place].round if known else None
+        found[f"seconds_to_{target:g}"] = lines[place].simulated_s if known else None
+        found[f"bytes_to_{target:g}"] = sums[place] if known else None
     return found
 
 
@@ -182,16 +187,9 @@ def _bytes(number):
     return words.NONE if number is None else words.amount(number, "B")
 
 
-def _mean(values):
-    """None where a run has no value: a mean over the others would flatter."""
-    return None if None in values else sum(values) / len(values)
-
-
-def _sd(values):
-    if None in values:
-        return None
-    mean = sum(values) / len(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+def _of_all(function, values):
+    """None if a run has no value: a mean over the others would flatter."""
+    return None if None in values else function(values)
 
 
 def _split(arguments):
@@ -228,10 +226,6 @@ def _accuracies(text: str) -> list[float]:
     return found
 
 
-def _product(varied):
-    return itertools.product(*varied.values())
-
-
 def _case(values: dict[str, str], rest: Sequence[str], workdir: str) -> Case:
     directory = Path(workdir) / _name(values).replace("/", "_")
     named = [flag for name, value in values.items() for flag in _flags_of(name, value)]
@@ -247,22 +241,35 @@ def _name(values):
     return ",".join(f"{name}={value}" for name, value in values.items())
 
 
-def _refusal(case: Case) -> str:
-    """Why the flags of a case are refused, before anything is trained; empty where they are not."""
+def _can_be_trained(case: Case) -> bool:
+    """Whether the flags of a case are good. A line says why they are not, before anything is trained."""
     try:
         flags.parse(case.flags, "train")
     except BadInput as error:
-        return str(error)
-    return ""
+        print(f"left out: {_name(case.values)}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _train(case: Case) -> int:
-    """The exit code of one training; what it says is in a file beside its directory."""
+    """The exit code of one training, SAVED if a signal ended it. A file beside its directory has its output.
+
+    A signal is passed on, and the training saves its round.
+    """
     log = case.directory.with_name(case.directory.name + ".log")
-    with log.open("wb") as file:
-        command = [sys.executable, "-m", "sfl_jax.commands.train", *case.flags]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if code not in (0, INTERRUPTED):
+    command = [sys.executable, "-m", "sfl_jax.commands.train", *case.flags]
+    with interruption() as stop, log.open("wb") as file:
+        stop.must_end_well("the round, which is saved")
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        was_told = False
+        while (code := child.poll()) is None:
+            if stop.asked and not was_told:
+                child.terminate()  # on a terminal it has heard Ctrl-C too, and this changes nothing
+                was_told = True
+            time.sleep(POLL_S)
+    if stop.asked or code in (INTERRUPTED, SAVED):
+        return SAVED
+    if code:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         print(f"failed with exit code {code}: {''.join(last)} ({log})", file=sys.stderr)
     return code

@@ -56,7 +56,7 @@ def evaluate(
     """(mean loss, mean metric, mean metric of each class) over samples in batches (N', B, ...).
 
     Samples with label -1 do not count. A class without samples is NaN. If logits are not (B, classes), there
-    are no classes. The means are NaN if any logit is not finite, because even then the largest names a class.
+    are no classes. All are NaN if any logit is not finite, because even then the largest names a class.
 
     Under `axis_name` the samples are one device's part, and the means are over all devices.
     """
@@ -71,7 +71,9 @@ def evaluate(
         right = jnp.where(counts, metric(logits, known), False)
         unsound = counts & ~jnp.isfinite(logits).all(-1)
         is_class = jax.nn.one_hot(labels, classes_of(logits), dtype=jnp.float32)
-        of_class = is_class.T @ right.astype(jnp.float32), is_class.sum(0)
+        # In full precision: a GPU would round a metric that is no 0 or 1.
+        rights = jnp.matmul(right.astype(jnp.float32), is_class, precision=lax.Precision.HIGHEST)
+        of_class = rights, is_class.sum(0)
         return jax.tree.map(jnp.add, sums, (loss, right.sum(), unsound.sum(), of_class)), None
 
     nothing = jnp.zeros((), jnp.int32)
@@ -84,8 +86,8 @@ def evaluate(
     sums, _ = lax.scan(add_batch, start, tuple(samples))
     sums = *sums, (samples.labels >= 0).sum()
     loss, correct, unsound, by_class, total = sums if axis_name is None else lax.psum(sums, axis_name)
-    total = jnp.where(unsound > 0, jnp.nan, total)
-    return loss / total, correct / total, by_class[0] / by_class[1]
+    total, of_class = (jnp.where(unsound > 0, jnp.nan, count) for count in (total, by_class[1]))
+    return loss / total, correct / total, by_class[0] / of_class
 
 
 def classes_of(logits: Any) -> int:

@@ -1,7 +1,7 @@
 """Compiled programs on disk, each with what it was made from. A later start neither traces nor compiles them.
 
-What is kept is a convenience. A file may be absent, cut off, of other code or of another machine. Then the
-program is compiled as if there were none, and the file is replaced.
+A kept program only saves time. Its file may be absent, damaged, or made by other code or on another machine.
+Then the program is compiled, and the file is replaced.
 
 Such a file holds machine code, and JAX's loader unpickles what surrounds it. So it is trusted as JAX's own
 compilation cache is, beside which it lies in the user's cache directory. No other file is read this way.
@@ -32,28 +32,28 @@ _OF_CACHES = "jax_compilation_cache", "jax_persistent_cache", "jax_enable_compil
 
 
 class Kept:
-    """Programs of these devices in a directory; None keeps nothing.
+    """The kept programs of some devices. Without a directory nothing is kept.
 
-    facts: what tells programs of one name apart, each with a file of its own.
+    facts: distinguish programs of one name. Each has its own file.
     """
 
     def __init__(self, directory: Path | None, devices: Sequence[Any], *facts: Any):
-        # A program of several processes is loaded by all of them or by none, which one alone cannot know.
+        # All of several processes must load a program, or none. One cannot know what the others found.
         self._directory = directory if directory and jax.process_count() == 1 else None
         self._devices, self._facts = devices, facts
         self._begun: dict[str, Future[Any]] = {}
         self._writing: list[Future[None]] = []
 
     def begin(self, name: str) -> None:
-        """Load what is kept under `name` in a thread, before its arguments are known."""
+        """Starts to load the program of a name in a thread, before its arguments are known."""
         if self._directory is not None:
             self._begun[name] = _in_thread(self._read, name)
 
     def compiled(self, name: str, program: Any, arguments: tuple[Any, ...], results: Any, *facts: Any) -> Any:
-        """The jitted `program` as it is kept for arguments like these; else it is compiled and kept.
+        """The kept program for arguments like these. If there is none, `program` is compiled and kept.
 
-        results: a tree like its results. facts: what it follows from besides what is looked up here, which is
-        code, releases, devices, settings of JAX and XLA, and the shapes of its arguments.
+        program: jitted. results: a tree like its results. facts: what the program depends on, besides code,
+        releases, devices, settings of JAX and XLA, and shapes of arguments, which are always compared.
         """
         if self._directory is None:
             return _as_said(program.lower(*arguments).compile(), results)
@@ -61,14 +61,14 @@ class Kept:
         if found := self._loaded(name, made_from, results):
             return found
         lowered = program.lower(*arguments)
-        # What JAX has from its own cache lacks kernels when it is written out again (CPU, jaxlib 0.10.2).
+        # A program from JAX's own cache lacks kernels when it is written out again (CPU, jaxlib 0.10.2).
         with _compilations() as written:
             found = _as_said(lowered.compile(), results)
         self._writing.append(_in_thread(self._keep, name, made_from, lowered, found if written else None))
         return found
 
     def wait(self) -> None:
-        """Wait until what was compiled is on the disk."""
+        """Waits until the compiled programs are on the disk."""
         while self._writing:
             self._writing.pop().result()
 
@@ -78,10 +78,11 @@ class Kept:
         return Program(program, jax.tree.structure(results)) if kept_from == made_from else None
 
     def _keep(self, name, made_from, lowered, program) -> None:
-        """Keep the compiled program, if JAX can write it out and the disk lets it. Where there is none, the
-        program in the file is kept for this code as well, if it says the same, word for word.
+        """Writes the compiled program, if JAX and the disk can.
+
+        Without a program, the file stays valid for this code if its program has the same text.
         """
-        with contextlib.suppress(Exception):  # as of devices whose programs cannot be written out
+        with contextlib.suppress(Exception):  # for example, devices whose programs cannot be written out
             says = made_from, _sum(lowered.as_text())
             if program is not None:
                 payload, takes, gives = serialize_executable.serialize(program)
@@ -98,14 +99,14 @@ class Kept:
             file.write("".join(f"{line}\n" for line in head).encode() + kept)
 
     def _found(self, name) -> "_Found | None":
-        """What is in the file, None where it is damaged."""
+        """The content of the file. None if it is damaged."""
         *head, kept = self._path(name).read_bytes().split(b"\n", 7)
         mark, of_code, here, made_from, text, digest, counts = (line.decode() for line in head)
         is_whole = mark == _MARK and digest == hashlib.sha256(kept).hexdigest()
         return _Found(of_code, here, made_from, text, counts, kept) if is_whole else None
 
     def _read(self, name) -> tuple[str, Any]:
-        """(what it was made from, the program of flat arguments and results); ("", None) in any doubt."""
+        """(what the program was made from, the program with flat arguments). ("", None) in any doubt."""
         try:
             found = self._found(name)
             if found is None or (found.code, found.here) != (code(), self._here()):
@@ -123,7 +124,7 @@ class Kept:
         return self._directory / f"{name}-{_sum(self._devices_said(), self._facts)[:32]}.program"
 
     def _here(self) -> str:
-        """A digest of what a program follows from besides the code and its arguments."""
+        """A digest of what a program depends on, beside the code and its arguments."""
         settings = [
             f"{name}={value}" for name, value in jax.config.values.items() if not name.startswith(_OF_CACHES)
         ]
@@ -135,8 +136,10 @@ class Kept:
 
 
 class _Found(NamedTuple):
-    """What a file says of its program, and the program: the code that it is of, digests of what else it
-    follows from and of its text, and how many arrays it takes and gives.
+    """The content of a file.
+
+    code: the digest of the code that made the program. here, made_from: digests of what else it depends on.
+    text: the digest of its text. counts: how many arrays it takes and returns. kept: the compressed program.
     """
 
     code: str
@@ -148,7 +151,7 @@ class _Found(NamedTuple):
 
 
 class Program:
-    """A program that was kept; what it takes and gives is flat in its file."""
+    """A kept program. In its file, arguments and results are flat."""
 
     def __init__(self, flat: Any, results: Any):
         self._flat, self._results = flat, results
@@ -163,7 +166,7 @@ NOTHING = Kept(None, ())
 
 @contextlib.contextmanager
 def _compilations() -> Iterator[list[str]]:
-    """While it lasts, notes what this thread compiled and JAX wrote to its own cache."""
+    """In this block, the list gets an entry for each program that this thread compiles and JAX caches."""
     noted: list[str] = []
     own = threading.get_ident()
 
@@ -179,7 +182,7 @@ def _compilations() -> Iterator[list[str]]:
 
 
 def _as_said(program, results):
-    """The program. A kept one is given back the tree of its results by whoever asks for it."""
+    """The program. Its results must have this tree, because a kept program gets the tree from its user."""
     assert program.out_tree == jax.tree.structure(results), (program.out_tree, results)
     return program
 
@@ -208,7 +211,7 @@ def code() -> str:
 
 @functools.cache
 def surroundings() -> tuple[str, ...]:
-    """A digest of the processor, and the releases of what a program is made by."""
+    """A digest of the processor, and the releases of the packages that make a program."""
     processor = platform.processor() + platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         lines = {line for line in file if line.startswith(("model name", "flags", "Features"))}

@@ -7,7 +7,6 @@ averaging. The adaptive ones divide by the root of a running second moment plus 
 
 import optax
 
-from sfl_jax.errors import BadInput
 from sfl_jax.registry import SERVER_OPTIMIZERS
 
 DECAY = 0.99  # of the second moment, the paper's beta 2
@@ -23,8 +22,6 @@ def create(
       rate: multiplies its steps. momentum: of sgd, and the decay of the first moment of adam and yogi.
       epsilon: the paper's tau; small values make it more adaptive.
     """
-    if name not in SERVER_OPTIMIZERS:
-        raise BadInput(f"server_optimizer={name}: must be one of {', '.join(SERVER_OPTIMIZERS)}")
     return SERVER_OPTIMIZERS[name](rate, momentum, epsilon)
 
 

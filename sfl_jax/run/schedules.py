@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-from sfl_jax.errors import BadInput
 from sfl_jax.registry import SCHEDULES
 
 
@@ -23,8 +22,6 @@ def schedule(
       warmup_rounds: the rate rises linearly over these, at most `rounds`; the rule counts from their end.
       decay_rate: exponential and step multiply the rate by it once in `decay_rounds` rounds.
     """
-    if name not in SCHEDULES:
-        raise BadInput(f"learning_rate_schedule={name}: must be one of {', '.join(SCHEDULES)}")
     warmup, rule = min(warmup_rounds, rounds), SCHEDULES[name]
 
     def at(round: int) -> float:

@@ -1,6 +1,9 @@
 """Many runs and one table: what is measured of a run by hand, what is refused, and a study end to end."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -88,3 +91,36 @@ def test_a_study_trains_what_can_be_trained_and_goes_on_where_it_stopped(tmp_pat
     before = (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes()
     assert study.main(flags) == 0
     assert (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_study_alone_saves_the_round_and_ends_both(tmp_path):
+    flags = ["--vary=seed=0,1", "--model=mlp", "--image_size=28", "--clients=20", "--cohort_size=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "sfl_jax.commands.study",
+        *flags,
+        "--rounds=5000",
+        f"--workdir={tmp_path}",
+    ]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "seed=0" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 1):
+        assert child.poll() is None
+        time.sleep(0.1)
+    child.terminate()
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert "stopping after the round, which is saved" in said
+    assert "interrupted; the same command goes on" in said
+    assert "is saved" in (tmp_path / "seed=0.log").read_text()
+    assert not (tmp_path / "seed=1").exists()
+
+
+def test_a_run_that_fails_leaves_the_others_in_the_table(tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr(study, "_train", lambda case: 3 if case.values["seed"] == "1" else 0)
+    monkeypatch.setattr(study, "_write", lambda varied, cases, *_: written.extend(cases))
+    assert study.main(["--vary=seed=0,1,2", f"--workdir={tmp_path}"]) == 3
+    assert [case.values["seed"] for case in written] == ["0", "2"]

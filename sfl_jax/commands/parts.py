@@ -295,9 +295,7 @@ def _wires(config, profile):
 
 def optimizer(config: Config) -> optimizers.LocalOptimizer:
     """The local optimiser with learning rate 1. Each round brings its own rate."""
-    if config.optimizer == "adam":
-        return optimizers.adam(config.momentum, weight_decay=config.weight_decay)
-    return optimizers.sgd(config.momentum, config.weight_decay)
+    return registry.OPTIMIZERS[config.optimizer](config.momentum, weight_decay=config.weight_decay)
 
 
 def server_optimizer(config: Config) -> optax.GradientTransformation | None:

@@ -376,6 +376,14 @@ class Config:
         choices=("stop", "skip_client"), harmless=True,
     )  # fmt: skip
     seed: int = flag(0, LEARNING, PLANNING, "seed of everything random", at_least=0)
+    seeds: str = flag(
+        "", LEARNING, ("train",), "several seeds, with commas between: one run for each, all computed in one "
+        "program; empty: one run with --seed",
+    )  # fmt: skip
+    learning_rates: str = flag(
+        "", LEARNING, ("train",), "several learning rates, with commas between: one run for each, as with "
+        "--seeds",
+    )  # fmt: skip
 
     clients_per_chunk: int = flag(
         0,

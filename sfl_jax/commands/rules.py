@@ -129,9 +129,26 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
             f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"
         )
     _check_servers(config, command, default)
+    for name, kind in (("seeds", int), ("learning_rates", float)):
+        if name in taken and getattr(config, name):
+            several(config, name, kind)
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")
+
+
+def several(config: Any, name: str, kind: type) -> list[Any]:
+    """The numbers of --seeds or --learning_rates. BadInput if one is not allowed, or is there twice."""
+    text = getattr(config, name)
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    good = numbers and all(0 <= number <= LARGEST_INT and (number or kind is int) for number in numbers)
+    if not good or len(set(numbers)) < len(numbers):
+        allowed = "integers, at least 0" if kind is int else "numbers above 0"
+        raise BadInput(f"--{name}={text}: must be {allowed}, each once, with commas between")
+    return numbers
 
 
 def _check_servers(config: Any, command: str, default: Any) -> None:

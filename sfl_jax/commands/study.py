@@ -1,7 +1,8 @@
 """Trains one run for each combination of some settings, and compares accuracy, simulated time and bytes.
 
 A run that is done is not trained again, so that a study that was interrupted goes on. Runs that differ in
---seed alone become one row, with mean and standard deviation.
+--seed alone become one row, with mean and standard deviation. They are computed in one program, as are runs
+that differ in --learning_rate.
 """
 
 import itertools
@@ -23,6 +24,10 @@ from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
 TABLE, PICTURE = "study.json", "study.png"
 POLL_S = 0.1  # between two looks at a training
+LISTS = {
+    "seed": "seeds",
+    "learning_rate": "learning_rates",
+}  # runs that differ in these alone are one program
 USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=…] [--workdir=DIR] [flags of training]
 
 {about}
@@ -45,6 +50,11 @@ class Case(NamedTuple):
     flags: list[str]
     directory: Path
 
+    @property
+    def group(self) -> dict[str, str]:
+        """The settings that vary, without those in which runs of one program may differ."""
+        return {name: value for name, value in self.values.items() if name not in LISTS}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
@@ -59,29 +69,40 @@ def study(
     varied: Mapping[str, Sequence[str]], rest: Sequence[str], workdir: str, targets: Sequence[float]
 ) -> int:
     """Trains all cases, then writes the table and the picture. Returns the exit code."""
-    ensure_writable(workdir, "workdir", workdir)
-    ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
-    ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
+    check(workdir)
     combinations = itertools.product(*varied.values())
     cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in combinations]
     cases = [case for case in cases if _can_be_trained(case)]
     if not cases:
         raise BadInput("--vary: no combination can be trained")
-    done, failed = [], 0
-    for number, case in enumerate(cases, 1):
-        print(f"{number} of {len(cases)}: {_name(case.values)}", file=sys.stderr, flush=True)
-        code = _train(case)
+    done, failed, number = [], 0, 0
+    for _, group in itertools.groupby(sorted(cases, key=_place(cases)), lambda case: case.group):
+        together = [*group]
+        names = "; ".join(named(case.values) for case in together)
+        print(f"{number + 1} of {len(cases)}: {names}", file=sys.stderr, flush=True)
+        number += len(together)
+        code = _train(together)
         if code == SAVED:
             print("interrupted; the same command goes on", file=sys.stderr)
             return SAVED
         failed = failed or code
-        done += [] if code else [case]
+        done += [] if code else together
     if done:
-        _write(varied, done, workdir, targets)
+        write(varied, done, workdir, targets)
     return failed
 
 
-def _write(varied, cases, workdir, targets) -> None:
+def check(workdir: str) -> None:
+    """BadInput if the table and the picture cannot be written, or would replace other files."""
+    ensure_writable(workdir, "workdir", workdir)
+    ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
+    ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
+
+
+def write(
+    varied: Mapping[str, Sequence[str]], cases: Sequence[Case], workdir: str, targets: Sequence[float]
+) -> None:
+    """Prints the table of the cases, and writes it and the picture into the workdir."""
     from sfl_jax.commands import study_plot
     from sfl_jax.run import recording
 
@@ -104,17 +125,37 @@ def summarised(
     """
     groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for values, lines in runs:
-        key = tuple((name, value) for name, value in values.items() if name != "seed")
-        groups.setdefault(key, []).append(measured(lines, targets))
+        groups.setdefault(_key(values), []).append(measured(lines, targets))
     rows = []
     for key, found in groups.items():
         values = {name: [one[name] for one in found] for name in found[0]}
         row = {"settings": dict(key), "runs": len(found)}
-        row |= {name: _of_all(statistics.fmean, own) for name, own in values.items()}
-        if len(found) > 1:
-            row |= {f"{name}_sd": _of_all(statistics.stdev, own) for name, own in values.items()}
+        row |= _with_spread(values)
+        row["by_round"] = _by_round([lines for own, lines in runs if _key(own) == key])
         rows.append(row)
     return rows
+
+
+def _key(values):
+    return tuple((name, value) for name, value in values.items() if name != "seed")
+
+
+def _with_spread(values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The mean of each list, and its standard deviation where it has several numbers."""
+    found = {name: _of_all(statistics.fmean, own) for name, own in values.items()}
+    if any(len(own) > 1 for own in values.values()):
+        found |= {f"{name}_sd": _of_all(statistics.stdev, own) for name, own in values.items()}
+    return found
+
+
+def _by_round(all_lines: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Means and standard deviations over the runs in each round that all of them tested."""
+    names = ("train_loss", "test_loss", "test_accuracy", "client_accuracy_worst", "simulated_s")
+    return [
+        {"round": lines[0].round} | _with_spread({n: [getattr(line, n) for line in lines] for n in names})
+        for lines in zip(*all_lines, strict=False)
+        if all(line.test_accuracy is not None for line in lines)
+    ]
 
 
 def measured(lines: Sequence[Any], targets: Sequence[float]) -> dict[str, float | None]:
@@ -204,6 +245,8 @@ def _split(arguments):
             setting, _, values = value.partition("=")
             if not setting or not all(values.split(",")) or setting in varied:
                 raise BadInput(f"--vary: {value!r}: must be NAME=VALUE,VALUE, each name once")
+            if setting in LISTS.values():
+                raise BadInput(f"--vary={setting}: must be --vary={setting[:-1]}")
             varied[setting] = values.split(",")
         elif name == "--workdir":
             workdir = value
@@ -213,10 +256,11 @@ def _split(arguments):
             rest.append(argument)
     if not varied:
         raise BadInput("--vary: missing; for example --vary=scheme=sfl,psl")
-    return varied, rest, workdir, _accuracies(targets)
+    return varied, rest, workdir, accuracies(targets)
 
 
-def _accuracies(text: str) -> list[float]:
+def accuracies(text: str) -> list[float]:
+    """The targets in a text. BadInput if one is not an accuracy."""
     try:
         found = [float(part) for part in text.split(",") if part]
     except ValueError:
@@ -227,9 +271,20 @@ def _accuracies(text: str) -> list[float]:
 
 
 def _case(values: dict[str, str], rest: Sequence[str], workdir: str) -> Case:
-    directory = Path(workdir) / _name(values).replace("/", "_")
-    named = [flag for name, value in values.items() for flag in _flags_of(name, value)]
-    return Case(values, [*rest, *named, f"--workdir={directory}"], directory)
+    own = [flag for name, value in values.items() for flag in _flags_of(name, value)]
+    case = Case(values, [], Path())
+    inner = {name: value for name, value in values.items() if name in LISTS}
+    names = [named(part).replace("/", "_") for part in (case.group, inner) if part]
+    directory = Path(workdir, *names)
+    return Case(values, [*rest, *own, f"--workdir={directory}"], directory)
+
+
+def _place(cases):
+    """Orders cases so that those of one group come together, and groups as they came."""
+    groups: list[dict[str, str]] = []
+    for case in cases:
+        groups += [] if case.group in groups else [case.group]
+    return lambda case: groups.index(case.group)
 
 
 def _flags_of(name, value):
@@ -237,7 +292,8 @@ def _flags_of(name, value):
     return [f"--{one}={value}" for one in names]
 
 
-def _name(values):
+def named(values: Mapping[str, str]) -> str:
+    """The name of a combination of settings, and of its directory."""
     return ",".join(f"{name}={value}" for name, value in values.items())
 
 
@@ -246,18 +302,20 @@ def _can_be_trained(case: Case) -> bool:
     try:
         flags.parse(case.flags, "train")
     except BadInput as error:
-        print(f"left out: {_name(case.values)}: {error}", file=sys.stderr)
+        print(f"left out: {named(case.values)}: {error}", file=sys.stderr)
         return False
     return True
 
 
-def _train(case: Case) -> int:
-    """The exit code of one training, SAVED if a signal ended it. A file beside its directory has its output.
+def _train(cases: Sequence[Case]) -> int:
+    """The exit code of one training of a group, SAVED if a signal ended it. A .log file has its output.
 
     A signal is passed on, and the training saves its round.
     """
-    log = case.directory.with_name(case.directory.name + ".log")
-    command = [sys.executable, "-m", "sfl_jax.commands.train", *case.flags]
+    directory = cases[0].directory
+    log = directory.with_name(f"{directory.name if len(cases) == 1 else 'runs'}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "sfl_jax.commands.train", *_flags_for(cases)]
     with interruption() as stop, log.open("wb") as file:
         stop.must_end_well("the round, which is saved")
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -273,6 +331,19 @@ def _train(case: Case) -> int:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         print(f"failed with exit code {code}: {''.join(last)} ({log})", file=sys.stderr)
     return code
+
+
+def _flags_for(cases: Sequence[Case]) -> list[str]:
+    """The flags that train a group in one program, each case in its own directory."""
+    first = cases[0]
+    if len(cases) == 1:
+        return first.flags
+    lists = {
+        name: dict.fromkeys(case.values[name] for case in cases) for name in LISTS if name in first.values
+    }
+    same = [flag for flag in first.flags[:-1] if flag.partition("=")[0].removeprefix("--") not in lists]
+    own = [f"--{LISTS[name]}={','.join(values)}" for name, values in lists.items()]
+    return [*same, *own, f"--workdir={first.directory.parent}"]
 
 
 def _usage() -> str:

@@ -14,7 +14,7 @@ from sfl_jax.commands.config import Config, as_flags, settings
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.commands.program import program
 from sfl_jax.commands.progress import with_progress
-from sfl_jax.commands.screen import first_line, is_perhaps_first, screen
+from sfl_jax.commands.screen import Screen, first_line, is_perhaps_first, screen
 from sfl_jax.errors import BadInput
 from sfl_jax.files import NotWritten, ensure_writable, locked
 
@@ -65,6 +65,10 @@ def train(config: Config) -> int:
             stack.enter_context(locked(config.workdir, "workdir", config.workdir))
         stack.enter_context(processes.together())
         try:
+            if config.seeds or config.learning_rates:
+                from sfl_jax.commands import train_together
+
+                return train_together.train(config, stop, say)
             return _train(config, stop, writes, say)
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -85,15 +89,11 @@ def _too_large(config) -> str:
 
 
 def _train(config, stop, writes, say) -> int:
-    from sfl_jax.commands import compilation_cache, division, parts, workdir
+    from sfl_jax.commands import compilation_cache, parts
     from sfl_jax.federated import processes
-    from sfl_jax.run import Run, metrics, recording
-    from sfl_jax.run.checkpoints import Checkpoints
+    from sfl_jax.run import metrics, recording
 
-    logging.set_verbosity(logging.FATAL)  # absl's; orbax also logs the tracebacks of errors that it raises
-    config, _ = division.settle(config)  # the comparison with the workdir's run needs this
-    checkpoints = Checkpoints(Path(config.workdir) / "checkpoints", config.keep)
-    progress = workdir.reached(config, checkpoints)
+    config, checkpoints, progress = found(config)
     # This also keeps the first process from writing while another still reads.
     processes.agree(
         progress.round if progress else -1,
@@ -112,38 +112,67 @@ def _train(config, stop, writes, say) -> int:
     with metrics.CompileClock(compiled_s) as compiling:
         if config.warmup_rounds > config.rounds:
             say(f"the learning rate rises until the last round: --warmup_rounds={config.warmup_rounds}")
-        built = parts.build(config, say, progress)
-        for note in built.notes:
-            say.result(note)
-        inputs, run = parts.inputs(built), Run.of(built.parts)
         notes = compilation_cache.notes() if config.compilation_cache else None
-        run.load(notes)
-        if progress is None:
-            say("drawing the first weights" if not config.init_from else f"reading {config.init_from}")
-            run.start()
-        else:
-            workdir.check_inputs(config, progress, inputs)
-            run.resume(checkpoints, progress)
-            say.result(f"--workdir={config.workdir}: going on after round {run.round} of {config.rounds}")
+        built, run = begun(config, checkpoints, progress, notes, say)
         before = parts.settled(progress.settings) if progress else None
         stop.may_end("measuring and compiling")
         run.compile(config.rounds, before, notes, say)
         config = parts.with_execution(config, run.parts.execution)
-        say.result(_how(run.parts))
-        saving = recording.Saving(
-            config.checkpoint_every_rounds, config.checkpoint_every_s, config.on_write_error == "stop"
-        )
+        say.result(how(run.parts))
         recorder = (
             recording.Recorder(
-                config.workdir, saving, settings(config, "train"), checkpoints, progress, clock, compiling
+                config.workdir, saving(config), settings(config, "train"), checkpoints, progress, clock,
+                compiling,
             )
             if writes
             else recording.Silent(clock, compiling)
-        )
+        )  # fmt: skip
         with contextlib.closing(recorder):
             stop.must_end_well("this round, which is saved")
-            recorder.begin(run.state, inputs, parts.network(built), environment(built, run.tried))
+            recorder.begin(
+                run.state, parts.inputs(built), parts.network(built), environment(built, run.tried)
+            )
             return _rounds(config, run, recorder, stop, say)
+
+
+def found(config: Config) -> tuple[Config, Any, Any]:
+    """(the settled settings, the checkpoints in the workdir, how far its run has come or None)."""
+    from sfl_jax.commands import division, workdir
+    from sfl_jax.run.checkpoints import Checkpoints
+
+    logging.set_verbosity(logging.FATAL)  # absl's; orbax also logs the tracebacks of errors that it raises
+    config, _ = division.settle(config)  # the comparison with the workdir's run needs this
+    checkpoints = Checkpoints(Path(config.workdir) / "checkpoints", config.keep)
+    return config, checkpoints, workdir.reached(config, checkpoints)
+
+
+def begun(config: Config, checkpoints: Any, progress: Any, notes: Any, say: Screen) -> tuple[Any, Any]:
+    """(what was built, the run with its state: drawn, or read from its checkpoint)."""
+    from sfl_jax.commands import parts, workdir
+    from sfl_jax.run import Run
+
+    built = parts.build(config, say, progress)
+    for note in built.notes:
+        say.result(note)
+    run = Run.of(built.parts)
+    run.load(notes)
+    if progress is None:
+        say("drawing the first weights" if not config.init_from else f"reading {config.init_from}")
+        run.start()
+    else:
+        workdir.check_inputs(config, progress, parts.inputs(built))
+        run.resume(checkpoints, progress)
+        say.result(f"--workdir={config.workdir}: going on after round {run.round} of {config.rounds}")
+    return built, run
+
+
+def saving(config: Config) -> Any:
+    """When and how strictly a run saves."""
+    from sfl_jax.run import recording
+
+    return recording.Saving(
+        config.checkpoint_every_rounds, config.checkpoint_every_s, config.on_write_error == "stop"
+    )
 
 
 def _rounds(config, run, recorder, stop, say) -> int:
@@ -193,11 +222,11 @@ def _rounds(config, run, recorder, stop, say) -> int:
     say.result(summary(config, run.state.simulated_s, last, clock_s, compile_s, *lines))
     if processes.is_first():
         say(f"drawing {report.NAME}")
-        say.result(_report(config, run.parts))
+        say.result(report_of(config, run.parts))
     return 0
 
 
-def _report(config, parts) -> str:
+def report_of(config: Config, parts: Any) -> str:
     """Where the page of the finished run is, or why there is none. Everything else is saved already."""
     from sfl_jax.commands import report
 
@@ -210,7 +239,7 @@ def _report(config, parts) -> str:
         return f"{path}: cannot be written ({reason}); {program('report')} writes it later"
 
 
-def _how(parts) -> str:
+def how(parts: Any) -> str:
     """A line that says how the devices compute this run."""
     devices, size = len(parts.devices), parts.execution.clients_per_chunk
     number = "one client after the other" if size == 1 else f"{size} clients at once"

@@ -61,7 +61,8 @@ def test_seeds_become_one_row_with_mean_and_deviation():
         (["--vary=seed=0,"], "must be NAME=VALUE,VALUE"),
         (["--vary=seed=0", "--vary=seed=1"], "must be NAME=VALUE,VALUE, each name once"),
         (["--vary=seed=0", "--targets=90"], "--targets=90: must be accuracies above 0 and at most 1"),
-        (["--vary=seeds=0,1"], "--vary: no combination can be trained"),
+        (["--vary=seedz=0,1"], "--vary: no combination can be trained"),
+        (["--vary=seeds=0,1"], "--vary=seeds: must be --vary=seed"),
     ],
 )
 def test_what_cannot_be_studied_is_refused_in_a_line(arguments, said, capsys, tmp_path):
@@ -114,13 +115,26 @@ def test_a_signal_to_the_study_alone_saves_the_round_and_ends_both(tmp_path):
     assert child.returncode == 75
     assert "stopping after the round, which is saved" in said
     assert "interrupted; the same command goes on" in said
-    assert "is saved" in (tmp_path / "seed=0.log").read_text()
-    assert not (tmp_path / "seed=1").exists()
+    assert "rounds are saved" in (tmp_path / "runs.log").read_text()
 
 
 def test_a_run_that_fails_leaves_the_others_in_the_table(tmp_path, monkeypatch, capsys):
     written = []
-    monkeypatch.setattr(study, "_train", lambda case: 3 if case.values["seed"] == "1" else 0)
-    monkeypatch.setattr(study, "_write", lambda varied, cases, *_: written.extend(cases))
-    assert study.main(["--vary=seed=0,1,2", f"--workdir={tmp_path}"]) == 3
-    assert [case.values["seed"] for case in written] == ["0", "2"]
+    monkeypatch.setattr(study, "_train", lambda cases: 3 if cases[0].values["codec"] == "int8" else 0)
+    monkeypatch.setattr(study, "write", lambda varied, cases, *_: written.extend(cases))
+    assert study.main(["--vary=codec=float32,int8,int4", f"--workdir={tmp_path}"]) == 3
+    assert [case.values["codec"] for case in written] == ["float32", "int4"]
+
+
+def test_runs_that_differ_in_seed_and_rate_are_trained_in_one_program(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(study, "_train", lambda cases: trained.append(cases) or 3)
+    vary = ["--vary=seed=0,1", "--vary=codec=int8,int4", "--vary=learning_rate=0.1,0.2"]
+    study.main([*vary, "--model=mlp", "--seed=3", f"--workdir={tmp_path}"])
+    assert [len(cases) for cases in trained] == [4, 4]
+    assert trained[1][0].directory == tmp_path / "codec=int4" / "seed=0,learning_rate=0.1"
+    flags = study._flags_for(trained[1])
+    assert flags == [
+        "--model=mlp", "--codec=int4", "--seeds=0,1", "--learning_rates=0.1,0.2",
+        f"--workdir={tmp_path}/codec=int4",
+    ]  # fmt: skip

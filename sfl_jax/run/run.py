@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,7 +263,7 @@ class Run:
         clock: metrics.Stopwatch | None = None,
         pauses: Callable[[int], bool] = lambda round: True,
         progress: bool | None = None,
-    ) -> Iterator[Line]:
+    ) -> Generator[Line, None, None]:
         """Trains `rounds` more rounds. Yields the line of each round when it is done.
 
         Args:

@@ -41,7 +41,7 @@ def runs(**changes):
     [
         {"execution": sfl.Execution("product", 3, "vmap")},
         {"execution": sfl.Execution("product", 1, "map")},
-        {"execution": sfl.Execution(), "scheme": "sfl_v2"},
+        pytest.param({"execution": sfl.Execution(), "scheme": "sfl_v2"}, marks=pytest.mark.slow),
     ],
     ids=["at_once", "in_turn", "sfl_v2"],
 )

@@ -153,7 +153,7 @@ class Config:
         RANDOM,
         FLEET,
         PLANNING,
-        "the clients' compute and links: random, or the path of a fleet.csv",
+        "the clients' compute and links: the path of a fleet.csv, random, or example (ten made-up clients)",
         harmless=True,
         path=True,
     )
@@ -439,6 +439,13 @@ class Config:
     allow_config_change: bool = flag(False, FILES, TRAINING, "go on with a run that has other settings")
     output: str = flag(
         "plan.json", FILES, ("plan",), "file of the plan; a .csv is written beside it", path=True
+    )
+    write_fleet: str = flag(
+        "", FILES, ("plan",), "write the planned fleet, for example the random one, to this .csv file",
+        path=True,
+    )  # fmt: skip
+    compare_with: str = flag(
+        "", FILES, ("plan",), "an earlier plan (.json): say what changed since", path=True
     )
     plan_only: bool = flag(
         False, FILES, ("compare",), "do not train; compare the plans of all methods over many fleets"

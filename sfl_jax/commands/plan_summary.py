@@ -8,6 +8,7 @@ from jaxtyping import Float64
 from sfl_jax import __version__, optim
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.division import idle_columns
+from sfl_jax.commands.plan_clients import clients_table
 from sfl_jax.commands.rules import ALTERNATING, RANDOM
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.planning import (
@@ -51,7 +52,6 @@ _SETTINGS = (
 )
 _LINKS = {"fixed": "the fleet's links", "shannon": "Shannon links", "fading": "Shannon links as in round 0"}
 _SHOWN = 3  # how many clients and cuts are named
-_LISTED = 20  # the most clients that are listed one by one
 _NEARLY = 0.95  # a client that needs this part of the round with any server holds the round up alone
 WORDS = {  # readable names of terms
     "model_down": "model down", "client_forward": "client forward", "smashed_up": "smashed data up",
@@ -139,23 +139,7 @@ def summary(config: Config, planned: Planned, gains: Gains, cohorts_s: Float64[n
         ("convention", CONVENTION),
     ]
     text = "\n".join(f"{name:<11} {text}" for name, text in lines)
-    return f"{text}\n\n{_clients(planned)}\n" if len(planned.fleet) <= _LISTED else text
-
-
-def _clients(planned: Planned) -> str:
-    """A row for each client: its cut, its share of the server, its seconds and its longest term."""
-    plan, flops, parts = planned.plan, planned.planner.server_flops, seconds(planned)._asdict()
-    width = max(6, *map(len, planned.fleet.client))
-    units = ["images", *planned.profile.names]
-    rows = [f"{'client':<{width}}  {'cut':>3}  {'after unit':<12}{'share':>8}{'seconds':>11}  longest term"]
-    for k, name in enumerate(planned.fleet.client):
-        share = "-" if not flops or np.isnan(plan.shares[k]) else f"{plan.shares[k] / flops:.2%}"
-        longest = max(parts, key=lambda term: parts[term][k])
-        rows.append(
-            f"{name:<{width}}  {plan.cuts[k]:>3}  {units[plan.cuts[k]]:<12}{share:>8}"
-            f"{plan.client_s[k]:>11.4g}  {WORDS[longest]}, {parts[longest][k]:.3g} s"
-        )
-    return "\n".join(rows)
+    return f"{text}\n\n{clients_table(planned)}\n"
 
 
 def _in_cohorts(config, cohorts_s):
@@ -258,8 +242,7 @@ def _held_up(planned: Planned) -> str:
         named.append(f"{names[client]} (pull {pull:.0%}, {where})")
     shared = "a full band" if isinstance(planned.plan, optim.BandPlan) else "a full server"
     together = f"{shared}: {_count(len(who.clients), 'client')} end together, first "
-    pull = "; pull: what the round gains, in percent of what the client saves"
-    return (together if who.together else "") + ", ".join(named) + pull
+    return (together if who.together else "") + ", ".join(named)
 
 
 def _change(gain_s: float, round_s: float, method: str) -> str:

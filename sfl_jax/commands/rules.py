@@ -11,6 +11,7 @@ from sfl_jax.registry import STARTS
 
 ALTERNATING = ("alternating", "regression")
 RANDOM, CLIENTS = "random", 100  # the fleet without a file, and its number of clients without --clients
+EXAMPLE = "example"  # the fleet in the package, see `fleet.read_fleet`
 
 # Flags that only plans take, and why training needs none.
 _SAID = "the dataset says it"
@@ -82,8 +83,14 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
     # `run.parts.cosine` shortens the default for shorter runs.
     if "warmup_rounds" in taken and config.rounds < config.warmup_rounds != default.warmup_rounds:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
-    if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
-        raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
+    if (
+        "fleet" in taken
+        and config.fleet not in (RANDOM, EXAMPLE)
+        and not pathlib.Path(config.fleet).is_file()
+    ):
+        raise BadInput(
+            f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, {RANDOM} or {EXAMPLE}"
+        )
     if config.fleet != RANDOM and config.samples_per_client != default.samples_per_client:
         raise BadInput(
             f"--samples_per_client={config.samples_per_client}: needs --fleet={RANDOM};"

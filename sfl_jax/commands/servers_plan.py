@@ -23,11 +23,15 @@ _OWN = (
 
 
 class Told(NamedTuple):
-    """What plan.json says before the clients, the table of the clients, and the lines for the terminal."""
+    """What plan.json says before the clients, the table of the clients, and the lines for the terminal.
+
+    fleet: the clients.
+    """
 
     head: dict[str, Any]
     table: dict[str, Any]
     summary: str
+    fleet: Fleet
 
 
 def told(config: Config, file: Fleet | None) -> Told:
@@ -46,7 +50,8 @@ def told(config: Config, file: Fleet | None) -> Told:
         planned = planning.plan_servers(profile, fleet, terms, servers)
     except BadInput as error:
         raise BadInput(f"--servers={config.servers}: {error}") from error
-    return Told(_head(config, planned), planning.several_table(planned), _summary(config, planned, terms))
+    table, text = planning.several_table(planned), _summary(config, planned, terms)
+    return Told(_head(config, planned), table, text, fleet)
 
 
 def _head(config: Config, planned: SeveralPlanned) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from sfl_jax.fleet.clients import Fleet, random_fleet
 from sfl_jax.fleet.faults import Delays, Faults
-from sfl_jax.fleet.files import read_fleet, write_fleet
+from sfl_jax.fleet.files import EXAMPLE, read_fleet, write_fleet
 from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, order, slowdowns
 from sfl_jax.fleet.sampling import Availability, Sampling, read_availability
 from sfl_jax.fleet.servers import ServerList, read_servers
 
 __all__ = [
+    "EXAMPLE",
     "Availability",
     "Delays",
     "Faults",

@@ -15,10 +15,12 @@ _REQUIRED = ("client", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
 _COLUMNS = (*_REQUIRED, "samples", "cycles_per_s", "kappa", "transmit_w", "energy_j", "distance_m")
 _MAY_BE_ZERO = ("memory_bytes", "kappa", "transmit_w", "energy_j")
 _NAME_LENGTH = 64
+EXAMPLE = "example"  # instead of a path: the made-up fleet of this package
+_EXAMPLE_FILE = Path(__file__).with_name("example.csv")
 
 
 def read_fleet(path: str | os.PathLike[str]) -> Fleet:
-    """The fleet of a CSV file in UTF-8 with a header.
+    """The fleet of a CSV file in UTF-8 with a header, or of the example in this package ("example").
 
     Columns may have any order. Blanks around cells are ignored. The columns are those of `Fleet`. Columns
     that may be None there may be missing here. `client` is a unique name of 1 to 64 printable characters,
@@ -28,7 +30,7 @@ def read_fleet(path: str | os.PathLike[str]) -> Fleet:
     Raises:
       BadInput: no such file, or a wrong form: `path:LINE: column NAME: 'cell': must be …`.
     """
-    path = Path(os.path.expanduser(path))
+    path = _EXAMPLE_FILE if path == EXAMPLE else Path(os.path.expanduser(path))
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:

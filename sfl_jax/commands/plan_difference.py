@@ -82,8 +82,8 @@ def _listed(names: list[str]) -> str:
 
 def _rows(earlier: Earlier, columns: Mapping[str, np.ndarray], moved) -> str:
     """A row for each of these clients, with what was and what is."""
-    head = ("client", "cut", "now", "unit", "now", "share, FLOP/s", "now", "total, s", "now")
-    rows = [head]
+    head: tuple[str, ...] = ("client", "cut", "now", "unit", "now", "share, FLOP/s", "now", "total, s", "now")
+    rows: list[tuple[str, ...]] = [head]
     for k, at in moved:
         row = [str(columns["client"][k])]
         for name, form in (("cut", "{}"), ("unit", "{}"), ("share_flops", "{:.3g}"), ("client_s", "{:.4g}")):

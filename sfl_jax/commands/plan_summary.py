@@ -11,6 +11,7 @@ from sfl_jax.commands.division import idle_columns
 from sfl_jax.commands.plan_clients import clients_table
 from sfl_jax.commands.rules import ALTERNATING, RANDOM
 from sfl_jax.digests import digest_of_columns
+from sfl_jax.fleet import Fleet
 from sfl_jax.planning import (
     TOGETHER,
     Gains,
@@ -25,11 +26,12 @@ from sfl_jax.planning import (
 )
 
 ASSUMPTIONS = (
-    "the parts of a session run one after the other, without overlap",
+    "the parts of a session run one after the other, without overlap; so a client never sends and receives at"
+    " once, and half-duplex links lose nothing",
     "a share of the server is constant over the round, and speed is proportional to it (not with "
     "work_conserving)",
-    "transfers start at once, at one rate for the whole round, and without round-trip time",
-    "the model is sent to each client separately, and averaging takes no time",
+    "transfers start at once, at one rate for the whole round",
+    "averaging takes no time",
     "at cut 0 the stored images go up in every epoch",
 )
 MEMORY = "the server has memory for a copy of its half for every client"
@@ -50,6 +52,7 @@ _SETTINGS = (
     "optimizer",
     "momentum",
 )
+_LATER = ("rtt_s", "broadcast_bps")  # written only where they are not 0
 _LINKS = {"fixed": "the fleet's links", "shannon": "Shannon links", "fading": "Shannon links as in round 0"}
 _SHOWN = 3  # how many clients and cuts are named
 _NEARLY = 0.95  # a client that needs this part of the round with any server holds the round up alone
@@ -73,15 +76,37 @@ def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"])
         **({"starts": config.starts, "recall": config.recall} if config.method in ALTERNATING else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"server_memory_bytes": config.server_memory_bytes} if config.server_memory_bytes else {}),
+        **{name: value for name in _LATER if (value := getattr(config, name))},
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
         "fleet": config.fleet,
-        "fleet_sha256": digest_of_columns(planned.fleet.columns()),
+        "fleet_sha256": digest_of_columns(planned.fleet.contents()),
         "seed": config.seed,
         "sfl_jax": __version__,
         "convention": CONVENTION,
-        "assumptions": (*ASSUMPTIONS, WITHIN_MEMORY if config.server_memory_bytes else MEMORY),
+        "assumptions": (
+            *ASSUMPTIONS,
+            *of_links(config, planned.fleet),
+            WITHIN_MEMORY if config.server_memory_bytes else MEMORY,
+        ),
     }
+
+
+def of_links(config: Config, fleet: Fleet) -> tuple[str, ...]:
+    """What is assumed about round-trip times, the way of the model, and measured devices."""
+    trips = "each message travels half of its client's round-trip time; each step sends one up and one down"
+    lines = [
+        "messages travel in no time: there is no round-trip time" if fleet.rtt_s is None else trips,
+        f"the server sends the model once to all clients, at {config.broadcast_bps:g} bit/s, and each client"
+        " starts as soon as its half has come"
+        if config.broadcast_bps
+        else "the model is sent to each client separately",
+    ]
+    if fleet.device is not None:
+        lines.append("a client with a device computes as fast as the device file says, times its slowdown")
+    if config.band == "airtime":
+        lines.append("one client at a time sends or receives, at its rates of the fleet")
+    return tuple(lines)
 
 
 def _of_cohorts(config, cohorts_s):

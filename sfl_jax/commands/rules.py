@@ -39,6 +39,7 @@ _WITH_SERVERS = {
     "barrier": "since no other barrier is planned for several",
     "band": "since links of several servers are fixed",
     "links": "since links of several servers are fixed",
+    "broadcast_bps": "since each server would send the model by itself",
     "scheme": "since no other scheme has several",
     "target_round_s": "since no server is sought",
     "plot": "of which there is no picture",
@@ -131,6 +132,13 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
     if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
         raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
+    if config.broadcast_bps and config.band != "fixed":
+        raise BadInput(f"--broadcast_bps={config.broadcast_bps:g}: needs --band=fixed, not {config.band}")
+    if config.broadcast_bps and config.scheme == "sl":
+        raise BadInput(
+            f"--broadcast_bps={config.broadcast_bps:g}: needs another scheme than sl, where the model goes"
+            " from client to client"
+        )
     if config.server_memory_bytes and config.method not in ("exact", "no_split"):
         raise BadInput(
             f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"

@@ -7,7 +7,7 @@ import numpy as np
 from sfl_jax import __version__, planning
 from sfl_jax.commands import parts
 from sfl_jax.commands.config import Config
-from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY, WITHIN_MEMORY, WORDS
+from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY, WITHIN_MEMORY, WORDS, of_links
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet import Fleet, read_servers
@@ -69,11 +69,12 @@ def _head(config: Config, planned: SeveralPlanned) -> dict[str, Any]:
             for name, flops, limit, clients, given, taken in by_server
         ],
         "fleet": config.fleet,
-        "fleet_sha256": digest_of_columns(planned.fleet.columns()),
+        "fleet_sha256": digest_of_columns(planned.fleet.contents()),
         "seed": config.seed,
         "sfl_jax": __version__,
         "convention": CONVENTION,
-        "assumptions": (*(line for line in ASSUMPTIONS if "work_conserving" not in line), memory, *_OWN),
+        "assumptions": (*(line for line in ASSUMPTIONS if "work_conserving" not in line),
+                        *of_links(config, planned.fleet), memory, *_OWN),
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64, Shaped
 
 from sfl_jax import fleet as fleets
 from sfl_jax import models, optim
-from sfl_jax.planning.planner import WORK_CONSERVING, Planner, linked, serve, solve
+from sfl_jax.planning.planner import ONE_MEDIUM, WORK_CONSERVING, Planner, linked, serve, solve
 
 MORE = 1.1
 MOST_CLIENTS = 20_000  # for the bound of any schedule
@@ -53,10 +53,7 @@ def gains(planned: Planned) -> Gains:
     """What 10 % more of each resource gains. A faster server gains nothing if all-local clients end last."""
     planner, _, fleet, terms, plan = planned
     richer = dataclasses.replace(planner, server_flops=planner.server_flops * MORE)
-    faster = (
-        terms._replace(**{name: getattr(terms, name) * MORE})
-        for name in ("uplink_bps", "downlink_bps", "flops")
-    )
+    faster = (terms.faster(**{name: MORE}) for name in ("uplink", "downlink", "compute"))
     plans = [
         solve(richer, fleet, terms) if planner.server_flops else plan,
         *(solve(planner, fleet, each) for each in faster),
@@ -123,7 +120,7 @@ def doubts(fleet: fleets.Fleet) -> list[str]:
     found = []
     for name, (least, unit, likely) in SLOWEST.items():
         values = getattr(fleet, name)
-        small = values < least
+        small = values < least  # a client with a device has no flops: inf
         if small.all():
             most = float(values.max(initial=0))
             found.append(f"{name} is {most:.4g} {unit} at most; are the numbers in {likely}?")
@@ -161,9 +158,9 @@ def binding(planned: Planned) -> Binding:
     """
     plan = planned.plan
     if isinstance(plan, optim.BandPlan):
-        parts = seconds(planned)
+        parts = seconds(planned._replace(terms=planned.terms._replace(latency=None)))
         airtime_s = parts.smashed_up + parts.model_up
-        if planned.planner.band == "pooled":
+        if planned.planner.band in ONE_MEDIUM:
             airtime_s = airtime_s + parts.model_down + parts.gradient_down
         weight = np.divide(plan.uplink_hz, airtime_s, out=np.zeros(len(airtime_s)), where=airtime_s > 0)
         order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]

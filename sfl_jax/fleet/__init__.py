@@ -4,6 +4,7 @@ from sfl_jax.fleet.clients import Fleet, random_fleet
 from sfl_jax.fleet.devices import Device, check_devices, read_device, write_device
 from sfl_jax.fleet.faults import Delays, Faults
 from sfl_jax.fleet.files import EXAMPLE, read_fleet, write_fleet
+from sfl_jax.fleet.measured import MeasuredRounds, read_measured
 from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, order, slowdowns
 from sfl_jax.fleet.sampling import Availability, Sampling, read_availability
 from sfl_jax.fleet.servers import ServerList, read_servers
@@ -16,6 +17,7 @@ __all__ = [
     "Faults",
     "Fleet",
     "Links",
+    "MeasuredRounds",
     "Sampling",
     "ServerList",
     "availability",
@@ -27,6 +29,7 @@ __all__ = [
     "read_availability",
     "read_device",
     "read_fleet",
+    "read_measured",
     "read_servers",
     "slowdowns",
     "write_device",

@@ -283,6 +283,11 @@ class Config:
         at_least=0,
     )
 
+    measured: str = flag(
+        "", FLEET, ("plan",), "a CSV file of measured rounds (round, client, cut, and client_s or terms like "
+        "client_forward_s): plan with rates that are fitted to them", path=True,
+    )  # fmt: skip
+
     scheme: str = flag(
         "sfl", SCHEME, PLANNING, "who holds, updates and averages which half: sfl (SplitFed V1), sfl_v2 "
         "(SplitFed V2), psl (parallel split learning), sl (split learning), fl (no split)",

@@ -28,6 +28,7 @@ def plan(config: Config) -> None:
     written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
     check_outputs(written, config.fleet)
     check_fleet_output(config)
+    _check_calibration_outputs(config)
     earlier = read_plan(config.compare_with) if config.compare_with else None
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
@@ -57,7 +58,17 @@ def plan(config: Config) -> None:
             _write_fleet(config, several.fleet, written)
             print(f"{'written':<11} {', '.join(map(str, written))}")
             return
-        config, planned = parts.planned(config, reading and reading.result())
+        file = reading and reading.result()
+        config, planned = parts.planned(config, file)
+        if config.measured and file is not None:
+            say(f"fitting rates to {config.measured}, and planning again")
+            from sfl_jax.commands import plan_calibration
+
+            made = plan_calibration.calibrated(config, file, planned)
+            config, planned = made.config, made.planned
+            plan_calibration.write(made)
+            say.result(plan_calibration.told(made))
+            written += plan_calibration.files(config)
         say("planning with more server, with faster links and clients, and in cohorts")
         cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)
         heading, columns = head(config, planned, cohorts_s), planning.table(planned)
@@ -69,8 +80,8 @@ def plan(config: Config) -> None:
             say("drawing the plan")
             from sfl_jax.commands.plan_plot import write_plot
 
-            with whole_file(written[-1]) as file:
-                write_plot(file, config, planned)
+            with whole_file(output.with_suffix(".png")) as image:
+                write_plot(image, config, planned)
         writing.result()
         _write_fleet(config, planned.fleet, written)
     print(f"{'written':<11} {', '.join(map(str, written))}")
@@ -86,6 +97,16 @@ def check_fleet_output(config: Config) -> None:
     if path.exists() or path == Path(config.output).with_suffix(".csv"):
         raise BadInput(f"--write_fleet={path}: is there already, or will be the plan; choose another name")
     ensure_writable(path.parent, "write_fleet", str(path))
+
+
+def _check_calibration_outputs(config: Config) -> None:
+    """Refuses files of a calibration that would replace others."""
+    if config.measured:
+        from sfl_jax.commands import plan_calibration
+
+        for path in plan_calibration.files(config):
+            mark = plan_calibration.MARKS["".join(path.suffixes[-2:])]
+            ensure_ours(path, mark, "output", config.output)
 
 
 def _write_fleet(config: Config, fleet: Any, written: list[Path]) -> None:

@@ -52,7 +52,7 @@ _SETTINGS = (
     "optimizer",
     "momentum",
 )
-_LATER = ("rtt_s", "broadcast_bps")  # written only where they are not 0
+_LATER = ("rtt_s", "broadcast_bps", "measured")  # written only where they are given
 _LINKS = {"fixed": "the fleet's links", "shannon": "Shannon links", "fading": "Shannon links as in round 0"}
 _SHOWN = 3  # how many clients and cuts are named
 _NEARLY = 0.95  # a client that needs this part of the round with any server holds the round up alone

@@ -42,6 +42,7 @@ _WITH_SERVERS = {
     "broadcast_bps": "since each server would send the model by itself",
     "scheme": "since no other scheme has several",
     "target_round_s": "since no server is sought",
+    "measured": "since rates are fitted for one server only",
     "plot": "of which there is no picture",
 }
 
@@ -132,6 +133,7 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
     if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
         raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
+    _check_measured(config)
     if config.broadcast_bps and config.band != "fixed":
         raise BadInput(f"--broadcast_bps={config.broadcast_bps:g}: needs --band=fixed, not {config.band}")
     if config.broadcast_bps and config.scheme == "sl":
@@ -147,6 +149,20 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")
+
+
+def _check_measured(config: Any) -> None:
+    """Raises BadInput for settings under which no rates can be fitted to measured rounds."""
+    if not config.measured:
+        return
+    said = f"--measured={config.measured}"
+    if config.fleet == RANDOM:
+        raise BadInput(f"{said}: needs --fleet, a file with the clients that were measured")
+    for name, why in (("links", "rates come from distances"), ("band", "rates follow from parts of a band")):
+        if getattr(config, name) != "fixed":
+            raise BadInput(f"{said}: needs --{name}=fixed; with {getattr(config, name)} {why}")
+    if not pathlib.Path(config.measured).is_file():
+        raise BadInput(f"{said}: no such file; give the path of a CSV file")
 
 
 def _check_servers(config: Any, command: str, default: Any) -> None:

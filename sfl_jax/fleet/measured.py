@@ -75,9 +75,9 @@ def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: i
         raise BadInput(f"{path}:{rows.line_num + 1}: no rows; must have one for each client and round")
     round_, client, cut, numbers, line = zip(*found, strict=True)
     columns = dict(zip(_OPTIONAL, np.array(numbers, np.float64).T, strict=True))
-    whole = (np.array(part, np.int64) for part in (round_, client, cut))
+    rounds, clients_at, cuts, lines = (np.array(part, np.int64) for part in (round_, client, cut, line))
     seconds = {name: columns[f"{name}_s"] for name in TERMS}
-    return MeasuredRounds(*whole, seconds, columns[TOTAL], columns[SHARE], np.array(line, np.int64))
+    return MeasuredRounds(rounds, clients_at, cuts, seconds, columns[TOTAL], columns[SHARE], lines)
 
 
 def _check_header(path: Path, header: list[str]) -> None:

@@ -170,29 +170,35 @@ def _server_s(own, columns, measured, totals, where) -> Float64[np.ndarray, " R"
 
 def _fit(left: Float64[np.ndarray, "N 3"], right: Float64[np.ndarray, " N"]):
     """(factors, low, high, how) of one client's equations; None where there are none."""
-    used = left.any(axis=0)
+    used = np.asarray(left.any(axis=0))
     if not used.any():
         return None
     if (np.count_nonzero(left, axis=1) == 1).all():  # terms: each resource by itself, with its own errors
         factor, low, high = np.full((3, 3), np.nan)
         for resource in np.flatnonzero(used):
             mine = left[:, resource] > 0
-            (factor[resource],), (low[resource],), (high[resource],) = _least_squares(
-                left[mine][:, [resource]], right[mine]
-            )
-        return (factor, low, high, BY_TERM) if (factor[used] > 0).all() else None
+            factor[resource], low[resource], high[resource] = _mean(right[mine])
+        return (factor, low, high, BY_TERM) if np.all(factor[used] > 0) else None
     for how, groups in _GROUPS.items():
         groups = [[resource for resource in group if used[resource]] for group in groups]
         groups = [group for group in groups if group]
         parts = _least_squares(np.stack([left[:, group].sum(axis=1) for group in groups], axis=1), right)
-        if parts is None or not (parts[0] > 0).all():
+        if parts is None or not np.all(parts[0] > 0):
             continue
-        if how == TOGETHER or (parts[2] - parts[1] <= parts[0]).all():
+        if how == TOGETHER or np.all(parts[2] - parts[1] <= parts[0]):
             found = np.full((3, 3), np.nan)
             for place, group in enumerate(groups):
                 found[:, group] = np.array(parts)[:, [place]]
             return *found, how
     return None
+
+
+def _mean(ratios: Float64[np.ndarray, " N"]) -> tuple[float, float, float]:
+    """One factor and its interval."""
+    parts = _least_squares(np.ones((len(ratios), 1)), ratios)
+    assert parts is not None
+    (factor,), (low,), (high,) = parts
+    return float(factor), float(low), float(high)
 
 
 def _least_squares(left, right):
@@ -222,4 +228,4 @@ def _server(terms: optim.Terms, measured: MeasuredRounds) -> Float64[np.ndarray,
     ratio = ratio[np.isfinite(ratio) & (work > 0)]
     if not len(ratio):
         return np.full(3, np.nan)
-    return np.concatenate(_least_squares(np.ones((len(ratio), 1)), ratio))
+    return np.array(_mean(ratio))

@@ -18,6 +18,7 @@ from sfl_jax.commands.fields import (
     NETWORK,
     PLANNING,
     PROCESSES,
+    PROFILING,
     RUNNING,
     SCHEME,
     TRAINING,
@@ -40,23 +41,27 @@ PRECISIONS = ("default", "high", "highest")
 class Config:
     """The settings of a run. A field's name is its flag's name. Units are in the help texts."""
 
-    model: str = flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=tuple(registry.NETWORKS))
+    model: str = flag(
+        "efficientnetv2-b0", NETWORK, (*PLANNING, *PROFILING), "the network",
+        choices=tuple(registry.NETWORKS),
+    )  # fmt: skip
     image_size: int = flag(
         32,
         NETWORK,
-        PLANNING,
+        (*PLANNING, *PROFILING),
         "side of the network's input images, in pixels",
         at_least=8,
         at_most=4096,
     )
     image_channels: int = flag(
-        1, NETWORK, DATALESS, "channels of an image: 1 is grey, 3 is colour", at_least=1, at_most=4096
-    )
+        1, NETWORK, (*DATALESS, *PROFILING), "channels of an image: 1 is grey, 3 is colour", at_least=1,
+        at_most=4096,
+    )  # fmt: skip
     norm: str = flag(
         "batch", NETWORK, TRAINING, "the layers that normalise: batch (norm) or group (norm), which knows no "
         "statistics of a batch", choices=registry.NORMS,
     )  # fmt: skip
-    num_classes: int = flag(10, NETWORK, DATALESS, "number of classes", at_least=1)
+    num_classes: int = flag(10, NETWORK, (*DATALESS, *PROFILING), "number of classes", at_least=1)
     layer_form: str = flag(
         AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which is faster",
         choices=(AUTO, *registry.LAYER_FORMS), open=AUTO,
@@ -74,7 +79,7 @@ class Config:
     drop_rate_scale: float = flag(
         0.0,
         NETWORK,
-        PLANNING,
+        (*PLANNING, *PROFILING),
         "factor on the published rates of dropout and stochastic depth; 0 switches them off",
         at_least=0,
         at_most=1,
@@ -153,7 +158,7 @@ class Config:
         RANDOM,
         FLEET,
         PLANNING,
-        "the clients' compute and links: random, or the path of a fleet.csv",
+        "the clients' compute and links: the path of a fleet.csv, random, or example (ten made-up clients)",
         harmless=True,
         path=True,
     )
@@ -216,9 +221,18 @@ class Config:
         FLEET,
         PLANNING,
         "how clients share bandwidth: equal parts (fixed); best parts of one band (pooled); best "
-        "parts of an uplink band and a downlink band (separate)",
+        "parts of an uplink band and a downlink band (separate); best parts of the time of one half-duplex "
+        "medium, such as a Wi-Fi channel, at which the rates of the fleet hold (airtime)",
         choices=registry.BANDS,
     )
+    rtt_s: float = flag(
+        0.0, FLEET, PLANNING, "round-trip time of every client's link, seconds, half of which each message "
+        "travels; 0: that of the fleet's column rtt_s, or none", at_least=0,
+    )  # fmt: skip
+    broadcast_bps: float = flag(
+        0.0, FLEET, PLANNING, "bit/s at which the server sends the model once to all clients; 0: to each "
+        "client at its own rate", at_least=0,
+    )  # fmt: skip
     drop_probability: float = flag(
         0.0,
         FLEET,
@@ -269,6 +283,11 @@ class Config:
         at_least=0,
     )
 
+    measured: str = flag(
+        "", FLEET, ("plan",), "a CSV file of measured rounds (round, client, cut, and client_s or terms like "
+        "client_forward_s): plan with rates that are fitted to them", path=True,
+    )  # fmt: skip
+
     scheme: str = flag(
         "sfl", SCHEME, PLANNING, "who holds, updates and averages which half: sfl (SplitFed V1), sfl_v2 "
         "(SplitFed V2), psl (parallel split learning), sl (split learning), fl (no split)",
@@ -305,7 +324,7 @@ class Config:
 
     rounds: int = flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
     local_epochs: int = flag(1, LEARNING, PLANNING, "epochs of a client in a round", at_least=1)
-    batch_size: int = flag(32, LEARNING, PLANNING, "samples in a local step", at_least=1)
+    batch_size: int = flag(32, LEARNING, (*PLANNING, *PROFILING), "samples in a local step", at_least=1)
     optimizer: str = flag(
         "adam",
         LEARNING,
@@ -410,7 +429,7 @@ class Config:
         False, MACHINE, TRAINING, "the same bits in every run also on a GPU, which is slower"
     )
     compilation_cache: bool = flag(
-        True, MACHINE, PLANNING, "keep compiled programs in the user's cache directory"
+        True, MACHINE, (*PLANNING, *PROFILING), "keep compiled programs in the user's cache directory"
     )
     num_processes: int = flag(
         0,
@@ -447,6 +466,20 @@ class Config:
     allow_config_change: bool = flag(False, FILES, TRAINING, "go on with a run that has other settings")
     output: str = flag(
         "plan.json", FILES, ("plan",), "file of the plan; a .csv is written beside it", path=True
+    )
+    device_file: str = flag(
+        "device.json", FILES, PROFILING, "file of the measured seconds; a fleet.csv names it in its column "
+        "device", path=True,
+    )  # fmt: skip
+    repetitions: int = flag(
+        20, MACHINE, PROFILING, "times that each unit is run in each direction; the median counts", at_least=1
+    )
+    write_fleet: str = flag(
+        "", FILES, ("plan",), "write the planned fleet, for example the random one, to this .csv file",
+        path=True,
+    )  # fmt: skip
+    compare_with: str = flag(
+        "", FILES, ("plan",), "an earlier plan (.json): say what changed since", path=True
     )
     plan_only: bool = flag(
         False, FILES, ("compare",), "do not train; compare the plans of all methods over many fleets"

@@ -10,6 +10,7 @@ TRAINING = ("train", "compare")
 RUNNING = (*TRAINING, "report")
 PLANNING = (*TRAINING, "plan")
 DATALESS = ("plan", "compare")  # compare with --plan_only, where no dataset says so
+PROFILING = ("profile_device",)  # which times a network on a machine
 NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
 SCHEME = "scheme"
 MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"

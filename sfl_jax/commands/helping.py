@@ -28,6 +28,7 @@ FIRST = {
         "rounds", "workdir",
     ),
     "report": ("workdir",),
+    "profile_device": ("model", "image_size", "batch_size", "repetitions", "device_file"),
 }  # fmt: skip
 EXAMPLES = {
     "train": (
@@ -45,6 +46,7 @@ EXAMPLES = {
         ("--preset=quick --workdir=runs/compare", "one training, the clocks of all methods"),
     ),
     "report": (("--workdir=runs/demo", "a finished or a running run"),),
+    "profile_device": (("--model=efficientnetv2-b0 --device_file=pi.json", "this machine, for a fleet.csv"),),
 }
 
 

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sfl_jax.commands import flags
 from sfl_jax.commands.config import Config
+from sfl_jax.commands.plan_difference import difference, read_plan
 from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
@@ -25,6 +27,9 @@ def plan(config: Config) -> None:
     output = Path(config.output)
     written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
     check_outputs(written, config.fleet)
+    check_fleet_output(config)
+    _check_calibration_outputs(config)
+    earlier = read_plan(config.compare_with) if config.compare_with else None
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
 
@@ -48,21 +53,69 @@ def plan(config: Config) -> None:
             several = told(config, reading and reading.result())
             write_plan(output, several.head, several.table)
             say.result(several.summary)
+            if earlier:
+                say.result(difference(earlier, several.head, several.table))
+            _write_fleet(config, several.fleet, written)
             print(f"{'written':<11} {', '.join(map(str, written))}")
             return
-        config, planned = parts.planned(config, reading and reading.result())
+        file = reading and reading.result()
+        config, planned = parts.planned(config, file)
+        if config.measured and file is not None:
+            say(f"fitting rates to {config.measured}, and planning again")
+            from sfl_jax.commands import plan_calibration
+
+            made = plan_calibration.calibrated(config, file, planned)
+            config, planned = made.config, made.planned
+            plan_calibration.write(made)
+            say.result(plan_calibration.told(made))
+            written += plan_calibration.files(config)
         say("planning with more server, with faster links and clients, and in cohorts")
         cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)
-        writing = pool.submit(write_plan, output, head(config, planned, cohorts_s), planning.table(planned))
+        heading, columns = head(config, planned, cohorts_s), planning.table(planned)
+        writing = pool.submit(write_plan, output, heading, columns)
         say.result(summary(config, planned, planning.gains(planned), cohorts_s))
+        if earlier:
+            say.result(difference(earlier, heading, columns))
         if config.plot:
             say("drawing the plan")
             from sfl_jax.commands.plan_plot import write_plot
 
-            with whole_file(written[-1]) as file:
-                write_plot(file, config, planned)
+            with whole_file(output.with_suffix(".png")) as image:
+                write_plot(image, config, planned)
         writing.result()
+        _write_fleet(config, planned.fleet, written)
     print(f"{'written':<11} {', '.join(map(str, written))}")
+
+
+def check_fleet_output(config: Config) -> None:
+    """Refuses a fleet to write that would replace a file, or cannot be written."""
+    if not config.write_fleet:
+        return
+    path = Path(config.write_fleet)
+    if path.suffix != ".csv":
+        raise BadInput(f"--write_fleet={path}: must end in .csv")
+    if path.exists() or path == Path(config.output).with_suffix(".csv"):
+        raise BadInput(f"--write_fleet={path}: is there already, or will be the plan; choose another name")
+    ensure_writable(path.parent, "write_fleet", str(path))
+
+
+def _check_calibration_outputs(config: Config) -> None:
+    """Refuses files of a calibration that would replace others."""
+    if config.measured:
+        from sfl_jax.commands import plan_calibration
+
+        for path in plan_calibration.files(config):
+            mark = plan_calibration.MARKS["".join(path.suffixes[-2:])]
+            ensure_ours(path, mark, "output", config.output)
+
+
+def _write_fleet(config: Config, fleet: Any, written: list[Path]) -> None:
+    """Writes the fleet that was planned, if it was asked for."""
+    if config.write_fleet:
+        from sfl_jax.fleet import write_fleet
+
+        write_fleet(config.write_fleet, fleet)
+        written.append(Path(config.write_fleet))
 
 
 def check_outputs(written: Sequence[Path], fleet: str) -> None:

@@ -4,6 +4,7 @@ For the regression it also draws the data and the fitted curves.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +31,7 @@ _COLOURS = {
 }
 _MOST_BARS = 400  # of more clients, only evenly spaced ones are drawn: there are not more pixels
 _NAMED_BARS = 40  # up to this many clients, names fit under the bars
+_MOST_LETTERS, _LETTER_PT = 18, 8  # of a name under a bar, and its size in points
 _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
 _A_SERVER = 1e12  # FLOP/s, the middle of the axis if a plan needs no server
 
@@ -77,7 +79,7 @@ def _draw_clients(axes: Axes, planned: Planned) -> None:
         xlim=(-0.5, len(shown) - 0.5),
     )
     if named:
-        axes.set_xticks(np.arange(len(shown)), planned.fleet.client[shown], rotation=45, ha="right")
+        _name_bars(axes, planned.fleet.client[shown].tolist())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -88,8 +90,15 @@ def _draw_cuts(axes: Axes, planned: Planned) -> None:
     used, counts = np.unique(planned.plan.cuts, return_counts=True)
     axes.bar(np.arange(len(used)), counts, color=_COLOURS["server"])
     axes.set(title="Cuts that are used", xlabel="last unit on the client", ylabel="clients")
-    axes.set_xticks(np.arange(len(used)), [names[cut] for cut in used], rotation=45, ha="right")
+    _name_bars(axes, [names[cut] for cut in used])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    """Names under bars: upright, shortened, and only every n-th where there are too many to read."""
+    step = -(-len(names) // _NAMED_BARS)
+    short = [name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…" for name in names]
+    axes.set_xticks(np.arange(len(names))[::step], short[::step], rotation=90, fontsize=_LETTER_PT)
 
 
 def _draw_fit(axes: Axes, curve: optim.Curve) -> None:

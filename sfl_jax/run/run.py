@@ -21,7 +21,7 @@ from sfl_jax.federated.evaluation import BATCH, Metric, accuracy, batch_of
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.kept import NOTHING
 from sfl_jax.federated.session import Augment, Loss, Training, cross_entropy
-from sfl_jax.fleet import Faults, Fleet, Sampling
+from sfl_jax.fleet import Faults, Fleet, Sampling, check_devices
 from sfl_jax.planning import Planned, Planner
 from sfl_jax.run import clients, loop, metrics, saving, suiting, wires
 from sfl_jax.run.engine import Engine, compile_rounds, entering_network, kept_programs
@@ -166,6 +166,7 @@ class Run:
         planning.check_links(planner, owners)
         sample = jax.ShapeDtypeStruct(image_shape, entering.dtype)
         profile = models.profile(chain, sample, stored_shape=stored)
+        check_devices(list(fleet.devices.values()), profile.names, batch_size)
         work = optim.Work(
             local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots,
             image_bits=8 * data.train_images.dtype.itemsize, max_cut=most,

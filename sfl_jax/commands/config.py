@@ -53,7 +53,7 @@ class Config:
         1, NETWORK, DATALESS, "channels of an image: 1 is grey, 3 is colour", at_least=1, at_most=4096
     )
     norm: str = flag(
-        "batch", NETWORK, TRAINING, "the layers that normalise: batch (norm) or group (norm), which knows no "
+        "batch", NETWORK, TRAINING, "the normalisation layers: batch norm, or group norm, which needs no "
         "statistics of a batch", choices=registry.NORMS,
     )  # fmt: skip
     num_classes: int = flag(10, NETWORK, DATALESS, "number of classes", at_least=1)
@@ -118,7 +118,7 @@ class Config:
         at_most=1e6,
     )
     min_samples: int = flag(
-        1, DATA, TRAINING, "the least samples of a client, under every partition", at_least=1
+        1, DATA, TRAINING, "the fewest samples that a client gets, under every partition", at_least=1
     )
     shards_per_client: int = flag(
         2,

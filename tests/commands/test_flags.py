@@ -328,7 +328,7 @@ def test_a_preset_begins_with_what_it_is_its_command_its_time_and_its_accuracy(n
     assert len(presets.about(name)) <= 80
     for mark in (f"Command: .* sfl-train --preset={name}", r"Time: .*\d+ s", r"Accuracy: .*\d %.* rounds"):
         assert any(re.match(f"# {mark}", line) for line in lines), mark
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 110
 
 
 @pytest.mark.parametrize("columns", [80, 300])

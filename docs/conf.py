@@ -26,6 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 add_module_names = False
 napoleon_use_rtype = False
+default_role = "code"
 napoleon_custom_sections = [("Names", "params_style")]
 python_use_unqualified_type_names = True
 
@@ -33,9 +34,27 @@ html_theme = "furo"
 html_title = f"sfl_jax {release}"
 
 
+FIELDS = {}  # the docstring of each attribute, which napoleon would divide at its first colon
+
+
 def setup(app):
-    """Connects what prepares the docstrings. It runs before napoleon, which has priority 500."""
+    """Connects what prepares signatures and docstrings. napoleon has priority 500."""
     app.connect("autodoc-process-docstring", prepared, priority=400)
+    app.connect("autodoc-process-docstring", restored, priority=600)
+    app.connect("autodoc-process-signature", shortened)
+
+
+def shortened(app, what, name, thing, options, signature, returned):
+    """Writes ndarray[float64] for ndarray[tuple[Any, ...], dtype[float64]]."""
+    long = r"ndarray\[tuple\[~?(?:typing\.)?Any, \.\.\.\], ~?(?:numpy\.)?dtype\[(.*?)\]\]"
+    return tuple(text and re.sub(long, r"ndarray[\1]", text) for text in (signature, returned))
+
+
+
+def restored(app, what, name, thing, options, lines) -> None:
+    """Undoes what napoleon did to an attribute."""
+    if name in FIELDS:
+        lines[:] = FIELDS[name]
 
 
 def prepared(app, what, name, thing, options, lines) -> None:
@@ -52,6 +71,8 @@ def prepared(app, what, name, thing, options, lines) -> None:
             ready += ["::", ""]  # a block of code
         ready += [*rows, ""]
     lines[:] = [re.sub(r"\|(?=\w)", r"\\|", row) for row in ready]
+    if what in ("attribute", "property"):
+        FIELDS[name] = list(lines)
 
 
 def _names(row: str) -> set[str]:

@@ -58,7 +58,7 @@ class Config:
         at_most=4096,
     )  # fmt: skip
     norm: str = flag(
-        "batch", NETWORK, TRAINING, "the layers that normalise: batch (norm) or group (norm), which knows no "
+        "batch", NETWORK, TRAINING, "the normalisation layers: batch norm, or group norm, which needs no "
         "statistics of a batch", choices=registry.NORMS,
     )  # fmt: skip
     num_classes: int = flag(10, NETWORK, (*DATALESS, *PROFILING), "number of classes", at_least=1)
@@ -123,7 +123,7 @@ class Config:
         at_most=1e6,
     )
     min_samples: int = flag(
-        1, DATA, TRAINING, "the least samples of a client, under every partition", at_least=1
+        1, DATA, TRAINING, "the fewest samples that a client gets, under every partition", at_least=1
     )
     shards_per_client: int = flag(
         2,

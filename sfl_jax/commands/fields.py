@@ -41,7 +41,14 @@ def allowed(field: dataclasses.Field[Any]) -> str:
 def bounds(field: dataclasses.Field[Any]) -> str:
     """The bounds of a number in words, for example "at least 8 and at most 4096". Empty without bounds."""
     words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
-    return " and ".join(f"{words[key]} {field.metadata[key]:g}" for key in words if key in field.metadata)
+    return " and ".join(
+        f"{words[key]} {_plain(field.metadata[key])}" for key in words if key in field.metadata
+    )
+
+
+def _plain(number: float) -> str:
+    """For example 1,000,000 and 0.5."""
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 def is_path(field: dataclasses.Field[Any]) -> bool:

@@ -108,11 +108,11 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         and (config.method, config.barrier, config.band) != ("exact", "session", "fixed")
     ):
         raise BadInput(
-            f"--target_round_s={config.target_round_s}: needs"
+            f"--target_round_s={config.target_round_s:g}: needs"
             " --method=exact, --barrier=session and --band=fixed"
         )
     if "target_round_s" in taken and config.target_round_s and config.server_memory_bytes:
-        raise BadInput(f"--target_round_s={config.target_round_s}: needs --server_memory_bytes=0")
+        raise BadInput(f"--target_round_s={config.target_round_s:g}: needs --server_memory_bytes=0")
     if not set(config.starts.split(",")) <= set(STARTS):
         raise BadInput(f"--starts={config.starts}: must be some of {', '.join(STARTS)}, with commas between")
     if config.starts != default.starts and config.method not in ALTERNATING:

@@ -15,32 +15,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sfl_jax.commands import flags, words
+from sfl_jax import __version__
+from sfl_jax.commands import flags, helping, words
 from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
-from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
 TABLE, PICTURE = "study.json", "study.png"
 POLL_S = 0.1  # between two looks at a training
-LISTS = {
-    "seed": "seeds",
-    "learning_rate": "learning_rates",
-}  # runs that differ in these alone are one program
-USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=…] [--workdir=DIR] [flags of training]
-
-{about}
-
-  --vary=NAME=V1,V2   a setting of training and its values; cut=1,3 gives every client this cut; several
-                      --vary make all combinations
-  --targets=0.9,0.98  accuracies whose rounds, seconds and bytes are told (default {targets})
-  --workdir=DIR       a directory for each run, {table} and {picture} (default {workdir})
-  all other flags     hold in all runs, as in {train}
-
-examples
-  {name} --vary=scheme=sfl,sfl_v2,psl,sl --vary=cut=1,2 --model=cnn --rounds=20
-  {name} --vary=seed=0,1,2 --vary=codec=float32,int8,int4 --preset=quick"""
+# Runs that differ in these alone are one program.
+LISTS = {"seed": "seeds", "learning_rate": "learning_rates"}
+FLAGS = {
+    "--vary=NAME=V1,V2": "a setting of training and its values; cut=1,3 gives every client this cut; several "
+    "--vary make all combinations",
+    f"--targets={TARGETS}": "accuracies whose rounds, seconds and bytes the table tells",
+    f"--workdir={WORKDIR}": f"directory of the study: a directory for each run, {TABLE} and {PICTURE}",
+}
 
 
 class Case(NamedTuple):
@@ -59,8 +50,11 @@ class Case(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-h", "--helpfull"} & set(arguments):
-        print(_usage())
+    if (helping.SHORT | helping.FULL) & set(arguments):
+        print(helping.study_text(str(__doc__), FLAGS))
+        return 0
+    if "--version" in arguments:
+        print("sfl_jax", __version__)
         return 0
     return flags.coded(lambda: study(*_split(arguments)))
 
@@ -344,14 +338,6 @@ def _flags_for(cases: Sequence[Case]) -> list[str]:
     same = [flag for flag in first.flags[:-1] if flag.partition("=")[0].removeprefix("--") not in lists]
     own = [f"--{LISTS[name]}={','.join(values)}" for name, values in lists.items()]
     return [*same, *own, f"--workdir={first.directory.parent}"]
-
-
-def _usage() -> str:
-    about = " ".join(str(__doc__).split())
-    return USAGE.format(
-        name=program("study"), about=about, targets=TARGETS, table=TABLE, picture=PICTURE, workdir=WORKDIR,
-        train=program("train"),
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

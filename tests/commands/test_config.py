@@ -118,7 +118,7 @@ def test_limits_between_flags_name_both():
     validate(Config(clients=5), "plan")  # planning knows no cohort
     for other in ({"method": "greedy"}, {"barrier": "staged"}, {"band": "pooled"}):
         with pytest.raises(
-            BadInput, match=r"--target_round_s=2.0: needs --method=exact, --barrier=session and --band=fixed"
+            BadInput, match=r"--target_round_s=2: needs --method=exact, --barrier=session and --band=fixed"
         ):
             validate(Config(target_round_s=2.0, **other), "plan")
     for other in ({"method": "greedy"}, {"barrier": "staged"}):

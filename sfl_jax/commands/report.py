@@ -41,7 +41,7 @@ def report(config: Config) -> int:
             built = parts.build(dataclasses.replace(run, devices=0, init_from=""), say)
             workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
             say(f"planning {len(lines)} rounds by every method")
-            return clocks(run.workdir, built.parts, lines)
+            return known(run.workdir, built.parts, lines)
 
         found, note = _write(config.workdir, all_clocks)
         accuracies = [line.test_accuracy for line in recording.logged(config.workdir)]
@@ -57,7 +57,16 @@ def write(workdir: str, parts: Any) -> str:
     Returns a line if it has none of them, else an empty text. OSError if the disk refuses, BadInput if the
     workdir has a page of the user's own.
     """
-    return _write(workdir, lambda lines: clocks(workdir, parts, lines, parts.rivals))[1]
+    return _write(workdir, lambda lines: known(workdir, parts, lines, parts.rivals))[1]
+
+
+def known(
+    workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Returns (`clocks`, the `History` of the run's plans). Raises BadInput like `clocks`."""
+    from sfl_jax.run.history import history
+
+    return clocks(workdir, parts, lines, rivals), history(parts, len(lines))
 
 
 def clocks(
@@ -97,16 +106,21 @@ def _write(workdir, clocks_of):
     from sfl_jax.run.clocks import own_clock
 
     run, environment = described(workdir)
-    lines, note = recording.logged(workdir), ""
+    lines, note, history = recording.logged(workdir), "", None
     try:
-        found = clocks_of(lines)
+        found, history = clocks_of(lines)
     except BadInput as error:
         found = own_clock(parts.planner(run), lines)
-        note = f"other methods' clocks are left out: {as_flags(str(error))}"
+        note = f"other methods' clocks are left out, and cuts and shares: {as_flags(str(error))}"
+    put(workdir, report_page.report(run, environment, lines, found, history, note))
+    return found, note
+
+
+def put(workdir: str, page: str) -> None:
+    """Writes the page of a workdir, unless the user has one of this name."""
     ensure_page_is_ours(workdir)
     with whole_file(Path(workdir) / NAME) as file:
-        file.write(report_page.page(run, environment, lines, found, note).encode(errors="xmlcharrefreplace"))
-    return found, note
+        file.write(page.encode(errors="xmlcharrefreplace"))
 
 
 def table(clocks: Mapping[str, Any], accuracies: Sequence[float | None], config: Config) -> str:

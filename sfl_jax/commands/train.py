@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,7 @@ def environment(built: Any, tried: Any) -> dict[str, Any]:
         "input_scaling": built.scaling._asdict(),
         "seconds_per_client_step": {str(one): seconds for one, seconds in tried.items()},
         "git_commit": software.git_commit(),
+        "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
 

@@ -7,11 +7,11 @@ NONE = "-"  # replaces an unknown number
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-def percent(part: float | None) -> str:
-    """An accuracy in percent; a dash for None."""
+def percent(part: float | None, digits: int = 2) -> str:
+    """An accuracy or another part in percent; a dash for None."""
     if part is None:
         return NONE
-    return f"{100 * part:.2f} %" if math.isfinite(part) else "not finite"
+    return f"{100 * part:.{digits}f} %" if math.isfinite(part) else "not finite"
 
 
 def amount(number: float, unit: str) -> str:

@@ -102,6 +102,7 @@ class Recorder:
 
     def add(self, state: State, line: metrics.Round) -> None:
         """Writes the line of a round. Saves a checkpoint if one is due and the state is still held."""
+        line = line._replace(compile_wall_s=self.compiling.seconds)
         self._try(lambda: self.log.write(line))
         if self.is_due(state.round) and is_held(state):
             self.save(state)

@@ -119,7 +119,7 @@ def run(workdir, *flags):
 
 def lines(workdir, *without):
     """The lines of metrics.jsonl without the machine's clocks."""
-    left_out = {"wall_s", "client_samples_per_s", *without}
+    left_out = {*metrics.CLOCKS, *without}
     parsed = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in left_out} for line in parsed]
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Trains and writes clocks.csv and .png. With --plan_only: methods.csv, methods.png and errors.png."""
+    """Trains and writes clocks.csv and .png. With --plan_only: methods.csv, .png, .html, errors.png."""
     ensure_writable(config.workdir, "workdir", config.workdir)
     for name, mark in (PLAN_FILES if config.plan_only else CLOCK_FILES).items():
         ensure_ours(Path(config.workdir, name), mark, "workdir", config.workdir)
@@ -114,13 +114,15 @@ def compare_clocks(config: Config) -> int:
         accuracies = [line.test_accuracy for line in lines]
         built = parts.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on weights
         workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
-        clocks = report.clocks(config.workdir, built.parts, lines)
+        clocks, history = report.known(config.workdir, built.parts, lines)
         columns = {f"{name}_s": clock.seconds for name, clock in clocks.items()}
         columns |= {f"{name}_bytes": sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()}
         rows = zip([line.round for line in lines], accuracies, *columns.values(), strict=True)
         written = [Path(config.workdir) / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *columns), rows)
         compare_plot.write_clocks(written[1], accuracies, clocks, config)
+        report.put(config.workdir, clocks, history)
+        written.append(Path(config.workdir) / report.NAME)
         say.result(f"\n{report.table(clocks, accuracies, config)}\nwritten: {', '.join(map(str, written))}")
         return 0
 

@@ -443,6 +443,9 @@ class Config:
     plan_only: bool = flag(
         False, FILES, ("compare",), "do not train; compare the plans of all methods over many fleets"
     )
+    tensorboard: bool = flag(
+        False, FILES, TRAINING, "also write the rounds as events for TensorBoard, in the workdir"
+    )
     plot: bool = flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
 
     def __post_init__(self):

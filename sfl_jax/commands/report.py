@@ -98,27 +98,34 @@ def ensure_page_is_ours(workdir: str) -> None:
     ensure_ours(Path(workdir) / NAME, recording.MARKS[NAME], "workdir", workdir)
 
 
-def _write(workdir, clocks_of):
+def _write(workdir, known_of):
     """Returns (the clocks on the page, a line if those of other methods are left out)."""
-    from sfl_jax.commands import parts, report_page
+    from sfl_jax.commands import parts
     from sfl_jax.commands.workdir import described
     from sfl_jax.run import recording
     from sfl_jax.run.clocks import own_clock
 
-    run, environment = described(workdir)
     lines, note, history = recording.logged(workdir), "", None
     try:
-        found, history = clocks_of(lines)
+        found, history = known_of(lines)
     except BadInput as error:
-        found = own_clock(parts.planner(run), lines)
+        found = own_clock(parts.planner(described(workdir)[0]), lines)
         note = f"other methods' clocks are left out, and cuts and shares: {as_flags(str(error))}"
-    put(workdir, report_page.report(run, environment, lines, found, history, note))
+    put(workdir, found, history, note)
     return found, note
 
 
-def put(workdir: str, page: str) -> None:
-    """Writes the page of a workdir, unless the user has one of this name."""
+def put(workdir: str, clocks: Mapping[str, Any], history: Any, note: str = "") -> None:
+    """Writes the page of the run in a workdir. BadInput if the user has one of this name there.
+
+    clocks, history: as from `known`. note: says what is left out.
+    """
+    from sfl_jax.commands import report_page
+    from sfl_jax.commands.workdir import described
+    from sfl_jax.run import recording
+
     ensure_page_is_ours(workdir)
+    page = report_page.report(*described(workdir), recording.logged(workdir), clocks, history, note)
     with whole_file(Path(workdir) / NAME) as file:
         file.write(page.encode(errors="xmlcharrefreplace"))
 

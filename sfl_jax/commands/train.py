@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import logging
 
-from sfl_jax.commands import flags, software, words
+from sfl_jax.commands import flags, software, tensorboard, words
 from sfl_jax.commands.config import Config, as_flags, settings
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.commands.program import program
@@ -35,6 +35,7 @@ def train(config: Config) -> int:
     Writes config.json, metrics.jsonl and checkpoints into the workdir. With several processes, only the first
     writes.
     """
+    tensorboard.check(config.tensorboard)
     ensure_writable(config.workdir, "workdir", config.workdir)
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(screen(first_line(config), is_perhaps_first(config)))
@@ -141,14 +142,18 @@ def _train(config, stop, writes, say) -> int:
             if writes
             else recording.Silent(clock, compiling)
         )
-        with contextlib.closing(recorder):
+        with contextlib.closing(recorder), contextlib.ExitStack() as stack:
             stop.must_end_well("this round, which is saved")
             recorder.begin(run.state, inputs, parts.network(built), environment(built, run.tried))
-            return _rounds(config, run, recorder, stop, say)
+            events = None
+            if config.tensorboard and writes:
+                done = recording.logged(config.workdir) if run.round else ()
+                events = stack.enter_context(contextlib.closing(tensorboard.Events(config.workdir, done)))
+            return _rounds(config, run, recorder, events, stop, say)
 
 
-def _rounds(config, run, recorder, stop, say) -> int:
-    """Runs the rounds that are left, with `recorder`. Returns the exit code."""
+def _rounds(config, run, recorder, events, stop, say) -> int:
+    """Runs the rounds that are left. events: for TensorBoard, or None. Returns the exit code."""
     from sfl_jax.commands import report
     from sfl_jax.federated import processes
     from sfl_jax.run.loop import Diverged
@@ -166,7 +171,9 @@ def _rounds(config, run, recorder, stop, say) -> int:
         rounds = with_progress(rounds, run.round, config.rounds, say)
         while not (is_asked_to_stop() and run.is_held) and (done := next(rounds, None)):
             last = done
-            recorder.add(run.state, last)
+            written = recorder.add(run.state, last)
+            if events:
+                events.add(written)
         say.settle()
         recorder.save(run.state, wait=True)
     except Diverged as error:

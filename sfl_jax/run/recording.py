@@ -100,12 +100,16 @@ class Recorder:
         except NotWritten as error:
             raise BadInput(f"workdir={self.workdir}: {error}; choose another place") from error
 
-    def add(self, state: State, line: metrics.Round) -> None:
-        """Writes the line of a round. Saves a checkpoint if one is due and the state is still held."""
+    def add(self, state: State, line: metrics.Round) -> metrics.Round:
+        """Writes the line of a round. Saves a checkpoint if one is due and the state is still held.
+
+        Returns the line as it is written, with the compiling so far.
+        """
         line = line._replace(compile_wall_s=self.compiling.seconds)
         self._try(lambda: self.log.write(line))
         if self.is_due(state.round) and is_held(state):
             self.save(state)
+        return line
 
     def is_due(self, round: int) -> bool:
         """Whether a checkpoint is due after `round` rounds."""
@@ -183,8 +187,8 @@ class Silent(Recorder):
     ) -> None:
         pass
 
-    def add(self, state: State, line: metrics.Round) -> None:
-        pass
+    def add(self, state: State, line: metrics.Round) -> metrics.Round:
+        return line
 
     def is_due(self, round: int) -> bool:
         return False

@@ -95,7 +95,7 @@ def faults(failing_saves=(), failing_lines=(), signal_after=0, number=0, delay_s
             self._file = file
 
     def add_and_look(self, state, line):
-        add(self, state, line)
+        written = add(self, state, line)
         if memory:
             with Path(memory).open("a") as file:
                 arrays = jax.live_arrays()
@@ -103,6 +103,7 @@ def faults(failing_saves=(), failing_lines=(), signal_after=0, number=0, delay_s
                 print(json.dumps([len(arrays), sum(x.nbytes for x in arrays), resident]), file=file)
         if line.round == signal_after:
             threading.Timer(delay_s, os.kill, (os.getpid(), number)).start()
+        return written
 
     with (
         mock.patch.object(checkpoints.Checkpoints, "_put", put_unless_full),

@@ -77,8 +77,8 @@ class Events:
         self._writer = EventsWriter(str(directory / "events"), SUFFIX)
 
     def _add(self, line):
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         known = {name: value for name, value in line.to_json().items() if value is not None}
         values = [Summary.Value(tag=tag(name), simple_value=known[name]) for name in known if name != "round"]

@@ -19,16 +19,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sfl_jax.run.recording import MARKS, PAGE
+from sfl_jax.files import HTML_MARK
 
 # Name: (light, dark). Text has a contrast of 4.5 or more on the background of its page, marks of 3 or more.
 COLOURS = {
     "page": ("#f4f6f8", "#10151b"), "card": ("#ffffff", "#19212a"), "ink": ("#18212c", "#e9edf2"),
     "muted": ("#566270", "#a3afbb"), "rule": ("#dfe4e9", "#2d3843"),
-    "blue": ("#1f57d6", "#83aaff"), "orange": ("#cc4a0d", "#ff935a"), "green": ("#0a7f58", "#43cc9b"),
-    "amber": ("#a86f00", "#f0bb42"), "pink": ("#b03f88", "#f294cd"), "sky": ("#1c719f", "#6cc5f2"),
-    "violet": ("#7548cc", "#b79dff"), "grey": ("#74808c", "#98a4b0"), "pale_sky": ("#5499c4", "#47809f"),
-    "pale_green": ("#459c79", "#3b8a6b"), "pale_orange": ("#d67d3c", "#b8683a"),
+    "blue": ("#1f57d6", "#83aaff"), "orange": ("#cc4a0d", "#ff935a"), "green": ("#1b8537", "#56cf7f"),
+    "amber": ("#a86f00", "#f0bb42"), "pink": ("#b03f88", "#f294cd"), "sky": ("#0876b5", "#5cc0f5"),
+    "violet": ("#7548cc", "#b79dff"), "grey": ("#74808c", "#98a4b0"), "pale_sky": ("#5a98c9", "#4581a8"),
+    "pale_green": ("#559c68", "#3d8a55"), "pale_orange": ("#d67d3c", "#b8683a"),
 }  # fmt: skip
 # The two directions of one thing share a hue.
 TERM_COLOURS = {
@@ -81,7 +81,7 @@ def document(title: str, inside: Iterable[str]) -> str:
         + here.with_suffix(".css").read_text()
     )
     return "\n".join([
-        "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">', MARKS[PAGE].decode(),
+        "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">', HTML_MARK.decode(),
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title>", f"<style>{style}</style>", "<main>", *inside, "</main>",
         f"<script>{here.with_suffix('.js').read_text()}</script>", "</html>", "",
@@ -113,9 +113,12 @@ def tiles(rows: Iterable[tuple[str, str, str]]) -> str:
     return '<div class="tiles">\n' + "\n".join(made) + "\n</div>"
 
 
-def cards(inside: Iterable[str], wide: bool = False) -> str:
-    """Figures and other cards side by side, as many as fit. wide: at most two, for tables."""
-    return f'<div class="{"wide-cards" if wide else "cards"}">\n' + "\n".join(inside) + "\n</div>"
+def cards(inside: Iterable[str], kind: str = "cards") -> str:
+    """Figures and other cards side by side.
+
+    kind: "cards", as many as fit, all of one height; "tables", at most two; "parts", of different heights.
+    """
+    return f'<div class="{kind}">\n' + "\n".join(inside) + "\n</div>"
 
 
 def card(title: str, inside: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,12 +77,18 @@ def curves(
     log: bool = False,
     marks: Sequence[Mark] = (),
     bottom: float | None = None,
+    floor: float | None = None,
 ) -> str:
-    """A card with curves. rounds: the horizontal axis has whole numbers. log: it is logarithmic."""
-    with drawing() as axes:
+    """A card with curves.
+
+    rounds: the horizontal axis has whole numbers. log: it is logarithmic. floor: the vertical axis is
+    logarithmic, and this is its least value, where smaller ones are drawn. bottom: the least of a linear one.
+    """
+    with drawing(46 if floor is None else 60) as axes:
         points = []
         for line in lines:
             x, y = np.asarray(line.x, float), np.asarray(line.y, float)
+            y = y if floor is None else np.maximum(y, floor)
             shown = _thinned(np.isfinite(x) & np.isfinite(y))
             dashes = (0, tuple(map(float, line.dashes.split()))) if line.dashes else "-"
             axes.plot(
@@ -93,9 +100,14 @@ def curves(
         if log:
             axes.set_xscale("log")
             axes.set_xlabel(f"{xlabel}, logarithmic")
-            _few_numbers(axes)
+            _few_numbers(axes.xaxis)
         elif rounds:
             page.whole_numbers(axes)
+        if floor is not None and points:
+            axes.set(
+                yscale="log", ylim=(floor / 1.3, max(10 * floor, 1.3 * max(point.y for point in points)))
+            )
+            _few_numbers(axes.yaxis, {floor: f"≤{floor:g}"})
         if bottom is not None and points:
             axes.set_ylim(bottom, None)
         if not points:
@@ -103,13 +115,14 @@ def curves(
         return page.figure(title, caption, axes, points, marks=marks)
 
 
-def _few_numbers(axes):
-    low, high = axes.get_xlim()
+def _few_numbers(axis, named: Mapping[Any, str] = MappingProxyType({})):
+    """Plain numbers on a logarithmic axis. named: the texts of some."""
+    low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    subs = (1, 2, 5) if decades < 2.5 else (1, 3) if decades < 4 else (1,)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e5 else f"{x:.0e}"))
+    subs = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: named.get(x) or words.amount(x, "").strip()))
 
 
 def _thinned(known) -> np.ndarray:
@@ -213,7 +226,7 @@ def seconds_by_term(
 
 def _round_text(name, history, start, parts, lasted_s, used) -> str:
     holder = history.holder[start]
-    who = f", held up by {history.names[holder]}" if name.startswith("round ") and holder >= 0 else ""
+    who = f", held up by {_name(history, holder)}" if name.startswith("round ") and holder >= 0 else ""
     terms = "\n".join(f"{WORDS[TERMS[i]]}: {words.clock(parts[i])}" for i in used)
     return f"{name}: {words.clock(lasted_s)}{who}\n{terms}"
 
@@ -228,7 +241,7 @@ def holders(history: History) -> str:
     for i in order:
         term, part = TERMS[history.longest[i]], history.pull[i] / total
         often = f"{history.rounds[i]} round{'' if history.rounds[i] == 1 else 's'}"
-        name, said = str(history.names[i]), words.percent(part, 1)
+        name, said = _name(history, i), words.percent(part, 1)
         text = f"{name}: {said} of all rounds\nwas in {often}\nlongest term: {WORDS[term]}"
         rows.append(Bar(_short(name), part, said, text, TERM_COLOURS[term]))
     terms = dict.fromkeys(TERMS[history.longest[i]] for i in order)
@@ -238,6 +251,12 @@ def holders(history: History) -> str:
         " would gain from them. Colour: their longest term."
     )
     return bars("Who held rounds up", caption, rows, marks)
+
+
+def _name(history, client) -> str:
+    """The name of a client. Clients of random fleets are numbers."""
+    name = str(history.names[client])
+    return f"client {name}" if name.isdecimal() else name
 
 
 def _short(name) -> str:
@@ -251,27 +270,28 @@ def cuts(history: History) -> str:
     used = np.flatnonzero(counts.sum(axis=0))
     if not len(used):
         return unknown("Cuts over rounds", "Nobody came.")
-    low, high, most = used[0], used[-1], counts.max()
+    most = counts.max()
     labels: dict[Any, str] = {cut: f"{_unit(history, cut)} {cut}" for cut in used}
-    left = 14 + _LETTER * max(map(len, labels.values()))
-    with drawing(max(left, 46)) as axes:
-        level = np.ceil(_LEVELS * counts / most).astype(int)
+    left = max(46, 14 + _LETTER * max(map(len, labels.values())))
+    with drawing(left) as axes:
+        level = np.ceil(_LEVELS * counts[:, used] / most).astype(int)
         for step in range(1, _LEVELS + 1):
             cells = np.argwhere(level == step)
             if len(cells):
                 axes.add_patch(_cells(cells, own.edges, 0.15 + 0.85 * step / _LEVELS))
-        axes.set(xlim=(own.edges[0], own.edges[-1]), ylim=(low - 0.5, high + 0.5), xlabel="round")
+        axes.set(xlim=(own.edges[0], own.edges[-1]), ylim=(-0.5, len(used) - 0.5), xlabel="round")
         page.whole_numbers(axes)
-        ticks = _apart(used, counts.sum(axis=0), 1 + int((high - low) // 13))
-        axes.set_yticks(ticks, [labels[cut] for cut in ticks])
+        ticks = _apart(counts.sum(axis=0)[used], 1 + len(used) // 14)
+        axes.set_yticks(ticks, [labels[used[tick]] for tick in ticks])
         axes.grid(visible=False)
         centres = (own.edges[:-1] + own.edges[1:]) / 2
         points = [
-            Point(centres[b], low, _cuts_text(own.names[b], counts[b], labels)) for b in range(len(counts))
+            Point(centre, 0, _cuts_text(name, row, labels))
+            for centre, name, row in zip(centres, own.names, counts, strict=True)
         ]
         caption = (
-            "The last unit on the client, and its number. The stronger the colour, the more clients:"
-            f" up to {most:.3g}."
+            "Rows: the last unit on the client, and its number; only cuts that are used. The stronger the"
+            f" colour, the more clients: up to {most:.3g}."
         )
         return page.figure("Cuts over rounds", caption, axes, points, "x")
 
@@ -300,10 +320,10 @@ def _cells(cells, edges, alpha) -> PathPatch:
     return PathPatch(Path.make_compound_path(*corners), facecolor=paint("blue"), alpha=alpha, linewidth=0)
 
 
-def _apart(places, weights, distance) -> list[int]:
-    """The heaviest places with at least this distance."""
+def _apart(weights, distance) -> list[int]:
+    """The places of the heaviest weights with at least this distance."""
     kept: list[int] = []
-    for place in sorted(places, key=lambda place: -weights[place]):
+    for place in np.argsort(-weights, kind="stable"):
         if all(abs(place - other) >= distance for other in kept):
             kept.append(int(place))
     return sorted(kept)
@@ -335,7 +355,7 @@ def shares(history: History) -> str | None:
         points = [
             Point(
                 history.flops[i], 100 * history.share[i],
-                f"{history.names[i]}: {words.percent(float(history.share[i]))} of the server\n"
+                f"{_name(history, i)}: {words.percent(float(history.share[i]))} of the server\n"
                 f"{words.amount(float(history.flops[i]), 'FLOP/s')}\n"
                 f"mean cut {history.cut[i]:.1f}, {history.rounds[i]} rounds",
             )

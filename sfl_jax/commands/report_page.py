@@ -55,11 +55,11 @@ def report(
                     page.grid(totals.accuracy_rows(clocks, [line.test_accuracy for line in lines])),
                 ),
             ],
-            wide=True,
+            "tables",
         ),
         page.card("Every method", page.grid(totals.method_rows(clocks))),
-        page.section("Settings and software"),
-        page.cards([_settings(config), _made_with(environment)], wide=True),
+        page.section("Settings, software and machine"),
+        page.cards([settings_card(config, "train"), made_with_card(environment), *_wall(lines)], "parts"),
     ])  # fmt: skip
 
 
@@ -253,8 +253,6 @@ def _rounds(config, lines, clocks, history) -> Iterator[str]:
     else:
         yield _round_times(lines)
     yield _losses(lines)
-    if drawn := _wall(lines):
-        yield drawn
 
 
 def _by_round(lines, name, label, said, colour, dashes="") -> Curve:
@@ -295,13 +293,13 @@ def _losses(lines) -> str:
     return pictures.curves("Loss", caption, drawn, "round", "loss", rounds=True, marks=marks)
 
 
-def _wall(lines) -> str | None:
-    """A card with the parts of the wall time. None for lines of releases that did not measure them."""
+def _wall(lines) -> Iterator[str]:
+    """A card with the parts of the wall time. Nothing for lines of releases that did not measure them."""
     last = lines[-1]
     trained, tested = (_numbers(lines, name).sum() for name in ("train_wall_s", "test_wall_s"))
     compiled = last.compile_wall_s
     if compiled is None or not math.isfinite(trained + tested):
-        return None
+        return
     rest = max(0.0, last.wall_s - trained - tested - compiled)
     kinds = (
         ("training", trained, "rounds on the devices, and planning where they wait for it", "green"),
@@ -320,23 +318,24 @@ def _wall(lines) -> str | None:
         for name, s, about, colour in kinds
     ]
     caption = f"Seconds of this machine, {last.wall_s:,.1f} s in all. Nothing here is simulated."
-    return pictures.bars("Where wall time went", caption, rows)
+    yield pictures.bars("Where wall time went", caption, rows)
 
 
 def _numbers(lines: Sequence[Round], name: str) -> np.ndarray:
     return np.array([getattr(line, name) for line in lines], float)  # NaN for None
 
 
-def _settings(config) -> str:
-    chosen = settings(config, "train")
-    defaults = {field.name: field.default for field in fields_of("train")}
+def settings_card(config: Config, command: str) -> str:
+    """The settings of a command that differ from its defaults, and the command line that repeats it."""
+    chosen = settings(config, command)
+    defaults = {field.name: field.default for field in fields_of(command)}
     changed = {name: value for name, value in chosen.items() if value != defaults[name]}
     flags = (f"--{name}={_said(value)}" for name, value in changed.items())
     rows = [("setting", "value", "default"), *((n, _said(v), _said(defaults[n])) for n, v in changed.items())]
     inside = [
         page.grid(rows, numbers=False) if changed else "",
-        page.paragraph("The command that repeats this run:"),
-        page.code(shlex.join([*program("train").split(), *flags])),
+        page.paragraph("The command that repeats this:"),
+        page.code(shlex.join([*program(command).split(), *flags])),
         page.details(f"All {len(chosen)} settings", page.columns({n: _said(v) for n, v in chosen.items()})),
     ]
     return page.card("Settings that differ from the defaults", "\n".join(inside))
@@ -350,7 +349,8 @@ def _said(value: Any) -> str:
     return short if short and float(short) == value else str(value)
 
 
-def _made_with(environment) -> str:
+def made_with_card(environment: Mapping[str, Any]) -> str:
+    """Releases of packages, devices, and what else a run notes of its surroundings."""
     packages, devices = environment.get("packages"), environment.get("devices")
     shown = {
         "begun": environment.get("begun"),

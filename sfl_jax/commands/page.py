@@ -230,12 +230,16 @@ def figure(
     }  # fmt: skip
     script = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f"<figure>\n<h3>{_text(title)}</h3><figcaption>{_text(caption)}</figcaption>\n"
+        f"<figure>\n<h3>{_text(title)}</h3>{_below(caption)}\n"
         + (legend(marks) + "\n" if marks else "")
         + svg
         + (f'\n<script type="application/json">{script}</script>' if found else "")
         + "\n</figure>"
     )
+
+
+def _below(caption: str) -> str:
+    return f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
 
 
 def _clean(text: str, number: str, title: str) -> str:

@@ -31,7 +31,7 @@ CYCLE = [
     for dashes in ("", "6 3", "2 3")
     for colour in ("blue", "orange", "green", "pink", "amber", "violet", "sky", "grey")
 ]
-MOST_POINTS = 200  # of a curve
+MOST_POINTS = 120  # of a curve
 MOST_BINS = 120  # of an axis of rounds
 MOST_DOTS = 400
 MOST_BARS = 8
@@ -231,8 +231,8 @@ def _round_text(name, history, start, parts, lasted_s, used) -> str:
     return f"{name}: {words.clock(lasted_s)}{who}\n{terms}"
 
 
-def holders(history: History) -> str:
-    """A card with the clients that held up most."""
+def holders(history: History, about: str) -> str:
+    """A card with the clients that held up most. about: says what a client's part is."""
     total = history.pull.sum()
     order = [i for i in np.argsort(-history.pull, kind="stable")[:MOST_BARS] if history.pull[i] > 0]
     if not order:
@@ -246,11 +246,7 @@ def holders(history: History) -> str:
         rows.append(Bar(_short(name), part, said, text, TERM_COLOURS[term]))
     terms = dict.fromkeys(TERMS[history.longest[i]] for i in order)
     marks = [Mark(f"longest: {WORDS[term]}", TERM_COLOURS[term], None) for term in terms]
-    caption = (
-        "The part of all rounds that a client held up. Clients that end together share a round by what it"
-        " would gain from them. Colour: their longest term."
-    )
-    return bars("Who held rounds up", caption, rows, marks)
+    return bars("Who held rounds up", f"{about} Colour: the longest term.", rows, marks)
 
 
 def _name(history, client) -> str:
@@ -342,6 +338,8 @@ def shares(history: History) -> str | None:
     came = came[np.argsort(history.flops[came], kind="stable")]
     shown = came[np.unique(np.linspace(0, len(came) - 1, MOST_DOTS).astype(int))]
     alone = history.share[shown] == 0
+    if alone.all():
+        return unknown("Shares of the server", "No client needs a share: all train alone.")
     with drawing() as axes:
         for which, colour in ((~alone, "violet"), (alone, "grey")):
             own = shown[which]

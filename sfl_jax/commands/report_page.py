@@ -114,10 +114,10 @@ def _time(clocks) -> tuple[str, str, str]:
         return "Simulated time", words.clock(own_s), "of all rounds"
     other_s = float(other.seconds[-1])
     saved = 1 - own_s / other_s
+    if abs(saved) < words.ALIKE:
+        return "Time saved", words.percent(0.0, 0), f"{words.clock(own_s)}, as long as without a split"
     beside = words.beside(other_s, own_s).removeprefix("this plan is ")
-    remark = f"{words.clock(own_s)} instead of {words.clock(other_s)} without a split" + (
-        f": {beside}" if beside else ""
-    )
+    remark = f"{words.clock(own_s)} instead of {words.clock(other_s)} without a split: {beside}"
     return (
         ("Time saved", words.percent(saved, 1), remark)
         if saved >= 0
@@ -137,6 +137,8 @@ def _sent(clocks) -> tuple[str, str, str]:
         other = others["up_bytes"] + others["down_bytes"]
         if math.isfinite(other) and other > 0:
             part = (up + down) / other - 1
+            if abs(part) < words.ALIKE:
+                return "Bytes sent", words.amount(up + down, "B"), f"{remark}; as many as without a split"
             remark += f"; {words.percent(abs(part), 0)} {'more' if part > 0 else 'less'} than without a split"
     return "Bytes sent", words.amount(up + down, "B"), remark
 
@@ -149,7 +151,7 @@ def _accuracy(config, lines, clocks) -> list[str]:
     rounds = [line.round for line in lines]
     sent = {name: np.cumsum(sent_bytes(clock.ledger)) for name, clock in known.items()}
     most = max((float(values[-1]) for values in sent.values() if math.isfinite(values[-1])), default=1.0)
-    unit, size = _byte_unit(most)
+    unit, size = words.byte_unit(most)
 
     def drawn(of: Mapping[str, Any], said) -> list[Curve]:
         def text(name):
@@ -204,12 +206,6 @@ def _accuracy(config, lines, clocks) -> list[str]:
     ]
 
 
-def _byte_unit(most) -> tuple[str, float]:
-    """The unit in which a number of bytes is below a thousand, and its size."""
-    power = min(max(int(math.log10(max(most, 1)) // 3), 0), 4)
-    return ("B", "kB", "MB", "GB", "TB")[power], 1000.0**power
-
-
 def _worst_clients(lines, rounds) -> list[Curve]:
     """The accuracy of the client for whom the model is worst, where it is known."""
     worst = [math.nan if (a := line.client_accuracy_worst) is None else 100 * a for line in lines]
@@ -236,6 +232,14 @@ _BARRIERS = {
 }
 
 
+_HOLDERS = {
+    "session": "The part of all rounds that a client held up. Clients that end together share a round by"
+    " what it would gain from them.",
+    "staged": "The slowest client before the server holds up half of a round, the slowest after it half.",
+}
+_IN_TURN = "The part of all seconds that a client's sessions took, since others wait for them."
+
+
 def _rounds(config, lines, clocks, history) -> Iterator[str]:
     own, *_ = clocks
     if len(clocks) > 1:
@@ -246,7 +250,7 @@ def _rounds(config, lines, clocks, history) -> Iterator[str]:
             [getattr(line, name) or math.nan for line in lines] for name in ("round_s", "bound_s")
         )
         yield pictures.seconds_by_term(history, round_s, bound_s, _BARRIERS[barrier])
-        yield pictures.holders(history)
+        yield pictures.holders(history, _HOLDERS.get(barrier, _IN_TURN))
         yield pictures.cuts(history)
         if drawn := pictures.shares(history):
             yield drawn

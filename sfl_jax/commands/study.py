@@ -18,10 +18,10 @@ from sfl_jax.commands import flags, words
 from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
 from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
-from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
-TABLE, PICTURE = "study.json", "study.png"
+TABLE, PICTURE, REPORT = "study.json", "study.png", "study.html"
 POLL_S = 0.1  # between two looks at a training
 USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=…] [--workdir=DIR] [flags of training]
 
@@ -30,7 +30,8 @@ USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=…] [-
   --vary=NAME=V1,V2   a setting of training and its values; cut=1,3 gives every client this cut; several
                       --vary make all combinations
   --targets=0.9,0.98  accuracies whose rounds, seconds and bytes are told (default {targets})
-  --workdir=DIR       a directory for each run, {table} and {picture} (default {workdir})
+  --workdir=DIR       a directory for each run, {table}, {picture}
+                      and {report} (default {workdir})
   all other flags     hold in all runs, as in {train}
 
 examples
@@ -58,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def study(
     varied: Mapping[str, Sequence[str]], rest: Sequence[str], workdir: str, targets: Sequence[float]
 ) -> int:
-    """Trains all cases, then writes the table and the picture. Returns the exit code."""
+    """Trains all cases, then writes the table, the picture and the page. Returns the exit code."""
     ensure_writable(workdir, "workdir", workdir)
     ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
     ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
+    ensure_ours(Path(workdir, REPORT), HTML_MARK, "workdir", workdir)
     combinations = itertools.product(*varied.values())
     cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in combinations]
     cases = [case for case in cases if _can_be_trained(case)]
@@ -77,12 +79,12 @@ def study(
         failed = failed or code
         done += [] if code else [case]
     if done:
-        _write(varied, done, workdir, targets)
+        _write(varied, done, rest, workdir, targets)
     return failed
 
 
-def _write(varied, cases, workdir, targets) -> None:
-    from sfl_jax.commands import study_plot
+def _write(varied, cases, rest, workdir, targets) -> None:
+    from sfl_jax.commands import study_page, study_plot
     from sfl_jax.run import recording
 
     runs = [(case.values, recording.logged(str(case.directory))) for case in cases]
@@ -91,8 +93,13 @@ def _write(varied, cases, workdir, targets) -> None:
         text = json.dumps({"varied": {name: list(values) for name, values in varied.items()}, "rows": rows})
         file.write(text.encode())
     study_plot.write(Path(workdir, PICTURE), runs)
+    flags_given = [*(f"--vary={name}={','.join(values)}" for name, values in varied.items()), *rest]
+    command = [*program("study").split(), *flags_given, f"--workdir={workdir}"]
+    with whole_file(Path(workdir, REPORT)) as file:
+        page = study_page.study_page(runs, rows, targets, command)
+        file.write(page.encode(errors="xmlcharrefreplace"))
     print(table(rows, targets))
-    print(f"written: {Path(workdir, TABLE)}, {Path(workdir, PICTURE)}")
+    print(f"written: {', '.join(str(Path(workdir, name)) for name in (TABLE, PICTURE, REPORT))}")
 
 
 def summarised(
@@ -148,8 +155,8 @@ def sent_so_far(lines: Sequence[Any]) -> list[float | None]:
     return [None if total != total else float(total) for total in sums]  # NaN
 
 
-def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
-    """The rows as a person reads them."""
+def cells(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> list[list[str]]:
+    """The rows as a person reads them, below a row of titles."""
     names = list(rows[0]["settings"])
     header = [*names, "accuracy", "worst client", "simulated", "bytes"]
     header += [f"to {100 * target:g} %: rounds, seconds, bytes" for target in targets]
@@ -164,10 +171,14 @@ def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = (
-        "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in (header, *body)
-    )
+    return [header, *body]
+
+
+def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
+    """The rows as text in columns."""
+    found = cells(rows, targets)
+    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
+    lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in found)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -278,8 +289,8 @@ def _train(case: Case) -> int:
 def _usage() -> str:
     about = " ".join(str(__doc__).split())
     return USAGE.format(
-        name=program("study"), about=about, targets=TARGETS, table=TABLE, picture=PICTURE, workdir=WORKDIR,
-        train=program("train"),
+        name=program("study"), about=about, targets=TARGETS, table=TABLE, picture=PICTURE, report=REPORT,
+        workdir=WORKDIR, train=program("train"),
     )  # fmt: skip
 
 

@@ -24,6 +24,12 @@ def amount(number: float, unit: str) -> str:
     return f"{number:.3g} {_PREFIXES[power]}{unit}"
 
 
+def byte_unit(most: float) -> tuple[str, float]:
+    """The unit in which a number of bytes is below a thousand, and its size in bytes."""
+    power = min(max(int(math.log10(max(most, 1)) // 3), 0), 4)
+    return f"{_PREFIXES[power]}B", 1000.0**power
+
+
 def beside(seconds: float, own_s: float) -> str:
     """Compares this plan, which takes `own_s`, with another that takes `seconds`."""
     if own_s <= 0 or seconds <= 0 or not math.isfinite(seconds / own_s):

@@ -146,7 +146,7 @@ def test_the_pictures_of_rounds_say_who_what_and_how_long():
     assert len(text.splitlines()) == 8
     cuts = points(pictures.cuts(history))["points"]
     assert cuts[0][2] == "round 1, clients by cut\nall units 5: 1\nblock1 2: 3"
-    who = points(pictures.holders(history))["points"]
+    who = points(pictures.holders(history, "about"))["points"]
     largest = history.pull.argmax()
     assert who[0][2].startswith(f"phone-{largest}: {100 * history.pull[largest] / history.pull.sum():.1f} %")
     shares = points(pictures.shares(history))["points"]
@@ -158,7 +158,7 @@ def test_many_rounds_and_clients_stay_a_small_picture(rounds):
     history = told(rounds, clients=5000, units=40)
     made = [
         pictures.seconds_by_term(history, [1.0] * rounds, [0.5] * rounds, ""), pictures.cuts(history),
-        pictures.holders(history), pictures.shares(history),
+        pictures.holders(history, "about"), pictures.shares(history),
     ]  # fmt: skip
     assert sum(map(len, made)) < 250_000
 
@@ -168,12 +168,14 @@ def test_rounds_to_which_nobody_came_are_drawn():
         cuts=np.zeros((3, 6), np.int64), seconds=np.zeros((3, 7)), pull=np.zeros(4), holder=np.full(3, -1)
     )
     for drawn in (
-        pictures.cuts(none), pictures.holders(none), pictures.seconds_by_term(none, [0.0] * 3, [0.0] * 3, "")
+        pictures.cuts(none), pictures.holders(none, "about"),
+        pictures.seconds_by_term(none, [0.0] * 3, [0.0] * 3, ""),
     ):  # fmt: skip
         assert "Nobody came." in drawn
     first = points(pictures.seconds_by_term(told(holder=np.array([-1, 0, 1])), [1.0] * 3, [1.0] * 3, ""))
     assert ["held up by" in text for _, _, text in first["points"]] == [False, True, True]
     assert pictures.shares(told(share=np.full(4, np.nan))) is None
+    assert "all train alone" in pictures.shares(told(share=np.zeros(4)))
 
 
 def test_names_of_units_keep_apart_in_the_heat_map():

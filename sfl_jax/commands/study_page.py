@@ -43,7 +43,7 @@ def study_page(
                 page.card("The command that repeats this", page.code(shlex.join(command))),
                 made_with_card({"packages": software.packages()}),
             ],
-            "parts",
+            "tables",
         ),
     ])  # fmt: skip
 

@@ -7,10 +7,11 @@ import re
 
 import numpy as np
 import pytest
+from commands.histories import told
 
 from sfl_jax.commands import page, pictures
 from sfl_jax.commands.page import COLOURS
-from sfl_jax.run.history import TERMS, History
+from sfl_jax.run.history import TERMS
 
 
 def luminance(colour):
@@ -121,20 +122,6 @@ def test_bins_cover_all_rounds_once():
         ends = [*own.starts[1:], rounds]
         means = [values[a:b].mean(axis=0) for a, b in zip(own.starts, ends, strict=True)]
         assert own.mean(values) == pytest.approx(np.array(means))
-
-
-def told(rounds=3, clients=4, units=5, **changes):
-    """A history of made-up plans."""
-    rng = np.random.default_rng(0)
-    cuts = np.zeros((rounds, units + 1), np.int64)
-    cuts[:, 2], cuts[:, units] = 3, 1
-    made = History(
-        cuts, rng.random((rounds, 7)), rng.random(rounds), rng.integers(0, clients, rounds),
-        np.full(clients, rounds), rng.random(clients), rng.random(clients), rng.random(clients),
-        rng.integers(0, 7, clients), np.array([f"phone-{i}" for i in range(clients)]),
-        1e9 * (1 + rng.random(clients)), tuple(f"block{i}" for i in range(units)),
-    )  # fmt: skip
-    return made._replace(**changes)
 
 
 def test_the_pictures_of_rounds_say_who_what_and_how_long():

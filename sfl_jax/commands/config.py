@@ -447,6 +447,7 @@ class Config:
         False, FILES, TRAINING, "also write the rounds as events for TensorBoard, in the workdir"
     )
     plot: bool = flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
+    report: bool = flag(False, FILES, ("plan",), "write the plan as a page in a .html beside the output")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

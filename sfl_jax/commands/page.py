@@ -40,9 +40,10 @@ _RC: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 11, "axes.edgecolor": COLOURS["rule"][0], "axes.linewidth": 1.0,
     "axes.labelcolor": COLOURS["muted"][0], "axes.labelsize": 11, "text.color": COLOURS["ink"][0],
     "xtick.color": COLOURS["muted"][0], "ytick.color": COLOURS["muted"][0], "xtick.major.size": 0,
-    "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.spines.left": False, "grid.color": COLOURS["rule"][0],
-    "grid.linewidth": 1.0, "axes.axisbelow": True, "lines.solid_capstyle": "round", "path.simplify": False,
+    "xtick.major.pad": 7, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "grid.color": COLOURS["rule"][0], "grid.linewidth": 1.0, "axes.axisbelow": True,
+    "lines.solid_capstyle": "round", "path.simplify": False,
 }  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def drawing(left: float = 46, right: float = 10, height: float = HEIGHT) -> Iter
     """Axes in the style of the page. `left` and `right`: margins in units of the picture."""
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-        axes = figure.add_axes((left / WIDTH, 36 / height, 1 - (left + right) / WIDTH, 1 - 44 / height))
+        axes = figure.add_axes((left / WIDTH, 38 / height, 1 - (left + right) / WIDTH, 1 - 46 / height))
         axes.grid(axis="y")
         yield axes
 

@@ -162,6 +162,25 @@ def bars(title: str, caption: str, rows: Sequence[Bar], marks: Sequence[Mark] = 
         return page.figure(title, caption, axes, points, "y", marks)
 
 
+def clients_by_term(names: Sequence[str], seconds: np.ndarray, texts: Sequence[str], caption: str) -> str:
+    """A card with each client's seconds by term, (7, K), stacked in the order of time.
+
+    texts: what the pointer shows of each client.
+    """
+    title = "Where each client's time goes"
+    used = [i for i in range(len(TERMS)) if seconds[i].max(initial=0) > 0]
+    edges = np.repeat(np.arange(len(names) + 1) + 0.5, 2)[1:-1]
+    with drawing() as axes:
+        colours = [paint(TERM_COLOURS[TERMS[i]]) for i in used]
+        axes.stackplot(edges, np.repeat(seconds[used], 2, axis=1), colors=colours, linewidth=0)
+        axes.set(xlim=(0.5, len(names) + 0.5), ylim=(0, None), xlabel="clients", ylabel="seconds")
+        page.whole_numbers(axes)
+        tops = seconds.sum(axis=0)
+        points = [Point(k + 1, tops[k], text) for k, text in enumerate(texts)]
+        marks = [Mark(WORDS[TERMS[i]], TERM_COLOURS[TERMS[i]], None) for i in used]
+        return page.figure(title, caption, axes, points, "x", marks)
+
+
 class Bins(NamedTuple):
     """Neighbouring rounds that are drawn as one. starts: their first indices. names: for the pointer."""
 
@@ -249,6 +268,11 @@ def holders(history: History, about: str) -> str:
     return bars("Who held rounds up", f"{about} Colour: the longest term.", rows, marks)
 
 
+def _mean_cut(history, client) -> str:
+    rounds, cut = history.rounds[client], history.cut[client]
+    return f"cut {cut:.0f}" if rounds == 1 else f"mean cut {cut:.1f}, {rounds} rounds"
+
+
 def _name(history, client) -> str:
     """The name of a client. Clients of random fleets are numbers."""
     name = str(history.names[client])
@@ -267,7 +291,7 @@ def cuts(history: History) -> str:
     if not len(used):
         return unknown("Cuts over rounds", "Nobody came.")
     most = counts.max()
-    labels: dict[Any, str] = {cut: f"{_unit(history, cut)} {cut}" for cut in used}
+    labels: dict[Any, str] = {cut: f"{unit_name(history, cut)} {cut}" for cut in used}
     left = max(46, 14 + _LETTER * max(map(len, labels.values())))
     with drawing(left) as axes:
         level = np.ceil(_LEVELS * counts[:, used] / most).astype(int)
@@ -292,7 +316,8 @@ def cuts(history: History) -> str:
         return page.figure("Cuts over rounds", caption, axes, points, "x")
 
 
-def _unit(history, cut) -> str:
+def unit_name(history: History, cut: Any) -> str:
+    """The last unit on a client with this cut."""
     if cut == len(history.units):
         return "all units"
     return history.units[cut - 1] if cut else "images"
@@ -346,7 +371,7 @@ def shares(history: History) -> str | None:
             axes.scatter(
                 history.flops[own], 100 * history.share[own], 22, color=paint(colour), alpha=0.7, linewidths=0
             )
-        axes.set(xscale="log", xlabel="compute of the client, FLOP/s", ylabel="mean share, %")
+        axes.set(xscale="log", xlabel="compute of the client, FLOP/s", ylabel="share of the server, %")
         axes.set_ylim(-0.03 * axes.get_ylim()[1], None)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words.amount(x, "")))
@@ -354,15 +379,15 @@ def shares(history: History) -> str | None:
             Point(
                 history.flops[i], 100 * history.share[i],
                 f"{_name(history, i)}: {words.percent(float(history.share[i]))} of the server\n"
-                f"{words.amount(float(history.flops[i]), 'FLOP/s')}\n"
-                f"mean cut {history.cut[i]:.1f}, {history.rounds[i]} rounds",
+                f"{words.amount(float(history.flops[i]), 'FLOP/s')}\n{_mean_cut(history, i)}",
             )
             for i in shown
         ]  # fmt: skip
         marks = [Mark("with a share", "violet", None)]
         marks += [Mark("trains alone", "grey", None)] if alone.any() else []
         some = "" if len(shown) == len(came) else f" {len(shown)} of {len(came)} clients."
-        caption = f"Each dot is a client, with the mean of its rounds.{some}"
+        mean = "" if len(history.cuts) == 1 else ", with the mean of its rounds"
+        caption = f"Each dot is a client{mean}.{some}"
         return page.figure("Shares of the server", caption, axes, points, marks=marks)
 
 

@@ -9,10 +9,12 @@ from sfl_jax.commands import flags
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.errors import BadInput
-from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # A text that each file of this command contains, by the file's ending.
-MARKS = {".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK}
+MARKS = {
+    ".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK, ".html": HTML_MARK,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config) -> None:
-    """Plans, prints the summary, and writes the plan as JSON and CSV, and as a picture if asked for."""
+    """Plans, prints the summary, and writes the plan as JSON, CSV, and what else is asked for."""
     output = Path(config.output)
-    written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
+    asked = {".json": True, ".csv": True, ".png": config.plot, ".html": config.report}
+    written = [output.with_suffix(suffix) for suffix in MARKS if asked[suffix]]
     check_outputs(written, config.fleet)
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
@@ -54,13 +57,21 @@ def plan(config: Config) -> None:
         say("planning with more server, with faster links and clients, and in cohorts")
         cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)
         writing = pool.submit(write_plan, output, head(config, planned, cohorts_s), planning.table(planned))
-        say.result(summary(config, planned, planning.gains(planned), cohorts_s))
+        gains = planning.gains(planned)
+        text = summary(config, planned, gains, cohorts_s)
+        say.result(text)
         if config.plot:
             say("drawing the plan")
             from sfl_jax.commands.plan_plot import write_plot
 
-            with whole_file(written[-1]) as file:
+            with whole_file(output.with_suffix(".png")) as file:
                 write_plot(file, config, planned)
+        if config.report:
+            say("writing the page of the plan")
+            from sfl_jax.commands.plan_page import page_of
+
+            with whole_file(output.with_suffix(".html")) as file:
+                file.write(page_of(config, planned, gains, text).encode(errors="xmlcharrefreplace"))
         writing.result()
     print(f"{'written':<11} {', '.join(map(str, written))}")
 

@@ -41,6 +41,7 @@ _WITH_SERVERS = {
     "scheme": "since no other scheme has several",
     "target_round_s": "since no server is sought",
     "plot": "of which there is no picture",
+    "report": "of which there is no page",
 }
 
 

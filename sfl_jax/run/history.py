@@ -79,6 +79,19 @@ def _means(sums, times):
     return np.divide(sums, times, np.full(len(sums), np.nan), where=times > 0)
 
 
+def of_plan(planned: Planned) -> History:
+    """The history of a single round of a whole fleet."""
+    plan, by_term, pull = planned.plan, np.stack(planning.seconds(planned)), pulls(planned)
+    units = tuple(planned.profile.names)
+    return History(
+        np.bincount(plan.cuts, minlength=len(units) + 1)[None],
+        round_seconds(planned.planner.barrier, by_term, pull)[None], np.array([plan.round_s]),
+        np.array([pull.argmax()]), np.ones(len(plan.cuts), np.int64), plan.cuts.astype(float),
+        plan.shares / max(planned.planner.server_flops, 1e-300), pull, by_term.argmax(axis=0),
+        planned.fleet.client, np.asarray(planned.fleet.flops, float), units,
+    )  # fmt: skip
+
+
 def pulls(planned: Planned) -> Float64[np.ndarray, " K"]:
     """How much of a round each client holds up, (K,) that add up to 1.
 

@@ -1,6 +1,7 @@
 """Shows rounds when they end: a bar on a terminal, lines elsewhere."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,12 +27,11 @@ def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) 
     from tqdm import tqdm
 
     shown = screen.is_terminal and screen.speaks
+    columns = _columns(screen.stream) if shown else 0
     bar = tqdm(
-        initial=done, total=total, unit="round", disable=not shown, dynamic_ncols=True, file=screen.stream
-    )
-    if shown:
-        columns = bar.ncols or max(_FORMATS)
-        bar.bar_format = next(text for least, text in _FORMATS.items() if columns >= least)
+        initial=done, total=total, unit="round", disable=not shown, dynamic_ncols=True, file=screen.stream,
+        bar_format=next(text for least, text in _FORMATS.items() if columns >= least),
+    )  # fmt: skip
     tested, begun_at, said_at = "", time.monotonic(), time.monotonic()
     if not shown:
         screen(f"computing round {done + 1} of {total}")
@@ -50,6 +50,14 @@ def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) 
                     f"round {last.round}/{total}: {said}; {_pace(last, done, total, now - begun_at)}"
                 )
             yield last
+
+
+def _columns(stream) -> int:
+    """How wide the terminal is; wide if it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return max(_FORMATS)
 
 
 def note(last: Any, tested: str = "") -> str:

@@ -187,6 +187,7 @@ def test_on_a_terminal_the_bar_has_every_rounds_loss_and_no_warning_crosses_it(c
 def test_a_narrow_terminal_shows_loss_accuracy_and_the_time_that_is_left(columns, has, clock, monkeypatch):
     """The bar and the seconds of a round are left out before anything else is cut off."""
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (columns, 20))
+    monkeypatch.setattr(progress, "_columns", lambda stream: columns)
     screen = make(True, clock)
     for _ in progress.with_progress(rounds(clock, [1] * 60, tested={1}), 0, 60, screen):
         pass

@@ -484,7 +484,11 @@ class Config:
     plan_only: bool = flag(
         False, FILES, ("compare",), "do not train; compare the plans of all methods over many fleets"
     )
+    tensorboard: bool = flag(
+        False, FILES, TRAINING, "also write the rounds as events for TensorBoard, in the workdir"
+    )
     plot: bool = flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
+    report: bool = flag(False, FILES, ("plan",), "write the plan as a page in a .html beside the output")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -11,10 +11,12 @@ from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_difference import difference, read_plan
 from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.errors import BadInput
-from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # A text that each file of this command contains, by the file's ending.
-MARKS = {".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK}
+MARKS = {
+    ".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK, ".html": HTML_MARK,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config) -> None:
-    """Plans, prints the summary, and writes the plan as JSON and CSV, and as a picture if asked for."""
+    """Plans, prints the summary, and writes the plan as JSON, CSV, and what else is asked for."""
     output = Path(config.output)
-    written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
+    asked = {".json": True, ".csv": True, ".png": config.plot, ".html": config.report}
+    written = [output.with_suffix(suffix) for suffix in MARKS if asked[suffix]]
     check_outputs(written, config.fleet)
     check_fleet_output(config)
     _check_calibration_outputs(config)
@@ -73,7 +76,9 @@ def plan(config: Config) -> None:
         cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)
         heading, columns = head(config, planned, cohorts_s), planning.table(planned)
         writing = pool.submit(write_plan, output, heading, columns)
-        say.result(summary(config, planned, planning.gains(planned), cohorts_s))
+        gains = planning.gains(planned)
+        text = summary(config, planned, gains, cohorts_s)
+        say.result(text)
         if earlier:
             say.result(difference(earlier, heading, columns))
         if config.plot:
@@ -82,6 +87,12 @@ def plan(config: Config) -> None:
 
             with whole_file(output.with_suffix(".png")) as image:
                 write_plot(image, config, planned)
+        if config.report:
+            say("writing the page of the plan")
+            from sfl_jax.commands.plan_page import page_of
+
+            with whole_file(output.with_suffix(".html")) as page:
+                page.write(page_of(config, planned, gains, text).encode(errors="xmlcharrefreplace"))
         writing.result()
         _write_fleet(config, planned.fleet, written)
     print(f"{'written':<11} {', '.join(map(str, written))}")

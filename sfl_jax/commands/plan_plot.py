@@ -6,9 +6,10 @@ For the regression it also draws the data and the fitted curves.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -113,13 +114,29 @@ def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
     axes.legend(loc="upper left" if rises else "upper right", frameon=False, fontsize=8)
 
 
-def _draw_servers(axes: Axes, planned: Planned) -> None:
-    planner, _, fleet, terms, plan = planned
+class Servers(NamedTuple):
+    """Rounds of smaller and larger servers: the servers (FLOP/s), the rounds (s) and their bounds (s)."""
+
+    flops: Float64[np.ndarray, " N"]
+    rounds_s: Float64[np.ndarray, " N"]
+    bounds_s: Float64[np.ndarray, " N"]
+
+
+def other_servers(planned: Planned) -> Servers:
+    """Plans the same fleet for smaller and larger servers."""
+    planner, _, fleet, terms, _ = planned
     servers = (planner.server_flops or _A_SERVER) * _SERVERS
     plans = [solve(dataclasses.replace(planner, server_flops=flops), fleet, terms) for flops in servers]
-    rounds_s = np.array([each.round_s for each in plans])
+    return Servers(
+        servers, np.array([each.round_s for each in plans]), np.array([each.bound_s for each in plans])
+    )
+
+
+def _draw_servers(axes: Axes, planned: Planned) -> None:
+    planner, plan = planned.planner, planned.plan
+    servers, rounds_s, bounds_s = other_servers(planned)
     axes.plot(servers, rounds_s, color=_COLOURS["model_up"], label=planner.method)
-    axes.plot(servers, [each.bound_s for each in plans], color="black", linestyle=":", label="proven bound")
+    axes.plot(servers, bounds_s, color="black", linestyle=":", label="proven bound")
     if planner.server_flops:  # a logarithmic axis cannot show 0
         axes.plot(planner.server_flops, plan.round_s, "o", color="black", label="this plan")
     axes.set(

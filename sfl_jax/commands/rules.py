@@ -44,6 +44,7 @@ _WITH_SERVERS = {
     "target_round_s": "since no server is sought",
     "measured": "since rates are fitted for one server only",
     "plot": "of which there is no picture",
+    "report": "of which there is no page",
 }
 
 

@@ -19,10 +19,10 @@ from sfl_jax import __version__
 from sfl_jax.commands import flags, helping, words
 from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
 from sfl_jax.errors import BadInput
-from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
-TABLE, PICTURE = "study.json", "study.png"
+TABLE, PICTURE, REPORT = "study.json", "study.png", "study.html"
 POLL_S = 0.1  # between two looks at a training
 # Runs that differ in these alone are one program.
 LISTS = {"seed": "seeds", "learning_rate": "learning_rates"}
@@ -30,7 +30,8 @@ FLAGS = {
     "--vary=NAME=V1,V2": "a setting of training and its values; cut=1,3 gives every client this cut; several "
     "--vary make all combinations",
     f"--targets={TARGETS}": "accuracies whose rounds, seconds and bytes the table tells",
-    f"--workdir={WORKDIR}": f"directory of the study: a directory for each run, {TABLE} and {PICTURE}",
+    f"--workdir={WORKDIR}": f"directory of the study: a directory for each run, {TABLE}, {PICTURE} "
+    f"and {REPORT}",
 }
 
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def study(
     varied: Mapping[str, Sequence[str]], rest: Sequence[str], workdir: str, targets: Sequence[float]
 ) -> int:
-    """Trains all cases, then writes the table and the picture. Returns the exit code."""
+    """Trains all cases, then writes the table, the picture and the page. Returns the exit code."""
     check(workdir)
     combinations = itertools.product(*varied.values())
     cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in combinations]
@@ -82,22 +83,32 @@ def study(
         failed = failed or code
         done += [] if code else together
     if done:
-        write(varied, done, workdir, targets)
+        given = [*(f"--vary={name}={','.join(values)}" for name, values in varied.items()), *rest]
+        command = [*program("study").split(), *given, f"--workdir={workdir}"]
+        write(varied, done, command, workdir, targets)
     return failed
 
 
 def check(workdir: str) -> None:
-    """BadInput if the table and the picture cannot be written, or would replace other files."""
+    """BadInput if the table, the picture and the page cannot be written, or would replace other files."""
     ensure_writable(workdir, "workdir", workdir)
     ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
     ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
+    ensure_ours(Path(workdir, REPORT), HTML_MARK, "workdir", workdir)
 
 
 def write(
-    varied: Mapping[str, Sequence[str]], cases: Sequence[Case], workdir: str, targets: Sequence[float]
+    varied: Mapping[str, Sequence[str]],
+    cases: Sequence[Case],
+    command: Sequence[str],
+    workdir: str,
+    targets: Sequence[float],
 ) -> None:
-    """Prints the table of the cases, and writes it and the picture into the workdir."""
-    from sfl_jax.commands import study_plot
+    """Prints the table of the cases, and writes it, the picture and the page into the workdir.
+
+    command: the command line that does this, for the page.
+    """
+    from sfl_jax.commands import study_page, study_plot
     from sfl_jax.run import recording
 
     runs = [(case.values, recording.logged(str(case.directory))) for case in cases]
@@ -106,8 +117,11 @@ def write(
         text = json.dumps({"varied": {name: list(values) for name, values in varied.items()}, "rows": rows})
         file.write(text.encode())
     study_plot.write(Path(workdir, PICTURE), runs)
+    with whole_file(Path(workdir, REPORT)) as file:
+        page = study_page.study_page(runs, rows, targets, command)
+        file.write(page.encode(errors="xmlcharrefreplace"))
     print(table(rows, targets))
-    print(f"written: {Path(workdir, TABLE)}, {Path(workdir, PICTURE)}")
+    print(f"written: {', '.join(str(Path(workdir, name)) for name in (TABLE, PICTURE, REPORT))}")
 
 
 def summarised(
@@ -183,8 +197,8 @@ def sent_so_far(lines: Sequence[Any]) -> list[float | None]:
     return [None if total != total else float(total) for total in sums]  # NaN
 
 
-def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
-    """The rows as a person reads them."""
+def cells(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> list[list[str]]:
+    """The rows as a person reads them, below a row of titles."""
     names = list(rows[0]["settings"])
     header = [*names, "accuracy", "worst client", "simulated", "bytes"]
     header += [f"to {100 * target:g} %: rounds, seconds, bytes" for target in targets]
@@ -199,10 +213,14 @@ def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = (
-        "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in (header, *body)
-    )
+    return [header, *body]
+
+
+def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
+    """The rows as text in columns."""
+    found = cells(rows, targets)
+    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
+    lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in found)
     return "\n".join(line.rstrip() for line in lines)
 
 

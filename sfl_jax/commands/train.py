@@ -3,13 +3,14 @@
 import contextlib
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from sfl_jax.commands import flags, software, words
+from sfl_jax.commands import flags, software, tensorboard, words
 from sfl_jax.commands.config import Config, as_flags, settings
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.commands.program import program
@@ -34,6 +35,7 @@ def train(config: Config) -> int:
     Writes config.json, metrics.jsonl and checkpoints into the workdir. With several processes, only the first
     writes.
     """
+    tensorboard.check(config.tensorboard)
     ensure_writable(config.workdir, "workdir", config.workdir)
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(screen(first_line(config), is_perhaps_first(config)))
@@ -127,12 +129,13 @@ def _train(config, stop, writes, say) -> int:
             if writes
             else recording.Silent(clock, compiling)
         )  # fmt: skip
-        with contextlib.closing(recorder):
+        with contextlib.closing(recorder), contextlib.ExitStack() as stack:
             stop.must_end_well("this round, which is saved")
             recorder.begin(
                 run.state, parts.inputs(built), parts.network(built), environment(built, run.tried)
             )
-            return _rounds(config, run, recorder, stop, say)
+            events = stack.enter_context(events_of(config, run)) if writes else None
+            return _rounds(config, run, recorder, events, stop, say)
 
 
 def found(config: Config) -> tuple[Config, Any, Any]:
@@ -175,8 +178,18 @@ def saving(config: Config) -> Any:
     )
 
 
-def _rounds(config, run, recorder, stop, say) -> int:
-    """Runs the rounds that are left, with `recorder`. Returns the exit code."""
+def events_of(config: Config, run: Any) -> Any:
+    """A context with the event file of the run for TensorBoard, or with None if no flag asks for it."""
+    if not config.tensorboard:
+        return contextlib.nullcontext()
+    from sfl_jax.run import recording
+
+    done = recording.logged(config.workdir) if run.round else ()
+    return contextlib.closing(tensorboard.Events(config.workdir, done))
+
+
+def _rounds(config, run, recorder, events, stop, say) -> int:
+    """Runs the rounds that are left. events: for TensorBoard, or None. Returns the exit code."""
     from sfl_jax.commands import report
     from sfl_jax.federated import processes
     from sfl_jax.run.loop import Diverged
@@ -194,7 +207,9 @@ def _rounds(config, run, recorder, stop, say) -> int:
         rounds = with_progress(rounds, run.round, config.rounds, say)
         while not (is_asked_to_stop() and run.is_held) and (done := next(rounds, None)):
             last = done
-            recorder.add(run.state, last)
+            written = recorder.add(run.state, last)
+            if events:
+                events.add(written)
         say.settle()
         recorder.save(run.state, wait=True)
     except Diverged as error:
@@ -256,6 +271,7 @@ def environment(built: Any, tried: Any) -> dict[str, Any]:
         "input_scaling": built.scaling._asdict(),
         "seconds_per_client_step": {str(one): seconds for one, seconds in tried.items()},
         "git_commit": software.git_commit(),
+        "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
 

@@ -10,10 +10,22 @@ from typing import Any, NamedTuple
 from sfl_jax.commands import compilation_cache, parts, study
 from sfl_jax.commands.config import Config, settings
 from sfl_jax.commands.interruption import SAVED, Stop
+from sfl_jax.commands.program import program
 from sfl_jax.commands.progress import with_progress
 from sfl_jax.commands.rules import several
 from sfl_jax.commands.screen import Screen
-from sfl_jax.commands.train import AGAIN, DIVERGED, REMEDY, begun, environment, found, how, report_of, saving
+from sfl_jax.commands.train import (
+    AGAIN,
+    DIVERGED,
+    REMEDY,
+    begun,
+    environment,
+    events_of,
+    found,
+    how,
+    report_of,
+    saving,
+)
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import processes
 from sfl_jax.files import ensure_writable
@@ -49,7 +61,10 @@ def train(config: Config, stop: Stop, say: Screen) -> int:
         return code
     varied = {name: list(dict.fromkeys(case.values[name] for case in cases)) for name in cases[0].values}
     say.settle()
-    study.write(varied, cases, config.workdir, study.accuracies(study.TARGETS))
+    chosen = settings(config, "train").items()
+    own = [f"--{name}={value}" for name, value in chosen if value != getattr(Config, name)]
+    targets = study.accuracies(study.TARGETS)
+    study.write(varied, cases, [*program("train").split(), *own], config.workdir, targets)
     return code
 
 
@@ -90,7 +105,7 @@ def _train(config, members, stop, say) -> int:
         together = Together(runs, before, notes, say)
         say.result(f"{len(runs)} runs in one program; {how(runs[0].parts)}")
         stop.must_end_well("this round, which is saved")
-        recorders = []
+        recorders, events = [], []
         for one, (built, run) in zip(members, all_begun, strict=True):
             own = settings(parts.with_execution(one.config, run.parts.execution), "train")
             recorder = Recorder(
@@ -101,19 +116,22 @@ def _train(config, members, stop, say) -> int:
             recorder.begin(
                 run.state, parts.inputs(built), parts.network(built), environment(built, run.tried)
             )
-        return _rounds(config, members, runs, together, recorders, stop, say)
+            events.append(stack.enter_context(events_of(one.config, run)))
+        return _rounds(config, members, runs, together, [*zip(recorders, events, strict=True)], stop, say)
 
 
-def _rounds(config, members, runs, together, recorders, stop, say) -> int:
+def _rounds(config, members, runs, together, records, stop, say) -> int:
     """Trains the rounds that are left, and records them. Returns the exit code."""
     lines = together.rounds([config.rounds - run.round for run in runs], [one.clock for one in members])
     done = min(run.round for run in runs)
 
     def recorded():
         for of_round in lines:
-            for run, recorder, line in zip(runs, recorders, of_round, strict=True):
+            for run, (recorder, events), line in zip(runs, records, of_round, strict=True):
                 if line is not None:
                     recorder.add(run.state, line)
+                    if events:
+                        events.add(line)
             yield _mean([line for line in of_round if line is not None])
             if stop.asked:
                 return
@@ -122,11 +140,11 @@ def _rounds(config, members, runs, together, recorders, stop, say) -> int:
         for _ in with_progress(recorded(), done, config.rounds, say):
             pass
         say.settle()
-        for run, recorder in zip(runs, recorders, strict=True):
+        for run, (recorder, _) in zip(runs, records, strict=True):
             if run.is_held:
                 recorder.save(run.state, wait=True)
     except BaseException:
-        for run, recorder in zip(runs, recorders, strict=True):
+        for run, (recorder, _) in zip(runs, records, strict=True):
             recorder.rescue(run.state)
         raise
     finally:

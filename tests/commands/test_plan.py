@@ -17,6 +17,7 @@ from sfl_jax import models, optim, planning
 from sfl_jax.commands import compilation_cache, parts, plan, plan_plot
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_summary import WORDS, summary
+from sfl_jax.commands.words import clock
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.fleet import read_fleet
 
@@ -198,6 +199,28 @@ def test_where_the_server_does_not_matter_its_line_is_flat_and_inside_of_the_pic
     assert low == 0
     assert np.ptp(heights) < 1e-6 * high
     assert 0.8 * high < heights.mean() < 0.95 * high
+
+
+@pytest.mark.parametrize("flags", [[], ["--method=no_split"], ["--barrier=staged"], ["--band=pooled"]])
+def test_the_page_shows_the_plan(here, flags, capsys):
+    assert run("--server_flops=1e10", "--report", *flags) == 0
+    written, made = json.loads((here / "plan.json").read_text()), (here / "plan.html").read_text()
+    assert f"<b>{clock(written['round_s'])}</b>" in made
+    on_server = sum(client["cut"] < 8 for client in written["clients"])
+    assert f"<b>{on_server} of 3</b>" in made
+    for client in written["clients"]:
+        assert f"{client['client']}: {clock(client['client_s'])}\\ncut {client['cut']} (" in made
+    for title in (
+        "Where each client's time goes",
+        "Cuts",
+        "Who held rounds up",
+        "A smaller or larger server",
+    ):
+        assert f"<h3>{title}</h3>" in made
+    assert sorted(os.listdir(here)) == ["fleet.csv", "plan.csv", "plan.html", "plan.json"]
+    (here / "plan.html").write_text("mine")
+    assert run("--report") == 2
+    assert "would replace plan.html, which sfl_jax did not write" in capsys.readouterr().err
 
 
 def test_plot_and_target(here, capsys):

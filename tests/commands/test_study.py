@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sfl_jax.commands import study
+from sfl_jax.commands import study, study_page
 from sfl_jax.run.ledger import Ledger
 from sfl_jax.run.metrics import Round
 
@@ -17,7 +17,7 @@ SENT = Ledger(*(100, 20, 3, 40, 100, 7, 8, 9, 10))  # 263 bytes cross
 def lines(*accuracies, ledger=SENT):
     return [
         Round(number, 1.0, None if x is None else 1.0, x, 2.0, 2.0, 2.0 * number, 0.5 * number, 9.0, 3, 1.0,
-              x, None if x is None else x - 0.1, *(ledger or ()))
+              x, None if x is None else x - 0.1, **(ledger._asdict() if ledger else {}))
         for number, x in enumerate(accuracies, 1)
     ]  # fmt: skip
 
@@ -50,6 +50,24 @@ def test_seeds_become_one_row_with_mean_and_deviation():
     assert rows[0]["test_accuracy_sd"] == pytest.approx(0.05 * 2**0.5)
     assert rows[0]["rounds_to_0.85"] is None, "one of two runs did not reach it"
     assert "85.00 % ± 7.07" in study.table(rows, (0.85,))
+
+
+def test_the_page_has_every_run_its_table_and_its_command():
+    runs = [
+        ({"codec": c, "seed": s}, lines(None, x))
+        for c, s, x in (("a", "0", 0.8), ("a", "1", 0.9), ("<b>", "0", 0.7))
+    ]
+    made = study_page.study_page(
+        runs, study.summarised(runs, (0.85,)), (0.85,), ["study", "--vary=codec=a,<b>"]
+    )
+    assert "<h1>Study of codec, seed</h1>" in made
+    assert "<b>85.00 %</b><small>codec a</small>" in made
+    assert "codec a, seed 1\\n90.00 % after round 2\\nround 2" in made
+    assert "<pre>study '--vary=codec=a,&lt;b&gt;'</pre>" in made
+    assert made.count("<figure>") == 3
+    assert "<b>," not in made
+    none = [({"codec": "a"}, lines(None, ledger=None))]
+    assert "not known of this run" in study_page.study_page(none, study.summarised(none, ()), (), [])
 
 
 @pytest.mark.parametrize(
@@ -89,6 +107,7 @@ def test_a_study_trains_what_can_be_trained_and_goes_on_where_it_stopped(tmp_pat
     assert rows[0]["test_accuracy"] == pytest.approx(rows[1]["test_accuracy"], abs=1e-3), "sl knows no cut"
     assert rows[0]["bytes"] != rows[1]["bytes"]
     assert (tmp_path / study.PICTURE).stat().st_size > 10_000
+    assert "scheme sl, cut 2" in (tmp_path / study.REPORT).read_text()
     before = (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes()
     assert study.main(flags) == 0
     assert (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes() == before

@@ -74,7 +74,7 @@ ELSEWHERE = {
     "augment": "datasets/test_augment.py", "availability": "fleet/test_sampling.py",
     "batch_norm": "federated/test_personal.py",
     "memory_budget_gib": "federated/test_tuning.py", "devices": "federated/test_devices.py",
-    "compilation_cache": "commands/test_compilation_cache.py",
+    "compilation_cache": "commands/test_compilation_cache.py", "tensorboard": "commands/test_tensorboard.py",
     **dict.fromkeys(
         ("join_timeout_s", "num_processes", "process_id", "coordinator_address", "heartbeat_timeout_seconds"),
         "federated/test_processes.py",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sfl_jax.commands import flags
+from sfl_jax.commands import flags, own_plans
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.errors import BadInput
@@ -25,6 +25,7 @@ def plan(config: Config) -> None:
     output = Path(config.output)
     written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
     check_outputs(written, config.fleet)
+    written += own_plans.outputs(config)
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
 
@@ -42,6 +43,10 @@ def plan(config: Config) -> None:
         if config.compilation_cache:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
+        if own_plans.is_asked(config):
+            own_plans.write(config, reading and reading.result(), say)
+            print(f"{'written':<11} {', '.join(map(str, written))}")
+            return
         if config.servers:
             from sfl_jax.commands.servers_plan import told
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from sfl_jax.commands import own_plan_rules
 from sfl_jax.commands.fields import LARGEST_INT
 from sfl_jax.errors import BadInput
 from sfl_jax.registry import STARTS
@@ -129,6 +130,7 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
             f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"
         )
     _check_servers(config, command, default)
+    own_plan_rules.check(config, command)
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")

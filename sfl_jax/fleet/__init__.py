@@ -6,6 +6,7 @@ from sfl_jax.fleet.files import read_fleet, write_fleet
 from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, order, slowdowns
 from sfl_jax.fleet.sampling import Availability, Sampling, read_availability
 from sfl_jax.fleet.servers import ServerList, read_servers
+from sfl_jax.fleet.traces import Traces, read_traces
 
 __all__ = [
     "Availability",
@@ -15,6 +16,7 @@ __all__ = [
     "Links",
     "Sampling",
     "ServerList",
+    "Traces",
     "availability",
     "cohort",
     "fading_rates",
@@ -23,6 +25,7 @@ __all__ = [
     "read_availability",
     "read_fleet",
     "read_servers",
+    "read_traces",
     "slowdowns",
     "write_fleet",
 ]

@@ -251,6 +251,82 @@ def several_servers(quick):
     show("several servers", header, rows)
 
 
+def drawn(terms, samples, seed, sigma=0.3):
+    """Rates of sampled rounds: each rate times a log-normal factor, independent by client and round."""
+    rng = np.random.default_rng(seed)
+    shape = samples, len(terms.samples)
+    return optim.Rates(
+        *(getattr(terms, name) * np.exp(sigma * rng.normal(size=shape)) for name in optim.Rates._fields)
+    )
+
+
+def changing_rates(quick):
+    """Plans for a quantile of sampled rounds, tested on 400 others (100 with very many clients)."""
+    rows = []
+    for clients in (100,) if quick else (100, 10_000):
+        samples, tests = (100, 400) if clients == 100 else (20, 100)
+        for regime in REGIMES:
+            terms, server_flops = instance(clients, regime)
+            sampled, others = drawn(terms, samples, 1), drawn(terms, tests, 2)
+            means = optim.solve(optim.at_rates(terms, sampled.mean()), server_flops)
+            worst = optim.solve(optim.at_rates(terms, sampled.least()), server_flops)
+            for quantile in (0.5, 0.9, 1.0):
+                start = time.process_time()
+                plan = optim.solve_quantile(terms, sampled, server_flops, quantile).plan
+                cpu_s = time.process_time() - start
+                reached = [
+                    optim.quantile_s(optim.rounds_s(terms, others, server_flops, each.cuts), quantile)
+                    for each in (plan, means, worst)
+                ]
+                rows.append(
+                    [clients, samples, regime, f"{quantile:g}", f"{cpu_s:.1f}", f"{plan.gap:.1%}",
+                     f"{reached[1] / reached[0]:.2f}", f"{reached[2] / reached[0]:.2f}"]
+                )  # fmt: skip
+    header = [
+        "K",
+        "rounds",
+        "server",
+        "quantile",
+        "CPU, s",
+        "proven gap",
+        "means / this",
+        "worst case / this",
+    ]
+    show("rates that change: the quantile of rounds that were not planned on", header, rows)
+
+
+def frontiers(quick):
+    """The least energy and the fewest bytes for 25 round times."""
+    rows = []
+    for clients in (100,) if quick else (100, 10_000):
+        for regime in REGIMES:
+            terms, server_flops = instance(clients, regime)
+            rng = np.random.default_rng(0)  # 0.01 to 0.3 J for a GFLOP, and 0.2 W to send
+            power = 10.0 ** rng.uniform(-11, -9.5, clients), np.full(clients, 0.2), np.full(clients, np.inf)
+            terms = terms._replace(energy=optim.costs.Energy(*power))
+            costs, plan = terms.costs(), optim.solve(terms, server_flops)
+            for name, amounts in (("J", optim.joules(terms)), ("bytes", optim.sent_bytes(terms))):
+                start = time.process_time()
+                curve = optim.frontier(costs, amounts, server_flops, plan.round_s * (1 + 1e-9))
+                cpu_s, gaps = time.process_time() - start, curve.amounts / curve.bounds - 1
+                rows.append(
+                    [clients, regime, name, f"{cpu_s:.2f}", f"{np.median(gaps):.0e}", f"{gaps.max():.0e}",
+                     f"{curve.times_s[-1] / curve.times_s[0]:.2f}",
+                     f"{curve.amounts[-1] / curve.amounts[0]:.2f}"]
+                )  # fmt: skip
+    header = [
+        "K",
+        "server",
+        "of",
+        "CPU, s",
+        "gap, median",
+        "worst",
+        "longest / shortest",
+        "least / at shortest",
+    ]
+    show("25 points of the frontier of time against energy or bytes", header, rows)
+
+
 def against_highs(quick):
     """The same problem as two mixed-integer programs, which bound it from below and from above."""
     clients, limit_s, rows = (10 if quick else 50), (5.0 if quick else 20.0), []
@@ -280,6 +356,8 @@ PARTS = {
         problems,
         server_memory,
         several_servers,
+        changing_rates,
+        frontiers,
         against_highs,
     )
 }

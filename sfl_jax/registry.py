@@ -135,6 +135,7 @@ ROUNDINGS = ("need", "nearest")  # for regression
 BARRIERS = ("session", "staged")
 LINKS = ("fixed", "shannon", "fading")
 BANDS = ("fixed", "pooled", "separate", "airtime")
+FRONTIERS = ("none", "energy", "bytes")
 SERVER_ORDERS = ("client", "step")  # for sfl_v2
 SERVER_BATCHES = ("separate", "joined")  # for psl
 SAMPLINGS = ("uniform", "size")

@@ -21,6 +21,7 @@ COMMANDS = {
     "output": "plan",
     "availability": "train",
     "servers": "plan",
+    "traces": "plan",
 }
 REFUSED = [
     ("gs://bucket/x.json", "must be a path on this machine; mount remote storage, e.g. with gcsfuse"),
@@ -81,6 +82,7 @@ def test_every_path_is_taken_as_it_is_meant(name, from_file, tmp_path, monkeypat
 def test_every_flag_that_holds_a_path_is_tried_here():
     """A new text flag must be added there or here."""
     no_paths = {"dataset", "label_key", "starts", "coordinator_address", "codec", "codec_down", "augment"}
+    no_paths |= {"interval"}
     alone_refused = {"server_links"}  # it needs --servers
     fields = [f for f in dataclasses.fields(Config) if type(f.default) is str and "choices" not in f.metadata]
     assert {f.name for f in fields if f.metadata.get("path")} == COMMANDS.keys() | alone_refused

@@ -287,6 +287,29 @@ class Config:
         "", FLEET, ("plan",), "a CSV file of measured rounds (round, client, cut, and client_s or terms like "
         "client_forward_s): plan with rates that are fitted to them", path=True,
     )  # fmt: skip
+    traces: str = flag(
+        "", FLEET, ("plan",), "a CSV file of the clients' rates in past rounds (round, client, and flops, "
+        "uplink_bps or downlink_bps): plan for rates that change", path=True,
+    )  # fmt: skip
+    interval: str = flag(
+        "", FLEET, ("plan",), "LOW,HIGH: plan for rates between these factors of the fleet's rates"
+    )
+    quantile: float = flag(
+        0.0, FLEET, ("plan",), "with --traces or --interval, the part of sampled rounds that should be "
+        "short; 1: all of them; 0: the worst case, each rate at its least", at_least=0, at_most=1,
+    )  # fmt: skip
+    frontier: str = flag(
+        "none", FLEET, ("plan",), "also find the least energy, or the fewest bytes, for each round time: "
+        "none, energy or bytes", choices=registry.FRONTIERS,
+    )  # fmt: skip
+    budget: float = flag(
+        0.0, FLEET, ("plan",), "with --frontier, the joules or bytes that a round of all clients may take; "
+        "0: any", at_least=0,
+    )  # fmt: skip
+    round_s: float = flag(
+        0.0, FLEET, ("plan",), "with --frontier, the seconds that the planned round may take; 0: the "
+        "shortest", at_least=0,
+    )  # fmt: skip
 
     scheme: str = flag(
         "sfl", SCHEME, PLANNING, "who holds, updates and averages which half: sfl (SplitFed V1), sfl_v2 "

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sfl_jax.commands import flags
+from sfl_jax.commands import flags, own_plans
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_difference import difference, read_plan
 from sfl_jax.commands.screen import first_line_of_plan, screen
@@ -33,6 +33,7 @@ def plan(config: Config) -> None:
     check_fleet_output(config)
     _check_calibration_outputs(config)
     earlier = read_plan(config.compare_with) if config.compare_with else None
+    written += own_plans.outputs(config)
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
 
@@ -50,6 +51,10 @@ def plan(config: Config) -> None:
         if config.compilation_cache:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
+        if own_plans.is_asked(config):
+            own_plans.write(config, reading and reading.result(), say)
+            print(f"{'written':<11} {', '.join(map(str, written))}")
+            return
         if config.servers:
             from sfl_jax.commands.servers_plan import told
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from sfl_jax.commands import own_plan_rules
 from sfl_jax.commands.fields import LARGEST_INT
 from sfl_jax.errors import BadInput
 from sfl_jax.registry import STARTS
@@ -150,6 +151,7 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
     for name, kind in (("seeds", int), ("learning_rates", float)):
         if name in taken and getattr(config, name):
             several(config, name, kind)
+    own_plan_rules.check(config, command)
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")

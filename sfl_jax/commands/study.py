@@ -7,6 +7,7 @@ that differ in --learning_rate.
 
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,9 @@ LISTS = {"seed": "seeds", "learning_rate": "learning_rates"}
 FLAGS = {
     "--vary=NAME=V1,V2": "a setting of training and its values; cut=1,3 gives every client this cut; several "
     "--vary make all combinations",
+    "--predict=ACCURACY": "with psl and sfl_v2: also predict the rounds and seconds to this accuracy, each "
+    "training from the others",
+    "--pilots=N": "with --predict: train only N of the runs, and the one that is predicted to be quickest",
     f"--targets={TARGETS}": "accuracies whose rounds, seconds and bytes the table tells",
     f"--workdir={WORKDIR}": f"directory of the study: a directory for each run, {TABLE}, {PICTURE} "
     f"and {REPORT}",
@@ -61,32 +65,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def study(
-    varied: Mapping[str, Sequence[str]], rest: Sequence[str], workdir: str, targets: Sequence[float]
+    varied: Mapping[str, Sequence[str]],
+    rest: Sequence[str],
+    workdir: str,
+    targets: Sequence[float],
+    predicted: float = 0.0,
+    pilots: int = 0,
 ) -> int:
-    """Trains all cases, then writes the table, the picture and the page. Returns the exit code."""
+    """Trains all cases, then writes the table, the picture and the page. Returns the exit code.
+
+    predicted: an accuracy whose rounds are predicted too; 0 for none. pilots: how many cases are trained
+    before the best of the others; 0 trains all.
+    """
+    ahead: Any = None
+    if predicted:
+        from sfl_jax.commands import study_prediction as ahead
+
+        ahead.check(varied)
     check(workdir)
     combinations = itertools.product(*varied.values())
     cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in combinations]
     cases = [case for case in cases if _can_be_trained(case)]
     if not cases:
         raise BadInput("--vary: no combination can be trained")
+    chosen = ahead.spread(cases, pilots) if pilots else range(len(cases))
+    done, failed = _train_all([cases[place] for place in chosen])
+    if failed == SAVED:
+        return SAVED
+    if done and predicted and pilots:
+        best = min(ahead.predict(cases, _lines(cases, done), predicted)[0], key=_quickest)
+        more, code = _train_all([case for case in cases if case.values == best.values and case not in done])
+        done, failed = done + more, code or failed
+        if failed == SAVED:
+            return SAVED
+    if done:
+        given = [*(f"--vary={name}={','.join(values)}" for name, values in varied.items()), *rest]
+        command = [*program("study").split(), *given, f"--workdir={workdir}"]
+        write(varied, done, command, workdir, targets)
+    if done and predicted:
+        rows, model = ahead.predict(cases, _lines(cases, done), predicted)
+        print(ahead.table(rows, model, predicted))
+    return failed
+
+
+def _quickest(row) -> float:
+    return row.predicted_seconds
+
+
+def _lines(cases, done):
+    """The lines of the trained cases, by place."""
+    from sfl_jax.run import recording
+
+    return {cases.index(case): recording.logged(str(case.directory)) for case in done}
+
+
+def _train_all(cases: Sequence[Case]) -> tuple[list[Case], int]:
+    """The cases that were trained, and the exit code: SAVED if a signal ended them."""
     done, failed, number = [], 0, 0
-    for _, group in itertools.groupby(sorted(cases, key=_place(cases)), lambda case: case.group):
-        together = [*group]
+    for together in _programs(cases):
         names = "; ".join(named(case.values) for case in together)
         print(f"{number + 1} of {len(cases)}: {names}", file=sys.stderr, flush=True)
         number += len(together)
         code = _train(together)
         if code == SAVED:
             print("interrupted; the same command goes on", file=sys.stderr)
-            return SAVED
+            return done, SAVED
         failed = failed or code
         done += [] if code else together
-    if done:
-        given = [*(f"--vary={name}={','.join(values)}" for name, values in varied.items()), *rest]
-        command = [*program("study").split(), *given, f"--workdir={workdir}"]
-        write(varied, done, command, workdir, targets)
-    return failed
+    return done, failed
 
 
 def check(workdir: str) -> None:
@@ -246,12 +292,12 @@ def _of_all(function, values):
 
 
 def _split(arguments):
-    """(settings that vary, flags of all runs, workdir, targets)."""
+    """(settings that vary, flags of all runs, workdir, targets, accuracy to predict, pilots)."""
     varied: dict[str, list[str]] = {}
-    rest, workdir, targets = [], WORKDIR, TARGETS
+    rest, workdir, targets, predicted, pilots = [], WORKDIR, TARGETS, "", ""
     for argument in arguments:
         name, has_value, value = argument.partition("=")
-        if name in ("--vary", "--workdir", "--targets") and not has_value:
+        if name in ("--vary", "--workdir", "--targets", "--predict", "--pilots") and not has_value:
             raise BadInput(f"{name}: write {name}=VALUE")
         if name == "--vary":
             setting, _, values = value.partition("=")
@@ -264,11 +310,32 @@ def _split(arguments):
             workdir = value
         elif name == "--targets":
             targets = value
+        elif name == "--predict":
+            predicted = value
+        elif name == "--pilots":
+            pilots = value
         else:
             rest.append(argument)
     if not varied:
         raise BadInput("--vary: missing; for example --vary=scheme=sfl,psl")
-    return varied, rest, workdir, accuracies(targets)
+    return varied, rest, workdir, accuracies(targets), *_prediction(predicted, pilots)
+
+
+def _prediction(predicted: str, pilots: str) -> tuple[float, int]:
+    """The accuracy to predict and the number of pilots; 0 where they are not given."""
+    if pilots and not predicted:
+        raise BadInput(f"--pilots={pilots}: needs --predict")
+    if pilots and not (pilots.isdecimal() and pilots.isascii() and int(pilots) > 1):
+        raise BadInput(f"--pilots={pilots}: must be an integer, at least 2")
+    if not predicted:
+        return 0.0, 0
+    try:
+        accuracy = float(predicted)
+    except ValueError:
+        accuracy = 0.0
+    if not 0 < accuracy <= 1:
+        raise BadInput(f"--predict={predicted}: must be an accuracy above 0 and at most 1")
+    return accuracy, int(pilots or 0)
 
 
 def accuracies(text: str) -> list[float]:
@@ -291,12 +358,17 @@ def _case(values: dict[str, str], rest: Sequence[str], workdir: str) -> Case:
     return Case(values, [*rest, *own, f"--workdir={directory}"], directory)
 
 
-def _place(cases):
-    """Orders cases so that those of one group come together, and groups as they came."""
-    groups: list[dict[str, str]] = []
+def _programs(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases that one program computes: a group if it has all combinations of its lists, else one case."""
+    groups: dict[str, list[Case]] = {}
     for case in cases:
-        groups += [] if case.group in groups else [case.group]
-    return lambda case: groups.index(case.group)
+        groups.setdefault(named(case.group), []).append(case)
+    found = []
+    for group in groups.values():
+        lists = [{case.values[name] for case in group} for name in LISTS if name in group[0].values]
+        is_whole = math.prod(map(len, lists)) == len(group)
+        found += [group] if is_whole else [[case] for case in group]
+    return found
 
 
 def _flags_of(name, value):

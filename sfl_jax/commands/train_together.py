@@ -129,9 +129,9 @@ def _rounds(config, members, runs, together, records, stop, say) -> int:
         for of_round in lines:
             for run, (recorder, events), line in zip(runs, records, of_round, strict=True):
                 if line is not None:
-                    recorder.add(run.state, line)
+                    written = recorder.add(run.state, line)
                     if events:
-                        events.add(line)
+                        events.add(written)
             yield _mean([line for line in of_round if line is not None])
             if stop.asked:
                 return

@@ -8,6 +8,7 @@ from sfl_jax.fleet.measured import MeasuredRounds, read_measured
 from sfl_jax.fleet.rounds import Links, availability, cohort, fading_rates, order, slowdowns
 from sfl_jax.fleet.sampling import Availability, Sampling, read_availability
 from sfl_jax.fleet.servers import ServerList, read_servers
+from sfl_jax.fleet.traces import Traces, read_traces
 
 __all__ = [
     "EXAMPLE",
@@ -20,6 +21,7 @@ __all__ = [
     "MeasuredRounds",
     "Sampling",
     "ServerList",
+    "Traces",
     "availability",
     "check_devices",
     "cohort",
@@ -31,6 +33,7 @@ __all__ = [
     "read_fleet",
     "read_measured",
     "read_servers",
+    "read_traces",
     "slowdowns",
     "write_device",
     "write_fleet",

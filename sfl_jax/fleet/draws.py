@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     AVAILABILITY = 5
     SLOWDOWN = 6
     ORDER = 7
+    INTERVAL = 8
 
 
 def generator(seed: int, purpose: Purpose, round: int, number: int = 0) -> np.random.Generator:

@@ -56,14 +56,14 @@ def read_servers(
     path = Path(os.path.expanduser(path))
     names: dict[str, int] = {}
     flops, memory_bytes = [], []
-    for place, row in _rows(path, _SERVER_COLUMNS, _SERVER_REQUIRED):
+    for place, row in read_rows(path, _SERVER_COLUMNS, _SERVER_REQUIRED):
         name = _name(place, "server", row)
         if name in names:
             raise BadInput(f"{place}: column server: {name!r}: is also on line {names[name]}")
         names[name] = int(place.rpartition(":")[2])
-        flops.append(_number(place, "flops", row["flops"]))
+        flops.append(number(place, "flops", row["flops"]))
         cell = row.get("memory_bytes", "")
-        memory_bytes.append(_number(place, "memory_bytes", cell) if cell else np.inf)
+        memory_bytes.append(number(place, "memory_bytes", cell) if cell else np.inf)
     if not names:
         raise BadInput(f"{path}: no servers; must have one line for each")
     shape = len(fleet), len(names)
@@ -80,16 +80,16 @@ def _read_links(
     clients_at, servers_at = ({name: at for at, name in enumerate(names)} for names in (clients, servers))
     rates = [np.zeros((len(clients), len(servers))) for _ in range(2)]
     line_of: dict[tuple[int, int], str] = {}
-    for place, row in _rows(path, _LINK_COLUMNS, _LINK_COLUMNS):
+    for place, row in read_rows(path, _LINK_COLUMNS, _LINK_COLUMNS):
         pair = (
-            _known(place, "client", row, clients_at, "the fleet"),
-            _known(place, "server", row, servers_at, str(servers_path)),
+            known_name(place, "client", row, clients_at, "the fleet"),
+            known_name(place, "server", row, servers_at, str(servers_path)),
         )
         if pair in line_of:
             raise BadInput(f"{place}: this client and this server are also on line {line_of[pair]}")
         line_of[pair] = place.rpartition(":")[2]
         for rate, name in zip(rates, _LINK_COLUMNS[2:], strict=True):
-            rate[pair] = _number(place, name, row[name])
+            rate[pair] = number(place, name, row[name])
     alone = ~rates[0].any(axis=1)
     if alone.any():
         raise BadInput(
@@ -98,10 +98,13 @@ def _read_links(
     return rates
 
 
-def _rows(
+def read_rows(
     path: Path, columns: Sequence[str], required: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The place and the cells of each line, blanks around cells removed."""
+    """The place and the cells of each line of a CSV file, blanks around cells removed.
+
+    BadInput names the line and the column that is not allowed.
+    """
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -139,7 +142,7 @@ def _name(place: str, column: str, row: Mapping[str, str]) -> str:
     return name
 
 
-def _known(place: str, column: str, row: Mapping[str, str], known: Mapping[str, int], where: str) -> int:
+def known_name(place: str, column: str, row: Mapping[str, str], known: Mapping[str, int], where: str) -> int:
     """The place of a name among those that are known."""
     name = _name(place, column, row)
     if name not in known:
@@ -147,7 +150,7 @@ def _known(place: str, column: str, row: Mapping[str, str], known: Mapping[str, 
     return known[name]
 
 
-def _number(place: str, column: str, cell: str) -> float:
+def number(place: str, column: str, cell: str) -> float:
     """A positive number, as other programs read it too."""
     try:
         value = float(cell)

@@ -5,9 +5,19 @@ from sfl_jax.optim.bandwidth import BandPlan, solve_bandwidth
 from sfl_jax.optim.clocks import CLOCKS, round_seconds
 from sfl_jax.optim.clocks import METHODS as STAGED_METHODS
 from sfl_jax.optim.costs import Costs, CutsAndCodecs, Seconds, Terms
+from sfl_jax.optim.frontier import (
+    Cheapest,
+    Frontier,
+    Shortest,
+    frontier,
+    joules,
+    least_amount,
+    sent_bytes,
+    shortest_within,
+)
 from sfl_jax.optim.infeasible import servable
 from sfl_jax.optim.inverse import Sensitivity, Server, sensitivity, smallest_server
-from sfl_jax.optim.memory import check_fits, solve_memory
+from sfl_jax.optim.memory import check_fits, planned, solve_memory
 from sfl_jax.optim.plan import Infeasible, Plan, Solution
 from sfl_jax.optim.regression import Curve, Fit, fit_curves, relaxed
 from sfl_jax.optim.replay import at_bands, session_ends_s, slower
@@ -15,7 +25,16 @@ from sfl_jax.optim.servers import Servers, ServersPlan, solve_servers
 from sfl_jax.optim.serving import any_schedule_bound_s, solve_serving
 from sfl_jax.optim.solve import METHODS, solve, solve_arrays
 from sfl_jax.optim.staged_memory import solve_staged_memory
-from sfl_jax.optim.work import UnitBytes, Wire, Work, samples_processed, terms, unit_bytes
+from sfl_jax.optim.uncertain import (
+    QuantilePlan,
+    Rates,
+    at_quantile,
+    at_rates,
+    quantile_s,
+    rounds_s,
+    solve_quantile,
+)
+from sfl_jax.optim.work import UnitBytes, Wire, Work, energy, samples_processed, terms, unit_bytes
 from sfl_jax.registry import BARRIERS, ROUNDINGS, STARTS
 
 __all__ = [
@@ -26,17 +45,22 @@ __all__ = [
     "STAGED_METHODS",
     "STARTS",
     "BandPlan",
+    "Cheapest",
     "Costs",
     "Curve",
     "CutsAndCodecs",
     "Fit",
+    "Frontier",
     "Infeasible",
     "Plan",
+    "QuantilePlan",
+    "Rates",
     "Seconds",
     "Sensitivity",
     "Server",
     "Servers",
     "ServersPlan",
+    "Shortest",
     "Solution",
     "Terms",
     "UnitBytes",
@@ -44,14 +68,25 @@ __all__ = [
     "Work",
     "any_schedule_bound_s",
     "at_bands",
+    "at_quantile",
+    "at_rates",
     "check_fits",
+    "energy",
     "fit_curves",
+    "frontier",
+    "joules",
+    "least_amount",
+    "planned",
+    "quantile_s",
     "relaxed",
     "round_seconds",
+    "rounds_s",
     "samples_processed",
     "sensitivity",
+    "sent_bytes",
     "servable",
     "session_ends_s",
+    "shortest_within",
     "slower",
     "smallest_server",
     "solve",
@@ -59,6 +94,7 @@ __all__ = [
     "solve_band_memory",
     "solve_bandwidth",
     "solve_memory",
+    "solve_quantile",
     "solve_servers",
     "solve_serving",
     "solve_staged_memory",

@@ -1,11 +1,12 @@
 """One column for each client: the least need in all, within a limit on bytes.
 
-needs (K, C) are what the columns take of one budget, sizes (C,) are bytes, which are whole numbers. This is a
-multiple-choice knapsack. A price p of a byte bounds it from below: no columns within the limit need less than
-sum_k min_c (need + p size) - p limit. `relaxed` finds the best price: it is the slope of the lower hull of
-(bytes, need) at the limit, and the two ends of that edge are columns that differ by little. `least_need` then
-searches the gap that whole columns leave. Only columns whose regret, what they cost above the client's
-cheapest at that price, fits the gap can be part of an answer, so few clients have a choice left.
+needs (K, C) are what the columns take of one budget, sizes are bytes, which are whole numbers: (C,), or (K,
+C) where they differ by client. This is a multiple-choice knapsack. A price p of a byte bounds it from below:
+no columns within the limit need less than sum_k min_c (need + p size) - p limit. `relaxed` finds the best
+price: it is the slope of the lower hull of (bytes, need) at the limit, and the two ends of that edge are
+columns that differ by little. `least_need` then searches the gap that whole columns leave. Only columns whose
+regret, what they cost above the client's cheapest at that price, fits the gap can be part of an answer, so
+few clients have a choice left.
 """
 
 from typing import NamedTuple
@@ -54,10 +55,10 @@ def relaxed(
     from, say the ends of the edge for needs that are nearly these.  settle: find the best price, even where
     the mixture is known to fit the room.
     """
-    rows = np.arange(len(needs))
+    rows, sizes = np.arange(len(needs)), np.broadcast_to(sizes, needs.shape)
 
     def loads(columns):
-        return needs[rows, columns].sum(), sizes[columns].sum()
+        return needs[rows, columns].sum(), sizes[rows, columns].sum()
 
     inside, outside = near or (_smallest(needs, sizes), needs.argmin(axis=1))
     (need_in, bytes_in), (need_out, bytes_out) = loads(inside), loads(outside)
@@ -112,7 +113,7 @@ def least_need(
     that no other undercuts in both and that the cheapest choices of the rest do not take over the limit, the
     room, or both together at the price.
     """
-    rows = np.arange(len(needs))
+    rows, sizes = np.arange(len(needs)), np.broadcast_to(sizes, needs.shape)
     cost = needs + price * sizes
     regret = cost - cost.min(axis=1, keepdims=True)
     slack = room + price * limit - cost.min(axis=1).sum() * (1 - error)
@@ -121,7 +122,7 @@ def least_need(
         return Searched(None)
     only = kept.sum(axis=1) == 1
     columns = np.where(kept, cost, np.inf).argmin(axis=1)
-    need, taken = needs[rows, columns][only].sum(), sizes[columns][only].sum()
+    need, taken = needs[rows, columns][only].sum(), sizes[rows, columns][only].sum()
     if taken > limit or need * (1 - error) > room:
         return Searched(None)
     # Clients with the closest choices come last: the sums are then many for a few clients only.
@@ -138,7 +139,7 @@ def least_need(
     for place, client in enumerate(open_to):
         options = np.flatnonzero(kept[client])
         later_need, later_bytes = (np.append(rest[place + 1 :], 0.0)[0] for rest in (rest_need, rest_bytes))
-        grown = states.plus(needs[client, options], sizes[options], regret[client, options])
+        grown = states.plus(needs[client, options], sizes[client, options], regret[client, options])
         fits = (grown.taken + later_bytes <= limit) & (grown.regret <= slack)
         fits &= (grown.need + later_need) * (1 - error) <= room
         chosen = grown.undercut_by_none(np.flatnonzero(fits))

@@ -104,7 +104,10 @@ class Found(NamedTuple):
 def best_columns(
     costs: Costs, sizes: Floats, server_flops: float, memory_bytes: float, low_s: float
 ) -> Found:
-    """The columns that end soonest; sizes (C,) bytes, low_s a time by which none end. Some fit the memory."""
+    """The columns that end soonest. Some fit the memory.
+
+    sizes: bytes, (C,), or (K, C) where they differ by client.  low_s: a time (s) by which none end.
+    """
     search = _Search(costs, sizes, server_flops, memory_bytes, low_s)
     search.relax()
     search.close()
@@ -117,13 +120,13 @@ class _Search:
     def __init__(self, costs, sizes, server_flops, memory_bytes, low_s):
         usable = costs.allowed & ((costs.server_flop <= 0) | (server_flops > 0))
         self.fixed_s = np.where(usable, costs.fixed_s, np.inf)
-        self.work, self.sizes = costs.server_flop, sizes
+        self.work, self.sizes = costs.server_flop, np.broadcast_to(sizes, usable.shape)
         self.server_flops, self.memory_bytes, self.low_s = server_flops, memory_bytes, low_s
         self.error = 4 * rounding(len(usable))
         self.rows, self.passes = np.arange(len(usable)), 0
         with np.errstate(divide="ignore", invalid="ignore"):
             alone_s = self.fixed_s + np.where(self.work > 0, self.work / server_flops, 0.0)
-        few = np.where(np.isfinite(self.fixed_s), sizes, np.inf)
+        few = np.where(np.isfinite(self.fixed_s), self.sizes, np.inf)
         few = few == few.min(axis=1, keepdims=True)
         self.columns = np.where(few, alone_s, np.inf).argmin(axis=1)
         self.end_s, self.near = self.ends(self.columns), None
@@ -145,7 +148,8 @@ class _Search:
 
     def offer(self, columns) -> None:
         """Keeps columns that fit the memory, if they end sooner than the best so far."""
-        if self.sizes[columns].sum() <= self.memory_bytes and (end_s := self.ends(columns)) < self.end_s:
+        taken = self.sizes[self.rows, columns].sum()
+        if taken <= self.memory_bytes and (end_s := self.ends(columns)) < self.end_s:
             self.columns, self.end_s = columns, end_s
 
     def relaxed(self, time_s: float, *, settle: bool = False):

@@ -151,7 +151,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
         uplink_bps=fleet.uplink_bps,
         downlink_bps=fleet.downlink_bps,
         memory_bytes=fleet.memory_bytes,
-        energy=_energy(fleet),
+        energy=energy(fleet),
         forward_flop=forward[cut],
         backward_flop=backward[cut],
         work_flop=(whole - forward - backward)[cut],
@@ -246,7 +246,8 @@ def _before(per_unit) -> Floats:
     return np.concatenate([[0], np.cumsum(per_unit)]).astype(np.float64)
 
 
-def _energy(fleet: Fleet) -> Energy | None:
+def energy(fleet: Fleet) -> Energy | None:
+    """Power and budgets of a fleet's clients; None without budgets."""
     if fleet.energy_j is None:
         return None
     parts = {name: getattr(fleet, name) for name in ("cycles_per_s", "kappa", "transmit_w")}

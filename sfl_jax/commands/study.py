@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from sfl_jax import __version__
 from sfl_jax.commands import flags, helping, words
 from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
+from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
 from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 

@@ -16,7 +16,7 @@ from sfl_jax.commands.fields import is_within
 from sfl_jax.errors import BadInput
 
 QUICK = {"docs/codecs.md", "docs/data.md"}  # the others train or trace for longer
-FILES = ("fleet.csv", "servers.csv", "links.csv", "trace.csv", "docs/fleet.csv")
+FILES = ("fleet.csv", "servers.csv", "links.csv", "trace.csv", "rounds.csv", "rates.csv", "docs/fleet.csv")
 OTHER_FLAGS = {"preset", "flagfile", "vary", "targets", "help", "helpfull", "version"}
 FOREIGN = ("--xla_", "--no-deps", "--file_format", "--jobs", "--json")  # of other programs
 
@@ -102,7 +102,7 @@ def check_command(command, text):
     if command != "study":
         assert isinstance(flags.parse(arguments, command), Config)
         return
-    varied, rest, workdir, _ = study._split(arguments)
+    varied, rest, workdir, *_ = study._split(arguments)
     for values in zip(*varied.values(), strict=False):
         flags.parse(study._case(dict(zip(varied, values, strict=True)), rest, workdir).flags, "train")
 
@@ -160,7 +160,7 @@ def test_every_test_and_file_that_a_page_names_exists():
     for page in pages.PAGES:
         for span in pages.spans(page):
             path, _, test = span.partition("::")
-            if re.fullmatch(r"(tests|benchmarks|sfl_jax|docs|launch)/[\w./-]+", path):
+            if re.fullmatch(r"(tests|benchmarks|sfl_jax|docs(?!/_build)|launch)/[\w./-]+", path):
                 assert (pages.ROOT / path).exists(), f"{page}: {span}"
                 assert f"def {test}" in (pages.ROOT / path).read_text() if test else True, f"{page}: {span}"
 

@@ -1,11 +1,10 @@
 """What changed since an earlier plan: the round, the settings, and each client's cut, share and seconds."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from sfl_jax.errors import BadInput
 
@@ -45,7 +44,7 @@ def read_plan(path: str) -> Earlier:
     return Earlier(path, head, columns)
 
 
-def difference(earlier: Earlier, head: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str:
+def difference(earlier: Earlier, head: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
     """The change from an earlier plan to this one, as lines for the terminal.
 
     head, columns: what plan.json will have.
@@ -80,7 +79,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(str, names[:_NAMED])) + more
 
 
-def _rows(earlier: Earlier, columns: Mapping[str, np.ndarray], moved) -> str:
+def _rows(earlier: Earlier, columns: Mapping[str, Any], moved) -> str:
     """A row for each of these clients, with what was and what is."""
     head: tuple[str, ...] = ("client", "cut", "now", "unit", "now", "share, FLOP/s", "now", "total, s", "now")
     rows: list[tuple[str, ...]] = [head]
@@ -88,7 +87,7 @@ def _rows(earlier: Earlier, columns: Mapping[str, np.ndarray], moved) -> str:
         row = [str(columns["client"][k])]
         for name, form in (("cut", "{}"), ("unit", "{}"), ("share_flops", "{:.3g}"), ("client_s", "{:.4g}")):
             for value in (earlier.columns[name][at], columns[name][k]):
-                is_known = isinstance(value, str) or (value is not None and np.isfinite(value))
+                is_known = isinstance(value, str) or (value is not None and math.isfinite(value))
                 row.append((form.format(value) or "images") if is_known else "-")
         rows.append(tuple(row))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -288,7 +288,7 @@ def test_a_page_of_somebody_else_stays(run, tmp_path, capsys):
     with small_world.world():
         config = workdirs.described(str(tmp_path))[0]
         own = alone(config)
-    assert "which sfl_jax did not write" in train._report(config, own)
+    assert "which sfl_jax did not write" in train.report_of(config, own)
     assert (tmp_path / "report.html").read_text() == "<p>mine"
 
 
@@ -298,7 +298,7 @@ def test_no_error_of_the_page_ends_a_run_that_is_done(error, run):
         config = workdirs.described(str(run))[0]
         own = alone(config)
     with mock.patch.object(run_clocks, "clocks", side_effect=error):
-        said = train._report(config, own)
+        said = train.report_of(config, own)
     assert said.startswith(f"{run / 'report.html'}: cannot be written (")
     assert "\n" not in said
 
@@ -348,14 +348,14 @@ def test_a_full_disk_leaves_the_run_done_and_no_page(run, tmp_path):
         own = alone(config)
     page = tmp_path / "report.html"
     with mock.patch.object(report, "whole_file", side_effect=small_world.FULL):
-        said = train._report(config, own)
+        said = train.report_of(config, own)
     assert said == f"{page}: cannot be written ({small_world.FULL}); {program('report')} writes it later"
     with mock.patch.object(report_page, "report", side_effect=ValueError("a library's own")):
-        assert "cannot be written (a library's own); " in train._report(config, own)
+        assert "cannot be written (a library's own); " in train.report_of(config, own)
     assert not page.exists()
     with mock.patch.object(report_page, "report", return_value="\udcff"):  # of a workdir that is not UTF-8
-        train._report(config, own)
+        train.report_of(config, own)
     assert page.read_bytes() == b"&#56575;"
     page.unlink()  # it lacks the mark of a page
-    assert train._report(config, own).endswith(str(page))
+    assert train.report_of(config, own).endswith(str(page))
     assert b"</html>" in page.read_bytes()

@@ -73,6 +73,8 @@ ELSEWHERE = {
     "on_divergence": "run/test_loop.py", "norm": "models/test_layers.py",
     "augment": "datasets/test_augment.py", "availability": "fleet/test_sampling.py",
     "batch_norm": "federated/test_personal.py",
+    "seeds": "commands/test_train_together.py", "learning_rates": "commands/test_train_together.py",
+    "rtt_s": "planning/test_link_terms.py", "broadcast_bps": "planning/test_link_terms.py",
     "memory_budget_gib": "federated/test_tuning.py", "devices": "federated/test_devices.py",
     "compilation_cache": "commands/test_compilation_cache.py", "tensorboard": "commands/test_tensorboard.py",
     **dict.fromkeys(

@@ -50,7 +50,6 @@ def shortened(app, what, name, thing, options, signature, returned):
     return tuple(text and re.sub(long, r"ndarray[\1]", text) for text in (signature, returned))
 
 
-
 def restored(app, what, name, thing, options, lines) -> None:
     """Undoes what napoleon did to an attribute."""
     if name in FIELDS:

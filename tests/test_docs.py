@@ -16,7 +16,7 @@ from sfl_jax.commands.fields import is_within
 from sfl_jax.errors import BadInput
 
 QUICK = {"docs/codecs.md", "docs/data.md"}  # the others train or trace for longer
-FILES = ("fleet.csv", "servers.csv", "links.csv", "trace.csv", "docs/fleet.csv")
+FILES = ("fleet.csv", "rounds.csv", "servers.csv", "links.csv", "trace.csv", "docs/fleet.csv")
 OTHER_FLAGS = {"preset", "flagfile", "vary", "targets", "help", "helpfull", "version"}
 FOREIGN = ("--xla_", "--no-deps", "--file_format", "--jobs", "--json")  # of other programs
 

@@ -104,7 +104,7 @@ def test_every_command_line_is_one_that_is_taken(in_a_directory):
     for page, command, text in found:
         for file in map(Path, re.findall(r"=([\w/.-]+\.(?:csv|json))", text)):  # the reader's
             file.parent.mkdir(exist_ok=True)
-            shutil.copy(pages.ROOT / "docs" / "fleet.csv", file)
+            shutil.copy(pages.ROOT / "sfl_jax" / "fleet" / "example.csv", file)
         try:
             check_command(command, text)
         except (BadInput, ValueError) as error:

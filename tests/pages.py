@@ -13,7 +13,9 @@ PAGES = [
     *sorted(ROOT.glob("docs/*.md")),
     *ROOT.glob("docs/api/*.md"),
 ]
-COMMAND = re.compile(r"(?:^|\s)(?:\S*python3? -m launch\.|sfl-)(train|plan|compare|report|study)(?=\s|$)(.*)")
+COMMAND = re.compile(
+    r"(?:^|\s)(?:\S*python3? -m launch\.|sfl-)(train|plan|compare|report|study|profile[_-]device)(?=\s|$)(.*)"
+)
 
 
 def name(page: Path) -> str:
@@ -45,4 +47,4 @@ def spans(page: Path) -> list[str]:
 def commands(page: Path) -> list[tuple[str, str]]:
     """(command, its arguments) of each command line of the page."""
     found = (COMMAND.search(snippet) for snippet in snippets(page))
-    return [(match[1], match[2]) for match in found if match]
+    return [(match[1].replace("-", "_"), match[2]) for match in found if match]

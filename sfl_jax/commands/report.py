@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +64,29 @@ def known(
     workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], Any]:
     """Returns (`clocks`, the `History` of the run's plans). Raises BadInput like `clocks`."""
-    from sfl_jax.run.history import history
+    from sfl_jax.run.history import Builder
 
-    return clocks(workdir, parts, lines, rivals), history(parts, len(lines))
+    builder = Builder(parts, len(lines))
+    return clocks(workdir, parts, lines, rivals, builder.add), builder.history()
 
 
 def clocks(
-    workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
+    workdir: str,
+    parts: Any,
+    lines: Sequence[Any],
+    rivals: Sequence[str] | None = None,
+    see: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """The clock of each method: the run's own from `lines`, then those of `rivals`, or all.
 
-    Raises BadInput if today's plans are not those of the run, which then had other settings or inputs.
+    see: as for `run.clocks.clocks`. Raises BadInput if today's plans are not those of the run, which then had
+    other settings or inputs.
     """
     import numpy as np
 
     from sfl_jax.run import clocks
 
-    made = clocks.clocks(parts, len(lines), rivals)
+    made = clocks.clocks(parts, len(lines), rivals, see)
     own = clocks.own_clock(parts.planner, lines)
     (name, logged), *_ = own.items()
     if not np.allclose(made[name].seconds, logged.seconds, rtol=SAME, atol=0):

@@ -3,12 +3,12 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 from sfl_jax import optim, planning
+from sfl_jax.fleet import Fleet
 from sfl_jax.planning import Planned
 from sfl_jax.run.parts import Parts
-from sfl_jax.run.rounds import cohort
 
 TERMS = optim.Seconds._fields
 
@@ -41,38 +41,58 @@ class History(NamedTuple):
     units: tuple[str, ...]
 
 
-def history(parts: Parts, rounds: int) -> History:
-    """Plans the first rounds of a run again. Raises BadInput if a round cannot be planned."""
-    clients, units = len(parts.fleet), tuple(parts.profile.names)
-    cuts, seconds = np.zeros((rounds, len(units) + 1), np.int64), np.zeros((rounds, len(TERMS)))
-    planned_s, holder = np.zeros(rounds), np.full(rounds, -1)
-    times, cut_sums, share_sums = np.zeros(clients, np.int64), np.zeros(clients), np.zeros(clients)
-    held = np.zeros((clients, len(TERMS)))  # the seconds of each client, weighted by its pull
-    pull_sums = np.zeros(clients)
-    for round in range(rounds):
-        ids, fleet, terms, available = cohort(parts, round)
-        plan, present, _ = planning.serve(parts.planner, fleet, terms, round, available)
-        planned_s[round] = plan.round_s
+class Builder:
+    """Makes the history of a run from the plans of its rounds, which `add` takes one by one."""
+
+    def __init__(self, parts: Parts, rounds: int):
+        clients, units = len(parts.fleet), len(parts.profile.names)
+        self._parts = parts
+        self._cuts = np.zeros((rounds, units + 1), np.int64)
+        self._seconds = np.zeros((rounds, len(TERMS)))
+        self._planned_s, self._holder = np.zeros(rounds), np.full(rounds, -1)
+        self._rounds, self._pull = np.zeros(clients, np.int64), np.zeros(clients)
+        self._cut, self._share = np.zeros(clients), np.zeros(clients)
+        self._held = np.zeros((clients, len(TERMS)))  # the seconds of each client, weighted by its pull
+
+    def add(
+        self,
+        round: int,
+        ids: Int64[np.ndarray, " K"],
+        clients: Fleet,
+        terms: optim.Terms,
+        plan: optim.Plan | optim.BandPlan,
+        present: Bool[np.ndarray, " K"],
+    ) -> None:
+        """Adds the plan of a round, counted from 0.
+
+        ids: its clients as indices in the fleet. clients, terms: theirs, see `rounds.cohort`. present: who of
+        them is in the plan.
+        """
+        self._planned_s[round] = plan.round_s
         if not present.any():
-            continue
-        here = np.flatnonzero(present)
+            return
+        planner, here = self._parts.planner, np.flatnonzero(present)
         ids = ids[here]
-        own = Planned(parts.planner, parts.profile, fleet.take(here), terms.take(here), _of(plan, here))
-        by_term = np.stack(planning.seconds(own))
-        pull = pulls(own)
-        cuts[round] = np.bincount(own.plan.cuts, minlength=cuts.shape[1])
-        seconds[round] = round_seconds(parts.planner.barrier, by_term, pull)
-        holder[round] = ids[pull.argmax()]
-        times[ids] += 1
-        cut_sums[ids] += own.plan.cuts
-        share_sums[ids] += own.plan.shares / max(parts.planner.server_flops, 1e-300)
-        pull_sums[ids] += pull
-        held[ids] += (pull * by_term).T
-    means = _means(cut_sums, times), _means(share_sums, times)
-    return History(
-        cuts, seconds, planned_s, holder, times, *means, pull_sums,
-        held.argmax(axis=1), parts.fleet.client, np.asarray(parts.fleet.flops, float), units,
-    )  # fmt: skip
+        own = Planned(planner, self._parts.profile, clients.take(here), terms.take(here), _of(plan, here))
+        by_term, pull = np.stack(planning.seconds(own)), pulls(own)
+        self._cuts[round] = np.bincount(own.plan.cuts, minlength=self._cuts.shape[1])
+        self._seconds[round] = round_seconds(planner.barrier, by_term, pull)
+        self._holder[round] = ids[pull.argmax()]
+        self._rounds[ids] += 1
+        self._cut[ids] += own.plan.cuts
+        self._share[ids] += own.plan.shares / max(planner.server_flops, 1e-300)
+        self._pull[ids] += pull
+        self._held[ids] += (pull * by_term).T
+
+    def history(self) -> History:
+        """The history of the rounds so far."""
+        fleet = self._parts.fleet
+        return History(
+            self._cuts, self._seconds, self._planned_s, self._holder, self._rounds,
+            _means(self._cut, self._rounds), _means(self._share, self._rounds), self._pull,
+            self._held.argmax(axis=1), fleet.client, np.asarray(fleet.flops, float),
+            tuple(self._parts.profile.names),
+        )  # fmt: skip
 
 
 def _means(sums, times):

@@ -41,6 +41,7 @@ def check(workdir):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_every_round_once(tmp_path):
     run = ["--tensorboard", "--learning_rate_schedule=constant", "--eval_every=2", "--seed=3"]
     with small_world.world():
@@ -69,6 +70,20 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path, capsys, mon
 
 def line(round):
     return metrics.Round(round, 0.25, None, None, 0.5, 0.5, 0.5 * round, 1.0, 1.0, 1, 1.0)
+
+
+def test_the_file_begins_with_the_rounds_that_are_done(tmp_path):
+    """A second start replaces the first file. Unknown numbers have no event."""
+    for done in ((), (line(1), line(2))):
+        own = tensorboard.Events(str(tmp_path), done)
+        own.add(line(len(done) + 1))
+        own.close()
+    found = rounds(tmp_path)
+    assert [step for step, _ in found] == [1, 2, 3]
+    for step, values in found:
+        known = {name: value for name, value in line(step).to_json().items() if value is not None}
+        del known["round"]
+        assert values == pytest.approx({tensorboard.tag(name): value for name, value in known.items()})
 
 
 def test_a_full_disk_ends_the_events_and_not_the_run(tmp_path, caplog):

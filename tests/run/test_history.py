@@ -64,6 +64,13 @@ def _round_s(fixed_s, work, server_flops):
     return high
 
 
+def made(built, count):
+    """(the history of the first rounds, the clock of their plans)"""
+    builder = history.Builder(built, count)
+    own, *_ = clocks.clocks(built, count, (), builder.add).values()
+    return builder.history(), own
+
+
 @pytest.fixture(scope="module")
 def built():
     small = Config(
@@ -75,7 +82,7 @@ def built():
 
 
 def test_a_history_is_that_of_the_plans_that_a_run_makes(built):
-    found = history.history(built, 6)
+    found, clock = made(built, 6)
     totals = np.zeros((3, len(built.fleet)))
     for round in range(6):
         done = rounds.prepare(built, round)
@@ -93,8 +100,7 @@ def test_a_history_is_that_of_the_plans_that_a_run_makes(built):
     assert np.isnan(found.cut[~came]).all()
     assert found.pull.sum() == pytest.approx(6)
     assert found.units == tuple(built.profile.names)
-    made = clocks.clocks(built, 6, ())
-    assert np.cumsum(found.planned_s) == pytest.approx(next(iter(made.values())).seconds)
+    assert np.cumsum(found.planned_s) == pytest.approx(clock.seconds)
 
 
 def test_who_is_not_there_has_no_part_in_a_plan(built, monkeypatch):
@@ -106,7 +112,7 @@ def test_who_is_not_there_has_no_part_in_a_plan(built, monkeypatch):
         return ids, available & (np.arange(len(ids)) != 1) & (round != 2)
 
     monkeypatch.setattr(rounds, "asked", asked)
-    found = history.history(built, 4)
+    found, _ = made(built, 4)
     assert found.cuts.sum(axis=1).tolist() == [3, 3, 0, 3]
     assert (found.holder[2], found.seconds[2].sum()) == (-1, 0)
     away = [ask(built, round)[0][1] for round in range(4)]
@@ -118,5 +124,5 @@ def test_parts_of_a_band_are_those_of_the_clients_that_are_there(built, monkeypa
     away = dataclasses.replace(built, planner=dataclasses.replace(built.planner, band="pooled"))
     ask = rounds.asked
     monkeypatch.setattr(rounds, "asked", lambda *given: (ask(*given)[0], np.array([True, False, True, True])))
-    found = history.history(away, 2)
+    found, _ = made(away, 2)
     assert found.seconds.sum(axis=1) == pytest.approx(found.planned_s, rel=1e-6)

@@ -169,7 +169,7 @@ def line_of(built, done):
     nobody = np.full(len(done.plan.cuts), -1)
     outcome = Outcome(np.float32(0.5), nobody, done.turnout.came.sum())  # pyright: ignore
     sent = loop.Sent(done, state, state, outcome, None, 0.0, None, None)  # pyright: ignore
-    return loop._line(built, sent, outcome, None, 9.0, 2.0)
+    return loop._line(built, sent, outcome, None, 9.0, 2.0, 0.0)
 
 
 @pytest.mark.parametrize(

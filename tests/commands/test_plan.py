@@ -332,6 +332,7 @@ def test_the_fleet_is_written_and_plans_alike(here, capsys):
     assert (written["round_s"], written["clients"]) == (random["round_s"], random["clients"])
 
 
+@pytest.mark.slow
 def test_trips_and_a_broadcast_are_planned_and_told(here):
     assert run("--server_flops=1e10", "--rtt_s=0.1", "--broadcast_bps=1M") == 0
     written = json.loads((here / "plan.json").read_text())

@@ -16,6 +16,7 @@ COHORTS = 100  # rounds whose cohorts are planned beside the whole fleet
 # Rates below these are likely in another unit, such as Mbit/s or GFLOP/s.
 SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mbit/s"),
            "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
+LONGEST_TRIP_S = 5.0  # round-trip times above this are likely in milliseconds
 # Ends and sums of shares that differ by less than this, relative, count as equal.
 TOGETHER = 1e-6
 
@@ -118,6 +119,8 @@ def floor(planned: Planned, client: int) -> Floor:
 def doubts(fleet: fleets.Fleet) -> list[str]:
     """A sentence for each column with values that look as if they had another unit."""
     found = []
+    if fleet.rtt_s is not None and (least_s := float(fleet.rtt_s.min(initial=np.inf))) >= LONGEST_TRIP_S:
+        found.append(f"rtt_s is {least_s:.4g} s at least; are the numbers in milliseconds?")
     for name, (least, unit, likely) in SLOWEST.items():
         values = getattr(fleet, name)
         small = values < least  # a client with a device has no flops: inf

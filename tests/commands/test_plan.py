@@ -355,6 +355,24 @@ def test_the_fleet_is_written_and_plans_alike(here, capsys):
     assert (written["round_s"], written["clients"]) == (random["round_s"], random["clients"])
 
 
+@pytest.mark.slow
+def test_trips_and_a_broadcast_are_planned_and_told(here):
+    assert run("--server_flops=1e10", "--rtt_s=0.1", "--broadcast_bps=1M") == 0
+    written = json.loads((here / "plan.json").read_text())
+    assert (written["rtt_s"], written["broadcast_bps"]) == (0.1, 1e6)
+    assert any("at 1e+06 bit/s" in line for line in written["assumptions"])
+    assert any("half of its client's round-trip time" in line for line in written["assumptions"])
+    config = Config(model="efficientnetv2-tiny", fleet="fleet.csv", server_flops=1e10)
+    terms = parts.read_terms(config)[2]
+    for k, client in enumerate(written["clients"]):
+        bits, steps = terms.model_bits[client["cut"]], terms.steps[k]
+        assert client["model_down_s"] == pytest.approx(0.05 + bits / 1e6, rel=1e-12)
+        assert client["model_up_s"] == pytest.approx(0.05 + bits / 1e7, rel=1e-12)
+        crossing = terms.samples[k] * terms.down_bits[client["cut"]] / 2e7
+        splits = client["cut"] < 8
+        assert client["gradient_down_s"] == pytest.approx(splits * 0.05 * steps + crossing, rel=1e-12)
+
+
 def test_the_example_fleet_can_be_planned(here):
     assert run("--fleet=example", "--write_fleet=mine.csv") == 0
     assert len(json.loads((here / "plan.json").read_text())["clients"]) == 10
@@ -411,6 +429,11 @@ BAD_FLAGS = [
     ("--write_fleet=fleet.txt", "must end in .csv"),
     ("--compare_with=none.json", "--compare_with=none.json: No such file or directory; give the path"),
     ("--compare_with=fleet.csv", "--compare_with=fleet.csv: must be a plan.json; it is no JSON"),
+    ("--broadcast_bps=6M --band=airtime", "--broadcast_bps=6e+06: needs --band=fixed, not airtime"),
+    ("--broadcast_bps=6M --scheme=sl", "--broadcast_bps=6e+06: needs another scheme than sl"),
+    ("--broadcast_bps=6M --servers=fleet.csv", "--broadcast_bps=6000000.0: leave it out with --servers"),
+    ("--rtt_s=-1", "--rtt_s=-1.0: must be a finite number, at least 0"),
+    ("--rtt_s=0.1 --fleet=trips.csv", "--rtt_s=0.1: --fleet=trips.csv has the column rtt_s; leave one out"),
     ("--starts=random", "--starts=random: needs --method=alternating"),
     ("--cohort_size=4", "cohort_size"),
     ("--eval_every=3", "eval_every"),
@@ -433,12 +456,14 @@ BAD_ROWS = [
 def test_bad_input_writes_one_line_and_nothing_else(here, capsys, flag, row, words):
     (here / "folder.json").mkdir()
     (here / "fleet.csv").write_text(FLEET + row)
-    assert run(flag) == 2
+    head, *rows = FLEET.strip().splitlines()
+    (here / "trips.csv").write_text("\n".join([f"{head},rtt_s", *(f"{each},0.1" for each in rows)]))
+    assert run(*flag.split()) == 2
     out, err = capsys.readouterr()
     *_, said = err.splitlines()  # before it, at most the line that announces the plan
     assert (out, err.count("error: "), said[:7]) == ("", 1, "error: ")
     assert words in said
-    assert sorted(os.listdir(here)) == ["fleet.csv", "folder.json"]
+    assert sorted(os.listdir(here)) == ["fleet.csv", "folder.json", "trips.csv"]
     assert (here / "fleet.csv").read_text() == FLEET + row
 
 

@@ -91,7 +91,11 @@ REFUSED = [
     (["--links=shannon"], "--measured=rounds.csv: needs --links=fixed"),
     (["--measured=none.csv"], "--measured=none.csv: no such file"),
     (["--measured=fleet.csv"], "--measured: fleet.csv:1: column 'flops': must be one of round, client, cut"),
-    (["--codec=int8+int4"], "rounds.csv: measured rounds have no codec; choose one"),
+    pytest.param(
+        ["--codec=int8+int4"],
+        "rounds.csv: measured rounds have no codec; choose one",
+        marks=pytest.mark.slow,
+    ),
     (["--output=mine.json"], "would replace mine.rates.csv, which sfl_jax did not write"),
 ]
 

@@ -69,6 +69,7 @@ ELSEWHERE = {
         ),
         "commands/test_schemes.py",
     ),
+    **dict.fromkeys(("rtt_s", "broadcast_bps"), "commands/test_plan.py"),
     "server_memory_bytes": "planning/test_within_memory.py", "servers": "commands/test_servers_plan.py",
     "on_divergence": "run/test_loop.py", "norm": "models/test_layers.py",
     "augment": "datasets/test_augment.py", "availability": "fleet/test_sampling.py",

@@ -144,7 +144,8 @@ def test_under_other_barriers_exact_is_the_optimum_of_enumeration(what, barrier)
         assert ends_s.max() == pytest.approx(plan.round_s, rel=1e-9)
 
 
-@pytest.mark.parametrize("what", COMPILED)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", TERMS)
 def test_all_methods_see_the_same_seconds(what):
     """Each method's plan is a round of the dense costs, and never below the optimum."""
     terms, _ = made(what, 3, 1)
@@ -164,7 +165,8 @@ def test_all_methods_see_the_same_seconds(what):
         np.testing.assert_allclose(optim.session_ends_s(terms, plan, 1e9), plan.client_s, rtol=1e-9)
 
 
-@pytest.mark.parametrize("what", COMPILED)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", TERMS)
 def test_cuts_that_are_dropped_are_not_needed(what, monkeypatch):
     """With runs of equal units cuts are dropped; the optimum and its proof stay."""
     for seed in range(2):
@@ -267,7 +269,8 @@ def test_slower_clients_are_slower_in_every_term(what):
         np.testing.assert_array_equal(was[[2, 0]], now)
 
 
-def test_energy_counts_measured_seconds_like_those_of_flop():
+def counted_and_measured():
+    """Terms of two clients by FLOP, and by a device with the same seconds; with energy budgets."""
     power = {"cycles_per_s": np.full(2, 1e9), "kappa": np.full(2, 1e-27), "transmit_w": np.full(2, 0.5)}
     profile, work = oracles.profile(UNITS), optim.Work(batch_size=BATCH)
     counted = optim.terms(profile, oracles.fleet(2, **power, energy_j=np.full(2, 9.0)), work)
@@ -280,9 +283,19 @@ def test_energy_counts_measured_seconds_like_those_of_flop():
     columns["slowdown"] = 1e8 / counted.flops
     fleet = oracles.fleet(2, **power, energy_j=np.full(2, 9.0), **columns)
     measured = optim.terms(profile, fleet, work)
+    return counted, measured
+
+
+def test_energy_counts_measured_seconds_like_those_of_flop():
+    counted, measured = counted_and_measured()
     for cut in range(UNITS + 1):
         np.testing.assert_allclose(measured.joules(cut), counted.joules(cut), rtol=1e-13)
         np.testing.assert_allclose(measured.column(cut)[0], counted.column(cut)[0], rtol=1e-13)
+
+
+@pytest.mark.slow
+def test_energy_budgets_forbid_the_same_cuts_by_measured_seconds():
+    counted, measured = counted_and_measured()
     limit = np.median([counted.joules(cut) for cut in range(1, UNITS + 1)], axis=0) * 1.001
     plans = [
         optim.solve(terms._replace(energy=terms.energy._replace(budget_j=limit)), 1e9)

@@ -145,13 +145,14 @@ def test_clients_that_were_not_measured_keep_their_rates():
 
 
 def test_a_broadcast_is_no_downlink():
+    """The downlink is twice as slow, the broadcast as fast as assumed."""
     fleet = assumed(2)
     terms = terms_of(fleet)._replace(broadcast_bps=np.full(2, 1e6))
-    measured = rounds(fleet, 5, 0.0, 1, False)
+    factors = np.tile([1.0, 1.0, 2.0], (2, 1))
+    measured = rounds(true_fleet(fleet, factors), 5, 0.0, 1, False)
     model_s = terms.take(measured.client).seconds(measured.cut, np.ones(10)).model_down
-    own = measured._replace(seconds=measured.seconds | {"model_down": model_s})
-    found = calibrate(terms, own)
-    np.testing.assert_allclose(found.factor, 1, rtol=1e-9)
+    found = calibrate(terms, measured._replace(seconds=measured.seconds | {"model_down": model_s}))
+    np.testing.assert_allclose(found.factor, factors, rtol=1e-9)
 
 
 def test_a_total_needs_the_seconds_of_the_server():

@@ -76,7 +76,9 @@ def measured(batch_size=10):
     return Device("own", batch_size, NAMES, forward_s, 2 * forward_s)
 
 
-@pytest.mark.parametrize("scheme", ["sfl", "sfl_v2", "sl", "psl"])
+@pytest.mark.parametrize(
+    "scheme", ["sfl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sfl_v2", "sl", "psl"))]
+)
 def test_the_clock_of_training_has_the_seconds_of_plans(scheme):
     """With trips and devices: the simulated round is the plan's, and that of `optim.round_seconds`."""
     clients = len(test_run.FLEET)
@@ -128,3 +130,14 @@ def test_what_the_terms_exclude_is_refused():
     energy = {name: np.ones(2) for name in ("cycles_per_s", "kappa", "transmit_w", "energy_j")}
     with pytest.raises(BadInput, match="band=airtime: cannot be planned with energy budgets"):
         planning.check_links(Planner(band="airtime"), fleet_of(2, **energy))
+
+
+def test_values_in_another_unit_are_asked_about():
+    rates = {"flops": np.full(2, 1e10), "uplink_bps": np.array([2e7, 20.0]), "downlink_bps": np.full(2, 1e7)}
+    asked = planning.doubts(fleet_of(2, **rates, rtt_s=np.full(2, 30.0)))
+    assert asked == [
+        "rtt_s is 30 s at least; are the numbers in milliseconds?",
+        "uplink_bps of client 1 is 20 bit/s, and of 1 of 2 clients below 1e+04; is it in Mbit/s?",
+    ]
+    rates["uplink_bps"] = np.full(2, 1e7)
+    assert planning.doubts(fleet_of(2, **rates, rtt_s=np.full(2, 0.03))) == []

@@ -88,7 +88,9 @@ def predict(
         raise BadInput(
             f"--predict={target:g}: no training reached this accuracy; choose less, or more --rounds"
         )
-    gradient = _gradient(cases[reached[0]], built[reached[0]])
+    # The parts change in training and from one training to another, so their mean is taken.
+    gradients = [_gradient(cases[place], built[place]) for place in reached]
+    gradient = np.mean([squares / squares.sum() for squares in gradients], axis=0)
     known = Features(*np.array([_features(one, gradient) for one in built]).T)
     rounds = np.array([real[place] for place in reached], float)
     model = fit_rounds(known.of(reached), rounds)
@@ -133,18 +135,16 @@ def _number(value: float | None) -> str:
     return words.NONE if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
-def _features(built: parts.Built, gradient) -> tuple[float, float, float]:
+def _features(built: parts.Built, gradient) -> tuple[float, float, float, float]:
     own, config = built.parts, built.config
-    units = len(own.training.chain)
-    most = units if config.max_cut < 0 else config.max_cut
+    most = len(own.training.chain) if config.max_cut < 0 else config.max_cut
     steps = float(own.terms.steps.mean())
-    shared = steps * own.cohort_size if own.scheme.name == "sfl_v2" else steps
     # Adam corrects for the start of its momentum.
-    momentum = config.momentum if config.optimizer == "sgd" else 0.0
-    updates = restarted(steps, momentum)
-    shared = shared if config.keep_server_state else restarted(shared, momentum)
+    restarts = restarted(steps, config.momentum if config.optimizer == "sgd" else 0.0)
     errors = [_error(up) + _error(down) for up, down in parts.codec_pairs(config)]
-    return features(gradient, most, steps, updates, shared, min(errors))
+    return features(
+        gradient, most, steps, restarts, steps if config.keep_server_state else restarts, min(errors)
+    )
 
 
 def _error(codec) -> float:

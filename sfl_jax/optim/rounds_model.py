@@ -1,15 +1,15 @@
 """How many rounds a training takes to an accuracy: a model whose constants are estimated from trainings.
 
-In a round unit i is updated n_i times. It has the part p_i of the squared gradient, so that the loss falls in
-proportion to the progress P = sum_i p_i n_i. Copies that clients hold drift apart for S local steps before
-they are averaged, by D = S^2 sum_i p_i over these units. A codec adds noise Q, its relative squared error. As
-in bounds for local SGD (for split training: Lin et al., AdaptSFL, arXiv 2403.13101, theorem 1), the rounds
-are
+Clients have copies of their own of the first units, and share one copy of the others. Unit i has the part p_i
+of the squared gradient. A round brings own = sum p_i n over the first units and shared = sum p_i n over the
+others, with n full updates in a round of S steps. More steps on the same clients' data bring less, as in
+bounds for local SGD (for split training: Lin et al., AdaptSFL, arXiv 2403.13101, theorem 1), and so does a
+codec with relative squared error Q. The rounds are
 
-  R = 1 / (P (progress_rate - drift_cost D - noise_cost Q)).
+  R = 1 / (own_rate own + shared_rate shared - (length_cost S^2 + noise_cost Q) (own + shared)).
 
-The three constants are at least 0. They depend on the data, the network, the optimiser and the accuracy, so
-they are fitted to rounds that came: 1 / (R P) is linear in them. This is a model, not a bound.
+The four constants are at least 0. They depend on the data, the network, the optimiser, the scheme, the cohort
+and the accuracy. So they are fitted to rounds that came, in which 1 / R is linear. This is a model, no bound.
 """
 
 from typing import NamedTuple
@@ -22,42 +22,49 @@ from sfl_jax.optim.costs import Floats
 
 
 class Features(NamedTuple):
-    """What the model needs of N trainings; (N,) each."""
+    """What the model needs of N trainings; (N,) each, at least 0."""
 
-    progress: Floats  # weighted updates of a round, above 0
-    drift: Floats  # at least 0
-    noise: Floats  # at least 0
+    own: Floats  # weighted updates of own copies in a round
+    shared: Floats  # weighted updates of shared copies in a round
+    length: Floats  # squared steps of a round
+    noise: Floats
 
     def of(self, places) -> "Features":
         """The features of some trainings."""
         return Features(*(np.asarray(part)[places] for part in self))
 
+    @property
+    def table(self) -> Floats:
+        """What each constant is multiplied by in 1 / R; (N, 4)."""
+        whole = self.own + self.shared
+        return np.stack([self.own, self.shared, -self.length * whole, -self.noise * whole], axis=1)
+
 
 class RoundsModel(NamedTuple):
     """The constants."""
 
-    progress_rate: float
-    drift_cost: float
+    own_rate: float
+    shared_rate: float
+    length_cost: float
     noise_cost: float
 
     def rounds(self, features: Features) -> Floats:
         """The predicted rounds (N,); inf where the model says that the accuracy is not reached."""
-        rate = self.progress_rate - self.drift_cost * features.drift - self.noise_cost * features.noise
-        per_round = features.progress * np.maximum(rate, 0.0)
+        per_round = features.table @ np.array(self)
         return np.divide(1.0, per_round, out=np.full(len(per_round), np.inf), where=per_round > 0)
 
 
 def features(
     parts: Floats, own_units: int, steps: float, own_updates: float, shared_updates: float, noise: float
-) -> tuple[float, float, float]:
-    """(progress, drift, noise) of one training.
+) -> tuple[float, float, float, float]:
+    """(own, shared, length, noise) of one training.
 
     parts: (L,) part of each unit in the squared gradient.  own_units: the first units, of which clients have
-    copies.  steps: local steps of a client in a round.  own_updates, shared_updates: how many full updates a
-    round brings to an own copy, and to a copy that the clients share; see `restarted`.
+    copies.  steps: local steps of a client in a round.  own_updates, shared_updates: how many full updates
+    these steps are for an own copy and for a shared one; see `restarted`.
     """
     own = float(parts[:own_units].sum() / parts.sum())
-    return own * own_updates + (1 - own) * shared_updates, own * steps**2, noise
+    return own * own_updates, (1 - own) * shared_updates, steps**2, noise
 
 
 def restarted(steps: float, momentum: float) -> float:
@@ -66,15 +73,15 @@ def restarted(steps: float, momentum: float) -> float:
 
 
 def fit_rounds(known: Features, rounds: Floats) -> RoundsModel:
-    """The constants by least squares of the relative error of 1 / R. BadInput without a training."""
+    """The constants by least squares of R (1 / R as modelled) - 1. BadInput without a training."""
     rounds = np.asarray(rounds, float)
     if not len(rounds) or not (np.isfinite(rounds) & (rounds > 0)).all():
         raise BadInput("rounds: must be at least one finite number above 0")
-    scale = np.maximum([1.0, known.drift.max(), known.noise.max()], 1e-300)
-    columns = np.stack([np.ones(len(rounds)), -known.drift, -known.noise], axis=1) / scale
-    rows = (rounds * known.progress)[:, None] * columns
-    answer = optimize.lsq_linear(rows, np.ones(len(rounds)), bounds=(0, np.inf), tol=1e-12)
-    return RoundsModel(*(answer.x / scale).tolist())
+    rows = rounds[:, None] * known.table
+    size = np.linalg.norm(rows, axis=0)
+    scale = np.where(size > 0, size, 1.0)
+    found = optimize.nnls(rows / scale, np.ones(len(rounds)))[0]
+    return RoundsModel(*(found / scale).tolist())
 
 
 def left_out(known: Features, rounds: Floats) -> Floats:

@@ -35,11 +35,13 @@ def test_the_table_begins_with_the_shortest_predicted_time():
         study_prediction.Row({"max_cut": "2"}, None, None, 3.0, 4.5),
         study_prediction.Row({"max_cut": "3"}, None, None, np.inf, np.inf),
     ]
-    title, _, *body, constants = study_prediction.table(rows, RoundsModel(0.1, 0.0, 2.0), 0.9).splitlines()
+    title, _, *body, constants = study_prediction.table(
+        rows, RoundsModel(0.1, 0.2, 0.0, 2.0), 0.9
+    ).splitlines()
     assert title == "to 90 %, each predicted from the other trainings; off by 25% in the mean, 25% at most"
     assert [line.split()[0] for line in body] == ["2", "1", "3"]
     assert body[1].split() == ["1", "4.0", "5.0", "8.00", "s", "10.00", "s"]
-    assert constants == "constants: progress_rate 0.1, drift_cost 0, noise_cost 2"
+    assert constants == "constants: own_rate 0.1, shared_rate 0.2, length_cost 0, noise_cost 2"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_a_study_shows_predicted_rounds_beside_real_ones(tmp_path, monkeypatch, 
         assert study.main([*varied, *flags, "--predict=0.03", "--pilots=2"]) == 0
         said = capsys.readouterr().out
         assert "to 3 %, each predicted from the other trainings" in said
-        assert "constants: progress_rate" in said
+        assert "constants: own_rate" in said
         assert study.main([*varied, *flags, "--predict=1"]) == 2
         assert "no training reached this accuracy" in capsys.readouterr().err
         assert study.main([*varied, *flags, "--predict=0.03", "--scheme=sfl", f"--workdir={tmp_path}2"]) == 2

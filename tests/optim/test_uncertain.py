@@ -114,6 +114,26 @@ def test_settled_cuts_are_better_in_rounds_that_were_not_sampled(monkeypatch):
     assert longest_s[0] < 0.98 * longest_s[1]
 
 
+def test_moves_are_the_best_of_all_single_moves():
+    rng, rows, moved = np.random.default_rng(0), np.arange(4), 0
+    for _ in range(20):
+        needs = np.where(rng.random((5, 4, 3)) < 0.1, np.inf, rng.random((5, 4, 3)))
+        columns = np.zeros(4, np.int32)
+
+        def need(columns, needs=needs):
+            return np.sort(needs[:, rows, columns].sum(axis=1))[2]
+
+        ways = [np.where(rows == client, column, columns) for client in rows for column in range(3)]
+        best = min(map(need, ways))
+        found, made = uncertain._moved(needs, columns, 3, best, 1)
+        after, more = uncertain._moved(needs, columns, 3, best, 9)
+        assert (found is None) == (best < need(columns)), "one look, and no time to move"
+        assert need(after) == pytest.approx(best)
+        assert (made, more) == (int(found is None), int(best < need(columns)))
+        moved += more
+    assert moved > 10
+
+
 @pytest.mark.parametrize(
     ("rounds", "quantile", "least"), [(4, 0.5, 2), (4, 0.51, 3), (10, 0.9, 9), (3, 1.0, 3), (5, 0.01, 1)]
 )

@@ -399,6 +399,10 @@ _shares = jax.jit(optimal_shares)
 
 
 def _check(terms: Terms, rates: Rates, quantile: float, spare: float) -> None:
+    for name in ("devices", "latency", "broadcast_bps"):  # the bound knows rates alone
+        if getattr(terms, name) is not None:
+            column = {"devices": "device", "latency": "rtt_s"}.get(name, name)
+            raise BadInput(f"{column}: is not known to plans for rates that change; leave it out")
     if not 0 < quantile <= 1:
         raise BadInput(f"quantile={quantile}: must be above 0 and at most 1")
     if not 0 <= spare < np.inf:

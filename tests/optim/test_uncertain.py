@@ -147,6 +147,8 @@ def test_what_is_not_allowed_is_named():
     for quantile in (0.0, 1.5, np.nan):
         with pytest.raises(BadInput, match=r"quantile=.*: must be above 0 and at most 1"):
             optim.solve_quantile(terms, rates, flops, quantile)
+    with pytest.raises(BadInput, match="broadcast_bps: is not known to plans for rates that change"):
+        optim.solve_quantile(terms._replace(broadcast_bps=np.full(3, 1e9)), rates, flops, 0.5)
     with pytest.raises(BadInput, match="spare=-1: must be a finite number"):
         optim.solve_quantile(terms, rates, flops, 0.5, spare=-1)
     with pytest.raises(BadInput, match=r"rates: shapes .* must be \(samples, 3\)"):

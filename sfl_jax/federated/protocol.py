@@ -66,7 +66,7 @@ class World:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ClientWork:
     """One client's work in a round. `batches`: the (S, B) sample indices of its own steps."""
 
     client: int
@@ -180,7 +180,7 @@ class Session:
     """
 
     def __init__(
-        self, world: World, work: Work, copies: Sequence[Copy], tail_units: int, transport: Transport
+        self, world: World, work: ClientWork, copies: Sequence[Copy], tail_units: int, transport: Transport
     ):
         self.world, self.work, self.transport, self.copies = world, work, transport, list(copies)
         self.span = server_span(len(world.units), work.cut, tail_units)
@@ -267,7 +267,7 @@ class Session:
 
 
 def run_session(
-    world: World, work: Work, transport: Transport | None = None, tail_units: int = 0
+    world: World, work: ClientWork, transport: Transport | None = None, tail_units: int = 0
 ) -> tuple[list[dict[str, Any]], float]:
     """Returns (the variables of each unit after the session, the mean loss of its steps or 0 for none).
 
@@ -286,7 +286,7 @@ def run_session(
 
 def run_round(
     world: World,
-    works: Sequence[Work],
+    works: Sequence[ClientWork],
     skip_diverged: bool = False,
     transport: Transport | None = None,
     tail_units: int = 0,
@@ -306,7 +306,7 @@ def run_round(
 
 def average(
     world: World,
-    sound: Sequence[tuple[Work, Sequence[dict[str, Any]], float]],
+    sound: Sequence[tuple[ClientWork, Sequence[dict[str, Any]], float]],
     diverged: list[int],
     skip_diverged: bool,
 ) -> tuple[list[dict[str, Any]], float, list[int]]:

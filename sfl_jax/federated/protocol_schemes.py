@@ -28,11 +28,11 @@ from sfl_jax.federated.protocol import (
     MODEL_DOWN,
     MODEL_UP,
     SERVER,
+    ClientWork,
     Copy,
     Party,
     Session,
     Transport,
-    Work,
     World,
 )
 
@@ -55,7 +55,7 @@ class Result(NamedTuple):
 
 def run_sfl_v2(
     world: World,
-    works: Sequence[Work],
+    works: Sequence[ClientWork],
     order: Sequence[int],
     by: str = "client",
     shared_state: Sequence[Any] | None = None,
@@ -85,7 +85,7 @@ def run_sfl_v2(
 
 def run_sl(
     world: World,
-    works: Sequence[Work],
+    works: Sequence[ClientWork],
     order: Sequence[int],
     shared_state: Sequence[Any] | None = None,
     tail_units: int = 0,
@@ -111,7 +111,7 @@ def run_sl(
 
 def run_psl(
     world: World,
-    works: Sequence[Work],
+    works: Sequence[ClientWork],
     max_cut: int,
     server_batch: str = "separate",
     shared_state: Sequence[Any] | None = None,

@@ -37,7 +37,7 @@ METHODS = ("exact", "common_cut", "random_cut", "no_split")
 _GROUPS = (32, 4)  # most groups of steps: in the first search, and in the second if the first gave up
 
 
-class Parts(NamedTuple):
+class Phases(NamedTuple):
     """Seconds summed over all steps: (K, C) with inf where forbidden, or (K,) at one column per client."""
 
     model_down_s: Floats
@@ -124,14 +124,14 @@ def round_seconds(
     if not here.any():
         return 0.0
     some, mine = terms.take(here), columns[here]
-    part = staged.stages_at if barrier == "staged" else parts_at
+    part = staged.stages_at if barrier == "staged" else phases_at
     return float(CLOCKS[barrier].round_s(part(some, mine, server_flops), some.steps))
 
 
-def parts_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Parts:
-    """The `Parts` of each client at its own column (K,)."""
+def phases_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Phases:
+    """The `Phases` of each client at its own column (K,)."""
     seconds = staged.at_full_speed(terms, columns, server_flops)
-    return Parts(
+    return Phases(
         seconds.model_down,
         seconds.client_forward + seconds.smashed_up,
         seconds.server,
@@ -149,7 +149,7 @@ def _session_s(terms, columns, server_flops):
 
 
 def _table(terms, server_flops):
-    return staged.tabled(terms, server_flops, parts_at)
+    return staged.tabled(terms, server_flops, phases_at)
 
 
 def _steps_s(parts):
@@ -223,7 +223,7 @@ def _search(table, alone_s, kinds, round_s) -> Least:
     starts = [*common, np.sum(table, axis=0).argmin(axis=1), alone_s.argmin(axis=1)]
 
     def of(columns):
-        return float(round_s(Parts(*(part[rows, columns] for part in table))))
+        return float(round_s(Phases(*(part[rows, columns] for part in table))))
 
     return maxima.least(kinds, alone_s, starts, of)
 

@@ -48,13 +48,13 @@ def at_full_speed(terms: Terms, columns: NDArray[np.integer], server_flops: floa
     return terms.seconds(columns, np.full(terms.shape[0], server_flops))
 
 
-def tabled(terms: Terms, server_flops: float, parts_at: Callable[..., Any]) -> Any:
-    """The result of `parts_at` for all columns, as tables (K, C) with inf where a column is forbidden."""
+def tabled(terms: Terms, server_flops: float, seconds_at: Callable[..., Any]) -> Any:
+    """The result of `seconds_at` for all columns, as tables (K, C) with inf where a column is forbidden."""
     clients, count = terms.shape
     tables = []
     for column in range(count):
         columns = np.full(clients, column)
-        parts = parts_at(terms, columns, server_flops)
+        parts = seconds_at(terms, columns, server_flops)
         allowed = terms.at(columns)[2] & np.isfinite(parts.serving_s)
         tables.append(type(parts)(*(np.where(allowed, part, np.inf) for part in parts)))
     return type(tables[0])(*(np.stack(parts, axis=1) for parts in zip(*tables, strict=True)))

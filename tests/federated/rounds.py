@@ -111,7 +111,7 @@ def works(assignments):
     """Assignments in the form of the protocol."""
     rows = zip(*map(np.asarray, assignments[:5]), strict=True)
     return [
-        protocol.Work(int(client), int(cut), float(weight), batches[:steps])
+        protocol.ClientWork(int(client), int(cut), float(weight), batches[:steps])
         for client, cut, weight, steps, batches in rows
     ]
 

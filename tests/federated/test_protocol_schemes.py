@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from sfl_jax.federated import protocol, protocol_schemes
-from sfl_jax.federated.protocol import Transport, Work, World, run_round
+from sfl_jax.federated.protocol import ClientWork, Transport, World, run_round
 from sfl_jax.federated.protocol_schemes import run_psl, run_sfl_v2, run_sl
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def cohort(cuts=(0, 0, 0), steps=STEPS, weights=WEIGHTS):
     rng = np.random.default_rng(2)
     rows = rng.integers(0, 39, (len(cuts), max(STEPS), BATCH))
     return [
-        Work(10 + k, cut, weight, rows[k, :count])
+        ClientWork(10 + k, cut, weight, rows[k, :count])
         for k, (cut, count, weight) in enumerate(zip(cuts, steps, weights, strict=True))
     ]
 

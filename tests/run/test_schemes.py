@@ -126,7 +126,7 @@ def protocol_of(run, number=0, **codecs):
         planning.round_key(parts.seed, number, planning.TRAINING), **codecs,
     )  # fmt: skip
     works = [
-        protocol.Work(int(client), int(cut), float(weight), batches[:steps])
+        protocol.ClientWork(int(client), int(cut), float(weight), batches[:steps])
         for client, cut, weight, steps, batches in zip(*prepared.assignments[:5], strict=True)
     ]
     return world, works, prepared

@@ -2,12 +2,14 @@
 
 Client k downloads its model half in m seconds and uploads it in n, once a round. In each of S steps it takes
 u seconds to compute forward and send smashed data, and d to receive gradients and compute backward. The
-server works w FLOP a step for it, at full speed F. No client gets a share of the server.
+server works w FLOP a step for it, at full speed F. No client gets a share of the server. If the client holds
+the last units too, its data visit the server twice in a step, and in between the tail takes t seconds.
 
 - staged: max (m + S u) + sum S w / F + max (S d + n), see `staged.py`.
-- in_turn: max m + sum S (u + w / F + d) + max n. All steps of one client, then all steps of the next.
-- handover: sum m + S (u + w / F + d) + n. The whole session of one client, then that of the next.
-- lockstep: max m + sum over steps of (max u + sum w / F + max d) + max n, over clients that have a step left.
+- in_turn: max m + sum S (u + w / F + t + d) + max n. All steps of one client, then all steps of the next.
+- handover: sum m + S (u + w / F + t + d) + n. The whole session of one client, then that of the next.
+- lockstep: max m + sum over steps of (max u + sum w / F + max t + max d) + max n, over clients that have a
+  step left.
 
 What is proven of `exact`: under every barrier, no columns end a round by the plan's bound. The plan of
 handover is optimal. The others are optimal to about 1e-9, relative, unless the search of in_turn or lockstep
@@ -43,6 +45,7 @@ class Phases(NamedTuple):
     model_down_s: Floats
     forward_s: Floats  # forward on the client, then smashed data up
     serving_s: Floats  # on the server at full speed
+    tail_s: Floats  # features down, the tail forward and backward on the client, their gradient up
     backward_s: Floats  # gradient down, then backward on the client
     model_up_s: Floats
 
@@ -131,13 +134,14 @@ def round_seconds(
 def phases_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Phases:
     """The `Phases` of each client at its own column (K,)."""
     seconds = staged.at_full_speed(terms, columns, server_flops)
-    return Phases(
-        seconds.model_down,
-        seconds.client_forward + seconds.smashed_up,
-        seconds.server,
-        seconds.gradient_down + seconds.client_backward,
-        seconds.model_up,
-    )
+    forward_s = seconds.client_forward + seconds.smashed_up
+    backward_s = seconds.gradient_down + seconds.client_backward
+    tail_s = 0.0 * forward_s
+    if (tail := terms.tail_seconds(columns)) is not None:
+        before_s, after_s = tail.client_forward + tail.smashed_up, tail.gradient_down + tail.client_backward
+        forward_s, backward_s = np.maximum(forward_s - before_s, 0), np.maximum(backward_s - after_s, 0)
+        tail_s = before_s + after_s
+    return Phases(seconds.model_down, forward_s, seconds.server, tail_s, backward_s, seconds.model_up)
 
 
 def _session_s(terms, columns, server_flops):
@@ -153,7 +157,7 @@ def _table(terms, server_flops):
 
 
 def _steps_s(parts):
-    return parts.forward_s + parts.serving_s + parts.backward_s
+    return parts.forward_s + parts.serving_s + parts.tail_s + parts.backward_s
 
 
 def _in_turn_s(parts, steps):
@@ -179,12 +183,12 @@ def _lockstep_s(parts, steps):
     in_order = steps[order]
     lasts = in_order - np.append(in_order[1:], 0.0)  # in how many steps the last active client is this one
     active = in_order > 0
-    forward_s, backward_s = (
+    waits_s = sum(
         np.maximum.accumulate(np.divide(part[order], in_order, out=np.zeros(len(steps)), where=active))
         @ lasts
-        for part in (parts.forward_s, parts.backward_s)
+        for part in (parts.forward_s, parts.tail_s, parts.backward_s)
     )
-    return parts.model_down_s.max() + forward_s + parts.serving_s.sum() + backward_s + parts.model_up_s.max()
+    return parts.model_down_s.max() + waits_s + parts.serving_s.sum() + parts.model_up_s.max()
 
 
 def _lockstep(table, steps):
@@ -198,6 +202,8 @@ def _lockstep(table, steps):
             Maximum(table.backward_s, weights),
             Maximum(table.model_up_s, every),
         ]
+        if np.any(table.tail_s[np.isfinite(table.tail_s)]):
+            kinds.append(Maximum(table.tail_s, weights))
         one = _search(table, table.serving_s, kinds, lambda parts: _lockstep_s(parts, steps))
         found.append(one)
         if kinds_of_steps <= _GROUPS[-1] or one.bound_s >= one.round_s * (1 - 2 * maxima.TOLERANCE):

@@ -91,6 +91,22 @@ class Devices(NamedTuple):
     backward_s: Floats  # (M, C) on the client, per sample
 
 
+class Tail(NamedTuple):
+    """The part of a client's amounts that is due to the last units, between two visits to the server.
+
+    Per sample and column (C,), or per device and column (M, C): features come down, the client computes the
+    tail forward and backward, and the gradient of the features goes up.
+    """
+
+    forward_flop: Floats
+    backward_flop: Floats
+    up_bits: Floats
+    down_bits: Floats
+    messages: Floats  # (C,) a step, in each direction
+    forward_s: Floats | None = None  # (M, C), as in Devices; None without devices
+    backward_s: Floats | None = None
+
+
 class CutsAndCodecs(NamedTuple):
     """The cut and the codec of each column; (C,) int32 each, sorted. Cuts 0 and L have codec 0."""
 
@@ -125,6 +141,7 @@ class Terms(NamedTuple):
     latency: Latency | None = None
     devices: Devices | None = None
     broadcast_bps: Floats | None = None  # (K,) at which the model comes down; None: downlink_bps
+    tail: Tail | None = None  # what all other fields contain of a tail; None without one
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -228,6 +245,23 @@ class Terms(NamedTuple):
         with np.errstate(divide="ignore", invalid="ignore"):
             server = np.where(work > 0, work / shares, 0.0)
         return Seconds(down, forward, up, server, gradient, backward, model_up)
+
+    def tail_seconds(self, cuts) -> Seconds | None:
+        """The part of `seconds` that is due to the tail, its server and model terms 0. None without one."""
+        if self.tail is None:
+            return None
+        tail, latency, devices = self.tail, self.latency, self.devices
+        if latency is not None:
+            latency = latency._replace(up_messages=tail.messages, down_messages=tail.messages)
+        if devices is not None:
+            devices = devices._replace(forward_s=tail.forward_s, backward_s=tail.backward_s)
+        alone = self._replace(
+            forward_flop=tail.forward_flop, backward_flop=tail.backward_flop, up_bits=tail.up_bits,
+            down_bits=tail.down_bits, latency=latency, devices=devices, tail=None,
+        )  # fmt: skip
+        _, forward, up, gradient, backward, _ = alone._off_server(np.asarray(cuts))
+        nothing = 0.0 * self.samples
+        return Seconds(nothing, forward, up, nothing, gradient, backward, nothing)
 
     def joules(self, cut):
         """Joules (K,) each client spends in a round, at one cut or its own; 0 without an energy budget."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sfl_jax.errors import BadInput
 from sfl_jax.optim.costs import Floats, Seconds, Terms
 from sfl_jax.optim.maxima import Least
 from sfl_jax.optim.shares import rounding
@@ -39,6 +40,8 @@ def stages(terms: Terms, server_flops: float) -> Stages:
 
 def stages_at(terms: Terms, columns: NDArray[np.integer], server_flops: float) -> Stages:
     """The stages of each client at its own column (K,), (K,) each."""
+    if terms.tail is not None:
+        raise BadInput("barrier=staged: has no second visit to the server; must be session with tail_units")
     seconds = at_full_speed(terms, columns, server_flops)
     return Stages(seconds.before_server, seconds.server, seconds.after_server)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sfl_jax.errors import BadInput
-from sfl_jax.optim.costs import CutsAndCodecs, Devices, Energy, Floats, Latency, Terms
+from sfl_jax.optim.costs import CutsAndCodecs, Devices, Energy, Floats, Latency, Tail, Terms
 
 _FLOP_PER_MAC = 2
 _TRAINING_FLOAT_BYTES = 4
@@ -141,9 +141,20 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
     held = _before(sum(unit_bytes(profile, work)))
     cut, top = options.cut, len(profile.forward_macs) - work.tail_units
     whole = forward[-1] + backward[-1]
+    alone = forward, backward
     forward, backward, parameters, state, held = (
         _with_tail(amounts, top) for amounts in (forward, backward, parameters, state, held)
     )
+    devices = None if fleet.device is None else _devices(fleet, top, cut)
+    tail = None
+    if work.tail_units:
+        tail = _tail(forward - alone[0], backward - alone[1], profile, work, wires, options)
+        if devices is not None:
+            halves = _devices(fleet, len(profile.forward_macs), cut)  # no client holds a tail
+            tail = tail._replace(
+                forward_s=devices.forward_s - halves.forward_s,
+                backward_s=devices.backward_s - halves.backward_s,
+            )
     made = Terms(
         samples=samples_processed(fleet.samples, work),
         steps=samples_processed(fleet.samples, work) / work.batch_size,
@@ -165,7 +176,8 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
         & ((cut < top) | (cut == cut[-1])),
         options=options,
         latency=None if fleet.rtt_s is None else _latency(fleet.rtt_s, cut, work.tail_units),
-        devices=None if fleet.device is None else _devices(fleet, top, cut),
+        devices=devices,
+        tail=tail,
     )
     _check_range(made)
     return made
@@ -174,6 +186,13 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
 def _with_tail(amounts: Floats, top: int) -> Floats:
     """Sums by cut (L+1,) of a client that, if it leaves units to the server, also holds the tail from top."""
     return amounts + np.where(np.arange(len(amounts)) < top, amounts[-1] - amounts[top], 0.0)
+
+
+def _tail(forward: Floats, backward: Floats, profile, work: Work, wires, options: CutsAndCodecs) -> Tail:
+    """The tail's part of all amounts. forward, backward: FLOP of the tail, by cut."""
+    cut, (up_bits, down_bits) = options.cut, _features(profile, work, wires, options.codec)
+    splits = (cut < cut[-1]).astype(np.float64)
+    return Tail(forward[cut], backward[cut], splits * up_bits, splits * down_bits, splits)
 
 
 def _latency(rtt_s: Floats, cut, tail_units: int) -> Latency:
@@ -213,8 +232,7 @@ def _crossing(
 ) -> tuple[CutsAndCodecs, Floats, Floats]:
     """The columns, and each one's bits up and down per sample, labels and images (at cut 0) included."""
     sent, units = profile.smashed.astype(np.float64), len(profile.forward_macs)
-    if wires is None:
-        wires = {"": Wire(sent * work.bits_per_float, sent * work.bits_per_float)}
+    wires = _wires(profile, work, wires)
     _check_wires(wires, units)
     between = np.arange(1, units)
     cut = np.concatenate([[0], np.repeat(between, len(wires)), [units]]).astype(np.int32)
@@ -225,14 +243,27 @@ def _crossing(
     )
     up_bits[0], down_bits[0] = sent[0] * work.image_bits, 0.0
     if work.tail_units:  # features go down and their gradient goes up, instead of labels
-        top = units - work.tail_units
-        features = [(wire.up_bits[top], wire.down_bits[top]) for wire in wires.values()]
-        gradient, down = np.array(features, np.float64)[codec].T
-        up_bits, down_bits = up_bits + gradient, down_bits + down
+        gradient, features = _features(profile, work, wires, codec)
+        up_bits, down_bits = up_bits + gradient, down_bits + features
     else:
         up_bits = up_bits + work.label_bits
     up_bits[-1] = down_bits[-1] = 0.0
     return CutsAndCodecs(cut, codec), up_bits, down_bits
+
+
+def _wires(profile: Profile, work: Work, wires: Mapping[str, Wire] | None) -> Mapping[str, Wire]:
+    """The bits that cross the cut, by codec name."""
+    if wires is not None:
+        return wires
+    bits = profile.smashed.astype(np.float64) * work.bits_per_float
+    return {"": Wire(bits, bits)}
+
+
+def _features(profile: Profile, work: Work, wires: Mapping[str, Wire] | None, codec) -> Floats:
+    """Bits per sample of the gradient of the tail's features, and of these; (2, C) for these codecs."""
+    top = len(profile.forward_macs) - work.tail_units
+    every = [(wire.up_bits[top], wire.down_bits[top]) for wire in _wires(profile, work, wires).values()]
+    return np.array(every, np.float64)[codec].T
 
 
 def samples_processed(samples: ArrayLike, work: Work) -> Floats:

@@ -30,13 +30,18 @@ def simulated_s(terms, columns, server_flops, barrier, most=max):
     forward = batch * (terms.forward_flop[l] / terms.flops + terms.up_bits[l] / terms.uplink_bps)
     serving = batch * terms.work_flop[l] / server_flops
     backward = batch * (terms.backward_flop[l] / terms.flops + terms.down_bits[l] / terms.downlink_bps)
+    middle = np.zeros(len(l))
+    if (tail := terms.tail) is not None:
+        before = batch * (tail.forward_flop[l] / terms.flops + tail.up_bits[l] / terms.uplink_bps)
+        after = batch * (tail.backward_flop[l] / terms.flops + tail.down_bits[l] / terms.downlink_bps)
+        forward, backward, middle = forward - before, backward - after, before + after
     now = 0.0
     if barrier == "handover":
         for client in k:
             now += down[client]
             for _ in range(steps[client]):
                 now += forward[client]
-                now += serving[client]
+                now += serving[client] + middle[client]
                 now += backward[client]
             now += up[client]
         return now
@@ -44,13 +49,16 @@ def simulated_s(terms, columns, server_flops, barrier, most=max):
     if barrier == "in_turn":
         for client in k:
             for _ in range(steps[client]):
-                now += forward[client] + serving[client] + backward[client]
+                now += forward[client] + serving[client] + middle[client] + backward[client]
     else:
         for step in range(steps.max()):
             active = [client for client in k if step < steps[client]]
             now = most(now + forward[client] for client in active)
             for client in active:
-                now += serving[client]
+                now += serving[client] / 3  # the first visit
+            now = most(now + middle[client] for client in active)
+            for client in active:
+                now += serving[client] * 2 / 3
             now = most(now + backward[client] for client in active)
     return max(now + up[client] for client in k)
 
@@ -70,6 +78,29 @@ def test_the_formula_is_the_simulated_round(barrier):
         here = np.array([True, False, True, True])
         expected = simulated_s(terms.take(here), columns[here], 1e9, barrier)
         assert optim.round_seconds(terms, columns, 1e9, barrier, here) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("barrier", CLOCKS)
+def test_a_tail_is_a_second_visit_to_the_server(barrier):
+    """The amounts follow from the profile; the round, from a simulation; the plan, from enumeration."""
+    work, differ = optim.Work(batch_size=64, tail_units=1), 0
+    for seed in range(4):
+        terms = terms_of(3, 4, seed, equal=seed % 2 == 0, work=work)
+        profile = oracles.profile(4, seed)
+        assert terms.tail.forward_flop[:3].tolist() == [2 * profile.forward_macs[-1]] * 3
+        assert terms.tail.up_bits[:3].tolist() == [32 * profile.smashed[3]] * 3
+        choices = every_choice(terms)
+        rounds_s = [optim.round_seconds(terms, one, 1e9, barrier) for one in choices]
+        expected = [simulated_s(terms, one, 1e9, barrier) for one in choices]
+        np.testing.assert_allclose(rounds_s, expected, rtol=1e-12)
+        plan = optim.solve(terms, 1e9, "exact", barrier)
+        assert plan.round_s == pytest.approx(min(rounds_s), rel=2e-9)
+        assert plan.bound_s <= min(rounds_s) * (1 + 1e-13)
+        once = optim.round_seconds(terms._replace(tail=None), plan.cuts, 1e9, barrier)
+        differ += once != pytest.approx(plan.round_s, rel=1e-6)
+    assert (differ > 0) == (barrier == "lockstep")  # where clients wait in the middle of a step
+    with pytest.raises(BadInput, match="barrier=staged: has no second visit to the server"):
+        optim.solve(terms, 1e9, "exact", "staged")
 
 
 def test_a_step_that_waits_for_nobody_would_be_noticed():

@@ -33,6 +33,7 @@ def python_blocks(page: Path) -> list[str]:
 def snippets(page: Path) -> list[str]:
     """What a reader may type: indented lines, and code within the text."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\\\n +", "", text)  # a command may go on in the next line
     indented = re.findall(r"^    (.+)$", text, re.MULTILINE)
     return [re.sub(r"\s+# .*", "", line) for line in indented] + spans(page)
 

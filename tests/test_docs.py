@@ -17,7 +17,8 @@ from sfl_jax.commands.fields import is_within
 from sfl_jax.errors import BadInput
 
 QUICK = {"docs/codecs.md", "docs/data.md"}  # the others train or trace for longer
-OTHER_FLAGS = {"preset", "flagfile", "vary", "targets", "help", "helpfull", "version"}
+OTHER_FLAGS = {"preset", "flagfile", "help", "helpfull", "version"}
+OTHER_FLAGS |= {flag.removeprefix("--").partition("=")[0] for flag in study.FLAGS}
 FOREIGN = ("--xla_", "--no-deps", "--file_format", "--jobs", "--json")  # of other programs
 
 

@@ -250,25 +250,6 @@ class Config:
     min_cut: int = flag(
         1, FLEET, PLANNING, "the fewest units on a client; with 0 images may go to the server", at_least=0
     )
-    samples_per_client: int = flag(
-        600, FLEET, DATALESS, "samples of each client in the random fleet", at_least=1
-    )
-    bits_per_float: int = flag(
-        32,
-        FLEET,
-        DATALESS,
-        "bits of each number of smashed data and their gradient on the link",
-        at_least=1,
-        at_most=64,
-    )
-    target_round_s: float = flag(
-        0.0,
-        FLEET,
-        ("plan",),
-        "find the smallest server with which a round takes at most these seconds; 0: off",
-        at_least=0,
-    )
-
     traces: str = flag(
         "", FLEET, ("plan",), "a CSV file of the clients' rates in past rounds (round, client, and flops, "
         "uplink_bps or downlink_bps): plan for rates that change", path=True,
@@ -292,6 +273,24 @@ class Config:
         0.0, FLEET, ("plan",), "with --frontier, the seconds that the planned round may take; 0: the "
         "shortest", at_least=0,
     )  # fmt: skip
+    samples_per_client: int = flag(
+        600, FLEET, DATALESS, "samples of each client in the random fleet", at_least=1
+    )
+    bits_per_float: int = flag(
+        32,
+        FLEET,
+        DATALESS,
+        "bits of each number of smashed data and their gradient on the link",
+        at_least=1,
+        at_most=64,
+    )
+    target_round_s: float = flag(
+        0.0,
+        FLEET,
+        ("plan",),
+        "find the smallest server with which a round takes at most these seconds; 0: off",
+        at_least=0,
+    )
 
     scheme: str = flag(
         "sfl", SCHEME, PLANNING, "who holds, updates and averages which half: sfl (SplitFed V1), sfl_v2 "

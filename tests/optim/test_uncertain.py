@@ -35,9 +35,7 @@ def least_quantile_s(terms, rates, flops, number):
 
 
 @pytest.mark.parametrize("quantile", [0.2, 0.6, 1.0])
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 30))]
-)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 30))])
 def test_the_quantile_is_that_of_enumeration_and_never_below_the_bound(seed, quantile):
     terms, rates, flops = instance(seed)
     found = optim.solve_quantile(terms, rates, flops, quantile, spare=0.0)
@@ -157,3 +155,12 @@ def test_what_is_not_allowed_is_named():
         optim.solve_quantile(terms, rates._replace(uplink_bps=0 * rates.uplink_bps), flops, 0.5)
     with pytest.raises(optim.Infeasible, match="client 1: every cut needs at least"):
         optim.solve_quantile(terms._replace(memory_bytes=np.array([1e12, 0, 1e12])), rates, flops, 0.5)
+
+
+def test_seconds_off_the_server_are_linear_in_the_inverse_rates():
+    terms, rates, _ = instance(5)
+    amounts = uncertain._amounts(terms)
+    for n in range(SAMPLES):
+        inverse = np.stack([1 / part for part in rates.of(n)])
+        found = uncertain._fixed_s(inverse, amounts)
+        np.testing.assert_allclose(found, optim.at_rates(terms, rates.of(n)).costs().fixed_s, rtol=1e-12)

@@ -25,7 +25,6 @@ def plan(config: Config) -> None:
     output = Path(config.output)
     written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
     check_outputs(written, config.fleet)
-    written += own_plans.outputs(config)
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
 
@@ -44,6 +43,7 @@ def plan(config: Config) -> None:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
         if own_plans.is_asked(config):
+            written += own_plans.outputs(config)
             own_plans.write(config, reading and reading.result(), say)
             print(f"{'written':<11} {', '.join(map(str, written))}")
             return

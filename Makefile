@@ -2,6 +2,7 @@
 # make train   trains the default model on MNIST (ARGS="--rounds=5" adds flags)
 # make test    checks format, lint and types, runs the tests     make test-slow   runs the long tests
 # make lint    checks format, lint and types                     make bench       compares with PyTorch (installs it)
+# make docs    builds docs/_build/html; warnings are errors
 # make clean   removes the environment and caches                PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 ARGS ?=
@@ -14,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
 # Without bytecode files every process would compile all its imports again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quick train test test-slow lint bench clean
+.PHONY: quick train test test-slow lint docs bench clean
 .DELETE_ON_ERROR:
 
 quick: .venv/runtime.stamp
@@ -30,7 +31,7 @@ test: .venv/test.stamp
 	wait $$lint; linted=$$?; cat .venv/lint.log; exit $$((tests ? tests : linted))
 
 # A few files take half of the time, so workers share single tests. Exit status 5 means that there was nothing to run.
-test-slow: .venv/test.stamp
+test-slow: .venv/test.stamp .venv/docs.stamp
 	$(PYTEST) --dist worksteal -m slow $(ARGS) || [ $$? -eq 5 ]
 
 lint: .venv/test.stamp .venv/lint.stamp
@@ -38,11 +39,15 @@ lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+docs: .venv/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html $(ARGS)
+	@echo "written: docs/_build/html/index.html"
+
 bench: .venv/benchmark.stamp
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist docs/_build
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/python.stamp:

@@ -1,4 +1,4 @@
-"""Local training in PyTorch, one client after the other, here or in processes with one thread each.
+"""Local training in PyTorch: one client after the other, in processes of one thread, or as CUDA graphs.
 
 Nothing here imports JAX, so that a worker process costs as much as a PyTorch user's.
 """
@@ -16,6 +16,55 @@ CLASSES = 10
 
 def pytorch_steps(name, clients, batch, size, channels_last=True, compiled=False):
     """The same work in PyTorch, one client after the other, each with its own weights and momentum."""
+    torch, sessions, images, labels = _sessions(name, clients, batch, size, channels_last, compiled)
+
+    def run(count):
+        for model, optimizer in sessions:
+            for _ in range(count):
+                optimizer.zero_grad(set_to_none=True)
+                torch.nn.functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def cuda_graphs(name, clients, batch, size, streams=4):
+    """The same work on a GPU: each client's step is one CUDA graph, and clients take turns on streams."""
+    torch, sessions, images, labels = _sessions(name, clients, batch, size)
+    lanes = [torch.cuda.Stream() for _ in range(streams)]
+    recorded = []
+    for place, (model, optimizer) in enumerate(sessions):
+
+        def step(model=model, optimizer=optimizer):
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+        lane, graph = lanes[place % streams], torch.cuda.CUDAGraph()
+        lane.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(lane):  # a graph may be recorded only after some steps of this kind
+            for _ in range(3):
+                optimizer.zero_grad(set_to_none=True)
+                step()
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=lane):
+            step()
+        recorded.append((graph, lane))
+
+    def run(count):
+        for _ in range(count):
+            for graph, lane in recorded:
+                with torch.cuda.stream(lane):
+                    graph.replay()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def _sessions(name, clients, batch, size, channels_last=True, compiled=False):
+    """(torch, a model and its optimiser for each client, a batch of images, its labels)."""
     torch, timm = import_timm()
     from benchmarks import torch_networks
 
@@ -39,18 +88,7 @@ def pytorch_steps(name, clients, batch, size, channels_last=True, compiled=False
     if compiled:  # the code is compiled once; the weights of each client are its arguments
         sessions = [(torch.compile(model), optimizer) for model, optimizer in sessions]
     images = torch.randn(batch, 1, size, size, device=device).to(memory_format=layout)
-    labels = torch.randint(0, CLASSES, (batch,), device=device)
-
-    def run(count):
-        for model, optimizer in sessions:
-            for _ in range(count):
-                optimizer.zero_grad(set_to_none=True)
-                torch.nn.functional.cross_entropy(model(images), labels).backward()
-                optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+    return torch, sessions, images, torch.randint(0, CLASSES, (batch,), device=device)
 
 
 def import_timm():

@@ -2,6 +2,7 @@
 
 Peers, each with the same network, batches and optimiser:
   processes      a process with one thread per core, each with a part of the clients; PyTorch's best on a CPU
+  graphs         on a GPU: each client's step as a CUDA graph, on four streams; PyTorch's best there
   channels_last  one process, one client after the other, as other simulators do
   default        the same in PyTorch's default layout (--all)
   torch_compile  like processes, but compiled (--torch_compile)
@@ -26,12 +27,13 @@ import json
 import pathlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.torch_peers import CLASSES, Workers, pytorch_steps
+from benchmarks.torch_peers import CLASSES, Workers, cuda_graphs, pytorch_steps
 from sfl_jax import models
 from sfl_jax.federated import cores, devices, execution, optimizers
 from sfl_jax.federated.balance import places_per_client
@@ -111,7 +113,9 @@ def compare(name, clients, batch, size, options):
     )
     ours, flop = sfl_jax_round(*case, steps, chunk, form)
     cores = 1 if jax.default_backend() == "gpu" else len(jax.local_devices())
-    peers = {"channels_last": pytorch_steps(*case)}
+    peers: dict[str, Any] = {"channels_last": pytorch_steps(*case)}
+    if jax.default_backend() == "gpu":
+        peers = {"graphs": cuda_graphs(*case), **peers}
     if cores > 1:
         peers = {"processes": Workers(*case, cores), **peers}
     if options.all:
@@ -122,8 +126,8 @@ def compare(name, clients, batch, size, options):
         peers["lax_conv"] = sfl_jax_round(*case, steps, chunk, "conv")[0]
     for run in (ours, *peers.values()):
         run(1)
-    pairs, busy = [], {}
-    for _ in range(options.pairs):
+    pairs, busy, begun = [], {}, time.monotonic()
+    while len(pairs) < options.pairs and (not pairs or time.monotonic() - begun < 60 * options.minutes):
         before = time.process_time()
         round_s = seconds(ours, steps)
         busy.setdefault("round", []).append((time.process_time() - before) / round_s)
@@ -160,6 +164,7 @@ def main():
     parser.add_argument("--sizes", default="32")
     parser.add_argument("--steps", type=int, default=4, help="local steps of a round, at least 2")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=4, help="of a case, after which no pair is begun")
     parser.add_argument("--clients_per_chunk", type=int, default=0, help="0: measured, as in launch.train")
     parser.add_argument("--devices", type=int, default=0, help="1: one with all cores; 0: one per core")
     parser.add_argument("--all", action="store_true", help="also PyTorch's default layout")

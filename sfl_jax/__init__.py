@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sfl_jax.fleet import Faults
     from sfl_jax.models import Chain
     from sfl_jax.planning import Planner
-    from sfl_jax.run import Run
+    from sfl_jax.run import Run, Together
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Faults",
     "Planner",
     "Run",
+    "Together",
     "codecs",
     "datasets",
     "fleet",
@@ -34,6 +35,7 @@ _PARTS = {
     "Faults": "fleet",
     "Planner": "planning",
     "Run": "run",
+    "Together": "run",
 }
 
 

@@ -14,6 +14,7 @@ from sfl_jax.errors import BadInput
 
 PNG_METADATA = {"Software": "sfl_jax"}
 PNG_MARK = b"Software\0sfl_jax"
+HTML_MARK = b'<meta name="generator" content="sfl_jax">'
 
 _OWN_LOCK = re.compile(rb"(?:sfl_jax (\d+)\n)?")  # only a number may be another program's
 

@@ -18,10 +18,13 @@ from sfl_jax.commands import flags
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.rules import RANDOM
 from sfl_jax.commands.screen import Screen, first_line_of_plan, screen
-from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # The files that the command writes, and a text that each contains.
-PLAN_FILES = {"methods.csv": b"sweep,value,fleet,", "methods.png": PNG_MARK, "errors.png": PNG_MARK}
+PLAN_FILES = {
+    "methods.csv": b"sweep,value,fleet,", "methods.png": PNG_MARK, "errors.png": PNG_MARK,
+    "methods.html": HTML_MARK,
+}  # fmt: skip
 CLOCK_FILES = {"clocks.csv": b"round,test_accuracy,", "clocks.png": PNG_MARK}
 _SWEEPS = {
     "server_flops": "server compute",
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: Config) -> int:
-    """Trains and writes clocks.csv and .png. With --plan_only: methods.csv, methods.png and errors.png."""
+    """Trains and writes clocks.csv and .png. With --plan_only: methods.csv, .png, .html, errors.png."""
     ensure_writable(config.workdir, "workdir", config.workdir)
     for name, mark in (PLAN_FILES if config.plan_only else CLOCK_FILES).items():
         ensure_ours(Path(config.workdir, name), mark, "workdir", config.workdir)
@@ -52,7 +55,7 @@ def compare_plans(config: Config) -> int:
 
         accelerators.start()
         accelerators.find()
-        from sfl_jax.commands import compare_plot, division, parts
+        from sfl_jax.commands import compare_page, compare_plot, division, parts
         from sfl_jax.planning import comparison
 
         config, _ = division.settle(config)
@@ -65,6 +68,8 @@ def compare_plans(config: Config) -> int:
         write_csv(written[0], comparison.Row._fields, rows)
         compare_plot.write_methods(written[1], rows, config)
         compare_plot.write_errors(written[2], rows, config)
+        with whole_file(written[3]) as file:
+            file.write(compare_page.methods(config, rows).encode(errors="xmlcharrefreplace"))
         say.result(f"{methods_table(rows)}\nwritten: {', '.join(map(str, written))}")
         return 0
 
@@ -114,13 +119,15 @@ def compare_clocks(config: Config) -> int:
         accuracies = [line.test_accuracy for line in lines]
         built = parts.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on weights
         workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
-        clocks = report.clocks(config.workdir, built.parts, lines)
+        clocks, history = report.known(config.workdir, built.parts, lines)
         columns = {f"{name}_s": clock.seconds for name, clock in clocks.items()}
         columns |= {f"{name}_bytes": sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()}
         rows = zip([line.round for line in lines], accuracies, *columns.values(), strict=True)
         written = [Path(config.workdir) / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *columns), rows)
         compare_plot.write_clocks(written[1], accuracies, clocks, config)
+        report.put(config.workdir, clocks, history)
+        written.append(Path(config.workdir) / report.NAME)
         say.result(f"\n{report.table(clocks, accuracies, config)}\nwritten: {', '.join(map(str, written))}")
         return 0
 

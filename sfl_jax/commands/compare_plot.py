@@ -10,6 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from sfl_jax.commands import words
+from sfl_jax.commands.compare_page import FLOOR, SWEEPS
 from sfl_jax.commands.config import Config
 from sfl_jax.files import PNG_METADATA, whole_file
 from sfl_jax.planning.comparison import DRAWS, ERRORS, FOUR_STARTS, NEAREST, RECALL, Row
@@ -30,22 +31,19 @@ _STYLES = {
     "random_cut": ("#999999", "-"),
     "no_split": ("#56b4e9", "-"),
 }
-_AXES = {
-    "server_flops": ("Server", "FLOP/s"),
-    "clients": ("Clients that share it", "clients"),
-    "uplink": ("Uplink", "times as fast"),
-    "heterogeneity": ("Heterogeneity", "0: all alike, 1: the fleet as it is"),
-}
 
 
 def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
-    """Draws each method's round over the optimum in every sweep: the mean and the range over the fleets."""
+    """Draws how far each method is above the optimum in every sweep: the mean and the range over the fleets.
+
+    The axis is logarithmic, so that methods near the optimum can be told apart.
+    """
     figure = Figure(figsize=(11, 8), layout="constrained")
-    for sweep, axes in zip(_AXES, figure.subplots(2, 2, sharey=True).flat, strict=True):
+    for sweep, axes in zip(SWEEPS, figure.subplots(2, 2, sharey=True).flat, strict=True):
         _draw_sweep(axes, sweep, [row for row in rows if row.sweep == sweep])
     axes = figure.axes[0]
-    figure.axes[0].set_ylabel("round / optimum")
-    figure.axes[2].set_ylabel("round / optimum")
+    for left in (figure.axes[0], figure.axes[2]):
+        left.set_ylabel("round above the optimum, %, logarithmic")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(
         f"{config.model} at {config.image_size}x{config.image_size}, {config.barrier} barrier,"
@@ -56,14 +54,13 @@ def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
 
 
 def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
-    """Draws how much longer kept plans last than plans made on the true costs, over all draws."""
+    """Draws how much longer kept plans last than plans made on the true costs, over all draws, in percent."""
     rows = [row for row in rows if row.sweep == "error"]
     methods = [name for name in _STYLES if name in {row.method for row in rows if np.isfinite(row.round_s)}]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for error, axes in zip(ERRORS, figure.subplots(1, 2, sharey=True), strict=True):
         ratios = [
-            [row.round_s / row.optimum_s for row in rows if (row.method, row.value) == (method, error)]
-            for method in methods
+            [_above(row) for row in rows if (row.method, row.value) == (method, error)] for method in methods
         ]
         drawn = axes.boxplot(
             ratios, orientation="horizontal", whis=(5, 95), showfliers=False, patch_artist=True, widths=0.6
@@ -73,7 +70,7 @@ def write_errors(path: Path, rows: Sequence[Row], config: Config) -> None:
             median.set(color="black")
         axes.set_yticks(np.arange(len(methods)) + 1, methods)
         axes.set_xscale("log")
-        axes.set(title=f"rates wrong by up to {error:.0%}", xlabel="round of the kept plan / of a new plan")
+        axes.set(title=f"rates wrong by up to {error:.0%}", xlabel="longer than a new plan, %, logarithmic")
         _plain(axes.xaxis)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()  # also inverts the other, which shares it
@@ -135,25 +132,32 @@ def _draw_accuracy(axes, accuracies, against: Mapping[str, np.ndarray], said) ->
 
 
 def _draw_sweep(axes: Axes, sweep: str, rows: Sequence[Row]) -> None:
-    title, label = _AXES[sweep]
+    title, label = SWEEPS[sweep]
     for method in (name for name in _STYLES if name in {row.method for row in rows}):
         mine = [row for row in rows if row.method == method]
         values = np.unique([row.value for row in mine])
-        ratios = np.array([[r.round_s / r.optimum_s for r in mine if r.value == value] for value in values])
-        ratios[~np.isfinite(ratios)] = np.nan
+        above = np.array([[_above(row) for row in mine if row.value == value] for value in values])
+        above[~np.isfinite(above)] = np.nan
         colour, dashes = _STYLES[method]
-        width = 4.0 if method == "exact" else 1.5  # others lie on top of it
-        axes.plot(values, ratios.mean(axis=1), color=colour, linestyle=dashes, linewidth=width, label=method)
-        axes.fill_between(
-            values, ratios.min(axis=1), ratios.max(axis=1), color=colour, alpha=0.1, linewidth=0
-        )
-    axes.set(title=title, xlabel=label, yscale="log", xscale="linear" if sweep == "heterogeneity" else "log")
-    _plain(axes.yaxis)
+        width = 3.0 if method == "exact" else 1.5  # others lie on top of it
+        axes.plot(values, above.mean(axis=1), color=colour, linestyle=dashes, linewidth=width, label=method)
+        axes.fill_between(values, above.min(axis=1), above.max(axis=1), color=colour, alpha=0.1, linewidth=0)
+    is_linear = sweep == "heterogeneity"
+    axes.set(title=title, yscale="log", xscale="linear" if is_linear else "log")
+    axes.set_xlabel(label if is_linear else f"{label}, logarithmic")
+    axes.yaxis.set_major_locator(ticker.LogLocator())
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(lambda x, _: f"≤{FLOOR:g}" if x == FLOOR else f"{x:g}")
     if sweep in ("clients", "uplink"):
         axes.set_xticks(np.unique([row.value for row in rows])[:: 2 if sweep == "uplink" else 1])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
+
+
+def _above(row: Row) -> float:
+    """Percent above the optimum, and at least FLOOR."""
+    return max(FLOOR, 100 * (row.round_s / row.optimum_s - 1))
 
 
 def _plain(axis: Axis) -> None:
@@ -164,5 +168,6 @@ def _plain(axis: Axis) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=110, metadata=PNG_METADATA)

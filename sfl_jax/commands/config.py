@@ -18,6 +18,7 @@ from sfl_jax.commands.fields import (
     NETWORK,
     PLANNING,
     PROCESSES,
+    PROFILING,
     RUNNING,
     SCHEME,
     TRAINING,
@@ -40,23 +41,27 @@ PRECISIONS = ("default", "high", "highest")
 class Config:
     """The settings of a run. A field's name is its flag's name. Units are in the help texts."""
 
-    model: str = flag("efficientnetv2-b0", NETWORK, PLANNING, "the network", choices=tuple(registry.NETWORKS))
+    model: str = flag(
+        "efficientnetv2-b0", NETWORK, (*PLANNING, *PROFILING), "the network",
+        choices=tuple(registry.NETWORKS),
+    )  # fmt: skip
     image_size: int = flag(
         32,
         NETWORK,
-        PLANNING,
+        (*PLANNING, *PROFILING),
         "side of the network's input images, in pixels",
         at_least=8,
         at_most=4096,
     )
     image_channels: int = flag(
-        1, NETWORK, DATALESS, "channels of an image: 1 is grey, 3 is colour", at_least=1, at_most=4096
-    )
+        1, NETWORK, (*DATALESS, *PROFILING), "channels of an image: 1 is grey, 3 is colour", at_least=1,
+        at_most=4096,
+    )  # fmt: skip
     norm: str = flag(
-        "batch", NETWORK, TRAINING, "the layers that normalise: batch (norm) or group (norm), which knows no "
+        "batch", NETWORK, TRAINING, "the normalisation layers: batch norm, or group norm, which needs no "
         "statistics of a batch", choices=registry.NORMS,
     )  # fmt: skip
-    num_classes: int = flag(10, NETWORK, DATALESS, "number of classes", at_least=1)
+    num_classes: int = flag(10, NETWORK, (*DATALESS, *PROFILING), "number of classes", at_least=1)
     layer_form: str = flag(
         AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which is faster",
         choices=(AUTO, *registry.LAYER_FORMS), open=AUTO,
@@ -74,7 +79,7 @@ class Config:
     drop_rate_scale: float = flag(
         0.0,
         NETWORK,
-        PLANNING,
+        (*PLANNING, *PROFILING),
         "factor on the published rates of dropout and stochastic depth; 0 switches them off",
         at_least=0,
         at_most=1,
@@ -118,7 +123,7 @@ class Config:
         at_most=1e6,
     )
     min_samples: int = flag(
-        1, DATA, TRAINING, "the least samples of a client, under every partition", at_least=1
+        1, DATA, TRAINING, "the fewest samples that a client gets, under every partition", at_least=1
     )
     shards_per_client: int = flag(
         2,
@@ -153,7 +158,7 @@ class Config:
         RANDOM,
         FLEET,
         PLANNING,
-        "the clients' compute and links: random, or the path of a fleet.csv",
+        "the clients' compute and links: the path of a fleet.csv, random, or example (ten made-up clients)",
         harmless=True,
         path=True,
     )
@@ -216,9 +221,18 @@ class Config:
         FLEET,
         PLANNING,
         "how clients share bandwidth: equal parts (fixed); best parts of one band (pooled); best "
-        "parts of an uplink band and a downlink band (separate)",
+        "parts of an uplink band and a downlink band (separate); best parts of the time of one half-duplex "
+        "medium, such as a Wi-Fi channel, at which the rates of the fleet hold (airtime)",
         choices=registry.BANDS,
     )
+    rtt_s: float = flag(
+        0.0, FLEET, PLANNING, "round-trip time of every client's link, seconds, half of which each message "
+        "travels; 0: that of the fleet's column rtt_s, or none", at_least=0,
+    )  # fmt: skip
+    broadcast_bps: float = flag(
+        0.0, FLEET, PLANNING, "bit/s at which the server sends the model once to all clients; 0: to each "
+        "client at its own rate", at_least=0,
+    )  # fmt: skip
     drop_probability: float = flag(
         0.0,
         FLEET,
@@ -250,6 +264,29 @@ class Config:
     min_cut: int = flag(
         1, FLEET, PLANNING, "the fewest units on a client; with 0 images may go to the server", at_least=0
     )
+    samples_per_client: int = flag(
+        600, FLEET, DATALESS, "samples of each client in the random fleet", at_least=1
+    )
+    bits_per_float: int = flag(
+        32,
+        FLEET,
+        DATALESS,
+        "bits of each number of smashed data and their gradient on the link",
+        at_least=1,
+        at_most=64,
+    )
+    target_round_s: float = flag(
+        0.0,
+        FLEET,
+        ("plan",),
+        "find the smallest server with which a round takes at most these seconds; 0: off",
+        at_least=0,
+    )
+
+    measured: str = flag(
+        "", FLEET, ("plan",), "a CSV file of measured rounds (round, client, cut, and client_s or terms like "
+        "client_forward_s): plan with rates that are fitted to them", path=True,
+    )  # fmt: skip
     traces: str = flag(
         "", FLEET, ("plan",), "a CSV file of the clients' rates in past rounds (round, client, and flops, "
         "uplink_bps or downlink_bps): plan for rates that change", path=True,
@@ -273,24 +310,6 @@ class Config:
         0.0, FLEET, ("plan",), "with --frontier, the seconds that the planned round may take; 0: the "
         "shortest", at_least=0,
     )  # fmt: skip
-    samples_per_client: int = flag(
-        600, FLEET, DATALESS, "samples of each client in the random fleet", at_least=1
-    )
-    bits_per_float: int = flag(
-        32,
-        FLEET,
-        DATALESS,
-        "bits of each number of smashed data and their gradient on the link",
-        at_least=1,
-        at_most=64,
-    )
-    target_round_s: float = flag(
-        0.0,
-        FLEET,
-        ("plan",),
-        "find the smallest server with which a round takes at most these seconds; 0: off",
-        at_least=0,
-    )
 
     scheme: str = flag(
         "sfl", SCHEME, PLANNING, "who holds, updates and averages which half: sfl (SplitFed V1), sfl_v2 "
@@ -328,7 +347,7 @@ class Config:
 
     rounds: int = flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
     local_epochs: int = flag(1, LEARNING, PLANNING, "epochs of a client in a round", at_least=1)
-    batch_size: int = flag(32, LEARNING, PLANNING, "samples in a local step", at_least=1)
+    batch_size: int = flag(32, LEARNING, (*PLANNING, *PROFILING), "samples in a local step", at_least=1)
     optimizer: str = flag(
         "adam",
         LEARNING,
@@ -399,6 +418,14 @@ class Config:
         choices=("stop", "skip_client"), harmless=True,
     )  # fmt: skip
     seed: int = flag(0, LEARNING, PLANNING, "seed of everything random", at_least=0)
+    seeds: str = flag(
+        "", LEARNING, ("train",), "several seeds, with commas between: one run for each, all computed in one "
+        "program; empty: one run with --seed",
+    )  # fmt: skip
+    learning_rates: str = flag(
+        "", LEARNING, ("train",), "several learning rates, with commas between: one run for each, as with "
+        "--seeds",
+    )  # fmt: skip
 
     clients_per_chunk: int = flag(
         0,
@@ -425,7 +452,7 @@ class Config:
         False, MACHINE, TRAINING, "the same bits in every run also on a GPU, which is slower"
     )
     compilation_cache: bool = flag(
-        True, MACHINE, PLANNING, "keep compiled programs in the user's cache directory"
+        True, MACHINE, (*PLANNING, *PROFILING), "keep compiled programs in the user's cache directory"
     )
     num_processes: int = flag(
         0,
@@ -463,10 +490,28 @@ class Config:
     output: str = flag(
         "plan.json", FILES, ("plan",), "file of the plan; a .csv is written beside it", path=True
     )
+    device_file: str = flag(
+        "device.json", FILES, PROFILING, "file of the measured seconds; a fleet.csv names it in its column "
+        "device", path=True,
+    )  # fmt: skip
+    repetitions: int = flag(
+        20, MACHINE, PROFILING, "times that each unit is run in each direction; the median counts", at_least=1
+    )
+    write_fleet: str = flag(
+        "", FILES, ("plan",), "write the planned fleet, for example the random one, to this .csv file",
+        path=True,
+    )  # fmt: skip
+    compare_with: str = flag(
+        "", FILES, ("plan",), "an earlier plan (.json): say what changed since", path=True
+    )
     plan_only: bool = flag(
         False, FILES, ("compare",), "do not train; compare the plans of all methods over many fleets"
     )
+    tensorboard: bool = flag(
+        False, FILES, TRAINING, "also write the rounds as events for TensorBoard, in the workdir"
+    )
     plot: bool = flag(False, FILES, ("plan",), "draw the plan in a .png beside the output")
+    report: bool = flag(False, FILES, ("plan",), "write the plan as a page in a .html beside the output")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

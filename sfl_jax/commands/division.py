@@ -41,8 +41,13 @@ def settle(config: Config, file: fleets.Fleet | None = None) -> tuple[Config, fl
 
 
 def clients(config: Config, file: fleets.Fleet | None) -> fleets.Fleet:
-    """The fleet of a settled `config`."""
-    return fleets.random_fleet(config.clients, seed=config.seed) if file is None else file
+    """The fleet of a settled `config`. BadInput: --rtt_s, and the file has round-trip times."""
+    fleet = fleets.random_fleet(config.clients, seed=config.seed) if file is None else file
+    if not config.rtt_s:
+        return fleet
+    if fleet.rtt_s is not None:
+        raise BadInput(f"--rtt_s={config.rtt_s}: --fleet={config.fleet} has the column rtt_s; leave one out")
+    return dataclasses.replace(fleet, rtt_s=np.full(len(fleet), config.rtt_s))
 
 
 def divide(

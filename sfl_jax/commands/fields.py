@@ -10,6 +10,7 @@ TRAINING = ("train", "compare")
 RUNNING = (*TRAINING, "report")
 PLANNING = (*TRAINING, "plan")
 DATALESS = ("plan", "compare")  # compare with --plan_only, where no dataset says so
+PROFILING = ("profile_device",)  # which times a network on a machine
 NETWORK, DATA, FLEET, LEARNING = "network", "data", "clients and server", "learning"
 SCHEME = "scheme"
 MACHINE, PROCESSES, FILES = "machine", "several hosts", "files"
@@ -40,7 +41,14 @@ def allowed(field: dataclasses.Field[Any]) -> str:
 def bounds(field: dataclasses.Field[Any]) -> str:
     """The bounds of a number in words, for example "at least 8 and at most 4096". Empty without bounds."""
     words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
-    return " and ".join(f"{words[key]} {field.metadata[key]:g}" for key in words if key in field.metadata)
+    return " and ".join(
+        f"{words[key]} {_plain(field.metadata[key])}" for key in words if key in field.metadata
+    )
+
+
+def _plain(number: float) -> str:
+    """For example 1,000,000 and 0.5."""
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 def is_path(field: dataclasses.Field[Any]) -> bool:

@@ -153,7 +153,7 @@ class _Parser(flags.ArgumentParser):
     def __init__(self, field: dataclasses.Field[Any]):
         self.field = field
         self.convert = flags.BooleanParser().parse if isinstance(field.default, bool) else type(field.default)
-        if field.name.endswith(("_flops", "_bytes")):
+        if field.name.endswith(("_flops", "_bytes", "_bps")):
             self.convert = _number
 
     def parse(self, argument: Any) -> Any:

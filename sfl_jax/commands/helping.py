@@ -1,9 +1,10 @@
 """The texts of --help: the flags for a first hour, or all with --helpfull."""
 
 import dataclasses
+import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sfl_jax.commands import preset
@@ -28,6 +29,8 @@ FIRST = {
         "rounds", "workdir",
     ),
     "report": ("workdir",),
+    "profile_device": ("model", "image_size", "batch_size", "repetitions", "device_file"),
+    "study": (),
 }  # fmt: skip
 EXAMPLES = {
     "train": (
@@ -45,6 +48,15 @@ EXAMPLES = {
         ("--preset=quick --workdir=runs/compare", "one training, the clocks of all methods"),
     ),
     "report": (("--workdir=runs/demo", "a finished or a running run"),),
+    "profile_device": (("--model=efficientnetv2-b0 --device_file=pi.json", "this machine, for a fleet.csv"),),
+    "study": (
+        ("--preset=quick --vary=codec=float32,int8", "two codecs, about two minutes"),
+        (
+            "--vary=scheme=sfl,sfl_v2,psl,sl --vary=cut=1,2 --model=cnn --rounds=20",
+            "every scheme at two cuts",
+        ),
+        ("--vary=seed=0,1,2 --vary=codec=float32,int8 --preset=quick", "means over three seeds"),
+    ),
 }
 
 
@@ -53,16 +65,9 @@ def help_text(command: str, about: str, arguments: Sequence[str] = ()) -> str:
 
     `arguments` say whether all flags are wanted, and in which of its two uses `compare` is called.
     """
-    width = min(max(shutil.get_terminal_size().columns - 1, LEAST_WIDTH), MOST_WIDTH)
-    name, own = program(command), _that_apply(command, "--plan_only" in arguments)
-    presets = " [--preset=NAME]" if command in preset.COMMANDS else ""
-    usage = f"usage: {name}{presets} [--flagfile=FILE] [--NAME=VALUE ...]"
-    lines = [*textwrap.wrap(" ".join(about.split()), width), "", *_indented(usage, width), "", "examples"]
-    for flags, meaning in EXAMPLES[command]:
-        lines += [*_indented(f"  {name} {flags}", width), f"      {meaning}"]
-    if command in preset.COMMANDS:
-        there = f"presets: {', '.join(preset.names())}; other flags override those of a preset"
-        lines += ["", *_indented(there, width)]
+    width, own = _width(), _that_apply(command, "--plan_only" in arguments)
+    usage = "[--preset=NAME] " if command in preset.COMMANDS else ""
+    lines = _beginning(command, about, f"{usage}[--flagfile=FILE] [--NAME=VALUE ...]", width)
     if FULL & set(arguments):
         for heading in dict.fromkeys(field.metadata["group"] for field in own):
             lines += ["", heading]
@@ -75,6 +80,32 @@ def help_text(command: str, about: str, arguments: Sequence[str] = ()) -> str:
         more = f"--helpfull lists {rest} more; " if rest else ""
         lines += _indented(f"{more}--version prints the release", width)
     return "\n".join(lines)
+
+
+def study_text(about: str, flags: Mapping[str, str]) -> str:
+    """The text of --help of a study, which has flags of its own: the written flag and its meaning."""
+    width = _width()
+    lines = _beginning("study", about, "--vary=NAME=VALUE,VALUE [flags of training]", width)
+    lines += ["", "flags", *(line for pair in flags.items() for line in _entry(*pair, width)), ""]
+    lines += _indented(f"all other flags are those of {program('train')}, and hold in all runs", width)
+    return "\n".join(lines)
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size().columns - 1, LEAST_WIDTH), MOST_WIDTH)
+
+
+def _beginning(command: str, about: str, usage: str, width: int) -> list[str]:
+    """What a command does, how it is called, examples, and the presets it takes."""
+    name = program(command)
+    lines = [*textwrap.wrap(" ".join(about.split()), width), "", *_indented(f"usage: {name} {usage}", width)]
+    lines += ["", "examples"]
+    for flags, meaning in EXAMPLES[command]:
+        lines += [*_indented(f"  {name} {flags}", width), f"      {meaning}"]
+    if command in (*preset.COMMANDS, "study"):
+        lines += ["", "presets (flags that you give come before those of a preset)"]
+        lines += [line for each in preset.names() for line in _entry(each, preset.about(each), width)]
+    return lines
 
 
 def _that_apply(command: str, plans_only: bool) -> list[dataclasses.Field[Any]]:
@@ -90,27 +121,35 @@ def _that_apply(command: str, plans_only: bool) -> list[dataclasses.Field[Any]]:
 def _flags(fields, width):
     for field in fields:
         meaning = field.metadata["help"] + _limits(field)
-        flag = f"  --{field.name}={_written(field)}"
-        room = width - COLUMN
-        if len(flag) < COLUMN:
-            first, *others = textwrap.wrap(meaning, room, break_on_hyphens=False)
-            yield f"{flag:<{COLUMN}}{first}"
-        else:
-            yield flag
-            others = textwrap.wrap(meaning, room, break_on_hyphens=False)
-        yield from (" " * COLUMN + line for line in others)
+        yield from _entry(f"--{field.name}={_written(field)}", meaning, width)
+
+
+def _entry(name: str, meaning: str, width: int) -> Iterator[str]:
+    """A name and, from COLUMN on, its meaning."""
+    lines = textwrap.wrap(meaning, width - COLUMN, break_on_hyphens=False)
+    if len(name) + 2 < COLUMN:
+        yield f"  {name:<{COLUMN - 2}}{lines.pop(0)}"
+    else:
+        yield f"  {name}"
+    yield from (" " * COLUMN + line for line in lines)
 
 
 def _limits(field) -> str:
-    """The choices, or the bounds if they are not obvious."""
-    limits = ", ".join(field.metadata.get("choices", ())) or bounds(field)
+    """The choices that the meaning does not name, or the bounds if they are not obvious."""
+    choices, meaning = field.metadata.get("choices", ()), field.metadata["help"]
+    if choices and all(re.search(rf"\b{re.escape(each)}\b", meaning) for each in choices):
+        return ""
+    limits = ", ".join(choices) or bounds(field)
     return "" if limits in ("", "at least 0", "at least 1", "at least -1", "above 0") else f" ({limits})"
 
 
 def _written(field) -> str:
+    """The default as a user would type it."""
     value = field.default
     if isinstance(value, bool):
         return str(value).lower()
+    if field.name.endswith("_flops") and value % 1e9 == 0:
+        return f"{value / 1e9:g}G"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

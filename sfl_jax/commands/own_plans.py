@@ -4,13 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.own_plan_rules import has_frontier, is_uncertain
 from sfl_jax.errors import BadInput
 from sfl_jax.files import ensure_ours, whole_file
-from sfl_jax.fleet import Fleet
 
 FRONTIER_MARK = b"round_at_most_s,"
 
@@ -18,15 +15,16 @@ FRONTIER_MARK = b"round_at_most_s,"
 class Told(NamedTuple):
     """What a command writes and prints.
 
-    head: of plan.json before the clients. table: of the clients. summary: lines for the terminal.
-    draw: draws the picture into an open PNG file. rows: of the frontier, by column; empty without one.
+    head: of plan.json before the clients. table: of the clients, in NumPy arrays. summary: lines for the
+    terminal. draw: draws the picture into an open PNG file. rows: of the frontier, by column; empty without
+    one.
     """
 
     head: dict[str, Any]
-    table: Mapping[str, np.ndarray]
+    table: Mapping[str, Any]
     summary: str
     draw: Callable[[BinaryIO], None]
-    rows: Mapping[str, np.ndarray]
+    rows: Mapping[str, Any]
 
 
 def is_asked(config: Config) -> bool:
@@ -45,7 +43,7 @@ def outputs(config: Config) -> list[Path]:
     return [path]
 
 
-def write(config: Config, file: Fleet | None, say: Any) -> None:
+def write(config: Config, file: Any, say: Any) -> None:
     """Plans, prints the summary and writes all files. file: the fleet file, if it was read already."""
     if is_uncertain(config):
         from sfl_jax.commands.uncertain_plan import told

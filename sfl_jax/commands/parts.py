@@ -39,7 +39,8 @@ _NO_SHAPES = (
     "seed", "rounds", "learning_rate", "learning_rate_schedule", "warmup_rounds", "decay_rate",
     "decay_rounds", "layer_form", "data_dir", "dirichlet_alpha", "min_samples", "shards_per_client",
     "fleet", "sampling", "availability", "server_flops", "method", "starts", "recall", "barrier", "rounding",
-    "links", "coherence_s", "band", "drop_probability", "jitter", "deadline_factor", "min_cut",
+    "links", "coherence_s", "band", "rtt_s", "broadcast_bps", "drop_probability", "jitter",
+    "deadline_factor", "min_cut",
 )  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     profile, least = kept_profile.profile(directory, chain, image_shape, stored)
     notes += division.single_values(config, shares, least)
     own_work = work(config, data.train_images.dtype, len(chain))
+    _check_devices(config, clients, profile, data.num_classes, image_shape[-1])
     terms = optim.terms(profile, clients, own_work, _wires(config, profile))  # pyright: ignore[reportArgumentType] has samples
     own_sampling = sampling(config, clients)
     _check_rounds(config, own_planner, own_sampling, clients, terms)
@@ -125,7 +127,7 @@ def inputs(built: Built) -> dict[str, str]:
     """Digests of what the run reads, by the flag that names it."""
     return {
         "dataset": built.parts.data.digest,
-        "fleet": digest_of_columns(built.parts.fleet.columns()),
+        "fleet": digest_of_columns(built.parts.fleet.contents()),
         "availability": built.parts.sampling.digest,
         "init_from": built.init_digest,
     }
@@ -197,6 +199,7 @@ def read_terms(
         stored = config.stored_size or config.image_size
         sizes = [(side, side, config.image_channels) for side in (config.image_size, stored)]
         profile = models.profile(chain, *sizes)
+        _check_devices(config, clients, profile, config.num_classes, config.image_channels)
         compiled.result()
     own_work = work(config, units=len(chain))
     terms = optim.terms(profile, clients, own_work, _wires(config, profile))  # pyright: ignore[reportArgumentType] has samples
@@ -239,7 +242,7 @@ def planner(config: Config) -> Planner:
     own = Planner(
         config.method, config.server_flops, config.min_cut, config.barrier, tuple(config.starts.split(",")),
         config.recall, config.rounding, config.links, config.coherence_s, config.band, config.seed,
-        server_memory_bytes=config.server_memory_bytes,
+        server_memory_bytes=config.server_memory_bytes, broadcast_bps=config.broadcast_bps,
     )  # fmt: skip
     return suiting.planner_for(scheme(config), own)
 
@@ -295,9 +298,7 @@ def _wires(config, profile):
 
 def optimizer(config: Config) -> optimizers.LocalOptimizer:
     """The local optimiser with learning rate 1. Each round brings its own rate."""
-    if config.optimizer == "adam":
-        return optimizers.adam(config.momentum, weight_decay=config.weight_decay)
-    return optimizers.sgd(config.momentum, config.weight_decay)
+    return registry.OPTIMIZERS[config.optimizer](config.momentum, weight_decay=config.weight_decay)
 
 
 def server_optimizer(config: Config) -> optax.GradientTransformation | None:
@@ -331,6 +332,17 @@ def _training(config, chain, scaling):
         clip_norm=config.clip_norm, reestimates=config.batch_norm == "reestimated",
         personal=suiting.personal_for(scheme(config), config.batch_norm, config.clients),
     )  # fmt: skip
+
+
+def network_name(config: Config, channels: int, num_classes: int) -> str:
+    """The network and its input, as a device file names them."""
+    side = config.image_size
+    return f"{config.model} at {side}x{side}x{channels}, {num_classes} classes"
+
+
+def _check_devices(config, clients, profile, num_classes, channels):
+    name = network_name(config, channels, num_classes)
+    fleet.check_devices(list(clients.devices.values()), profile.names, config.batch_size, name)
 
 
 def _chain(config, num_classes, channels):

@@ -4,15 +4,19 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sfl_jax.commands import flags, own_plans
 from sfl_jax.commands.config import Config
+from sfl_jax.commands.plan_difference import difference, read_plan
 from sfl_jax.commands.screen import first_line_of_plan, screen
 from sfl_jax.errors import BadInput
-from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # A text that each file of this command contains, by the file's ending.
-MARKS = {".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK}
+MARKS = {
+    ".json": b'"bound_s":', ".csv": b"client,cut,unit,share_flops", ".png": PNG_MARK, ".html": HTML_MARK,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,10 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config) -> None:
-    """Plans, prints the summary, and writes the plan as JSON and CSV, and as a picture if asked for."""
+    """Plans, prints the summary, and writes the plan as JSON, CSV, and what else is asked for."""
     output = Path(config.output)
-    written = [output.with_suffix(suffix) for suffix in (MARKS if config.plot else (".json", ".csv"))]
+    asked = {".json": True, ".csv": True, ".png": config.plot, ".html": config.report}
+    written = [output.with_suffix(suffix) for suffix in MARKS if asked[suffix]]
     check_outputs(written, config.fleet)
+    check_fleet_output(config)
+    _check_calibration_outputs(config)
+    earlier = read_plan(config.compare_with) if config.compare_with else None
+    written += own_plans.outputs(config)
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
 
@@ -43,7 +52,6 @@ def plan(config: Config) -> None:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
         if own_plans.is_asked(config):
-            written += own_plans.outputs(config)
             own_plans.write(config, reading and reading.result(), say)
             print(f"{'written':<11} {', '.join(map(str, written))}")
             return
@@ -53,21 +61,77 @@ def plan(config: Config) -> None:
             several = told(config, reading and reading.result())
             write_plan(output, several.head, several.table)
             say.result(several.summary)
+            if earlier:
+                say.result(difference(earlier, several.head, several.table))
+            _write_fleet(config, several.fleet, written)
             print(f"{'written':<11} {', '.join(map(str, written))}")
             return
-        config, planned = parts.planned(config, reading and reading.result())
+        file = reading and reading.result()
+        config, planned = parts.planned(config, file)
+        if config.measured and file is not None:
+            say(f"fitting rates to {config.measured}, and planning again")
+            from sfl_jax.commands import plan_calibration
+
+            made = plan_calibration.calibrated(config, file, planned)
+            config, planned = made.config, made.planned
+            plan_calibration.write(made)
+            say.result(plan_calibration.told(made))
+            written += plan_calibration.files(config)
         say("planning with more server, with faster links and clients, and in cohorts")
         cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)
-        writing = pool.submit(write_plan, output, head(config, planned, cohorts_s), planning.table(planned))
-        say.result(summary(config, planned, planning.gains(planned), cohorts_s))
+        heading, columns = head(config, planned, cohorts_s), planning.table(planned)
+        writing = pool.submit(write_plan, output, heading, columns)
+        gains = planning.gains(planned)
+        text = summary(config, planned, gains, cohorts_s)
+        say.result(text)
+        if earlier:
+            say.result(difference(earlier, heading, columns))
         if config.plot:
             say("drawing the plan")
             from sfl_jax.commands.plan_plot import write_plot
 
-            with whole_file(written[-1]) as file:
-                write_plot(file, config, planned)
+            with whole_file(output.with_suffix(".png")) as image:
+                write_plot(image, config, planned)
+        if config.report:
+            say("writing the page of the plan")
+            from sfl_jax.commands.plan_page import page_of
+
+            with whole_file(output.with_suffix(".html")) as page:
+                page.write(page_of(config, planned, gains, text).encode(errors="xmlcharrefreplace"))
         writing.result()
+        _write_fleet(config, planned.fleet, written)
     print(f"{'written':<11} {', '.join(map(str, written))}")
+
+
+def check_fleet_output(config: Config) -> None:
+    """Refuses a fleet to write that would replace a file, or cannot be written."""
+    if not config.write_fleet:
+        return
+    path = Path(config.write_fleet)
+    if path.suffix != ".csv":
+        raise BadInput(f"--write_fleet={path}: must end in .csv")
+    if path.exists() or path == Path(config.output).with_suffix(".csv"):
+        raise BadInput(f"--write_fleet={path}: is there already, or will be the plan; choose another name")
+    ensure_writable(path.parent, "write_fleet", str(path))
+
+
+def _check_calibration_outputs(config: Config) -> None:
+    """Refuses files of a calibration that would replace others."""
+    if config.measured:
+        from sfl_jax.commands import plan_calibration
+
+        for path in plan_calibration.files(config):
+            mark = plan_calibration.MARKS["".join(path.suffixes[-2:])]
+            ensure_ours(path, mark, "output", config.output)
+
+
+def _write_fleet(config: Config, fleet: Any, written: list[Path]) -> None:
+    """Writes the fleet that was planned, if it was asked for."""
+    if config.write_fleet:
+        from sfl_jax.fleet import write_fleet
+
+        write_fleet(config.write_fleet, fleet)
+        written.append(Path(config.write_fleet))
 
 
 def check_outputs(written: Sequence[Path], fleet: str) -> None:

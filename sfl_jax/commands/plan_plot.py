@@ -4,10 +4,12 @@ For the regression it also draws the data and the fitted curves.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -30,6 +32,7 @@ _COLOURS = {
 }
 _MOST_BARS = 400  # of more clients, only evenly spaced ones are drawn: there are not more pixels
 _NAMED_BARS = 40  # up to this many clients, names fit under the bars
+_MOST_LETTERS, _LETTER_PT = 18, 8  # of a name under a bar, and its size in points
 _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
 _A_SERVER = 1e12  # FLOP/s, the middle of the axis if a plan needs no server
 
@@ -77,7 +80,7 @@ def _draw_clients(axes: Axes, planned: Planned) -> None:
         xlim=(-0.5, len(shown) - 0.5),
     )
     if named:
-        axes.set_xticks(np.arange(len(shown)), planned.fleet.client[shown], rotation=45, ha="right")
+        _name_bars(axes, planned.fleet.client[shown].tolist())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -88,8 +91,15 @@ def _draw_cuts(axes: Axes, planned: Planned) -> None:
     used, counts = np.unique(planned.plan.cuts, return_counts=True)
     axes.bar(np.arange(len(used)), counts, color=_COLOURS["server"])
     axes.set(title="Cuts that are used", xlabel="last unit on the client", ylabel="clients")
-    axes.set_xticks(np.arange(len(used)), [names[cut] for cut in used], rotation=45, ha="right")
+    _name_bars(axes, [names[cut] for cut in used])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    """Names under bars: upright, shortened, and only every n-th where there are too many to read."""
+    step = -(-len(names) // _NAMED_BARS)
+    short = [name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…" for name in names]
+    axes.set_xticks(np.arange(len(names))[::step], short[::step], rotation=90, fontsize=_LETTER_PT)
 
 
 def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
@@ -104,13 +114,29 @@ def _draw_fit(axes: Axes, curve: optim.Curve) -> None:
     axes.legend(loc="upper left" if rises else "upper right", frameon=False, fontsize=8)
 
 
-def _draw_servers(axes: Axes, planned: Planned) -> None:
-    planner, _, fleet, terms, plan = planned
+class Servers(NamedTuple):
+    """Rounds of smaller and larger servers: the servers (FLOP/s), the rounds (s) and their bounds (s)."""
+
+    flops: Float64[np.ndarray, " N"]
+    rounds_s: Float64[np.ndarray, " N"]
+    bounds_s: Float64[np.ndarray, " N"]
+
+
+def other_servers(planned: Planned) -> Servers:
+    """Plans the same fleet for smaller and larger servers."""
+    planner, _, fleet, terms, _ = planned
     servers = (planner.server_flops or _A_SERVER) * _SERVERS
     plans = [solve(dataclasses.replace(planner, server_flops=flops), fleet, terms) for flops in servers]
-    rounds_s = np.array([each.round_s for each in plans])
+    return Servers(
+        servers, np.array([each.round_s for each in plans]), np.array([each.bound_s for each in plans])
+    )
+
+
+def _draw_servers(axes: Axes, planned: Planned) -> None:
+    planner, plan = planned.planner, planned.plan
+    servers, rounds_s, bounds_s = other_servers(planned)
     axes.plot(servers, rounds_s, color=_COLOURS["model_up"], label=planner.method)
-    axes.plot(servers, [each.bound_s for each in plans], color="black", linestyle=":", label="proven bound")
+    axes.plot(servers, bounds_s, color="black", linestyle=":", label="proven bound")
     if planner.server_flops:  # a logarithmic axis cannot show 0
         axes.plot(planner.server_flops, plan.round_s, "o", color="black", label="this plan")
     axes.set(

@@ -8,8 +8,10 @@ from jaxtyping import Float64
 from sfl_jax import __version__, optim
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.division import idle_columns
+from sfl_jax.commands.plan_clients import clients_table
 from sfl_jax.commands.rules import ALTERNATING, RANDOM
 from sfl_jax.digests import digest_of_columns
+from sfl_jax.fleet import Fleet
 from sfl_jax.planning import (
     TOGETHER,
     Gains,
@@ -24,11 +26,12 @@ from sfl_jax.planning import (
 )
 
 ASSUMPTIONS = (
-    "the parts of a session run one after the other, without overlap",
+    "the parts of a session run one after the other, without overlap; so a client never sends and receives at"
+    " once, and half-duplex links lose nothing",
     "a share of the server is constant over the round, and speed is proportional to it (not with "
     "work_conserving)",
-    "transfers start at once, at one rate for the whole round, and without round-trip time",
-    "the model is sent to each client separately, and averaging takes no time",
+    "transfers start at once, at one rate for the whole round",
+    "averaging takes no time",
     "at cut 0 the stored images go up in every epoch",
 )
 MEMORY = "the server has memory for a copy of its half for every client"
@@ -49,9 +52,9 @@ _SETTINGS = (
     "optimizer",
     "momentum",
 )
+_LATER = ("rtt_s", "broadcast_bps", "measured")  # written only where they are given
 _LINKS = {"fixed": "the fleet's links", "shannon": "Shannon links", "fading": "Shannon links as in round 0"}
 _SHOWN = 3  # how many clients and cuts are named
-_LISTED = 20  # the most clients that are listed one by one
 _NEARLY = 0.95  # a client that needs this part of the round with any server holds the round up alone
 WORDS = {  # readable names of terms
     "model_down": "model down", "client_forward": "client forward", "smashed_up": "smashed data up",
@@ -73,15 +76,37 @@ def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"])
         **({"starts": config.starts, "recall": config.recall} if config.method in ALTERNATING else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"server_memory_bytes": config.server_memory_bytes} if config.server_memory_bytes else {}),
+        **{name: value for name in _LATER if (value := getattr(config, name))},
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
         **{name: getattr(config, name) for name in _SETTINGS},
         "fleet": config.fleet,
-        "fleet_sha256": digest_of_columns(planned.fleet.columns()),
+        "fleet_sha256": digest_of_columns(planned.fleet.contents()),
         "seed": config.seed,
         "sfl_jax": __version__,
         "convention": CONVENTION,
-        "assumptions": (*ASSUMPTIONS, WITHIN_MEMORY if config.server_memory_bytes else MEMORY),
+        "assumptions": (
+            *ASSUMPTIONS,
+            *of_links(config, planned.fleet),
+            WITHIN_MEMORY if config.server_memory_bytes else MEMORY,
+        ),
     }
+
+
+def of_links(config: Config, fleet: Fleet) -> tuple[str, ...]:
+    """What is assumed about round-trip times, the way of the model, and measured devices."""
+    trips = "each message travels half of its client's round-trip time; each step sends one up and one down"
+    lines = [
+        "messages travel in no time: there is no round-trip time" if fleet.rtt_s is None else trips,
+        f"the server sends the model once to all clients, at {config.broadcast_bps:g} bit/s, and each client"
+        " starts as soon as its half has come"
+        if config.broadcast_bps
+        else "the model is sent to each client separately",
+    ]
+    if fleet.device is not None:
+        lines.append("a client with a device computes as fast as the device file says, times its slowdown")
+    if config.band == "airtime":
+        lines.append("one client at a time sends or receives, at its rates of the fleet")
+    return tuple(lines)
 
 
 def _of_cohorts(config, cohorts_s):
@@ -139,23 +164,7 @@ def summary(config: Config, planned: Planned, gains: Gains, cohorts_s: Float64[n
         ("convention", CONVENTION),
     ]
     text = "\n".join(f"{name:<11} {text}" for name, text in lines)
-    return f"{text}\n\n{_clients(planned)}\n" if len(planned.fleet) <= _LISTED else text
-
-
-def _clients(planned: Planned) -> str:
-    """A row for each client: its cut, its share of the server, its seconds and its longest term."""
-    plan, flops, parts = planned.plan, planned.planner.server_flops, seconds(planned)._asdict()
-    width = max(6, *map(len, planned.fleet.client))
-    units = ["images", *planned.profile.names]
-    rows = [f"{'client':<{width}}  {'cut':>3}  {'after unit':<12}{'share':>8}{'seconds':>11}  longest term"]
-    for k, name in enumerate(planned.fleet.client):
-        share = "-" if not flops or np.isnan(plan.shares[k]) else f"{plan.shares[k] / flops:.2%}"
-        longest = max(parts, key=lambda term: parts[term][k])
-        rows.append(
-            f"{name:<{width}}  {plan.cuts[k]:>3}  {units[plan.cuts[k]]:<12}{share:>8}"
-            f"{plan.client_s[k]:>11.4g}  {WORDS[longest]}, {parts[longest][k]:.3g} s"
-        )
-    return "\n".join(rows)
+    return f"{text}\n\n{clients_table(planned)}\n"
 
 
 def _in_cohorts(config, cohorts_s):
@@ -258,8 +267,7 @@ def _held_up(planned: Planned) -> str:
         named.append(f"{names[client]} (pull {pull:.0%}, {where})")
     shared = "a full band" if isinstance(planned.plan, optim.BandPlan) else "a full server"
     together = f"{shared}: {_count(len(who.clients), 'client')} end together, first "
-    pull = "; pull: what the round gains, in percent of what the client saves"
-    return (together if who.together else "") + ", ".join(named) + pull
+    return (together if who.together else "") + ", ".join(named)
 
 
 def _change(gain_s: float, round_s: float, method: str) -> str:

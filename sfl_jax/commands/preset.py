@@ -14,6 +14,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in DIRECTORY.glob("*.flags"))
 
 
+def about(name: str) -> str:
+    """What a preset is: the first line of its file."""
+    return (DIRECTORY / f"{name}.flags").read_text().partition("\n")[0].removeprefix("# ")
+
+
 def expand(arguments: Sequence[str]) -> list[str]:
     """Replaces each --preset by its flag file, placed before all other arguments, so that those win.
 

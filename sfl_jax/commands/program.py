@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-COMMANDS = ("train", "plan", "compare", "report", "study")
+COMMANDS = ("train", "plan", "compare", "report", "study", "profile_device")
 
 
 def program(command: str) -> str:
@@ -13,8 +13,8 @@ def program(command: str) -> str:
     -m launch.train` runs.
     """
     name = Path(sys.argv[0]).name
-    if name.removeprefix("sfl-") in COMMANDS and name.startswith("sfl-"):
-        return f"sfl-{command}"
+    if name.removeprefix("sfl-").replace("-", "_") in COMMANDS and name.startswith("sfl-"):
+        return f"sfl-{command.replace('_', '-')}"
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     package, _, module = (spec.name if spec else "").rpartition(".")
     package = package if module in COMMANDS else "sfl_jax.commands"

@@ -1,44 +1,79 @@
 """Shows rounds when they end: a bar on a terminal, lines elsewhere."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sfl_jax.commands.screen import Screen
-from sfl_jax.commands.words import percent
+from sfl_jax.commands.words import clock, percent
 
 LINE_S = 10.0  # seconds after which the next round gets a line
+# What a line of a terminal shows, by its least number of columns.
+_FORMATS = {
+    105: "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
+    90: "{n_fmt}/{total_fmt} {elapsed}<{remaining}, {rate_fmt}{postfix}",
+    0: "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+}
 
 
 def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) -> Iterator[Any]:
-    """The rounds, each shown in a bar on a terminal.
+    """The rounds, each shown in a bar on a terminal: with the time that is left, and the seconds of a round.
 
-    Elsewhere a line on stdout is shown for each evaluation, for the last round, and after `LINE_S` seconds.
+    Elsewhere a line on stdout is shown for the first round, each evaluation, the last round, and after
+    `LINE_S` seconds.
     """
     from tqdm import tqdm
 
     shown = screen.is_terminal and screen.speaks
+    columns = _columns(screen.stream) if shown else 0
     bar = tqdm(
-        initial=done, total=total, unit="round", disable=not shown, dynamic_ncols=True, file=screen.stream
-    )
-    tested, said_at = "", time.monotonic()
+        initial=done, total=total, unit="round", disable=not shown, dynamic_ncols=True, file=screen.stream,
+        bar_format=next(text for least, text in _FORMATS.items() if columns >= least),
+    )  # fmt: skip
+    tested, begun_at, said_at = "", time.monotonic(), time.monotonic()
     if not shown:
         screen(f"computing round {done + 1} of {total}")
     with screen.bar(bar) if shown else contextlib.nullcontext():
         for last in rounds:
             is_new = last.test_accuracy is not None
             if is_new:
-                tested = f", test accuracy {percent(last.test_accuracy)}"
-            bar.set_postfix_str(note(last) + tested, refresh=False)
+                tested = f", accuracy {percent(last.test_accuracy)}"
+            bar.set_postfix_str(note(last, tested), refresh=False)
             bar.update(last.round - bar.n)
-            if not shown and (is_new or last.round == total or time.monotonic() - said_at >= LINE_S):
-                said_at = time.monotonic()
-                accuracy = tested if is_new else ""
-                screen.result(f"round {last.round}/{total}: {note(last)}{accuracy}, {last.wall_s:.0f} s")
+            now, is_first = time.monotonic(), last.round == done + 1
+            if not shown and (is_first or is_new or last.round == total or now - said_at >= LINE_S):
+                said_at = now
+                said = note(last, tested if is_new else "")
+                screen.result(
+                    f"round {last.round}/{total}: {said}; {_pace(last, done, total, now - begun_at)}"
+                )
             yield last
 
 
-def note(last: Any) -> str:
-    """A round's loss, simulated time and mean cut."""
-    return f"loss {last.train_loss:.3f}, simulated {last.simulated_s:.4g} s, mean cut {last.mean_cut:.1f}"
+def _columns(stream) -> int:
+    """How wide the terminal is; wide if it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return max(_FORMATS)
+
+
+def note(last: Any, tested: str = "") -> str:
+    """A round's loss, `tested`, the simulated time so far, and the mean cut."""
+    return f"loss {last.train_loss:.3f}{tested}, simulated {clock(last.simulated_s)}, cut {last.mean_cut:.1f}"
+
+
+def _pace(last, done, total, took_s) -> str:
+    """The seconds since the start of the run, of a round, and that are left."""
+    round_s = took_s / max(last.round - done, 1)
+    left = "" if last.round == total else f", {duration(round_s * (total - last.round))} left"
+    return f"{duration(last.wall_s)} in all, {clock(round_s)} a round{left}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds of this machine, for example "5 s", "3 min" or "2.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def report(config: Config) -> int:
             built = parts.build(dataclasses.replace(run, devices=0, init_from=""), say)
             workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
             say(f"planning {len(lines)} rounds by every method")
-            return clocks(run.workdir, built.parts, lines)
+            return known(run.workdir, built.parts, lines)
 
         found, note = _write(config.workdir, all_clocks)
         accuracies = [line.test_accuracy for line in recording.logged(config.workdir)]
@@ -57,21 +57,36 @@ def write(workdir: str, parts: Any) -> str:
     Returns a line if it has none of them, else an empty text. OSError if the disk refuses, BadInput if the
     workdir has a page of the user's own.
     """
-    return _write(workdir, lambda lines: clocks(workdir, parts, lines, parts.rivals))[1]
+    return _write(workdir, lambda lines: known(workdir, parts, lines, parts.rivals))[1]
+
+
+def known(
+    workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Returns (`clocks`, the `History` of the run's plans). Raises BadInput like `clocks`."""
+    from sfl_jax.run.history import Builder
+
+    builder = Builder(parts, len(lines))
+    return clocks(workdir, parts, lines, rivals, builder.add), builder.history()
 
 
 def clocks(
-    workdir: str, parts: Any, lines: Sequence[Any], rivals: Sequence[str] | None = None
+    workdir: str,
+    parts: Any,
+    lines: Sequence[Any],
+    rivals: Sequence[str] | None = None,
+    see: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """The clock of each method: the run's own from `lines`, then those of `rivals`, or all.
 
-    Raises BadInput if today's plans are not those of the run, which then had other settings or inputs.
+    see: as for `run.clocks.clocks`. Raises BadInput if today's plans are not those of the run, which then had
+    other settings or inputs.
     """
     import numpy as np
 
     from sfl_jax.run import clocks
 
-    made = clocks.clocks(parts, len(lines), rivals)
+    made = clocks.clocks(parts, len(lines), rivals, see)
     own = clocks.own_clock(parts.planner, lines)
     (name, logged), *_ = own.items()
     if not np.allclose(made[name].seconds, logged.seconds, rtol=SAME, atol=0):
@@ -89,24 +104,36 @@ def ensure_page_is_ours(workdir: str) -> None:
     ensure_ours(Path(workdir) / NAME, recording.MARKS[NAME], "workdir", workdir)
 
 
-def _write(workdir, clocks_of):
+def _write(workdir, known_of):
     """Returns (the clocks on the page, a line if those of other methods are left out)."""
-    from sfl_jax.commands import parts, report_page
+    from sfl_jax.commands import parts
     from sfl_jax.commands.workdir import described
     from sfl_jax.run import recording
     from sfl_jax.run.clocks import own_clock
 
-    run, environment = described(workdir)
-    lines, note = recording.logged(workdir), ""
+    lines, note, history = recording.logged(workdir), "", None
     try:
-        found = clocks_of(lines)
+        found, history = known_of(lines)
     except BadInput as error:
-        found = own_clock(parts.planner(run), lines)
-        note = f"other methods' clocks are left out: {as_flags(str(error))}"
-    ensure_page_is_ours(workdir)
-    with whole_file(Path(workdir) / NAME) as file:
-        file.write(report_page.page(run, environment, lines, found, note).encode(errors="xmlcharrefreplace"))
+        found = own_clock(parts.planner(described(workdir)[0]), lines)
+        note = f"other methods' clocks are left out, and cuts and shares: {as_flags(str(error))}"
+    put(workdir, found, history, note)
     return found, note
+
+
+def put(workdir: str, clocks: Mapping[str, Any], history: Any, note: str = "") -> None:
+    """Writes the page of the run in a workdir. BadInput if the user has one of this name there.
+
+    clocks, history: as from `known`. note: says what is left out.
+    """
+    from sfl_jax.commands import report_page
+    from sfl_jax.commands.workdir import described
+    from sfl_jax.run import recording
+
+    ensure_page_is_ours(workdir)
+    page = report_page.report(*described(workdir), recording.logged(workdir), clocks, history, note)
+    with whole_file(Path(workdir) / NAME) as file:
+        file.write(page.encode(errors="xmlcharrefreplace"))
 
 
 def table(clocks: Mapping[str, Any], accuracies: Sequence[float | None], config: Config) -> str:

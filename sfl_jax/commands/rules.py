@@ -12,6 +12,7 @@ from sfl_jax.registry import STARTS
 
 ALTERNATING = ("alternating", "regression")
 RANDOM, CLIENTS = "random", 100  # the fleet without a file, and its number of clients without --clients
+EXAMPLE = "example"  # the fleet in the package, see `fleet.read_fleet`
 
 # Flags that only plans take, and why training needs none.
 _SAID = "the dataset says it"
@@ -39,9 +40,12 @@ _WITH_SERVERS = {
     "barrier": "since no other barrier is planned for several",
     "band": "since links of several servers are fixed",
     "links": "since links of several servers are fixed",
+    "broadcast_bps": "since each server would send the model by itself",
     "scheme": "since no other scheme has several",
     "target_round_s": "since no server is sought",
+    "measured": "since rates are fitted for one server only",
     "plot": "of which there is no picture",
+    "report": "of which there is no page",
 }
 
 
@@ -83,8 +87,14 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
     # `run.parts.cosine` shortens the default for shorter runs.
     if "warmup_rounds" in taken and config.rounds < config.warmup_rounds != default.warmup_rounds:
         raise BadInput(f"--warmup_rounds={config.warmup_rounds}: must be at most --rounds={config.rounds}")
-    if "fleet" in taken and config.fleet != RANDOM and not pathlib.Path(config.fleet).is_file():
-        raise BadInput(f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, or random")
+    if (
+        "fleet" in taken
+        and config.fleet not in (RANDOM, EXAMPLE)
+        and not pathlib.Path(config.fleet).is_file()
+    ):
+        raise BadInput(
+            f"--fleet={config.fleet}: no such file; give the path of a fleet.csv, {RANDOM} or {EXAMPLE}"
+        )
     if config.fleet != RANDOM and config.samples_per_client != default.samples_per_client:
         raise BadInput(
             f"--samples_per_client={config.samples_per_client}: needs --fleet={RANDOM};"
@@ -100,11 +110,11 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         and (config.method, config.barrier, config.band) != ("exact", "session", "fixed")
     ):
         raise BadInput(
-            f"--target_round_s={config.target_round_s}: needs"
+            f"--target_round_s={config.target_round_s:g}: needs"
             " --method=exact, --barrier=session and --band=fixed"
         )
     if "target_round_s" in taken and config.target_round_s and config.server_memory_bytes:
-        raise BadInput(f"--target_round_s={config.target_round_s}: needs --server_memory_bytes=0")
+        raise BadInput(f"--target_round_s={config.target_round_s:g}: needs --server_memory_bytes=0")
     if not set(config.starts.split(",")) <= set(STARTS):
         raise BadInput(f"--starts={config.starts}: must be some of {', '.join(STARTS)}, with commas between")
     if config.starts != default.starts and config.method not in ALTERNATING:
@@ -125,15 +135,54 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
     if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
         raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
+    _check_measured(config)
+    if config.broadcast_bps and config.band != "fixed":
+        raise BadInput(f"--broadcast_bps={config.broadcast_bps:g}: needs --band=fixed, not {config.band}")
+    if config.broadcast_bps and config.scheme == "sl":
+        raise BadInput(
+            f"--broadcast_bps={config.broadcast_bps:g}: needs another scheme than sl, where the model goes"
+            " from client to client"
+        )
     if config.server_memory_bytes and config.method not in ("exact", "no_split"):
         raise BadInput(
             f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"
         )
     _check_servers(config, command, default)
+    for name, kind in (("seeds", int), ("learning_rates", float)):
+        if name in taken and getattr(config, name):
+            several(config, name, kind)
     own_plan_rules.check(config, command)
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")
+
+
+def several(config: Any, name: str, kind: type) -> list[Any]:
+    """The numbers of --seeds or --learning_rates. BadInput if one is not allowed, or is there twice."""
+    text = getattr(config, name)
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    good = numbers and all(0 <= number <= LARGEST_INT and (number or kind is int) for number in numbers)
+    if not good or len(set(numbers)) < len(numbers):
+        allowed = "integers, at least 0" if kind is int else "numbers above 0"
+        raise BadInput(f"--{name}={text}: must be {allowed}, each once, with commas between")
+    return numbers
+
+
+def _check_measured(config: Any) -> None:
+    """Raises BadInput for settings under which no rates can be fitted to measured rounds."""
+    if not config.measured:
+        return
+    said = f"--measured={config.measured}"
+    if config.fleet == RANDOM:
+        raise BadInput(f"{said}: needs --fleet, a file with the clients that were measured")
+    for name, why in (("links", "rates come from distances"), ("band", "rates follow from parts of a band")):
+        if getattr(config, name) != "fixed":
+            raise BadInput(f"{said}: needs --{name}=fixed; with {getattr(config, name)} {why}")
+    if not pathlib.Path(config.measured).is_file():
+        raise BadInput(f"{said}: no such file; give the path of a CSV file")
 
 
 def _check_servers(config: Any, command: str, default: Any) -> None:

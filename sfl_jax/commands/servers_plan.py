@@ -7,7 +7,7 @@ import numpy as np
 from sfl_jax import __version__, planning
 from sfl_jax.commands import parts
 from sfl_jax.commands.config import Config
-from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY, WITHIN_MEMORY, WORDS
+from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY, WITHIN_MEMORY, WORDS, of_links
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet import Fleet, read_servers
@@ -23,11 +23,15 @@ _OWN = (
 
 
 class Told(NamedTuple):
-    """What plan.json says before the clients, the table of the clients, and the lines for the terminal."""
+    """What plan.json says before the clients, the table of the clients, and the lines for the terminal.
+
+    fleet: the clients.
+    """
 
     head: dict[str, Any]
     table: dict[str, Any]
     summary: str
+    fleet: Fleet
 
 
 def told(config: Config, file: Fleet | None) -> Told:
@@ -46,7 +50,8 @@ def told(config: Config, file: Fleet | None) -> Told:
         planned = planning.plan_servers(profile, fleet, terms, servers)
     except BadInput as error:
         raise BadInput(f"--servers={config.servers}: {error}") from error
-    return Told(_head(config, planned), planning.several_table(planned), _summary(config, planned, terms))
+    table, text = planning.several_table(planned), _summary(config, planned, terms)
+    return Told(_head(config, planned), table, text, fleet)
 
 
 def _head(config: Config, planned: SeveralPlanned) -> dict[str, Any]:
@@ -64,11 +69,12 @@ def _head(config: Config, planned: SeveralPlanned) -> dict[str, Any]:
             for name, flops, limit, clients, given, taken in by_server
         ],
         "fleet": config.fleet,
-        "fleet_sha256": digest_of_columns(planned.fleet.columns()),
+        "fleet_sha256": digest_of_columns(planned.fleet.contents()),
         "seed": config.seed,
         "sfl_jax": __version__,
         "convention": CONVENTION,
-        "assumptions": (*(line for line in ASSUMPTIONS if "work_conserving" not in line), memory, *_OWN),
+        "assumptions": (*(line for line in ASSUMPTIONS if "work_conserving" not in line),
+                        *of_links(config, planned.fleet), memory, *_OWN),
     }  # fmt: skip
 
 

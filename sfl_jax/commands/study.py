@@ -1,11 +1,13 @@
 """Trains one run for each combination of some settings, and compares accuracy, simulated time and bytes.
 
 A run that is done is not trained again, so that a study that was interrupted goes on. Runs that differ in
---seed alone become one row, with mean and standard deviation.
+--seed alone become one row, with mean and standard deviation. They are computed in one program, as are runs
+that differ in --learning_rate.
 """
 
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -14,31 +16,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sfl_jax.commands import flags, words
+from sfl_jax import __version__
+from sfl_jax.commands import flags, helping, words
 from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
 from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
-from sfl_jax.files import PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
-TABLE, PICTURE = "study.json", "study.png"
+TABLE, PICTURE, REPORT = "study.json", "study.png", "study.html"
 POLL_S = 0.1  # between two looks at a training
-USAGE = """usage: {name} --vary=NAME=VALUE,VALUE [--vary=…] [--targets=…] [--workdir=DIR] [flags of training]
-
-{about}
-
-  --vary=NAME=V1,V2   a setting of training and its values; cut=1,3 gives every client this cut; several
-                      --vary make all combinations
-  --predict=0.9       with psl and sfl_v2: also predict the rounds and seconds to this accuracy, each
-                      training from the others
-  --pilots=N          with --predict: train only N of the runs, and the one that is predicted to be quickest
-  --targets=0.9,0.98  accuracies whose rounds, seconds and bytes are told (default {targets})
-  --workdir=DIR       a directory for each run, {table} and {picture} (default {workdir})
-  all other flags     hold in all runs, as in {train}
-
-examples
-  {name} --vary=scheme=sfl,sfl_v2,psl,sl --vary=cut=1,2 --model=cnn --rounds=20
-  {name} --vary=seed=0,1,2 --vary=codec=float32,int8,int4 --preset=quick"""
+# Runs that differ in these alone are one program.
+LISTS = {"seed": "seeds", "learning_rate": "learning_rates"}
+FLAGS = {
+    "--vary=NAME=V1,V2": "a setting of training and its values; cut=1,3 gives every client this cut; several "
+    "--vary make all combinations",
+    "--predict=ACCURACY": "with psl and sfl_v2: also predict the rounds and seconds to this accuracy, each "
+    "training from the others",
+    "--pilots=N": "with --predict: train only N of the runs, and the one that is predicted to be quickest",
+    f"--targets={TARGETS}": "accuracies whose rounds, seconds and bytes the table tells",
+    f"--workdir={WORKDIR}": f"directory of the study: a directory for each run, {TABLE}, {PICTURE} "
+    f"and {REPORT}",
+}
 
 
 class Case(NamedTuple):
@@ -48,12 +47,20 @@ class Case(NamedTuple):
     flags: list[str]
     directory: Path
 
+    @property
+    def group(self) -> dict[str, str]:
+        """The settings that vary, without those in which runs of one program may differ."""
+        return {name: value for name, value in self.values.items() if name not in LISTS}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-h", "--helpfull"} & set(arguments):
-        print(_usage())
+    if (helping.SHORT | helping.FULL) & set(arguments):
+        print(helping.study_text(str(__doc__), FLAGS))
+        return 0
+    if "--version" in arguments:
+        print("sfl_jax", __version__)
         return 0
     return flags.coded(lambda: study(*_split(arguments)))
 
@@ -66,7 +73,7 @@ def study(
     predicted: float = 0.0,
     pilots: int = 0,
 ) -> int:
-    """Trains all cases, then writes the table and the picture. Returns the exit code.
+    """Trains all cases, then writes the table, the picture and the page. Returns the exit code.
 
     predicted: an accuracy whose rounds are predicted too; 0 for none. pilots: how many cases are trained
     before the best of the others; 0 trains all.
@@ -76,9 +83,7 @@ def study(
         from sfl_jax.commands import study_prediction as ahead
 
         ahead.check(varied)
-    ensure_writable(workdir, "workdir", workdir)
-    ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
-    ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
+    check(workdir)
     combinations = itertools.product(*varied.values())
     cases = [_case(dict(zip(varied, values, strict=True)), rest, workdir) for values in combinations]
     cases = [case for case in cases if _can_be_trained(case)]
@@ -95,7 +100,9 @@ def study(
         if failed == SAVED:
             return SAVED
     if done:
-        _write(varied, done, workdir, targets)
+        given = [*(f"--vary={name}={','.join(values)}" for name, values in varied.items()), *rest]
+        command = [*program("study").split(), *given, f"--workdir={workdir}"]
+        write(varied, done, command, workdir, targets)
     if done and predicted:
         rows, model = ahead.predict(cases, _lines(cases, done), predicted)
         print(ahead.table(rows, model, predicted))
@@ -115,20 +122,40 @@ def _lines(cases, done):
 
 def _train_all(cases: Sequence[Case]) -> tuple[list[Case], int]:
     """The cases that were trained, and the exit code: SAVED if a signal ended them."""
-    done, failed = [], 0
-    for number, case in enumerate(cases, 1):
-        print(f"{number} of {len(cases)}: {_name(case.values)}", file=sys.stderr, flush=True)
-        code = _train(case)
+    done, failed, number = [], 0, 0
+    for together in _programs(cases):
+        names = "; ".join(named(case.values) for case in together)
+        print(f"{number + 1} of {len(cases)}: {names}", file=sys.stderr, flush=True)
+        number += len(together)
+        code = _train(together)
         if code == SAVED:
             print("interrupted; the same command goes on", file=sys.stderr)
             return done, SAVED
         failed = failed or code
-        done += [] if code else [case]
+        done += [] if code else together
     return done, failed
 
 
-def _write(varied, cases, workdir, targets) -> None:
-    from sfl_jax.commands import study_plot
+def check(workdir: str) -> None:
+    """BadInput if the table, the picture and the page cannot be written, or would replace other files."""
+    ensure_writable(workdir, "workdir", workdir)
+    ensure_ours(Path(workdir, TABLE), b'{"varied"', "workdir", workdir)
+    ensure_ours(Path(workdir, PICTURE), PNG_MARK, "workdir", workdir)
+    ensure_ours(Path(workdir, REPORT), HTML_MARK, "workdir", workdir)
+
+
+def write(
+    varied: Mapping[str, Sequence[str]],
+    cases: Sequence[Case],
+    command: Sequence[str],
+    workdir: str,
+    targets: Sequence[float],
+) -> None:
+    """Prints the table of the cases, and writes it, the picture and the page into the workdir.
+
+    command: the command line that does this, for the page.
+    """
+    from sfl_jax.commands import study_page, study_plot
     from sfl_jax.run import recording
 
     runs = [(case.values, recording.logged(str(case.directory))) for case in cases]
@@ -137,8 +164,11 @@ def _write(varied, cases, workdir, targets) -> None:
         text = json.dumps({"varied": {name: list(values) for name, values in varied.items()}, "rows": rows})
         file.write(text.encode())
     study_plot.write(Path(workdir, PICTURE), runs)
+    with whole_file(Path(workdir, REPORT)) as file:
+        page = study_page.study_page(runs, rows, targets, command)
+        file.write(page.encode(errors="xmlcharrefreplace"))
     print(table(rows, targets))
-    print(f"written: {Path(workdir, TABLE)}, {Path(workdir, PICTURE)}")
+    print(f"written: {', '.join(str(Path(workdir, name)) for name in (TABLE, PICTURE, REPORT))}")
 
 
 def summarised(
@@ -150,17 +180,37 @@ def summarised(
     """
     groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for values, lines in runs:
-        key = tuple((name, value) for name, value in values.items() if name != "seed")
-        groups.setdefault(key, []).append(measured(lines, targets))
+        groups.setdefault(_key(values), []).append(measured(lines, targets))
     rows = []
     for key, found in groups.items():
         values = {name: [one[name] for one in found] for name in found[0]}
         row = {"settings": dict(key), "runs": len(found)}
-        row |= {name: _of_all(statistics.fmean, own) for name, own in values.items()}
-        if len(found) > 1:
-            row |= {f"{name}_sd": _of_all(statistics.stdev, own) for name, own in values.items()}
+        row |= _with_spread(values)
+        row["by_round"] = _by_round([lines for own, lines in runs if _key(own) == key])
         rows.append(row)
     return rows
+
+
+def _key(values):
+    return tuple((name, value) for name, value in values.items() if name != "seed")
+
+
+def _with_spread(values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The mean of each list, and its standard deviation where it has several numbers."""
+    found = {name: _of_all(statistics.fmean, own) for name, own in values.items()}
+    if any(len(own) > 1 for own in values.values()):
+        found |= {f"{name}_sd": _of_all(statistics.stdev, own) for name, own in values.items()}
+    return found
+
+
+def _by_round(all_lines: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Means and standard deviations over the runs in each round that all of them tested."""
+    names = ("train_loss", "test_loss", "test_accuracy", "client_accuracy_worst", "simulated_s")
+    return [
+        {"round": lines[0].round} | _with_spread({n: [getattr(line, n) for line in lines] for n in names})
+        for lines in zip(*all_lines, strict=False)
+        if all(line.test_accuracy is not None for line in lines)
+    ]
 
 
 def measured(lines: Sequence[Any], targets: Sequence[float]) -> dict[str, float | None]:
@@ -194,8 +244,8 @@ def sent_so_far(lines: Sequence[Any]) -> list[float | None]:
     return [None if total != total else float(total) for total in sums]  # NaN
 
 
-def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
-    """The rows as a person reads them."""
+def cells(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> list[list[str]]:
+    """The rows as a person reads them, below a row of titles."""
     names = list(rows[0]["settings"])
     header = [*names, "accuracy", "worst client", "simulated", "bytes"]
     header += [f"to {100 * target:g} %: rounds, seconds, bytes" for target in targets]
@@ -210,10 +260,14 @@ def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = (
-        "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in (header, *body)
-    )
+    return [header, *body]
+
+
+def table(rows: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> str:
+    """The rows as text in columns."""
+    found = cells(rows, targets)
+    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
+    lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in found)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -250,6 +304,8 @@ def _split(arguments):
             setting, _, values = value.partition("=")
             if not setting or not all(values.split(",")) or setting in varied:
                 raise BadInput(f"--vary: {value!r}: must be NAME=VALUE,VALUE, each name once")
+            if setting in LISTS.values():
+                raise BadInput(f"--vary={setting}: must be --vary={setting[:-1]}")
             varied[setting] = values.split(",")
         elif name == "--workdir":
             workdir = value
@@ -263,7 +319,7 @@ def _split(arguments):
             rest.append(argument)
     if not varied:
         raise BadInput("--vary: missing; for example --vary=scheme=sfl,psl")
-    return varied, rest, workdir, _accuracies(targets), *_prediction(predicted, pilots)
+    return varied, rest, workdir, accuracies(targets), *_prediction(predicted, pilots)
 
 
 def _prediction(predicted: str, pilots: str) -> tuple[float, int]:
@@ -283,7 +339,8 @@ def _prediction(predicted: str, pilots: str) -> tuple[float, int]:
     return accuracy, int(pilots or 0)
 
 
-def _accuracies(text: str) -> list[float]:
+def accuracies(text: str) -> list[float]:
+    """The targets in a text. BadInput if one is not an accuracy."""
     try:
         found = [float(part) for part in text.split(",") if part]
     except ValueError:
@@ -294,9 +351,25 @@ def _accuracies(text: str) -> list[float]:
 
 
 def _case(values: dict[str, str], rest: Sequence[str], workdir: str) -> Case:
-    directory = Path(workdir) / _name(values).replace("/", "_")
-    named = [flag for name, value in values.items() for flag in _flags_of(name, value)]
-    return Case(values, [*rest, *named, f"--workdir={directory}"], directory)
+    own = [flag for name, value in values.items() for flag in _flags_of(name, value)]
+    case = Case(values, [], Path())
+    inner = {name: value for name, value in values.items() if name in LISTS}
+    names = [named(part).replace("/", "_") for part in (case.group, inner) if part]
+    directory = Path(workdir, *names)
+    return Case(values, [*rest, *own, f"--workdir={directory}"], directory)
+
+
+def _programs(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases that one program computes: a group if it has all combinations of its lists, else one case."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(named(case.group), []).append(case)
+    found = []
+    for group in groups.values():
+        lists = [{case.values[name] for case in group} for name in LISTS if name in group[0].values]
+        is_whole = math.prod(map(len, lists)) == len(group)
+        found += [group] if is_whole else [[case] for case in group]
+    return found
 
 
 def _flags_of(name, value):
@@ -304,7 +377,8 @@ def _flags_of(name, value):
     return [f"--{one}={value}" for one in names]
 
 
-def _name(values):
+def named(values: Mapping[str, str]) -> str:
+    """The name of a combination of settings, and of its directory."""
     return ",".join(f"{name}={value}" for name, value in values.items())
 
 
@@ -313,18 +387,20 @@ def _can_be_trained(case: Case) -> bool:
     try:
         flags.parse(case.flags, "train")
     except BadInput as error:
-        print(f"left out: {_name(case.values)}: {error}", file=sys.stderr)
+        print(f"left out: {named(case.values)}: {error}", file=sys.stderr)
         return False
     return True
 
 
-def _train(case: Case) -> int:
-    """The exit code of one training, SAVED if a signal ended it. A file beside its directory has its output.
+def _train(cases: Sequence[Case]) -> int:
+    """The exit code of one training of a group, SAVED if a signal ended it. A .log file has its output.
 
     A signal is passed on, and the training saves its round.
     """
-    log = case.directory.with_name(case.directory.name + ".log")
-    command = [sys.executable, "-m", "sfl_jax.commands.train", *case.flags]
+    directory = cases[0].directory
+    log = directory.with_name(f"{directory.name if len(cases) == 1 else 'runs'}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "sfl_jax.commands.train", *_flags_for(cases)]
     with interruption() as stop, log.open("wb") as file:
         stop.must_end_well("the round, which is saved")
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -342,12 +418,17 @@ def _train(case: Case) -> int:
     return code
 
 
-def _usage() -> str:
-    about = " ".join(str(__doc__).split())
-    return USAGE.format(
-        name=program("study"), about=about, targets=TARGETS, table=TABLE, picture=PICTURE, workdir=WORKDIR,
-        train=program("train"),
-    )  # fmt: skip
+def _flags_for(cases: Sequence[Case]) -> list[str]:
+    """The flags that train a group in one program, each case in its own directory."""
+    first = cases[0]
+    if len(cases) == 1:
+        return first.flags
+    lists = {
+        name: dict.fromkeys(case.values[name] for case in cases) for name in LISTS if name in first.values
+    }
+    same = [flag for flag in first.flags[:-1] if flag.partition("=")[0].removeprefix("--") not in lists]
+    own = [f"--{LISTS[name]}={','.join(values)}" for name, values in lists.items()]
+    return [*same, *own, f"--workdir={first.directory.parent}"]
 
 
 if __name__ == "__main__":

@@ -3,18 +3,19 @@
 import contextlib
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from sfl_jax.commands import flags, software, words
+from sfl_jax.commands import flags, software, tensorboard, words
 from sfl_jax.commands.config import Config, as_flags, settings
 from sfl_jax.commands.interruption import interruption
 from sfl_jax.commands.program import program
 from sfl_jax.commands.progress import with_progress
-from sfl_jax.commands.screen import first_line, is_perhaps_first, screen
+from sfl_jax.commands.screen import Screen, first_line, is_perhaps_first, screen
 from sfl_jax.errors import BadInput
 from sfl_jax.files import NotWritten, ensure_writable, locked
 
@@ -34,6 +35,7 @@ def train(config: Config) -> int:
     Writes config.json, metrics.jsonl and checkpoints into the workdir. With several processes, only the first
     writes.
     """
+    tensorboard.check(config.tensorboard)
     ensure_writable(config.workdir, "workdir", config.workdir)
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(screen(first_line(config), is_perhaps_first(config)))
@@ -65,6 +67,10 @@ def train(config: Config) -> int:
             stack.enter_context(locked(config.workdir, "workdir", config.workdir))
         stack.enter_context(processes.together())
         try:
+            if config.seeds or config.learning_rates:
+                from sfl_jax.commands import train_together
+
+                return train_together.train(config, stop, say)
             return _train(config, stop, writes, say)
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -85,15 +91,11 @@ def _too_large(config) -> str:
 
 
 def _train(config, stop, writes, say) -> int:
-    from sfl_jax.commands import compilation_cache, division, parts, workdir
+    from sfl_jax.commands import compilation_cache, parts
     from sfl_jax.federated import processes
-    from sfl_jax.run import Run, metrics, recording
-    from sfl_jax.run.checkpoints import Checkpoints
+    from sfl_jax.run import metrics, recording
 
-    logging.set_verbosity(logging.FATAL)  # absl's; orbax also logs the tracebacks of errors that it raises
-    config, _ = division.settle(config)  # the comparison with the workdir's run needs this
-    checkpoints = Checkpoints(Path(config.workdir) / "checkpoints", config.keep)
-    progress = workdir.reached(config, checkpoints)
+    config, checkpoints, progress = found(config)
     # This also keeps the first process from writing while another still reads.
     processes.agree(
         progress.round if progress else -1,
@@ -112,42 +114,82 @@ def _train(config, stop, writes, say) -> int:
     with metrics.CompileClock(compiled_s) as compiling:
         if config.warmup_rounds > config.rounds:
             say(f"the learning rate rises until the last round: --warmup_rounds={config.warmup_rounds}")
-        built = parts.build(config, say, progress)
-        for note in built.notes:
-            say.result(note)
-        inputs, run = parts.inputs(built), Run.of(built.parts)
         notes = compilation_cache.notes() if config.compilation_cache else None
-        run.load(notes)
-        if progress is None:
-            say("drawing the first weights" if not config.init_from else f"reading {config.init_from}")
-            run.start()
-        else:
-            workdir.check_inputs(config, progress, inputs)
-            run.resume(checkpoints, progress)
-            say.result(f"--workdir={config.workdir}: going on after round {run.round} of {config.rounds}")
+        built, run = begun(config, checkpoints, progress, notes, say)
         before = parts.settled(progress.settings) if progress else None
         stop.may_end("measuring and compiling")
         run.compile(config.rounds, before, notes, say)
         config = parts.with_execution(config, run.parts.execution)
-        say.result(_how(run.parts))
-        saving = recording.Saving(
-            config.checkpoint_every_rounds, config.checkpoint_every_s, config.on_write_error == "stop"
-        )
+        say.result(how(run.parts))
         recorder = (
             recording.Recorder(
-                config.workdir, saving, settings(config, "train"), checkpoints, progress, clock, compiling
+                config.workdir, saving(config), settings(config, "train"), checkpoints, progress, clock,
+                compiling,
             )
             if writes
             else recording.Silent(clock, compiling)
-        )
-        with contextlib.closing(recorder):
+        )  # fmt: skip
+        with contextlib.closing(recorder), contextlib.ExitStack() as stack:
             stop.must_end_well("this round, which is saved")
-            recorder.begin(run.state, inputs, parts.network(built), environment(built, run.tried))
-            return _rounds(config, run, recorder, stop, say)
+            recorder.begin(
+                run.state, parts.inputs(built), parts.network(built), environment(built, run.tried)
+            )
+            events = stack.enter_context(events_of(config, run)) if writes else None
+            return _rounds(config, run, recorder, events, stop, say)
 
 
-def _rounds(config, run, recorder, stop, say) -> int:
-    """Runs the rounds that are left, with `recorder`. Returns the exit code."""
+def found(config: Config) -> tuple[Config, Any, Any]:
+    """(the settled settings, the checkpoints in the workdir, how far its run has come or None)."""
+    from sfl_jax.commands import division, workdir
+    from sfl_jax.run.checkpoints import Checkpoints
+
+    logging.set_verbosity(logging.FATAL)  # absl's; orbax also logs the tracebacks of errors that it raises
+    config, _ = division.settle(config)  # the comparison with the workdir's run needs this
+    checkpoints = Checkpoints(Path(config.workdir) / "checkpoints", config.keep)
+    return config, checkpoints, workdir.reached(config, checkpoints)
+
+
+def begun(config: Config, checkpoints: Any, progress: Any, notes: Any, say: Screen) -> tuple[Any, Any]:
+    """(what was built, the run with its state: drawn, or read from its checkpoint)."""
+    from sfl_jax.commands import parts, workdir
+    from sfl_jax.run import Run
+
+    built = parts.build(config, say, progress)
+    for note in built.notes:
+        say.result(note)
+    run = Run.of(built.parts)
+    run.load(notes)
+    if progress is None:
+        say("drawing the first weights" if not config.init_from else f"reading {config.init_from}")
+        run.start()
+    else:
+        workdir.check_inputs(config, progress, parts.inputs(built))
+        run.resume(checkpoints, progress)
+        say.result(f"--workdir={config.workdir}: going on after round {run.round} of {config.rounds}")
+    return built, run
+
+
+def saving(config: Config) -> Any:
+    """When and how strictly a run saves."""
+    from sfl_jax.run import recording
+
+    return recording.Saving(
+        config.checkpoint_every_rounds, config.checkpoint_every_s, config.on_write_error == "stop"
+    )
+
+
+def events_of(config: Config, run: Any) -> Any:
+    """A context with the event file of the run for TensorBoard, or with None if no flag asks for it."""
+    if not config.tensorboard:
+        return contextlib.nullcontext()
+    from sfl_jax.run import recording
+
+    done = recording.logged(config.workdir) if run.round else ()
+    return contextlib.closing(tensorboard.Events(config.workdir, done))
+
+
+def _rounds(config, run, recorder, events, stop, say) -> int:
+    """Runs the rounds that are left. events: for TensorBoard, or None. Returns the exit code."""
     from sfl_jax.commands import report
     from sfl_jax.federated import processes
     from sfl_jax.run.loop import Diverged
@@ -165,7 +207,9 @@ def _rounds(config, run, recorder, stop, say) -> int:
         rounds = with_progress(rounds, run.round, config.rounds, say)
         while not (is_asked_to_stop() and run.is_held) and (done := next(rounds, None)):
             last = done
-            recorder.add(run.state, last)
+            written = recorder.add(run.state, last)
+            if events:
+                events.add(written)
         say.settle()
         recorder.save(run.state, wait=True)
     except Diverged as error:
@@ -193,11 +237,11 @@ def _rounds(config, run, recorder, stop, say) -> int:
     say.result(summary(config, run.state.simulated_s, last, clock_s, compile_s, *lines))
     if processes.is_first():
         say(f"drawing {report.NAME}")
-        say.result(_report(config, run.parts))
+        say.result(report_of(config, run.parts))
     return 0
 
 
-def _report(config, parts) -> str:
+def report_of(config: Config, parts: Any) -> str:
     """Where the page of the finished run is, or why there is none. Everything else is saved already."""
     from sfl_jax.commands import report
 
@@ -210,7 +254,7 @@ def _report(config, parts) -> str:
         return f"{path}: cannot be written ({reason}); {program('report')} writes it later"
 
 
-def _how(parts) -> str:
+def how(parts: Any) -> str:
     """A line that says how the devices compute this run."""
     devices, size = len(parts.devices), parts.execution.clients_per_chunk
     number = "one client after the other" if size == 1 else f"{size} clients at once"
@@ -227,6 +271,7 @@ def environment(built: Any, tried: Any) -> dict[str, Any]:
         "input_scaling": built.scaling._asdict(),
         "seconds_per_client_step": {str(one): seconds for one, seconds in tried.items()},
         "git_commit": software.git_commit(),
+        "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
 

@@ -7,11 +7,11 @@ NONE = "-"  # replaces an unknown number
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
-def percent(part: float | None) -> str:
-    """An accuracy in percent; a dash for None."""
+def percent(part: float | None, digits: int = 2) -> str:
+    """An accuracy or another part in percent; a dash for None."""
     if part is None:
         return NONE
-    return f"{100 * part:.2f} %" if math.isfinite(part) else "not finite"
+    return f"{100 * part:.{digits}f} %" if math.isfinite(part) else "not finite"
 
 
 def amount(number: float, unit: str) -> str:
@@ -22,6 +22,12 @@ def amount(number: float, unit: str) -> str:
     while number >= 999.5 and power < len(_PREFIXES) - 1:
         number, power = number / 1000, power + 1
     return f"{number:.3g} {_PREFIXES[power]}{unit}"
+
+
+def byte_unit(most: float) -> tuple[str, float]:
+    """The unit in which a number of bytes is below a thousand, and its size in bytes."""
+    power = min(max(int(math.log10(max(most, 1)) // 3), 0), 4)
+    return f"{_PREFIXES[power]}B", 1000.0**power
 
 
 def beside(seconds: float, own_s: float) -> str:

@@ -30,6 +30,7 @@ def partition(
         (McMahan et al., arXiv 1602.05629).
       quantity: a random order, cut into parts whose sizes are drawn from Dirichlet(alpha).
       fleet: a random order, cut into parts of the sizes `samples`; the rest is not used.
+
     A small alpha makes clients very different, a large alpha makes them similar. A client that would get
     fewer than `min_samples` samples gets more, one by one, each from the client with the most at that moment.
 

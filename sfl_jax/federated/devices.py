@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -98,6 +99,10 @@ class Rounds:
         placed, program = self._place(*arguments)
         return self._ready.program(placed, program)(*placed)
 
+    def placed(self, *arguments: Any) -> tuple[tuple[Any, ...], int]:
+        """(what the compiled round takes for these arguments, the clients in a chunk). Runs nothing."""
+        return self._arranged(*arguments)
+
     def bytes_needed(self, *arguments: Any) -> int:
         """The memory that such a round needs on each device, beside the model and the samples placed already.
 
@@ -109,7 +114,11 @@ class Rounds:
         results = placed[0], *placed[-1][:2]  # the model, the loss and who diverged
         return program_bytes(self._ready.compiled(placed, program, results)) + 2 * sent
 
-    def _place(self, model, samples, assignments, key, learning_rate, previous=None):
+    def _place(self, *arguments):
+        placed, size = self._arranged(*arguments)
+        return placed, self._program(size, _are_placed(arguments[1]))
+
+    def _arranged(self, model, samples, assignments, key, learning_rate, previous=None):
         assignments = assignments._replace(weight=normalised(assignments.weight))
         arranged, size = fill_chunks(assignments, self._most, len(self._devices))
         if _are_placed(samples):
@@ -122,7 +131,7 @@ class Rounds:
             nobody = np.full(len(arranged.client), -1, np.int32)
             previous = Outcome(*replicate((np.float32(0), nobody, np.int32(0)), self._devices))
         scalars = replicate((key, np.float32(learning_rate)), self._devices)
-        return (model, *placed, *scalars, previous), self._program(size, _are_placed(samples))
+        return (model, *placed, *scalars, previous), size
 
 
 class _Ready:
@@ -161,6 +170,33 @@ def map_round(training: Training, devices: Sequence[Any], size: int, samples_sta
     samples_axis = None if samples_stay else 0
     return jax.pmap(
         functools.partial(body, AXIS), AXIS, in_axes=(None, samples_axis, 0, None, None, None), out_axes=None,
+        devices=devices, donate_argnums=0,
+    )  # fmt: skip
+
+
+def map_rounds(training: Training, devices: Sequence[Any], size: int, at_once: bool) -> Any:
+    """`run_round` for several runs in one program, for samples that stay on every device.
+
+    Its arguments are those of `map_round`, but each is a tuple with one entry for each run. Only the samples
+    are shared. Returns a tuple with the results of each run. The given models are donated.
+
+    at_once: vmaps the runs. If not, a device computes them one after the other.
+    """
+    round_of = run_round if training.scheme is None else training.scheme.run_round
+
+    def body(axis, models, samples, *others):
+        def one(given):
+            model, *rest = given
+            return round_of(training, size, axis, model, samples, *rest)
+
+        stacked = tuple(jax.tree.map(lambda *x: jnp.stack(x), *of_runs) for of_runs in (models, *others))
+        results = jax.vmap(one)(stacked) if at_once else jax.lax.map(one, stacked)
+        return tuple(jax.tree.map(lambda x, i=i: x[i], results) for i in range(len(models)))
+
+    if len(devices) == 1:
+        return jax.jit(functools.partial(body, None), donate_argnums=0)
+    return jax.pmap(
+        functools.partial(body, AXIS), AXIS, in_axes=(None, None, 0, None, None, None), out_axes=None,
         devices=devices, donate_argnums=0,
     )  # fmt: skip
 

@@ -7,6 +7,9 @@ This saves a tenth of the time of a B0 step with Adam on two cores. The numbers 
 
 The convention is optax's too: updates are added to the parameters, and contain the learning rate and the
 sign. The rate of a round is a factor on the updates; 1 leaves them unchanged.
+
+`--optimizer` takes the members of `registry.OPTIMIZERS`: functions of a momentum and `weight_decay` that
+return a `LocalOptimizer` with learning rate 1.
 """
 
 import contextlib

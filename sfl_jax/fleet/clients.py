@@ -1,12 +1,13 @@
 """The fleet: what is known about every client."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from jaxtyping import Float64, Int, Int64, Shaped
 
 from sfl_jax.errors import BadInput
+from sfl_jax.fleet.devices import Device
 from sfl_jax.fleet.draws import Purpose, uniforms
 
 GIB = 2.0**30
@@ -18,7 +19,7 @@ class Fleet:
 
     Attributes:
       client: unique names.
-      flops: FLOP/s that the client sustains in training.
+      flops: FLOP/s that the client sustains in training; inf for a client with a device.
       uplink_bps, downlink_bps: bit/s to and from the server.
       memory_bytes: memory that training may use.
       samples: training samples owned; None until a partition sets them.
@@ -26,6 +27,10 @@ class Fleet:
       transmit_w: power of the client's radio.
       energy_j: energy that a round may cost the client.
       distance_m: distance from the server's antenna.
+      rtt_s: round-trip time of the link in seconds; None: messages travel in no time.
+      device: the name in `devices` of the device that says the client's seconds; "" where flops says them.
+      slowdown: factor on the seconds of the device.
+      devices: the devices by name; not one for each client.
     """
 
     client: Shaped[np.ndarray, " K"]
@@ -39,6 +44,10 @@ class Fleet:
     transmit_w: Float64[np.ndarray, " K"] | None = None
     energy_j: Float64[np.ndarray, " K"] | None = None
     distance_m: Float64[np.ndarray, " K"] | None = None
+    rtt_s: Float64[np.ndarray, " K"] | None = None
+    device: Shaped[np.ndarray, " K"] | None = None
+    slowdown: Float64[np.ndarray, " K"] | None = None
+    devices: Mapping[str, Device] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.client)
@@ -54,8 +63,16 @@ class Fleet:
 
     def columns(self) -> dict[str, np.ndarray]:
         """The attributes that are known, by name, in the order of a fleet file."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "devices"}
         return {name: values for name, values in columns.items() if values is not None}
+
+    def contents(self) -> dict[str, np.ndarray]:
+        """The columns and the seconds of the devices, by name: all that plans depend on."""
+        tables = {
+            f"device {name}": np.stack([each.forward_s, each.backward_s])
+            for name, each in self.devices.items()
+        }
+        return self.columns() | tables
 
 
 def random_fleet(clients: int, *, seed: int = 0) -> Fleet:

@@ -7,11 +7,15 @@ from sfl_jax.errors import BadInput
 from sfl_jax.models import efficientnet_v2, layers
 from sfl_jax.models.chain import Chain, Variables
 from sfl_jax.models.profile import Profile, least_normalised, profile
+from sfl_jax.models.timing import UnitSeconds, unit_seconds
 from sfl_jax.registry import NETWORKS, NORMS
 
 VARIANTS = efficientnet_v2.VARIANTS
 
-__all__ = ["VARIANTS", "Chain", "Profile", "Variables", "create", "least_normalised", "profile"]
+__all__ = [
+    "VARIANTS", "Chain", "Profile", "UnitSeconds", "Variables", "create", "least_normalised", "profile",
+    "unit_seconds",
+]  # fmt: skip
 
 
 def create(

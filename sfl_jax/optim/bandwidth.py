@@ -114,7 +114,8 @@ def _least_parts(terms: Terms, energy: Energy, reference: float) -> Floats:
     """
     cuts, nothing = range(terms.shape[1]), np.zeros(terms.shape[0])
     silent = terms._replace(energy=energy._replace(transmit_w=nothing))
-    idle = terms._replace(energy=energy._replace(j_per_flop=nothing))
+    devices = terms.devices and terms.devices._replace(compute_w=nothing)
+    idle = terms._replace(energy=energy._replace(j_per_flop=nothing), devices=devices)
     compute_j, sending_j = (np.stack([some.joules(cut) for cut in cuts], axis=1) for some in (silent, idle))
     left_j, sending_j = energy.budget_j[:, None] - compute_j, reference * sending_j
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -123,9 +124,16 @@ def _least_parts(terms: Terms, energy: Energy, reference: float) -> Floats:
 
 
 def demands(terms: Terms, reference_hz: tuple[float, float], *, pooled: bool):
-    """Seconds off all budgets (K, C), FLOP or Hz s of each budget (I, K, C), allowed (K, C) energy aside."""
+    """Seconds off all budgets (K, C), FLOP or Hz s of each budget (I, K, C), allowed (K, C) energy aside.
+
+    BadInput: a broadcast, since it is not sent in a client's part of the band.
+    """
+    if terms.broadcast_bps is not None:
+        raise BadInput("broadcast_bps: cannot be planned with a shared band; choose band=fixed")
     clients, count = terms.shape
     ones = np.ones(clients)
+    travel_s = np.stack([terms.travel_s(cut) for cut in range(count)], axis=1)
+    terms = terms._replace(latency=None)  # no band shortens it
     rows = [terms.seconds(np.full(clients, cut), ones) for cut in range(count)]
     up, down = (
         np.stack([hz * (getattr(row, first) + getattr(row, second)) for row in rows], axis=1)
@@ -133,7 +141,7 @@ def demands(terms: Terms, reference_hz: tuple[float, float], *, pooled: bool):
             (reference_hz[0], "smashed_up", "model_up"), (reference_hz[1], "model_down", "gradient_down"),
         )
     )  # fmt: skip
-    fixed_s = np.stack([row.client_forward + row.client_backward for row in rows], axis=1)
+    fixed_s = np.stack([row.client_forward + row.client_backward for row in rows], axis=1) + travel_s
     flop = np.stack([row.server for row in rows], axis=1)
     free = terms._replace(energy=None)
     allowed = np.stack([free.at(np.full(clients, cut))[2] for cut in range(count)], axis=1)

@@ -3,7 +3,7 @@
 A column is what a client can choose: a cut, or an option (a cut and a codec). `work.py` makes terms.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,6 +72,25 @@ class Energy(NamedTuple):
     budget_j: Floats
 
 
+class Latency(NamedTuple):
+    """How long messages travel: each takes half of its client's round-trip time, beside its bits."""
+
+    rtt_s: Floats  # (K,)
+    up_messages: Floats  # (C,) a step
+    down_messages: Floats  # (C,) a step
+    model_messages: Floats  # (C,) a round, in each direction
+
+
+class Devices(NamedTuple):
+    """Measured seconds of client halves, instead of FLOP over FLOP/s."""
+
+    row: NDArray[np.int32]  # (K,) the row of the tables for each client; 0 for clients with FLOP/s
+    slowdown: Floats  # (K,) factor on the measured seconds; 0 for clients with FLOP/s
+    compute_w: Floats  # (K,) power while computing, for energy budgets
+    forward_s: Floats  # (M, C) on the client, per sample
+    backward_s: Floats  # (M, C) on the client, per sample
+
+
 class CutsAndCodecs(NamedTuple):
     """The cut and the codec of each column; (C,) int32 each, sorted. Cuts 0 and L have codec 0."""
 
@@ -88,7 +107,7 @@ class Terms(NamedTuple):
 
     samples: Floats  # (K,) processed in a round, all epochs together
     steps: Floats  # (K,) local steps of a round
-    flops: Floats  # (K,)
+    flops: Floats  # (K,); inf for clients with a row of `devices`
     uplink_bps: Floats  # (K,)
     downlink_bps: Floats  # (K,)
     memory_bytes: Floats  # (K,)
@@ -103,6 +122,9 @@ class Terms(NamedTuple):
     server_bytes: Floats  # (C,) memory of the server half of one client in training
     permitted: NDArray[np.bool_]  # (C,) by min_cut and max_cut
     options: CutsAndCodecs | None = None  # None: column l is cut l
+    latency: Latency | None = None
+    devices: Devices | None = None
+    broadcast_bps: Floats | None = None  # (K,) at which the model comes down; None: downlink_bps
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,7 +181,45 @@ class Terms(NamedTuple):
             for name in ("samples", "steps", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
         }
         energy = None if self.energy is None else Energy(*(part[clients] for part in self.energy))
-        return self._replace(energy=energy, **per_client)
+        latency, devices, broadcast = self.latency, self.devices, self.broadcast_bps
+        if latency is not None:
+            latency = latency._replace(rtt_s=latency.rtt_s[clients])
+        if devices is not None:
+            own = {name: getattr(devices, name)[clients] for name in ("row", "slowdown", "compute_w")}
+            devices = devices._replace(**own)
+        broadcast = None if broadcast is None else broadcast[clients]
+        return self._replace(
+            energy=energy, latency=latency, devices=devices, broadcast_bps=broadcast, **per_client
+        )
+
+    def faster(self, compute: Any = 1.0, uplink: Any = 1.0, downlink: Any = 1.0) -> "Terms":
+        """The terms of clients whose compute and links are this many times as fast; () or (K,) each.
+
+        Round-trip times and the rate of a broadcast stay.
+        """
+        devices = self.devices
+        if devices is not None:
+            devices = devices._replace(slowdown=devices.slowdown / compute)
+        return self._replace(
+            flops=self.flops * compute, devices=devices, uplink_bps=self.uplink_bps * uplink,
+            downlink_bps=self.downlink_bps * downlink,
+        )  # fmt: skip
+
+    def compute_s(self, cut):
+        """Seconds (K,) in which each client computes forward and backward in a round, at one cut or its own.
+
+        Every term of compute, in plans and clocks, comes from here or from its two parts.
+        """
+        return self._client_s(self.forward_flop, "forward_s", cut) + self._client_s(
+            self.backward_flop, "backward_s", cut
+        )
+
+    def travel_s(self, cut):
+        """Seconds (K,) for which messages travel in a round, at one cut or each client's own."""
+        if self.latency is None:
+            return 0.0 * self.samples
+        rtt_s, up, down, model = self.latency
+        return rtt_s * (model[cut] + 0.5 * self.steps * (up[cut] + down[cut]))
 
     def seconds(self, cuts, shares) -> Seconds:
         """Each client's seconds by term under a plan's cuts (K,) and shares (K,) FLOP/s."""
@@ -175,17 +235,41 @@ class Terms(NamedTuple):
             return 0.0 * self.samples
         flop = self.samples * (self.forward_flop[cut] + self.backward_flop[cut])
         up_bits = self.samples * self.up_bits[cut] + self.model_bits[cut]
-        return self.energy.j_per_flop * flop + self.energy.transmit_w * (up_bits / self.uplink_bps)
+        joules = self.energy.j_per_flop * flop + self.energy.transmit_w * (up_bits / self.uplink_bps)
+        return joules if self.devices is None else joules + self.devices.compute_w * self._measured_s(cut)
 
     def _off_server(self, cut):
-        return (
-            self.model_bits[cut] / self.downlink_bps,
-            self.samples * self.forward_flop[cut] / self.flops,
+        model_bps = self.downlink_bps if self.broadcast_bps is None else self.broadcast_bps
+        parts = (
+            self.model_bits[cut] / model_bps,
+            self._client_s(self.forward_flop, "forward_s", cut),
             self.samples * self.up_bits[cut] / self.uplink_bps,
             self.samples * self.down_bits[cut] / self.downlink_bps,
-            self.samples * self.backward_flop[cut] / self.flops,
+            self._client_s(self.backward_flop, "backward_s", cut),
             self.model_bits[cut] / self.uplink_bps,
         )
+        if self.latency is None:
+            return parts
+        down, forward, up, gradient, backward, model_up = parts
+        half_s = 0.5 * self.latency.rtt_s
+        once_s, steps_s = half_s * self.latency.model_messages[cut], half_s * self.steps
+        up = up + steps_s * self.latency.up_messages[cut]
+        gradient = gradient + steps_s * self.latency.down_messages[cut]
+        return down + once_s, forward, up, gradient, backward, model_up + once_s
+
+    def _client_s(self, flop, name: str, cut):
+        """Seconds (K,) of one direction of the client's half: FLOP over FLOP/s, or what was measured."""
+        counted_s = self.samples * flop[cut] / self.flops
+        if self.devices is None:
+            return counted_s
+        table = getattr(self.devices, name)
+        return counted_s + self.samples * self.devices.slowdown * table[self.devices.row, cut]
+
+    def _measured_s(self, cut):
+        """Seconds (K,) of measured compute; 0 for clients with FLOP/s."""
+        assert self.devices is not None
+        table = self.devices.forward_s + self.devices.backward_s
+        return self.samples * self.devices.slowdown * table[self.devices.row, cut]
 
     def _allowed(self, cut):
         allowed = self.permitted[cut] & (self.needed_bytes[cut] <= self.memory_bytes)

@@ -1,7 +1,8 @@
 """The cuts that solvers need to try: no client is ever better off with one of the others.
 
 To end by T at cut l a client needs a share s = w / (T - a), so w + s a = s T. The left side is linear in the
-amounts of the cut: server work, and client work, bits up, bits down and model bits, which make up a. If a
+amounts of the cut: server work, and client work, bits up, bits down and model bits, which make up a. With
+round-trip times and measured devices, messages and the seconds of each device are amounts as well. If a
 mixture of two cuts is at most a third cut in every amount, one of the two needs no larger share than the
 third. This holds for all rates, times and prices of compute. In a run of equal blocks only the cuts at the
 ends are needed: EfficientNetV2-S keeps 12 of 44 cuts.
@@ -23,10 +24,15 @@ def needed_cuts(terms: Terms) -> NDArray[np.int32]:
     every client that may use it: they need no more memory than the cut, or fit in every client's memory. With
     energy budgets a single cut must replace it.
     """
-    amounts = np.stack(
-        [terms.forward_flop + terms.backward_flop, terms.up_bits, terms.down_bits, terms.model_bits,
-         terms.work_flop], axis=1,
-    )  # fmt: skip
+    amounts = [
+        terms.forward_flop + terms.backward_flop, terms.up_bits, terms.down_bits, terms.model_bits,
+        terms.work_flop,
+    ]  # fmt: skip
+    if terms.latency is not None:
+        amounts += [terms.latency.up_messages + terms.latency.down_messages, terms.latency.model_messages]
+    if terms.devices is not None:  # the seconds of each device are one more amount
+        amounts += list(terms.devices.forward_s + terms.devices.backward_s)
+    amounts = np.stack(amounts, axis=1)
     everywhere = terms.needed_bytes <= terms.memory_bytes.min()
     memory_bytes = np.where(everywhere, 0.0, terms.needed_bytes)
     return _needed(amounts.tobytes(), memory_bytes.tobytes(), terms.permitted.tobytes(), terms.energy is None)

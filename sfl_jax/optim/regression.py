@@ -17,13 +17,14 @@ import numpy as np
 
 from sfl_jax.errors import BadInput
 from sfl_jax.optim.alternating import alternating
-from sfl_jax.optim.costs import Floats, Terms
+from sfl_jax.optim.costs import Floats, Latency, Terms
 from sfl_jax.optim.plan import Chosen
 from sfl_jax.optim.table import FEW, least, table
 
 SAMPLES_PER_UNIT = 16
 _NO_SHARE = 1e30  # times seconds: larger than any share
 QUANTITIES = ("forward_flop", "backward_flop", "model_bits", "smashed_bits")
+MEASURED = ("forward_s", "backward_s")  # more quantities, of each device
 
 
 class Fit(NamedTuple):
@@ -111,7 +112,13 @@ def fit_curves(terms: Terms) -> tuple[Curve, ...]:
         )
     cuts = np.flatnonzero(terms.permitted)
     values = (terms.forward_flop, terms.backward_flop, terms.model_bits, terms.down_bits)
-    rows = zip(QUANTITIES, values, strict=True)
+    rows = [*zip(QUANTITIES, values, strict=True)]
+    if terms.devices is not None:
+        rows += [
+            (f"{name} of device {row + 1}", seconds)
+            for name in MEASURED
+            for row, seconds in enumerate(getattr(terms.devices, name))
+        ]
     return tuple(fit_curve(name, tuple(cuts.tolist()), tuple(value[cuts].tolist())) for name, value in rows)
 
 
@@ -133,7 +140,15 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
     cuts = np.arange(last * SAMPLES_PER_UNIT + 1) / SAMPLES_PER_UNIT
     open_to = np.flatnonzero(terms.permitted)
     inside = np.minimum(cuts, open_to[-1])
-    forward, backward, model, smashed = (np.maximum(curve.chosen(inside), 0.0) for curve in curves)
+    forward, backward, model, smashed, *measured = (np.maximum(curve.chosen(inside), 0.0) for curve in curves)
+    devices, latency = terms.devices, terms.latency
+    if devices is not None:
+        tables = np.array(measured).reshape(2, -1, len(cuts))
+        for name, table_s in zip(MEASURED, tables, strict=True):
+            table_s[:, [0, -1]] = getattr(devices, name)[:, [0, -1]]
+        devices = devices._replace(forward_s=tables[0], backward_s=tables[1])
+    if latency is not None:
+        latency = Latency(latency.rtt_s, *(_inside(counts, cuts) for counts in latency[1:]))
     label_bits = np.where(terms.up_bits > 0, terms.up_bits - terms.down_bits, 0.0)[1:last].max(initial=0.0)
     total = terms.forward_flop[-1] + terms.backward_flop[-1]
     continuous = terms._replace(
@@ -147,11 +162,19 @@ def relaxed(terms: Terms, curves: tuple[Curve, ...]) -> Terms:
         server_bytes=np.interp(cuts, np.arange(last + 1), terms.server_bytes),
         permitted=(cuts >= open_to[0]) & (cuts <= open_to[-1]),
         options=None,
+        devices=devices,
+        latency=latency,
     )
     for name in ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits"):
         for end in (0, -1):
             getattr(continuous, name)[end] = getattr(terms, name)[end]
     return continuous
+
+
+def _inside(counts: Floats, cuts: Floats) -> Floats:
+    """Messages at continuous cuts: those of cuts 0 and L there, and of the cuts between everywhere else."""
+    between = counts[1] if len(counts) > 2 else counts[0]
+    return np.where(cuts == 0, counts[0], np.where(cuts == len(counts) - 1, counts[-1], between))
 
 
 def method(costs, server_flops, present, options):

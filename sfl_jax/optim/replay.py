@@ -24,10 +24,14 @@ def at_bands(terms: Terms, plan: Plan | BandPlan) -> Terms:
 
 def slower(terms: Terms, slowdown: Float64[np.ndarray, " K"]) -> Terms:
     """The terms of clients that compute, send and receive `slowdown` times as slowly."""
+    latency, devices, broadcast = terms.latency, terms.devices, terms.broadcast_bps
     return terms._replace(
         flops=terms.flops / slowdown,
         uplink_bps=terms.uplink_bps / slowdown,
         downlink_bps=terms.downlink_bps / slowdown,
+        latency=latency and latency._replace(rtt_s=latency.rtt_s * slowdown),
+        devices=devices and devices._replace(slowdown=devices.slowdown * slowdown),
+        broadcast_bps=None if broadcast is None else broadcast / slowdown,
     )
 
 

@@ -22,7 +22,8 @@ from sfl_jax.optim.shares import optimal_shares, shares_by
 from sfl_jax.optim.table import MANY, Needed
 from sfl_jax.registry import ROUNDINGS, STARTS
 
-METHODS = tuple(name for name in registry.METHODS if name != "work_conserving")  # its shares vary in time
+_VARYING = "work_conserving"  # its shares vary in time, and `serving.py` plans it
+METHODS = tuple(name for name in registry.METHODS if name != _VARYING)
 _BLOCK = 16  # more than any EfficientNetV2's needed cuts if the clients have enough memory
 
 
@@ -42,7 +43,7 @@ def solve(
 
     costs: regression, and all barriers but "session", need Terms.
     server_flops: FLOP/s of the server.
-    method: one of METHODS.
+    method: a name of `registry.METHODS` but "work_conserving".
     barrier: "session", "staged", "in_turn", "handover" or "lockstep"; `clocks.py` says what is proven of
     each.
     key: a JAX random key, for random_cut and random starts.
@@ -166,8 +167,9 @@ _other = partial(jax.jit, static_argnames=("method", "starts", "recall", "roundi
 def _check(
     costs: Costs | Terms, server_flops: float, method: str, barrier: str, key, starts, rounding
 ) -> None:
-    if method not in METHODS:
-        raise BadInput(f"method={method}: choose one of {', '.join(METHODS)}")
+    if method == _VARYING or method not in registry.METHODS:  # which may have been added to since the import
+        known = [name for name in registry.METHODS if name != _VARYING]
+        raise BadInput(f"method={method}: choose one of {', '.join(known)}")
     if barrier not in ("session", *CLOCKS):
         raise BadInput(f"barrier={barrier}: choose one of session, {', '.join(CLOCKS)}")
     if barrier in CLOCKS and method not in STAGED_METHODS:

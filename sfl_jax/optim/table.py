@@ -4,6 +4,8 @@ A solver needs only a running best over a client's cuts. So a sweep is one fused
 makes no K x C array. Cuts are unrolled in blocks, which bounds the compile time.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -36,26 +38,46 @@ class Dense(NamedTuple):
             yield first + index, (fixed_s, work, allowed)
 
 
-class Factored(NamedTuple):
-    """`Terms` with one coefficient per kind of amount: compute, bits up, bits down, bits of the model."""
+class Measured(NamedTuple):
+    """Seconds that are looked up by client and cut."""
 
-    coefficients: tuple[ArrayLike, ...]  # four of (K,)
+    column: ArrayLike  # (K,) int32: the column of `seconds` of each client
+    factor: ArrayLike  # (K,)
+    compute_w: ArrayLike  # (K,)
+    seconds: jax.Array  # (C, M)
+
+
+class Factored(NamedTuple):
+    """`Terms` with one coefficient per kind of amount: compute, bits up, bits down, bits of the model.
+
+    With round-trip times, messages of steps and of the model are amounts too.
+    """
+
+    coefficients: tuple[ArrayLike, ...]  # N of (K,)
     memory_bytes: ArrayLike  # (K,)
     joules: tuple[ArrayLike, ...] | None  # per FLOP, per bit up, per bit of the model, budget; (K,) each
-    rows: jax.Array  # (C, 6): the four amounts, server work, needed bytes (inf where min_cut forbids)
+    rows: jax.Array  # (C, 2 + N): server work, needed bytes (inf where min_cut forbids), the amounts
     cuts: jax.Array  # (C,) int32: the cut of each row
     number: int | jax.Array  # how many rows are swept, from the first
+    measured: Measured | None
 
     def columns(self, first, number: int) -> Iterator[tuple[jax.Array, Column]]:
         rows = lax.dynamic_slice_in_dim(self.rows, first, number)
-        compute, up, down, model = self.coefficients
         for index in range(number):
-            flop, up_bits, down_bits, model_bits, work, needed_bytes = rows[index]
-            fixed_s = jnp.asarray(compute * flop + up * up_bits + down * down_bits + model * model_bits)
+            work, needed_bytes, *amounts = rows[index]
+            spent = [each * amount for each, amount in zip(self.coefficients, amounts, strict=True)]
+            fixed_s = jnp.asarray(functools.reduce(operator.add, spent))
             allowed = needed_bytes <= self.memory_bytes
+            compute_j = 0.0
+            if self.measured is not None:
+                own, factor, compute_w, seconds = self.measured
+                seconds = factor * lax.dynamic_index_in_dim(seconds, first + index, keepdims=False)[own]
+                fixed_s, compute_j = fixed_s + seconds, compute_w * seconds
             if self.joules is not None:
+                flop, up_bits, _, model_bits, *_ = amounts
                 per_flop, per_bit, per_model_bit, budget = self.joules
-                allowed &= per_flop * flop + per_bit * up_bits + per_model_bit * model_bits <= budget
+                joules = per_flop * flop + per_bit * up_bits + per_model_bit * model_bits
+                allowed &= joules + compute_j <= budget
             yield self.cuts[first + index], (fixed_s, work, allowed)
 
 
@@ -71,25 +93,30 @@ def table(costs: Costs | Terms, needed: Needed | None = None) -> Dense | Factore
     if isinstance(costs, Costs):
         return Dense(costs)
     samples, per_bit_up, per_bit_down = costs.samples, 1 / costs.uplink_bps, 1 / costs.downlink_bps
-    amounts = (costs.forward_flop + costs.backward_flop, costs.up_bits, costs.down_bits, costs.model_bits)
+    amounts = [costs.forward_flop + costs.backward_flop, costs.up_bits, costs.down_bits, costs.model_bits]
+    per_model_bit = per_bit_up + (per_bit_down if costs.broadcast_bps is None else 1 / costs.broadcast_bps)
+    coefficients = [samples / costs.flops, samples * per_bit_up, samples * per_bit_down, per_model_bit]
+    if costs.latency is not None:
+        rtt_s, up, down, model = costs.latency
+        amounts += [up + down, model]
+        coefficients += [0.5 * rtt_s * costs.steps, rtt_s]
+    measured = None
+    if costs.devices is not None:
+        devices = costs.devices
+        seconds = jnp.transpose(devices.forward_s + devices.backward_s)
+        measured = Measured(devices.row, samples * devices.slowdown, devices.compute_w, seconds)
     joules = None
     if costs.energy is not None:
         airtime_j = costs.energy.transmit_w * per_bit_up
         joules = (samples * costs.energy.j_per_flop, samples * airtime_j, airtime_j, costs.energy.budget_j)
     needed_bytes = jnp.where(costs.permitted, costs.needed_bytes, jnp.inf)
-    rows, count = jnp.stack([*amounts, costs.work_flop, needed_bytes], axis=1), costs.shape[1]
+    rows, count = jnp.stack([costs.work_flop, needed_bytes, *amounts], axis=1), costs.shape[1]
     cuts, number = jnp.arange(count, dtype=jnp.int32), count
     if needed is not None:
         cuts, number = jnp.asarray(needed.order), jnp.asarray(needed.number)
-        rows = rows[cuts].at[:, -1].set(jnp.where(jnp.arange(count) < number, needed_bytes[cuts], jnp.inf))
-    return Factored(
-        (samples / costs.flops, samples * per_bit_up, samples * per_bit_down, per_bit_up + per_bit_down),
-        costs.memory_bytes,
-        joules,
-        rows,
-        cuts,
-        number,
-    )
+        rows = rows[cuts].at[:, 1].set(jnp.where(jnp.arange(count) < number, needed_bytes[cuts], jnp.inf))
+        measured = measured and measured._replace(seconds=measured.seconds[cuts])
+    return Factored(tuple(coefficients), costs.memory_bytes, joules, rows, cuts, number, measured)
 
 
 def sweep(swept: Dense | Factored, count: int, step: Callable, start, block: int | None = None):

@@ -416,6 +416,8 @@ _shares = jax.jit(optimal_shares)
 
 
 def _check(terms: Terms, rates: Rates, quantile: float, spare: float) -> None:
+    if terms.devices is not None:
+        raise BadInput("device: measured seconds are not known to plans for rates that change; give flops")
     if not 0 < quantile <= 1:
         raise BadInput(f"quantile={quantile}: must be above 0 and at most 1")
     if not 0 <= spare < np.inf:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sfl_jax.errors import BadInput
-from sfl_jax.optim.costs import CutsAndCodecs, Energy, Floats, Terms
+from sfl_jax.optim.costs import CutsAndCodecs, Devices, Energy, Floats, Latency, Terms
 
 _FLOP_PER_MAC = 2
 _TRAINING_FLOAT_BYTES = 4
@@ -36,8 +36,19 @@ class Profile(Protocol):
     def smashed(self) -> NDArray[np.int64]: ...  # (L+1,) floats that cross cut l: the image at 0, none at L
 
 
+class Device(Protocol):
+    """What was measured on one device: seconds of each unit for one batch."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def forward_s(self) -> Floats: ...  # (L,)
+    @property
+    def backward_s(self) -> Floats: ...  # (L,)
+
+
 class Fleet(Protocol):
-    """K clients: float64 rates, int64 samples. The last four are needed only with an energy budget."""
+    """K clients: float64 rates, int64 samples. The others are needed only for what they are about."""
 
     @property
     def flops(self) -> Floats: ...  # (K,) FLOP/s
@@ -57,6 +68,14 @@ class Fleet(Protocol):
     def transmit_w(self) -> Floats | None: ...
     @property
     def energy_j(self) -> Floats | None: ...  # budget of one round
+    @property
+    def rtt_s(self) -> Floats | None: ...  # round-trip time; None: messages travel in no time
+    @property
+    def device(self) -> NDArray[np.str_] | None: ...  # (K,) name among devices; "" for a client with flops
+    @property
+    def slowdown(self) -> Floats | None: ...  # (K,) factor on the device's seconds
+    @property
+    def devices(self) -> Mapping[str, Device]: ...
 
 
 class Work(NamedTuple):
@@ -113,6 +132,7 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
     """
     _check_work(work, len(profile.forward_macs))
     _check_fleet(fleet)
+    _check_devices(fleet, work, len(profile.forward_macs))
     forward, backward = (
         _before(macs) * _FLOP_PER_MAC for macs in (profile.forward_macs, profile.backward_macs)
     )
@@ -121,10 +141,8 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
     held = _before(sum(unit_bytes(profile, work)))
     cut, top = options.cut, len(profile.forward_macs) - work.tail_units
     whole = forward[-1] + backward[-1]
-    # A client that leaves units to the server holds the tail too.
     forward, backward, parameters, state, held = (
-        amounts + np.where(np.arange(len(amounts)) < top, amounts[-1] - amounts[top], 0.0)
-        for amounts in (forward, backward, parameters, state, held)
+        _with_tail(amounts, top) for amounts in (forward, backward, parameters, state, held)
     )
     made = Terms(
         samples=samples_processed(fleet.samples, work),
@@ -146,9 +164,48 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
         & (cut <= (cut[-1] if work.max_cut is None else work.max_cut))
         & ((cut < top) | (cut == cut[-1])),
         options=options,
+        latency=None if fleet.rtt_s is None else _latency(fleet.rtt_s, cut, work.tail_units),
+        devices=None if fleet.device is None else _devices(fleet, top, cut),
     )
     _check_range(made)
     return made
+
+
+def _with_tail(amounts: Floats, top: int) -> Floats:
+    """Sums by cut (L+1,) of a client that, if it leaves units to the server, also holds the tail from top."""
+    return amounts + np.where(np.arange(len(amounts)) < top, amounts[-1] - amounts[top], 0.0)
+
+
+def _latency(rtt_s: Floats, cut, tail_units: int) -> Latency:
+    """A step sends smashed data up and their gradient down; with tail units, features and theirs as well.
+
+    At cut 0 no gradient comes down, and no model travels unless there is a tail.
+    """
+    splits = (cut < cut[-1]).astype(np.float64)
+    tail = splits if tail_units else 0.0
+    has_half = ((cut > 0) | (tail_units > 0)).astype(np.float64)
+    return Latency(np.asarray(rtt_s, np.float64), splits + tail, splits * (cut > 0) + tail, has_half)
+
+
+def _devices(fleet: Fleet, top: int, cut) -> Devices:
+    """The measured seconds of every device as tables by column, and each client's row."""
+    assert fleet.device is not None
+    names = list(fleet.devices)
+    rows = {name: row for row, name in enumerate(names)}
+    is_measured = fleet.device != ""
+    index = np.array([rows.get(name, 0) for name in fleet.device.tolist()], np.int32)
+    slowdown = np.where(is_measured, 1.0 if fleet.slowdown is None else fleet.slowdown, 0.0)
+    forward_s, backward_s = (
+        np.stack([
+            _with_tail(_before(getattr(device, name)), top)[cut] / device.batch_size
+            for device in fleet.devices.values()
+        ])
+        for name in ("forward_s", "backward_s")
+    )  # fmt: skip
+    compute_w = np.zeros(len(index))
+    if fleet.energy_j is not None and fleet.kappa is not None and fleet.cycles_per_s is not None:
+        compute_w = fleet.kappa * fleet.cycles_per_s**3
+    return Devices(index, slowdown, compute_w, forward_s, backward_s)
 
 
 def _crossing(
@@ -206,10 +263,17 @@ def energy(fleet: Fleet) -> Energy | None:
 def _check_range(terms: Terms) -> None:
     """Refuses numbers that are possible one by one but make times or energies beyond float64."""
     most = terms._replace(**{name: getattr(terms, name).max(keepdims=True) for name in _PER_CUT})
+    if terms.devices is not None:
+        tables = {name: getattr(terms.devices, name)[:, -1:] for name in ("forward_s", "backward_s")}
+        most = most._replace(devices=terms.devices._replace(**tables))
+    if terms.latency is not None:
+        counts = {name: getattr(terms.latency, name).max(keepdims=True) for name in Latency._fields[1:]}
+        most = most._replace(latency=terms.latency._replace(**counts))
     with np.errstate(over="ignore", invalid="ignore"):
         fixed_s, server_flop, _ = most.at(0)
         spent = fixed_s + server_flop + most.joules(0)
-        spent = _HEADROOM * (spent + terms.flops + terms.uplink_bps + terms.downlink_bps)
+        flops = np.where(np.isinf(terms.flops), 0.0, terms.flops)  # of clients with measured seconds
+        spent = _HEADROOM * (spent + flops + terms.uplink_bps + terms.downlink_bps)
     if not np.isfinite(spent).all():
         client = int(np.argmin(np.isfinite(spent)))
         raise BadInput(
@@ -250,10 +314,41 @@ def _check_wires(wires: Mapping[str, Wire], units: int) -> None:
                 raise BadInput(f"wires[{name}].{field}={bits}: must be finite numbers, 0 or more")
 
 
+def _check_devices(fleet: Fleet, work: Work, units: int) -> None:
+    """Every client has FLOP/s or a device, and every device all seconds of this network and batch size."""
+    if fleet.device is None:
+        if np.isinf(fleet.flops).any():
+            raise BadInput(
+                f"fleet: client {int(np.argmax(np.isinf(fleet.flops)))}: flops=inf: must be finite"
+            )
+        return
+    for client, name in enumerate(fleet.device.tolist()):
+        if name and name not in fleet.devices:
+            raise BadInput(f"fleet: client {client}: device={name}: is not among the devices of the fleet")
+        if np.isinf(fleet.flops[client]) != bool(name):
+            raise BadInput(f"fleet: client {client}: must have flops or a device, and not both")
+    for name, device in fleet.devices.items():
+        if device.batch_size != work.batch_size:
+            raise BadInput(
+                f"fleet: device {name}: was measured with batch_size={device.batch_size}, and"
+                f" batch_size={work.batch_size} is asked for; measure it with that"
+            )
+        for part in ("forward_s", "backward_s"):
+            seconds = np.asarray(getattr(device, part))
+            if seconds.shape != (units,):
+                raise BadInput(f"fleet: device {name}: {part} has shape {seconds.shape}; must be ({units},)")
+            if not ((seconds > 0) & (seconds < np.inf)).all():
+                raise BadInput(f"fleet: device {name}: {part} must be above 0 for every unit")
+    if fleet.slowdown is not None and not ((fleet.slowdown > 0) & (fleet.slowdown < np.inf)).all():
+        raise BadInput("fleet: slowdown must be above 0 and finite")
+
+
 def _check_fleet(fleet: Fleet) -> None:
     rules = dict.fromkeys(("flops", "uplink_bps", "downlink_bps", "samples"), "above 0") | {
         "memory_bytes": "0 or more"
     }
+    if fleet.rtt_s is not None:
+        rules["rtt_s"] = "above 0"
     for name, rule in rules.items():
         if getattr(fleet, name) is None:
             raise BadInput(f"fleet: {name} is missing; costs need it for every client")

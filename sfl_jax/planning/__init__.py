@@ -6,6 +6,7 @@ from sfl_jax.planning.insight import (
     Binding,
     Floor,
     Gains,
+    Help,
     Planned,
     any_schedule_bound_s,
     binding,
@@ -13,9 +14,12 @@ from sfl_jax.planning.insight import (
     doubts,
     floor,
     gains,
+    helps,
     memory_gain_s,
+    pulls,
     seconds,
     server_bytes,
+    share_percent,
     table,
 )
 from sfl_jax.planning.planner import (
@@ -46,8 +50,9 @@ from sfl_jax.planning.within_memory import METHODS as WITHIN_MEMORY
 
 __all__ = [
     "COHORTS", "METHODS", "PLAN", "TOGETHER", "TRAINING", "WITHIN_MEMORY", "Binding", "Floor", "Gains",
-    "Planned", "Planner", "Served", "SeveralPlanned", "Turnout", "any_schedule_bound_s", "best_alone",
-    "binding", "check_links", "check_rounds", "cohort_rounds_s", "doubts", "floor", "gains", "linked",
-    "memory_gain_s", "plan_servers", "round_key", "seconds", "serve", "server_bytes", "server_gains_s",
-    "several_bytes", "several_seconds", "several_table", "smallest_server", "solve", "table", "turnout",
+    "Help", "Planned", "Planner", "Served", "SeveralPlanned", "Turnout", "any_schedule_bound_s",
+    "best_alone", "binding", "check_links", "check_rounds", "cohort_rounds_s", "doubts", "floor", "gains",
+    "helps", "linked", "memory_gain_s", "plan_servers", "pulls", "round_key", "seconds", "serve",
+    "server_bytes", "server_gains_s", "several_bytes", "several_seconds", "several_table",
+    "share_percent", "smallest_server", "solve", "table", "turnout",
 ]  # fmt: skip

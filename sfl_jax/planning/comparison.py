@@ -100,19 +100,21 @@ def cases(planner: Planner, fleets: Iterable[optim.Terms]) -> Iterator[Case]:
         for count in sorted({max(1, round(fraction * clients)) for fraction in FRACTIONS}):
             yield Case("clients", count, number, terms, flops, np.arange(clients) < count)
         for factor in FACTORS:
-            faster = terms._replace(uplink_bps=terms.uplink_bps * factor)
+            faster = terms.faster(uplink=factor)
             yield Case("uplink", factor, number, faster, flops, everybody)
         for value in SPREADS:
             yield Case("heterogeneity", value, number, spread(terms, value), flops, everybody)
 
 
 def spread(terms: optim.Terms, value: float) -> optim.Terms:
-    """Clients made more or less equal: compute and both links to the power `value`, same geometric mean."""
-    rates = {name: getattr(terms, name) for name in ("flops", "uplink_bps", "downlink_bps")}
+    """Clients made more or less equal: compute and both links to the power `value`, same geometric mean.
+
+    A client's compute is how fast it trains the whole network.
+    """
+    whole_s = terms.compute_s(terms.shape[1] - 1) / terms.samples
+    rates = {"compute": 1 / whole_s, "uplink": terms.uplink_bps, "downlink": terms.downlink_bps}
     means = {name: np.exp(np.log(values).mean()) for name, values in rates.items()}
-    return terms._replace(
-        **{name: means[name] * (values / means[name]) ** value for name, values in rates.items()}
-    )
+    return terms.faster(**{name: (values / means[name]) ** (value - 1) for name, values in rates.items()})
 
 
 def errors(planner: Planner, terms: optim.Terms, draws: int = DRAWS) -> Iterator[Row]:
@@ -134,11 +136,11 @@ def errors(planner: Planner, terms: optim.Terms, draws: int = DRAWS) -> Iterator
     rng = np.random.default_rng(planner.seed)
     for error in ERRORS:
         for draw in range(draws):
-            true = terms._replace(
-                **{
-                    name: getattr(terms, name) * rng.uniform(1 - error, 1 + error, terms.shape[0])
-                    for name in ("flops", "uplink_bps", "downlink_bps")
-                }
+            true = terms.faster(
+                *(
+                    rng.uniform(1 - error, 1 + error, terms.shape[0])
+                    for _ in ("compute", "uplink", "downlink")
+                )
             )
             best = plan_of("exact", true, planner.server_flops, planner.barrier, key)
             for method, plan in plans.items():

@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64, Shaped
 
 from sfl_jax import fleet as fleets
 from sfl_jax import models, optim
-from sfl_jax.planning.planner import WORK_CONSERVING, Planner, linked, serve, solve
+from sfl_jax.planning.planner import ONE_MEDIUM, WORK_CONSERVING, Planner, linked, serve, solve
 
 MORE = 1.1
 MOST_CLIENTS = 20_000  # for the bound of any schedule
@@ -16,6 +16,7 @@ COHORTS = 100  # rounds whose cohorts are planned beside the whole fleet
 # Rates below these are likely in another unit, such as Mbit/s or GFLOP/s.
 SLOWEST = {"flops": (1e6, "FLOP/s", "GFLOP/s"), "uplink_bps": (1e4, "bit/s", "Mbit/s"),
            "downlink_bps": (1e4, "bit/s", "Mbit/s")}  # fmt: skip
+LONGEST_TRIP_S = 5.0  # round-trip times above this are likely in milliseconds
 # Ends and sums of shares that differ by less than this, relative, count as equal.
 TOGETHER = 1e-6
 
@@ -53,10 +54,7 @@ def gains(planned: Planned) -> Gains:
     """What 10 % more of each resource gains. A faster server gains nothing if all-local clients end last."""
     planner, _, fleet, terms, plan = planned
     richer = dataclasses.replace(planner, server_flops=planner.server_flops * MORE)
-    faster = (
-        terms._replace(**{name: getattr(terms, name) * MORE})
-        for name in ("uplink_bps", "downlink_bps", "flops")
-    )
+    faster = (terms.faster(**{name: MORE}) for name in ("uplink", "downlink", "compute"))
     plans = [
         solve(richer, fleet, terms) if planner.server_flops else plan,
         *(solve(planner, fleet, each) for each in faster),
@@ -119,12 +117,22 @@ def floor(planned: Planned, client: int) -> Floor:
 
 
 def doubts(fleet: fleets.Fleet) -> list[str]:
-    """A sentence for each column whose values all look as if they had another unit."""
+    """A sentence for each column with values that look as if they had another unit."""
     found = []
+    if fleet.rtt_s is not None and (least_s := float(fleet.rtt_s.min(initial=np.inf))) >= LONGEST_TRIP_S:
+        found.append(f"rtt_s is {least_s:.4g} s at least; are the numbers in milliseconds?")
     for name, (least, unit, likely) in SLOWEST.items():
-        most = float(getattr(fleet, name).max(initial=0))
-        if most < least:
+        values = getattr(fleet, name)
+        small = values < least  # a client with a device has no flops: inf
+        if small.all():
+            most = float(values.max(initial=0))
             found.append(f"{name} is {most:.4g} {unit} at most; are the numbers in {likely}?")
+        elif small.any():
+            client = int(np.argmin(values))
+            found.append(
+                f"{name} of client {fleet.client[client]} is {values[client]:.4g} {unit}, and of"
+                f" {np.count_nonzero(small)} of {len(fleet)} clients below {least:.0e}; is it in {likely}?"
+            )
     return found
 
 
@@ -153,9 +161,9 @@ def binding(planned: Planned) -> Binding:
     """
     plan = planned.plan
     if isinstance(plan, optim.BandPlan):
-        parts = seconds(planned)
+        parts = seconds(planned._replace(terms=planned.terms._replace(latency=None)))
         airtime_s = parts.smashed_up + parts.model_up
-        if planned.planner.band == "pooled":
+        if planned.planner.band in ONE_MEDIUM:
             airtime_s = airtime_s + parts.model_down + parts.gradient_down
         weight = np.divide(plan.uplink_hz, airtime_s, out=np.zeros(len(airtime_s)), where=airtime_s > 0)
         order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]
@@ -181,6 +189,33 @@ def binding(planned: Planned) -> Binding:
     return Binding(full, order, weight[order] / weight.sum())
 
 
+def pulls(planned: Planned) -> Float64[np.ndarray, " K"]:
+    """The pull of each client: what the round gains of a second that the client saves; see `Binding`."""
+    who, pull = binding(planned), np.zeros(len(planned.fleet))
+    pull[who.clients] = who.pull
+    return pull
+
+
+class Help(NamedTuple):
+    """What of each client, 10 % faster, would shorten the round most, to first order with the cuts kept."""
+
+    resource: Shaped[np.ndarray, " K"]  # uplink, downlink or compute; "" where nothing would
+    gain_s: Float64[np.ndarray, " K"]
+
+
+def helps(planned: Planned) -> Help:
+    """What would help each client that holds the round up."""
+    parts = seconds(planned)
+    by_resource = {
+        "uplink": parts.smashed_up + parts.model_up,
+        "downlink": parts.model_down + parts.gradient_down,
+        "compute": parts.client_forward + parts.client_backward,
+    }
+    saved_s = np.stack([*by_resource.values()]) * (1 - 1 / MORE)
+    gain_s = pulls(planned) * saved_s.max(axis=0)
+    return Help(np.where(gain_s > 0, np.array([*by_resource])[saved_s.argmax(axis=0)], ""), gain_s)
+
+
 def seconds(planned: Planned) -> optim.Seconds:
     """Each client's seconds by term; (K,) each. Under the staged barrier the server works at full speed.
 
@@ -197,10 +232,11 @@ def seconds(planned: Planned) -> optim.Seconds:
 
 
 def table(planned: Planned) -> dict[str, Shaped[np.ndarray, " K"]]:
-    """One row per client: client, cut, unit, share_flops, <term>_s …, client_s.
+    """One row per client: client, cut, unit, share_flops, share_percent, <term>_s …, client_s, pull_percent.
 
-    `unit` is the last unit that the client holds, "" at cut 0. `share_flops` is NaN under the staged barrier.
-    With a limited memory of the server also server_bytes. With a shared band also uplink_part and
+    `unit` is the last unit that the client holds, "" at cut 0. `share_flops` is in FLOP/s; both shares are
+    NaN under the staged barrier. `pull_percent` says what the round gains, in percent of what the client
+    saves. With a limited memory of the server also server_bytes. With a shared band also uplink_part and
     downlink_part, where 1 is an equal part.
     """
     plan, last_units = planned.plan, np.array(["", *planned.profile.names])
@@ -210,8 +246,16 @@ def table(planned: Planned) -> dict[str, Shaped[np.ndarray, " K"]]:
         "cut": plan.cuts,
         "unit": last_units[plan.cuts],
         "share_flops": plan.shares,
+        "share_percent": share_percent(planned),
         **({"server_bytes": server_bytes(planned)} if planned.planner.server_memory_bytes else {}),
         **({"uplink_part": plan.uplink_hz, "downlink_part": plan.downlink_hz} if banded else {}),
         **{f"{name}_s": values for name, values in seconds(planned)._asdict().items()},
         "client_s": plan.client_s,
+        "pull_percent": 100 * pulls(planned),
     }
+
+
+def share_percent(planned: Planned) -> Float64[np.ndarray, " K"]:
+    """Each client's share in percent of the server; NaN where clients have none, or without a server."""
+    flops = planned.planner.server_flops
+    return 100 * planned.plan.shares / flops if flops else np.full(len(planned.fleet), np.nan)

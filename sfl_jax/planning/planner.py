@@ -34,10 +34,13 @@ class Planner:
         change every round.
       coherence_s: how long a fade lasts, see `fleet.Links`.
       band: how clients share bandwidth: "fixed", equal parts; "pooled", best parts of one band; "separate",
-        best parts of an uplink and of a downlink band.
+        best parts of an uplink and of a downlink band; "airtime", best parts of the time of one half-duplex
+        medium, where a client has its rates while nobody else sends.
       seed: for random plans and links.
       max_cut: the largest cut of any client; None is the number of units.
       server_memory_bytes: the server's memory for copies of its half, one per client; 0 for no limit.
+      broadcast_bps: bit/s at which the server sends the model once to all clients; 0 sends it to each at its
+        own rate. Units are sent in order, so a client starts as soon as its half has come.
 
     Raises:
       BadInput: a value outside its range, or two values that exclude each other.
@@ -56,6 +59,7 @@ class Planner:
     seed: int = 0
     max_cut: int | None = None
     server_memory_bytes: float = 0.0
+    broadcast_bps: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -74,6 +78,15 @@ class Planner:
             raise BadInput(f"method={WORK_CONSERVING}: needs barrier=session, not {self.barrier}")
         if self.band != "fixed" and (self.method, self.barrier) != ("exact", "session"):
             raise BadInput(f"band={self.band}: needs method=exact and barrier=session")
+        if not 0 <= self.broadcast_bps < np.inf:
+            raise BadInput(f"broadcast_bps={self.broadcast_bps}: must be a finite number, at least 0")
+        if self.broadcast_bps and self.band != "fixed":
+            raise BadInput(f"broadcast_bps={self.broadcast_bps:g}: needs band=fixed, not {self.band}")
+        if self.broadcast_bps and self.barrier == "handover":
+            raise BadInput(
+                f"broadcast_bps={self.broadcast_bps:g}: with barrier=handover a client gets the model after"
+                " the client before it"
+            )
         within_memory.check_planner(self)
 
     @property
@@ -83,10 +96,13 @@ class Planner:
 
 
 WORK_CONSERVING = "work_conserving"
+ONE_MEDIUM = ("pooled", "airtime")  # bands that serve both directions
 
 
 def check_links(planner: Planner, fleet: fleets.Fleet) -> None:
-    """Refuses links by distance if the fleet has no distances or powers."""
+    """Refuses links by distance if the fleet has no distances or powers, and airtime with limited energy."""
+    if planner.band == "airtime" and fleet.energy_j is not None:
+        raise BadInput("band=airtime: cannot be planned with energy budgets (the fleet's column energy_j)")
     for name in ("distance_m", "transmit_w"):
         if planner.links != "fixed" and getattr(fleet, name) is None:
             raise BadInput(f"links={planner.links}: the fleet has no column {name}")
@@ -131,10 +147,19 @@ def linked(
     """The terms with the links of a round.
 
     ids: (K,) index of each client in the whole fleet, if `fleet` is a part of it. With a pooled band both
-    directions have the bandwidth of the wider link.
+    directions have the bandwidth of the wider link. With `airtime` the rates are those at an equal part of
+    the time of the K clients. A broadcast gives every client the same rate for the model.
     """
-    if planner.links == "fixed":
-        return terms
+    if planner.broadcast_bps:
+        terms = terms._replace(broadcast_bps=np.full(len(terms.samples), planner.broadcast_bps))
+    if planner.links != "fixed":
+        terms = _by_distance(planner, fleet, terms, round, ids)
+    if planner.band == "airtime":
+        terms = terms.faster(uplink=1 / len(terms.samples), downlink=1 / len(terms.samples))
+    return terms
+
+
+def _by_distance(planner, fleet, terms, round, ids) -> optim.Terms:
     links = fleets.Links(rayleigh=planner.links == "fading", coherence_s=planner.coherence_s)
     if planner.band == "pooled":
         wider = max(links.uplink_hz, links.downlink_hz)
@@ -199,7 +224,7 @@ def _solve(planner, terms, round, present=None):
         return within_memory.solve(planner, terms, present)
     if planner.band != "fixed":
         equal = float(len(terms.samples))
-        band = equal if planner.band == "pooled" else (equal, equal)
+        band = equal if planner.band in ONE_MEDIUM else (equal, equal)
         return optim.solve_bandwidth(terms, planner.server_flops, band, reference_hz=1.0, present=present)
     if planner.method == WORK_CONSERVING:
         return METHODS[WORK_CONSERVING](terms, planner.server_flops, present)

@@ -39,7 +39,7 @@ def solve(
     asked = terms, planner.server_flops
     if planner.band != "fixed":
         equal = float(len(terms.samples))
-        band = equal if planner.band == "pooled" else (equal, equal)
+        band = (equal, equal) if planner.band == "separate" else equal
         return optim.solve_band_memory(
             *asked, band, planner.server_memory_bytes, reference_hz=1.0, present=present
         )

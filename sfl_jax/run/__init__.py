@@ -4,5 +4,6 @@ from sfl_jax.run.loop import Diverged
 from sfl_jax.run.parts import Parts
 from sfl_jax.run.run import Evaluated, Line, Run
 from sfl_jax.run.state import State
+from sfl_jax.run.together import Together
 
-__all__ = ["Diverged", "Evaluated", "Line", "Parts", "Run", "State"]
+__all__ = ["Diverged", "Evaluated", "Line", "Parts", "Run", "State", "Together"]

@@ -1,6 +1,6 @@
 """What every planning method makes of the rounds of a run: its simulated clock and its ledger."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,12 @@ def own_clock(planner: Planner, lines: Sequence[Any]) -> dict[str, Clock]:
     return {own_method(planner): Clock(seconds, columns(lines))}
 
 
-def clocks(parts: Parts, rounds: int, rivals: Sequence[str] | None = None) -> dict[str, Clock]:
+def clocks(
+    parts: Parts,
+    rounds: int,
+    rivals: Sequence[str] | None = None,
+    see: Callable[..., None] | None = None,
+) -> dict[str, Clock]:
     """The clock of each method over a run's rounds. The run's own method comes first, then `rivals`, or every
     method if `rivals` is None. With a limited memory of the server, only methods that keep the limit are
     among them.
@@ -53,6 +58,8 @@ def clocks(parts: Parts, rounds: int, rivals: Sequence[str] | None = None) -> di
     Without deadlines, training is the same under every method, so these clocks compare whole trainings. With
     deadlines the plan decides who comes in time, so each method would train differently. Then only the clocks
     can be compared.
+
+    see: called with the run's own plan of each round, see `history.Builder.add`.
     """
     planner, factor = parts.planner, parts.faults.deadline_factor
     name = own_method(planner)
@@ -64,6 +71,8 @@ def clocks(parts: Parts, rounds: int, rivals: Sequence[str] | None = None) -> di
         ids, clients, terms, available = cohort(parts, round)
         key, delayed = planning.round_key(planner.seed, round), parts.faults.delays(parts.seed, round, ids)
         own, present, _ = planning.serve(planner, clients, terms, round, available)
+        if see:
+            see(round, ids, clients, terms, own, present)
         plans: list[Any] = [own]
         for method in names[1:]:
             plans.append(

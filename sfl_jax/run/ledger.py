@@ -43,9 +43,13 @@ def ledger(
     samples, leaves = terms.samples * came, terms.up_bits[columns] > 0
     label_bits = 0 if parts.scheme.tail_units else optim.Work().label_bits
     model = float((terms.model_bits[columns] * came).sum())
+    # A broadcast is sent once, up to the largest half.
+    model_down = (
+        model if terms.broadcast_bps is None else float((terms.model_bits[columns] * came).max(initial=0))
+    )
     labels = float((samples * leaves * label_bits).sum())
     up, down = (float((samples * bits[columns]).sum()) for bits in (terms.up_bits, terms.down_bits))
-    sent = tuple(bits / 8 for bits in (model, up - labels, labels, down, model))
+    sent = tuple(bits / 8 for bits in (model_down, up - labels, labels, down, model))
     held = float(terms.needed_bytes[columns[came]].max(initial=0)), _server_bytes(parts, plan.cuts[came])
     own_flop = terms.forward_flop + terms.backward_flop
     work = tuple(float((samples * flop[columns]).sum()) for flop in (own_flop, terms.work_flop))

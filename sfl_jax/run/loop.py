@@ -78,7 +78,8 @@ def run(
             _judge(parts, sent._replace(state=(following or sent).state), outcome)
             start_s, free_s = max(free_s, sent.began_s), tested_s
             lasted_s = tested_s - start_s
-            yield sent.state, _line(parts, sent, outcome, tested, tested_s, ended_s - start_s)
+            took = ended_s - start_s, max(0.0, tested_s - ended_s)
+            yield sent.state, _line(parts, sent, outcome, tested, tested_s, *took)
             if failure:
                 raise failure
             sent = following or follow(sent.state, sent.outcome)
@@ -107,7 +108,7 @@ def _clock_after(arrays, clock):
     return clock.seconds
 
 
-def _line(parts, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
+def _line(parts, sent, outcome, tested, wall_s, train_s, test_s) -> metrics.Round:
     done = sent.prepared
     test_loss, test_accuracy, mean, worst = (None,) * 4 if tested is None else _tested(parts, tested)
     trained = int(done.assignments.steps.sum()) * parts.batch_size
@@ -116,9 +117,9 @@ def _line(parts, sent, outcome, tested, wall_s, took_s) -> metrics.Round:
     cuts = done.plan.cuts[counted]
     return metrics.Round(
         sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
-        done.plan.bound_s, sent.state.simulated_s[parts.planner.method], wall_s, trained / took_s,
+        done.plan.bound_s, sent.state.simulated_s[parts.planner.method], wall_s, trained / train_s,
         int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan,
-        mean, worst, *done.ledger,
+        mean, worst, train_s, test_s, None, *done.ledger,
     )  # fmt: skip
 
 

@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 
+# The fields of a line that are clocks of this machine.
+CLOCKS = ("wall_s", "client_samples_per_s", "train_wall_s", "test_wall_s", "compile_wall_s")
+
 
 class Round(NamedTuple):
     """One line of metrics.jsonl. The test numbers are None if the round was not evaluated.
 
     round_s, bound_s, simulated_s: seconds of the simulated fleet. wall_s, client_samples_per_s: clocks of
-    this machine. client_accuracy_mean, client_accuracy_worst: over all clients, see `clients.accuracies`.
-    The other fields are those of `Ledger`; None in lines of releases that did not count them.
+    this machine, and so are train_wall_s and test_wall_s, of this round alone, and compile_wall_s, of all
+    compiling so far. client_accuracy_mean, client_accuracy_worst: over all clients, see `clients.accuracies`.
+    The other fields are those of `Ledger`. Fields with a default are None in lines of releases without them.
     """
 
     round: int
@@ -33,6 +37,9 @@ class Round(NamedTuple):
     mean_cut: float
     client_accuracy_mean: float | None = None
     client_accuracy_worst: float | None = None
+    train_wall_s: float | None = None
+    test_wall_s: float | None = None
+    compile_wall_s: float | None = None
     model_down_bytes: int | None = None
     smashed_up_bytes: int | None = None
     labels_up_bytes: int | None = None

@@ -12,14 +12,14 @@ from typing import Any
 from sfl_jax import paths
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.files import NotWritten, whole_file
+from sfl_jax.files import HTML_MARK, NotWritten, whole_file
 from sfl_jax.run import metrics
 from sfl_jax.run.checkpoints import Checkpoints, Progress
 from sfl_jax.run.state import State, is_held
 
 LOG, CONFIG, PAGE = "metrics.jsonl", "config.json", "report.html"
 # Every file of this name that this package writes contains this text. A file without it belongs to the user.
-MARKS = {CONFIG: b'"allow_config_change"', PAGE: b'<meta name="generator" content="sfl_jax">'}
+MARKS = {CONFIG: b'"allow_config_change"', PAGE: HTML_MARK}
 
 
 def logged(workdir: str) -> list[metrics.Round]:
@@ -100,11 +100,16 @@ class Recorder:
         except NotWritten as error:
             raise BadInput(f"workdir={self.workdir}: {error}; choose another place") from error
 
-    def add(self, state: State, line: metrics.Round) -> None:
-        """Writes the line of a round. Saves a checkpoint if one is due and the state is still held."""
+    def add(self, state: State, line: metrics.Round) -> metrics.Round:
+        """Writes the line of a round. Saves a checkpoint if one is due and the state is still held.
+
+        Returns the line as it is written, with the compiling so far.
+        """
+        line = line._replace(compile_wall_s=self.compiling.seconds)
         self._try(lambda: self.log.write(line))
         if self.is_due(state.round) and is_held(state):
             self.save(state)
+        return line
 
     def is_due(self, round: int) -> bool:
         """Whether a checkpoint is due after `round` rounds."""
@@ -182,8 +187,8 @@ class Silent(Recorder):
     ) -> None:
         pass
 
-    def add(self, state: State, line: metrics.Round) -> None:
-        pass
+    def add(self, state: State, line: metrics.Round) -> metrics.Round:
+        return line
 
     def is_due(self, round: int) -> bool:
         return False

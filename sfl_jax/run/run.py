@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from sfl_jax.federated.evaluation import BATCH, Metric, accuracy, batch_of
 from sfl_jax.federated.execution import Execution
 from sfl_jax.federated.kept import NOTHING
 from sfl_jax.federated.session import Augment, Loss, Training, cross_entropy
-from sfl_jax.fleet import Faults, Fleet, Sampling
+from sfl_jax.fleet import Faults, Fleet, Sampling, check_devices
 from sfl_jax.planning import Planned, Planner
 from sfl_jax.run import clients, loop, metrics, saving, suiting, wires
 from sfl_jax.run.engine import Engine, compile_rounds, entering_network, kept_programs
@@ -166,6 +166,7 @@ class Run:
         planning.check_links(planner, owners)
         sample = jax.ShapeDtypeStruct(image_shape, entering.dtype)
         profile = models.profile(chain, sample, stored_shape=stored)
+        check_devices(list(fleet.devices.values()), profile.names, batch_size)
         work = optim.Work(
             local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots,
             image_bits=8 * data.train_images.dtype.itemsize, max_cut=most,
@@ -263,7 +264,7 @@ class Run:
         clock: metrics.Stopwatch | None = None,
         pauses: Callable[[int], bool] = lambda round: True,
         progress: bool | None = None,
-    ) -> Iterator[Line]:
+    ) -> Generator[Line, None, None]:
         """Trains `rounds` more rounds. Yields the line of each round when it is done.
 
         Args:

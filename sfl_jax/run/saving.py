@@ -71,7 +71,7 @@ def fingerprints(parts: Parts, rounds: int) -> dict[str, str]:
         "data": parts.data.digest,
         "partition": digest(parts.division),
         "preprocess": described(training.preprocess),
-        "fleet": digest_of_columns(parts.fleet.columns()),
+        "fleet": digest_of_columns(parts.fleet.contents()),
         "optimizer": described(_behaviour(training.optimizer, like.params)),
         "server_optimizer": described(_behaviour(training.server_optimizer, like.params)),
         "rate": described([f"{parts.rate(round):.6g}" for round in range(rounds)]),

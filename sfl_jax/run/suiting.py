@@ -18,9 +18,9 @@ from sfl_jax.schemes import CHUNKS, DEADLINE, OWN_NORM, SEVERAL_DEVICES, Scheme
 
 
 def planner_for(scheme: Scheme, planner: Planner) -> Planner:
-    """The planner with the scheme's clock. Scheme `fl` splits nothing, so its method is no_split."""
-    if scheme.name == "fl":
-        return dataclasses.replace(planner, method="no_split")
+    """The planner with the scheme's clock, and with its method if it has only one."""
+    if scheme.only_method:
+        planner = dataclasses.replace(planner, method=scheme.only_method)
     if scheme.clock == "session":
         return planner
     for name, wanted in (("barrier", "session"), ("band", "fixed")):

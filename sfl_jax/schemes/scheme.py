@@ -29,6 +29,7 @@ class Scheme:
     name: ClassVar[str] = ""
     cuts_matter: ClassVar[bool] = True  # whether other cuts give other numbers, with the identity codec
     has_order: ClassVar[bool] = False
+    only_method: ClassVar[str] = ""  # the planning method to use whatever else is asked for; "": any
 
     @property
     def clock(self) -> str:

@@ -33,3 +33,4 @@ class Fl(Sfl):
     """Federated averaging (McMahan et al., arXiv 1602.05629): each client holds the whole network."""
 
     name = "fl"
+    only_method = "no_split"

@@ -95,7 +95,7 @@ def faults(failing_saves=(), failing_lines=(), signal_after=0, number=0, delay_s
             self._file = file
 
     def add_and_look(self, state, line):
-        add(self, state, line)
+        written = add(self, state, line)
         if memory:
             with Path(memory).open("a") as file:
                 arrays = jax.live_arrays()
@@ -103,6 +103,7 @@ def faults(failing_saves=(), failing_lines=(), signal_after=0, number=0, delay_s
                 print(json.dumps([len(arrays), sum(x.nbytes for x in arrays), resident]), file=file)
         if line.round == signal_after:
             threading.Timer(delay_s, os.kill, (os.getpid(), number)).start()
+        return written
 
     with (
         mock.patch.object(checkpoints.Checkpoints, "_put", put_unless_full),
@@ -119,7 +120,7 @@ def run(workdir, *flags):
 
 def lines(workdir, *without):
     """The lines of metrics.jsonl without the machine's clocks."""
-    left_out = {"wall_s", "client_samples_per_s", *without}
+    left_out = {*metrics.CLOCKS, *without}
     parsed = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in left_out} for line in parsed]
 

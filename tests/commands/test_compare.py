@@ -36,6 +36,8 @@ def test_one_training_and_every_clock(tmp_path, capsys):
         seconds = np.array([float(row[f"{method}_s"]) for row in rows])
         assert (seconds >= [line["simulated_s"] * (1 - 1e-9) for line in lines]).all()
     assert (tmp_path / "clocks.png").read_bytes()[:8] == PNG
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<td>{method}<td" in page for method in comparison.methods("session"))
     out = capsys.readouterr().out
     assert "no_split" in out
     assert f"written: {tmp_path / 'clocks.csv'}" in out
@@ -55,11 +57,16 @@ def test_plans_without_training(tmp_path, capsys, monkeypatch):
     assert sum(row["sweep"] == "error" for row in rows) == 2 * 3 * methods
     swept = [row for row in rows if row["sweep"] == "server_flops"]
     assert len(swept) == len(comparison.FACTORS) * comparison.RANDOM_FLEETS * methods
+    page = (tmp_path / "methods.html").read_text()
+    for title in ("Server", "Clients that share it", "Uplink", "Heterogeneity", "Rates wrong by up to 10 %"):
+        assert f"<h3>{title}</h3>" in page
+    assert "no_split: " in page
+    assert "--plan_only=true" in page
     for name in ("methods.png", "errors.png"):
         assert (tmp_path / name).read_bytes()[:8] == PNG
     for name, mark in compare.PLAN_FILES.items():  # the second run replaces its own files
         files.ensure_ours(tmp_path / name, mark, "workdir", "w")
-    assert sorted(os.listdir(tmp_path)) == ["errors.png", "methods.csv", "methods.png"]
+    assert sorted(os.listdir(tmp_path)) == ["errors.png", "methods.csv", "methods.html", "methods.png"]
     ratio = max(
         float(row["round_s"]) / float(row["optimum_s"]) for row in swept if row["method"] == "no_split"
     )
@@ -95,7 +102,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, capsy
     [
         ("clocks.csv", []),
         ("clocks.png", []),
-        *((n, ["--plan_only"]) for n in ("methods.csv", "errors.png")),
+        *((n, ["--plan_only"]) for n in ("methods.csv", "errors.png", "methods.html")),
     ],
 )
 def test_a_file_of_the_users_own_stays(name, flags, tmp_path, capsys):

@@ -118,7 +118,7 @@ def test_limits_between_flags_name_both():
     validate(Config(clients=5), "plan")  # planning knows no cohort
     for other in ({"method": "greedy"}, {"barrier": "staged"}, {"band": "pooled"}):
         with pytest.raises(
-            BadInput, match=r"--target_round_s=2.0: needs --method=exact, --barrier=session and --band=fixed"
+            BadInput, match=r"--target_round_s=2: needs --method=exact, --barrier=session and --band=fixed"
         ):
             validate(Config(target_round_s=2.0, **other), "plan")
     for other in ({"method": "greedy"}, {"barrier": "staged"}):
@@ -218,7 +218,7 @@ def test_a_run_may_go_on_with_other_settings_that_change_no_numbers_but_for_roun
         *("clients_per_chunk", "execution", "memory_budget_gib", "devices", "deterministic"),
         *("compilation_cache", "num_processes", "process_id", "coordinator_address"),
         *("heartbeat_timeout_seconds", "join_timeout_s", "workdir", "eval_every", "checkpoint_every_rounds"),
-        *("checkpoint_every_s", "keep", "on_write_error", "allow_config_change"),
+        *("checkpoint_every_s", "keep", "on_write_error", "allow_config_change", "tensorboard"),
     }
     for field in config_lib.fields_of("train"):
         before = Config().to_dict() | {field.name: object()}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sfl_jax
-from sfl_jax.commands import flags, helping
+from sfl_jax.commands import flags, helping, study
 from sfl_jax.commands import preset as presets
 from sfl_jax.commands.config import Config, fields_of, validate
 from sfl_jax.commands.program import program
@@ -44,8 +44,8 @@ BAD = [
     (["--server_flops=20X"], "--server_flops=20X: must be a finite number, above 0"),
     (["--server_flops=G"], "--server_flops=G: must be a finite number"),
     (["--learning_rate=2k"], "--learning_rate=2k: must be"),  # only FLOP/s are that large
-    (["--preset=best"], "--preset=best: must be one of mnist"),
-    (["--preset"], "--preset=: must be one of mnist"),
+    (["--preset=best"], "--preset=best: must be one of "),
+    (["--preset"], "--preset=: must be one of "),
     (["--rounds=3", "--warmup_rounds=5"], "--warmup_rounds=5: must be at most --rounds=3"),
 ]
 
@@ -319,3 +319,34 @@ def test_whatever_is_given_is_a_config_or_refused(arguments):
         return
     validate(config, "train")
     assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_begins_with_what_it_is_its_command_its_time_and_its_accuracy(name):
+    lines = (presets.DIRECTORY / f"{name}.flags").read_text().splitlines()
+    assert presets.about(name) == lines[0].removeprefix("# ")
+    assert len(presets.about(name)) <= 80
+    for mark in (f"Command: .* sfl-train --preset={name}", r"Time: .*\d+ s", r"Accuracy: .*\d %.* rounds"):
+        assert any(re.match(f"# {mark}", line) for line in lines), mark
+    assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize("columns", [80, 300])
+def test_help_of_a_study_fits_the_terminal_and_names_its_flags_and_the_presets(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert study.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= min(columns, 100)
+    assert all(f"  {name}  " in said for name in presets.names())
+    assert all(f"  {flag}" in said for flag in study.FLAGS)
+    assert study.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sfl_jax {sfl_jax.__version__}\n"
+
+
+def test_help_does_not_list_again_what_the_meaning_names(capsys):
+    lines = "\n".join(helped(capsys, "train", "--helpfull"))
+    assert "(sfl, sfl_v2" not in lines
+    assert "(product, conv)" not in lines
+    assert "(auto, product, conv)" in " ".join(lines.split())
+    assert "at most 1,000,000" in lines
+    assert "--server_flops=20G" in lines

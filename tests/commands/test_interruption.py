@@ -153,9 +153,9 @@ def test_the_rounds_are_not_ended_by_the_first_signal(monkeypatch, tmp_path, cap
     monkeypatch.setattr(parts, "with_execution", lambda config, _: config)
     monkeypatch.setattr(run, "Run", mock.Mock())
     monkeypatch.setattr(run.recording, "Recorder", mock.Mock())
-    for name in ("environment", "_how"):
+    for name in ("environment", "how"):
         monkeypatch.setattr(train, name, lambda *_: "")
-    monkeypatch.setattr(train, "_rounds", lambda *given: said.extend(heard(capfd, given[3], INT)) or 0)
+    monkeypatch.setattr(train, "_rounds", lambda *given: said.extend(heard(capfd, given[4], INT)) or 0)
     assert train.main([f"--workdir={tmp_path}"]) == 0
     assert said[0][0] is None
     assert said[0][1].endswith("stopping after this round, which is saved; press Ctrl-C again to stop now")
@@ -165,7 +165,7 @@ def test_a_run_stops_where_any_process_was_asked_to(monkeypatch, capsys):
     monkeypatch.setattr(processes, "any_of", lambda here: True)
     another_round = map(pytest.fail, ["a round was begun"])
     own, recorder = mock.Mock(round=3, rounds=lambda *_: another_round), mock.Mock(saved_round=3)
-    assert train._rounds(Config(rounds=9), own, recorder, Stop(), Screen()) == 75
+    assert train._rounds(Config(rounds=9), own, recorder, None, Stop(), Screen()) == 75
     recorder.save.assert_called_once_with(own.state, wait=True)
     assert "interrupted, round 3 of 9 is saved" in capsys.readouterr().err
 

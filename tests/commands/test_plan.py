@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from sfl_jax import models, optim, planning
 from sfl_jax.commands import compilation_cache, parts, plan, plan_plot
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_summary import WORDS, summary
+from sfl_jax.commands.words import clock
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.fleet import read_fleet
 
@@ -113,7 +115,7 @@ def test_a_limited_memory_is_told_and_what_is_missing_refused(here, capsys):
     assert "of 0.012 GB, taken by 1 copy of the server's half" in out
     assert "proven for all cuts that fit the memory" in out
     assert "+10 %       of memory of the server: " in out
-    assert (here / "p.csv").read_text().startswith("client,cut,unit,share_flops,server_bytes,")
+    assert (here / "p.csv").read_text().startswith("client,cut,unit,share_flops,share_percent,server_bytes,")
     (here / "small.csv").write_text(FLEET.replace("1e9", "1e7"))
     assert run("--server_flops=1e10", "--output=p.json", "--fleet=small.csv", "--server_memory_bytes=1M") == 2
     words = "error: --fleet=small.csv: --server_memory_bytes=1e+06: 3 of 3 clients cannot train alone"
@@ -143,11 +145,22 @@ def test_the_summary_says_who_holds_up_and_what_would_help(here, capsys, method)
         assert text.endswith(
             f": {gain_s:.3g} s shorter ({gain_s / plan.round_s:.1%})" if gain_s else ": no change"
         )
+    who_pulls = np.zeros(3)
+    who_pulls[who.clients] = who.pull
+    resources = {
+        "uplink": terms["smashed_up"] + terms["model_up"],
+        "downlink": terms["model_down"] + terms["gradient_down"],
+        "compute": terms["client_forward"] + terms["client_backward"],
+    }
     for k, client in enumerate(planned.fleet.client):
         (row,) = (text for name, text in said if name == client)
-        assert f"{plan.cuts[k]}" in row
-        assert f"{plan.shares[k] / 1e10:.2%}" in row
-        assert f"{plan.client_s[k]:.4g}" in row
+        assert row.split()[0] == f"{plan.cuts[k]}"
+        for value in (plan.shares[k] / 1e8, *(part[k] for part in terms.values()), 100 * who_pulls[k]):
+            assert (f"{value:.3g}" if value else "-") in row.split()
+        assert f"{plan.client_s[k]:.4g}" in row.split()
+        gains_s = {name: who_pulls[k] * part[k] / 11 for name, part in resources.items()}
+        best = max(gains_s, key=lambda name: gains_s[name])
+        assert row.endswith(f"{best} -{gains_s[best]:.2g} s" if who_pulls[k] else "-")
     (bound,) = (text for name, text in said if name == "bound")
     assert f"at most {plan.gap:.2%} above it" in bound or (method == "exact" and "optimal to" in bound)
 
@@ -186,6 +199,28 @@ def test_where_the_server_does_not_matter_its_line_is_flat_and_inside_of_the_pic
     assert low == 0
     assert np.ptp(heights) < 1e-6 * high
     assert 0.8 * high < heights.mean() < 0.95 * high
+
+
+@pytest.mark.parametrize("flags", [[], ["--method=no_split"], ["--barrier=staged"], ["--band=pooled"]])
+def test_the_page_shows_the_plan(here, flags, capsys):
+    assert run("--server_flops=1e10", "--report", *flags) == 0
+    written, made = json.loads((here / "plan.json").read_text()), (here / "plan.html").read_text()
+    assert f"<b>{clock(written['round_s'])}</b>" in made
+    on_server = sum(client["cut"] < 8 for client in written["clients"])
+    assert f"<b>{on_server} of 3</b>" in made
+    for client in written["clients"]:
+        assert f"{client['client']}: {clock(client['client_s'])}\\ncut {client['cut']} (" in made
+    for title in (
+        "Where each client's time goes",
+        "Cuts",
+        "Who held rounds up",
+        "A smaller or larger server",
+    ):
+        assert f"<h3>{title}</h3>" in made
+    assert sorted(os.listdir(here)) == ["fleet.csv", "plan.csv", "plan.html", "plan.json"]
+    (here / "plan.html").write_text("mine")
+    assert run("--report") == 2
+    assert "would replace plan.html, which sfl_jax did not write" in capsys.readouterr().err
 
 
 def test_plot_and_target(here, capsys):
@@ -259,6 +294,91 @@ def test_starts_are_written_and_summed_up(here, capsys):
     assert "alternating with recall, session barrier" in capsys.readouterr().out
 
 
+def test_of_many_clients_the_table_has_those_that_hold_the_round_up(here, capsys):
+    assert run("--fleet=random", "--clients=30", "--cohort_size=30", "--server_flops=1e10") == 0
+    out = capsys.readouterr().out
+    assert "the 10 of 30 clients that hold the round up most; the .csv file has all" in out
+    rows = json.loads((here / "plan.json").read_text())["clients"]
+    shown = out.partition("help\n")[2].partition("\n\n")[0].splitlines()
+    most = sorted(rows, key=lambda row: -row["pull_percent"])
+    assert len(shown) == 10
+    assert shown[0].split()[0] == most[0]["client"]
+    assert sum(row["pull_percent"] for row in rows) == pytest.approx(100)
+    assert all(row["share_percent"] == pytest.approx(row["share_flops"] / 1e8) for row in rows)
+
+
+def test_names_in_the_picture_do_not_overlap(here, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plan_plot, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
+    rows = [f"a-very-long-name-of-a-client-{k},{1e8 + 1e9 * k},1e7,2e7,1e9,{64 + 9 * k}\n" for k in range(40)]
+    (here / "fleet.csv").write_text(FLEET.partition("\n")[0] + "\n" + "".join(rows))
+    assert run("--server_flops=1e11", "--plot", "--cohort_size=40") == 0
+    for axes in drawn[0].axes[:2]:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert boxes
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+        assert max(box.height for box in boxes) < 200
+    assert len(drawn[0].axes[0].get_xticks()) == 40
+
+
+def test_a_plan_says_what_changed_since_an_earlier_one(here, capsys):
+    assert run("--server_flops=1e7", "--output=old.json") == 0
+    old = json.loads((here / "old.json").read_text())
+    (here / "fleet.csv").write_text(FLEET.replace("cam-3", "new-3"))
+    capsys.readouterr()
+    assert run("--server_flops=1e11", "--compare_with=old.json") == 0
+    out, new = capsys.readouterr().out, json.loads((here / "plan.json").read_text())
+    said = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split(maxsplit=1)) == 2)
+    assert said["since"].startswith(f"old.json: round {old['round_s']:.5g} s, now {new['round_s']:.5g} s (-")
+    assert said["setting"] == "server_flops: 10000000.0, now 100000000000.0"
+    assert (said["new"], said["gone"]) == ("new-3", "cam-3")
+    pairs = [(was, now) for was, now in zip(old["clients"], new["clients"], strict=True)][:2]
+    moved = [(was, now) for was, now in pairs if was["cut"] != now["cut"]]
+    assert moved  # else this proves little
+    assert said["cuts"]
+    assert f"cuts        {len(moved)} of 2 clients that both plans have cut elsewhere now" in out
+    table = out.partition("share, FLOP/s")[2].splitlines()[1:]
+    for (was, now), row in zip(moved, table, strict=False):
+        assert row.startswith(was["client"])
+        cells = row.removeprefix(was["client"]).split()
+        assert cells[:4] == [f"{was['cut']}", f"{now['cut']}", was["unit"], now["unit"]]
+        assert cells[6:] == [f"{was['client_s']:.4g}", f"{now['client_s']:.4g}"]
+
+
+def test_the_fleet_is_written_and_plans_alike(here, capsys):
+    flags = ["--server_flops=1e10", "--output=p.json"]
+    assert run("--fleet=random", "--clients=4", "--write_fleet=mine.csv", *flags) == 0
+    random = json.loads((here / "p.json").read_text())
+    assert "p.csv, mine.csv" in capsys.readouterr().out
+    assert run("--fleet=mine.csv", *flags) == 0
+    written = json.loads((here / "p.json").read_text())
+    assert (written["round_s"], written["clients"]) == (random["round_s"], random["clients"])
+
+
+@pytest.mark.slow
+def test_trips_and_a_broadcast_are_planned_and_told(here):
+    assert run("--server_flops=1e10", "--rtt_s=0.1", "--broadcast_bps=1M") == 0
+    written = json.loads((here / "plan.json").read_text())
+    assert (written["rtt_s"], written["broadcast_bps"]) == (0.1, 1e6)
+    assert any("at 1e+06 bit/s" in line for line in written["assumptions"])
+    assert any("half of its client's round-trip time" in line for line in written["assumptions"])
+    config = Config(model="efficientnetv2-tiny", fleet="fleet.csv", server_flops=1e10)
+    terms = parts.read_terms(config)[2]
+    for k, client in enumerate(written["clients"]):
+        bits, steps = terms.model_bits[client["cut"]], terms.steps[k]
+        assert client["model_down_s"] == pytest.approx(0.05 + bits / 1e6, rel=1e-12)
+        assert client["model_up_s"] == pytest.approx(0.05 + bits / 1e7, rel=1e-12)
+        crossing = terms.samples[k] * terms.down_bits[client["cut"]] / 2e7
+        splits = client["cut"] < 8
+        assert client["gradient_down_s"] == pytest.approx(splits * 0.05 * steps + crossing, rel=1e-12)
+
+
+def test_the_example_fleet_can_be_planned(here):
+    assert run("--fleet=example", "--write_fleet=mine.csv") == 0
+    assert len(json.loads((here / "plan.json").read_text())["clients"]) == 10
+    assert (here / "mine.csv").read_text().startswith("client,flops,uplink_bps,downlink_bps,memory_bytes,")
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_compiled_programs_are_kept_unless_they_should_not_be(here, monkeypatch, kept):
     enabled = []
@@ -304,6 +424,16 @@ BAD_FLAGS = [
     ("--method=best", "--method=best: must be one of"),
     ("--samples_per_client=7", "--samples_per_client=7: needs --fleet=random; --fleet=fleet.csv has"),
     ("--min_cut=99", "--min_cut=99: must be at most"),
+    ("--write_fleet=fleet.csv", "--write_fleet=fleet.csv: is there already"),
+    ("--write_fleet=plan.csv", "--write_fleet=plan.csv: is there already, or will be the plan"),
+    ("--write_fleet=fleet.txt", "must end in .csv"),
+    ("--compare_with=none.json", "--compare_with=none.json: No such file or directory; give the path"),
+    ("--compare_with=fleet.csv", "--compare_with=fleet.csv: must be a plan.json; it is no JSON"),
+    ("--broadcast_bps=6M --band=airtime", "--broadcast_bps=6e+06: needs --band=fixed, not airtime"),
+    ("--broadcast_bps=6M --scheme=sl", "--broadcast_bps=6e+06: needs another scheme than sl"),
+    ("--broadcast_bps=6M --servers=fleet.csv", "--broadcast_bps=6000000.0: leave it out with --servers"),
+    ("--rtt_s=-1", "--rtt_s=-1.0: must be a finite number, at least 0"),
+    ("--rtt_s=0.1 --fleet=trips.csv", "--rtt_s=0.1: --fleet=trips.csv has the column rtt_s; leave one out"),
     ("--starts=random", "--starts=random: needs --method=alternating"),
     ("--cohort_size=4", "cohort_size"),
     ("--eval_every=3", "eval_every"),
@@ -326,12 +456,14 @@ BAD_ROWS = [
 def test_bad_input_writes_one_line_and_nothing_else(here, capsys, flag, row, words):
     (here / "folder.json").mkdir()
     (here / "fleet.csv").write_text(FLEET + row)
-    assert run(flag) == 2
+    head, *rows = FLEET.strip().splitlines()
+    (here / "trips.csv").write_text("\n".join([f"{head},rtt_s", *(f"{each},0.1" for each in rows)]))
+    assert run(*flag.split()) == 2
     out, err = capsys.readouterr()
     *_, said = err.splitlines()  # before it, at most the line that announces the plan
     assert (out, err.count("error: "), said[:7]) == ("", 1, "error: ")
     assert words in said
-    assert sorted(os.listdir(here)) == ["fleet.csv", "folder.json"]
+    assert sorted(os.listdir(here)) == ["fleet.csv", "folder.json", "trips.csv"]
     assert (here / "fleet.csv").read_text() == FLEET + row
 
 

@@ -6,13 +6,13 @@ import html.parser
 import itertools
 import json
 import re
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 from commands import small_world
-from matplotlib.figure import Figure
 
 from sfl_jax import fleet
 from sfl_jax.commands import compare, parts, report, report_page, train, words
@@ -47,9 +47,20 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         self.texts.append((self.open[-1] if self.open else "", data.strip()))
 
+    def of(self, tag):
+        return [text for one, text in self.texts if one == tag and text]
+
     def rows(self):
-        cells = [text for tag, text in self.texts if tag == "td" and text]
-        return dict(itertools.pairwise(cells))
+        return dict(itertools.pairwise(self.of("td")))
+
+    def tiles(self):
+        """The number and the remark of each of the largest numbers, by name."""
+        return dict(zip(self.of("span"), zip(self.of("b"), self.of("small"), strict=True), strict=True))
+
+    def methods(self):
+        """The methods whose clocks are shown."""
+        rows = self.of("td")
+        return {name for name in (*comparison.methods("session"), "exact") if name in rows}
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +89,24 @@ def test_training_leaves_a_page_and_the_command_adds_every_method(run, capsys):
     page, out = made(run, capsys)
     for one in (first, page):
         assert one.loads == []
-        rows = one.rows()
-        assert rows["test accuracy after round 3"] == f"{100 * lines[-1]['test_accuracy']:.2f} %"
-        assert rows["exact (this plan)"] == f"{lines[-1]['simulated_s']:,.1f} s"
+        tiles, own_s = one.tiles(), words.clock(lines[-1]["simulated_s"])
+        assert tiles["Test accuracy"][0] == words.percent(lines[-1]["test_accuracy"])
+        assert f"{own_s} instead of " in (tiles.get("Time saved") or tiles["Time lost"])[1]
+        assert tiles["Proven gap"][0] == "optimal"
+        assert f"exact: {own_s}\\nthis plan" in "".join(one.of("script"))
         up = sum(line[name] for line in lines for name in UP)
-        assert rows["sent by clients"] == words.amount(up, "B") != words.NONE
-        assert one.open.count("svg") == 1
-        assert {"--seed", "seed=7"} & {text for tag, text in one.texts if tag == "code"}
-    assert {"no_split", "common_cut"} <= first.rows().keys()
-    assert "greedy" not in first.rows()
-    assert set(comparison.methods("session")) - {"exact"} <= page.rows().keys()
+        assert one.rows()["sent by clients"] == words.amount(up, "B") != words.NONE
+        assert one.rows()["seed"] == "7"
+        assert "--rounds=3" in "".join(one.of("pre"))
+        titles = one.of("h3")
+        for title in (
+            "Accuracy by simulated time", "Accuracy by round", "Accuracy by bytes",
+            "A round's seconds by term", "Who held rounds up", "Cuts over rounds",
+            "Shares of the server", "Where wall time went",
+        ):  # fmt: skip
+            assert title in titles, title
+    assert first.methods() == {"exact", "no_split", "common_cut"}
+    assert page.methods() == {*comparison.methods("session"), "exact"}
     assert f"written: {run / 'report.html'}" in out
     assert re.search(r"no_split +\d", out)
 
@@ -105,28 +124,36 @@ def test_the_clock_of_the_run_is_as_it_logged_it(monkeypatch):
 
 
 def test_the_page_fits_phones_and_the_dark(run, capsys):
-    """Wide parts scroll by themselves. Pictures are transparent, and black lines turn white."""
+    """Tables scroll by themselves. Every colour of a picture is a variable, which the dark changes."""
     made(run, capsys)
     text = (run / "report.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
-    for wide in ("<svg", "<table"):
-        assert text.count(f'<div class="wide">\n{wide}') == text.count(wide) > 0
-    style = text[text.index("<style>") : text.index("</style>")]
-    assert ".wide { overflow-x: auto }" in style
+    assert text.count('<div class="wide">\n<table') == text.count("<table") > 0
+    style, body = text[text.index("<style>") : text.index("</style>")], text[text.index("<main>") :]
     assert "color-scheme: light dark" in style
-    assert re.search(r"prefers-color-scheme: dark\) \{ svg \{ filter: invert", style)
-    assert "fill: #ffffff" not in text
-    assert "fill: none" in text
-    assert re.search(r"<td>no_split<td[^>]*>[\d.]+ s<td>this plan is ", text)
+    assert "@media (prefers-color-scheme: dark) { :root {" in style
+    assert re.findall(r"(?:fill|stroke): #\w+", body) == []
+    assert "var(--blue)" in body
 
 
 def test_of_a_run_that_counted_nothing_the_page_has_dashes(run):
     lines = [line._replace(**dict.fromkeys(Ledger._fields)) for line in recording.logged(str(run))]
     clocks = run_clocks.own_clock(Planner(), lines)
-    page = Page(report_page.page(workdirs.described(str(run))[0], {}, lines, clocks))
+    page = Page(report_page.report(workdirs.described(str(run))[0], {}, lines, clocks))
     for name in ("sent by clients", "computed by the server", "most memory of a client"):
         assert page.rows()[name] == words.NONE
-    assert "not known of this run" in [text for _, text in page.texts]
+    assert page.tiles()["Bytes sent"][0] == words.NONE
+    assert "not known of this run" in page.of("p")
+
+
+def test_of_an_older_run_the_page_lacks_what_was_not_measured(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    known = [{k: v for k, v in line.items() if not k.endswith("_wall_s")} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in known))
+    page, _ = made(tmp_path, capsys)
+    assert "Cuts over rounds" in page.of("h3")
+    assert "Where wall time went" not in page.of("h3")
 
 
 def test_names_are_text_and_not_markup(run, tmp_path, capsys):
@@ -135,8 +162,8 @@ def test_names_are_text_and_not_markup(run, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(described))
     (tmp_path / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
     page, _ = made(tmp_path, capsys)
-    assert "script" not in page.open
-    assert any("<script>" in text for _, text in page.texts)
+    assert any("<script>alert(1)</script>" in text for text in page.of("td"))
+    assert not any(text.startswith("alert") for text in page.of("script"))
 
 
 def test_of_a_run_under_way_whole_lines_count(run, tmp_path, capsys):
@@ -144,8 +171,8 @@ def test_of_a_run_under_way_whole_lines_count(run, tmp_path, capsys):
     log = (run / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(log[: log.index(b"\n") + 30])
     page, _ = made(tmp_path, capsys)
-    assert "1 of 3 rounds, each of 4 of 48 clients" in [text for _, text in page.texts]
-    assert not any(text.startswith("test accuracy after") for _, text in page.texts)  # none was evaluated
+    assert page.of("p")[0].startswith("1 of 3 rounds, each of 4 of 48 clients; scheme sfl, planned by exact")
+    assert page.tiles()["Test accuracy"] == (words.NONE, "no round was evaluated yet")
 
 
 @contextlib.contextmanager
@@ -188,22 +215,21 @@ def test_of_other_inputs_no_clock_is_made_but_that_of_the_run_is_shown(name, rea
         page, said = Page((run / "report.html").read_text()), capsys.readouterr()
     assert code == 0, said.err
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    rows = page.rows()
-    assert rows["exact (this plan)"] == f"{last['simulated_s']:,.1f} s"
-    assert "no_split" not in rows
-    note = rf"other methods' clocks are left out: .*{reason}"
+    assert page.tiles()["Simulated time"][0] == words.clock(last["simulated_s"])
+    assert page.methods() == {"exact"}
+    assert "A round's seconds" in page.of("h3")
+    assert "Cuts over rounds" not in page.of("h3")
+    note = rf"other methods' clocks are left out, and cuts and shares: .*{reason}"
     assert re.search(note, said.out)
     assert any(re.match(note, text) for tag, text in page.texts)
 
 
-def test_rounds_of_one_length_are_a_flat_line_inside_of_the_picture(run, monkeypatch):
-    drawn, config = [], workdirs.described(str(run))[0]
-    monkeypatch.setattr(report_page, "Figure", lambda **options: drawn.append(Figure(**options)) or drawn[-1])
-    for round_s in (2.0, None):  # None: no known round
-        lines = [line._replace(round_s=round_s, bound_s=round_s) for line in recording.logged(str(run))]
-        clock = run_clocks.Clock(np.array([2.0, 4.0, 6.0]), columns(lines))
-        report_page._pictures(config, lines, {"exact": clock})
-    assert drawn[0].axes[3].get_ylim() == pytest.approx((0, 2.2))
+@pytest.mark.parametrize("round_s", [2.0, 0.0, None])
+def test_rounds_of_one_length_or_of_none_are_drawn(round_s, run):
+    lines = [line._replace(round_s=round_s, bound_s=round_s) for line in recording.logged(str(run))]
+    clocks = {"exact": run_clocks.Clock(np.array([2.0, 4.0, 6.0]), columns(lines))}
+    page = Page(report_page.report(workdirs.described(str(run))[0], {}, lines, clocks))
+    assert ("round 3:  2.00 s" in "".join(page.of("script"))) == (round_s == 2.0)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +288,7 @@ def test_a_page_of_somebody_else_stays(run, tmp_path, capsys):
     with small_world.world():
         config = workdirs.described(str(tmp_path))[0]
         own = alone(config)
-    assert "which sfl_jax did not write" in train._report(config, own)
+    assert "which sfl_jax did not write" in train.report_of(config, own)
     assert (tmp_path / "report.html").read_text() == "<p>mine"
 
 
@@ -272,7 +298,7 @@ def test_no_error_of_the_page_ends_a_run_that_is_done(error, run):
         config = workdirs.described(str(run))[0]
         own = alone(config)
     with mock.patch.object(run_clocks, "clocks", side_effect=error):
-        said = train._report(config, own)
+        said = train.report_of(config, own)
     assert said.startswith(f"{run / 'report.html'}: cannot be written (")
     assert "\n" not in said
 
@@ -322,14 +348,14 @@ def test_a_full_disk_leaves_the_run_done_and_no_page(run, tmp_path):
         own = alone(config)
     page = tmp_path / "report.html"
     with mock.patch.object(report, "whole_file", side_effect=small_world.FULL):
-        said = train._report(config, own)
+        said = train.report_of(config, own)
     assert said == f"{page}: cannot be written ({small_world.FULL}); {program('report')} writes it later"
-    with mock.patch.object(report_page, "page", side_effect=ValueError("a library's own")):
-        assert "cannot be written (a library's own); " in train._report(config, own)
+    with mock.patch.object(report_page, "report", side_effect=ValueError("a library's own")):
+        assert "cannot be written (a library's own); " in train.report_of(config, own)
     assert not page.exists()
-    with mock.patch.object(report_page, "page", return_value="\udcff"):  # of a workdir that is not UTF-8
-        train._report(config, own)
+    with mock.patch.object(report_page, "report", return_value="\udcff"):  # of a workdir that is not UTF-8
+        train.report_of(config, own)
     assert page.read_bytes() == b"&#56575;"
     page.unlink()  # it lacks the mark of a page
-    assert train._report(config, own).endswith(str(page))
+    assert train.report_of(config, own).endswith(str(page))
     assert b"</html>" in page.read_bytes()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -155,10 +156,13 @@ def test_rounds_without_a_terminal_are_lines_of_evaluations_and_of_every_ten_sec
     done = progress.with_progress(rounds(clock, seconds, tested={4}), 0, 8, screen)
     assert [line.round for line in done] == list(range(1, 9))
     lines = capsys.readouterr().out.splitlines()
-    assert [int(line.split()[1].split("/")[0]) for line in lines] == [2, 4, 6, 8]
-    assert lines[0] == "round 2/8: loss 1.000, simulated 7 s, mean cut 7.2, 112 s"
-    assert "test accuracy 54.00 %" in lines[1]
-    assert "accuracy" not in lines[2]
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 3, 4, 6, 8]
+    assert lines[0] == (
+        "round 1/8: loss 2.000, simulated 3.50 s, cut 7.2; 106 s in all, 6.00 s a round, 42 s left"
+    )
+    assert "accuracy 54.00 %" in lines[2]
+    assert "accuracy" not in lines[3]
+    assert lines[4].endswith("2 min in all, 4.25 s a round")
     assert screen.stream.getvalue() == "computing round 1 of 8\n"
 
 
@@ -171,9 +175,31 @@ def test_on_a_terminal_the_bar_has_every_rounds_loss_and_no_warning_crosses_it(c
     text = shown(screen.stream.getvalue())
     assert "warning: look" in text
     (bar,) = (line for line in text if "3/3" in line)
-    assert "loss 0.667, simulated 10.5 s, mean cut 7.2, test accuracy 51.00 %" in bar
+    assert re.search(
+        r"3/3 \|.*\| \d\d:\d\d<00:00, .*round.*, loss 0.667, accuracy 51.00 %, simulated 10.50 s, cut 7.2",
+        bar,
+    )
     assert capsys.readouterr().out == ""
     assert "loss 2.000" in screen.stream.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "has"), [(80, ""), (95, "round/s"), (120, "|")])
+def test_a_narrow_terminal_shows_loss_accuracy_and_the_time_that_is_left(columns, has, clock, monkeypatch):
+    """The bar and the seconds of a round are left out before anything else is cut off."""
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (columns, 20))
+    monkeypatch.setattr(progress, "_columns", lambda stream: columns)
+    screen = make(True, clock)
+    for _ in progress.with_progress(rounds(clock, [1] * 60, tested={1}), 0, 60, screen):
+        pass
+    *_, bar = (line for line in shown(screen.stream.getvalue()) if "60/60" in line)
+    assert len(bar) <= columns
+    assert bar.endswith("loss 0.033, accuracy 51.00 %, simulated 210.0 s, cut 7.2")
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", bar)
+    assert has in bar
+
+
+def test_seconds_of_the_machine_have_a_readable_unit():
+    assert [progress.duration(s) for s in (5.4, 119, 180, 9000)] == ["5 s", "119 s", "3 min", "2.5 h"]
 
 
 def test_a_line_of_the_bar_is_ended_before_anything_else_is_said(clock):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sfl_jax.commands import study
+from sfl_jax.commands import study, study_page
 from sfl_jax.run.ledger import Ledger
 from sfl_jax.run.metrics import Round
 
@@ -17,7 +17,7 @@ SENT = Ledger(*(100, 20, 3, 40, 100, 7, 8, 9, 10))  # 263 bytes cross
 def lines(*accuracies, ledger=SENT):
     return [
         Round(number, 1.0, None if x is None else 1.0, x, 2.0, 2.0, 2.0 * number, 0.5 * number, 9.0, 3, 1.0,
-              x, None if x is None else x - 0.1, *(ledger or ()))
+              x, None if x is None else x - 0.1, **(ledger._asdict() if ledger else {}))
         for number, x in enumerate(accuracies, 1)
     ]  # fmt: skip
 
@@ -52,6 +52,24 @@ def test_seeds_become_one_row_with_mean_and_deviation():
     assert "85.00 % ± 7.07" in study.table(rows, (0.85,))
 
 
+def test_the_page_has_every_run_its_table_and_its_command():
+    runs = [
+        ({"codec": c, "seed": s}, lines(None, x))
+        for c, s, x in (("a", "0", 0.8), ("a", "1", 0.9), ("<b>", "0", 0.7))
+    ]
+    made = study_page.study_page(
+        runs, study.summarised(runs, (0.85,)), (0.85,), ["study", "--vary=codec=a,<b>"]
+    )
+    assert "<h1>Study of codec, seed</h1>" in made
+    assert "<b>85.00 %</b><small>codec a</small>" in made
+    assert "codec a, seed 1\\n90.00 % after round 2\\nround 2" in made
+    assert "<pre>study '--vary=codec=a,&lt;b&gt;'</pre>" in made
+    assert made.count("<figure>") == 3
+    assert "<b>," not in made
+    none = [({"codec": "a"}, lines(None, ledger=None))]
+    assert "not known of this run" in study_page.study_page(none, study.summarised(none, ()), (), [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -61,7 +79,8 @@ def test_seeds_become_one_row_with_mean_and_deviation():
         (["--vary=seed=0,"], "must be NAME=VALUE,VALUE"),
         (["--vary=seed=0", "--vary=seed=1"], "must be NAME=VALUE,VALUE, each name once"),
         (["--vary=seed=0", "--targets=90"], "--targets=90: must be accuracies above 0 and at most 1"),
-        (["--vary=seeds=0,1"], "--vary: no combination can be trained"),
+        (["--vary=seedz=0,1"], "--vary: no combination can be trained"),
+        (["--vary=seeds=0,1"], "--vary=seeds: must be --vary=seed"),
     ],
 )
 def test_what_cannot_be_studied_is_refused_in_a_line(arguments, said, capsys, tmp_path):
@@ -88,6 +107,7 @@ def test_a_study_trains_what_can_be_trained_and_goes_on_where_it_stopped(tmp_pat
     assert rows[0]["test_accuracy"] == pytest.approx(rows[1]["test_accuracy"], abs=1e-3), "sl knows no cut"
     assert rows[0]["bytes"] != rows[1]["bytes"]
     assert (tmp_path / study.PICTURE).stat().st_size > 10_000
+    assert "scheme sl, cut 2" in (tmp_path / study.REPORT).read_text()
     before = (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes()
     assert study.main(flags) == 0
     assert (tmp_path / "scheme=sl,cut=1" / "metrics.jsonl").read_bytes() == before
@@ -114,13 +134,26 @@ def test_a_signal_to_the_study_alone_saves_the_round_and_ends_both(tmp_path):
     assert child.returncode == 75
     assert "stopping after the round, which is saved" in said
     assert "interrupted; the same command goes on" in said
-    assert "is saved" in (tmp_path / "seed=0.log").read_text()
-    assert not (tmp_path / "seed=1").exists()
+    assert "rounds are saved" in (tmp_path / "runs.log").read_text()
 
 
 def test_a_run_that_fails_leaves_the_others_in_the_table(tmp_path, monkeypatch, capsys):
     written = []
-    monkeypatch.setattr(study, "_train", lambda case: 3 if case.values["seed"] == "1" else 0)
-    monkeypatch.setattr(study, "_write", lambda varied, cases, *_: written.extend(cases))
-    assert study.main(["--vary=seed=0,1,2", f"--workdir={tmp_path}"]) == 3
-    assert [case.values["seed"] for case in written] == ["0", "2"]
+    monkeypatch.setattr(study, "_train", lambda cases: 3 if cases[0].values["codec"] == "int8" else 0)
+    monkeypatch.setattr(study, "write", lambda varied, cases, *_: written.extend(cases))
+    assert study.main(["--vary=codec=float32,int8,int4", f"--workdir={tmp_path}"]) == 3
+    assert [case.values["codec"] for case in written] == ["float32", "int4"]
+
+
+def test_runs_that_differ_in_seed_and_rate_are_trained_in_one_program(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(study, "_train", lambda cases: trained.append(cases) or 3)
+    vary = ["--vary=seed=0,1", "--vary=codec=int8,int4", "--vary=learning_rate=0.1,0.2"]
+    study.main([*vary, "--model=mlp", "--seed=3", f"--workdir={tmp_path}"])
+    assert [len(cases) for cases in trained] == [4, 4]
+    assert trained[1][0].directory == tmp_path / "codec=int4" / "seed=0,learning_rate=0.1"
+    flags = study._flags_for(trained[1])
+    assert flags == [
+        "--model=mlp", "--codec=int4", "--seeds=0,1", "--learning_rates=0.1,0.2",
+        f"--workdir={tmp_path}/codec=int4",
+    ]  # fmt: skip

@@ -22,6 +22,7 @@ from disks import fill
 
 from sfl_jax.commands import train
 from sfl_jax.commands.config import Config
+from sfl_jax.run import metrics
 
 ROUNDS = 8
 FLAGS = [
@@ -31,7 +32,6 @@ FLAGS = [
     "--server_flops=1e10", "--server_momentum=0.5", "--drop_probability=0.2", "--jitter=0.1",
     "--deadline_factor=1.3", "--checkpoint_every_rounds=2",
 ]  # fmt: skip
-CLOCKS = ("wall_s", "client_samples_per_s")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def finish(process, code=0):
 def numbers(workdir):
     """The lines of metrics.jsonl without the machine's clocks."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+    return [{key: value for key, value in line.items() if key not in metrics.CLOCKS} for line in lines]
 
 
 def final_model(workdir):

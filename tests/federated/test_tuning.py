@@ -96,7 +96,7 @@ def test_the_settings_say_what_is_computed_at_once(profile, cohort, size):
     assert fill_chunks(work, size)[1] == size
     number = f"{size} clients at once" if size > 1 else "one client after the other"
     built = mock.Mock(execution=settled, devices=jax.devices()[:1])
-    assert train._how(built) == f"layers in conv form, {number}"
+    assert train.how(built) == f"layers in conv form, {number}"
 
 
 def test_an_open_chunk_is_chosen_among_those_of_the_cohort(profile):

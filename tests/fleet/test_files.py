@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import time
 
@@ -6,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sfl_jax.digests import digest_of_columns
 from sfl_jax.errors import BadInput
-from sfl_jax.fleet import Fleet, random_fleet, read_fleet, write_fleet
+from sfl_jax.fleet import Device, Fleet, random_fleet, read_fleet, write_device, write_fleet
 from sfl_jax.fleet.files import _read_exactly, _read_fast
 
 HEADER = "client,flops,uplink_bps,downlink_bps,memory_bytes"
@@ -301,3 +303,68 @@ def test_a_million_clients_in_seconds(tmp_path):
         seconds.append(time.perf_counter() - begin)
         check_equal(back, fleet)
     assert min(seconds) < 3
+
+
+DEVICES = """client,flops,device,slowdown,uplink_bps,downlink_bps,memory_bytes,samples,rtt_s
+pi,,pi.json,,5e6,2e7,1e9,600,0.05
+phone,2.5e11,,,1e7,4e7,4e9,12,0.1
+old-pi,,pi.json,1.5,5e6,2e7,1e9,60,0.05
+"""
+
+
+@pytest.fixture
+def devices(tmp_path):
+    own = Device("net", 8, ("stem", "head"), np.array([0.1, 0.2]), np.array([0.2, 0.3]))
+    write_device(tmp_path / "pi.json", own)
+
+    def write(text):
+        (tmp_path / "fleet.csv").write_text(text)
+        return tmp_path / "fleet.csv"
+
+    return write
+
+
+def test_clients_can_name_a_device_instead_of_flops(devices, tmp_path):
+    fleet = read_fleet(devices(DEVICES))
+    assert fleet.flops.tolist() == [np.inf, 2.5e11, np.inf]
+    assert fleet.device.tolist() == ["pi.json", "", "pi.json"]
+    assert fleet.slowdown.tolist() == [1.0, 1.0, 1.5]
+    assert fleet.rtt_s.tolist() == [0.05, 0.1, 0.05]
+    assert list(fleet.devices) == ["pi.json"]
+    assert fleet.devices["pi.json"].backward_s.tolist() == [0.2, 0.3]
+    assert fleet.take([2]).device.tolist() == ["pi.json"]
+    assert fleet.take([2]).devices == fleet.devices
+    (tmp_path / "below").mkdir()
+    for name in ("copy.csv", "below/copy.csv"):
+        write_fleet(tmp_path / name, fleet)
+        again = read_fleet(tmp_path / name)
+        for column in ("client", "flops", "slowdown", "rtt_s", "samples"):
+            assert getattr(again, column).tolist() == getattr(fleet, column).tolist()
+        own = again.devices[again.device.tolist()[0]]
+        assert own.forward_s.tolist() == [0.1, 0.2]
+    other = dataclasses.replace(fleet.devices["pi.json"], forward_s=np.array([0.1, 0.3]))
+    changed = dataclasses.replace(fleet, devices={"pi.json": other})
+    assert digest_of_columns(changed.contents()) != digest_of_columns(fleet.contents())
+    no_flops = read_fleet(devices(DEVICES.replace("flops,", "", 1).replace("pi,,", "pi,").replace(
+        "phone,2.5e11,,", "phone,pi.json,")))  # fmt: skip
+    assert np.isinf(no_flops.flops).all()
+
+
+BAD_DEVICES = {
+    "fleet.csv:2: columns flops and device: both are empty": ("pi,,pi.json,,", "pi,,,,"),
+    "fleet.csv:2: columns flops and device: both are given": ("pi,,pi.json,,", "pi,1e9,pi.json,,"),
+    "fleet.csv:3: column slowdown: '2': needs a device": ("2.5e11,,,", "2.5e11,,2,"),
+    "fleet.csv:4: column slowdown: '0': must be a positive number": ("1.5", "0"),
+    "fleet.csv:2: column rtt_s: '0': must be a positive number": ("600,0.05", "600,0"),
+    "fleet.csv:4: column device: .*none.json: No such file": ("old-pi,,pi.json", "old-pi,,none.json"),
+    "fleet.csv:4: column device: .*fleet.csv: must be a device file; it is no JSON": (
+        "old-pi,,pi.json", "old-pi,,fleet.csv",
+    ),
+    "fleet.csv:1: column slowdown: needs the column device": ("flops,device", "flops,kappa"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "change"), BAD_DEVICES.items(), ids=BAD_DEVICES)
+def test_a_wrong_device_is_refused_with_its_line(devices, words, change):
+    with pytest.raises(BadInput, match=words):
+        read_fleet(devices(DEVICES.replace(*change, 1)))

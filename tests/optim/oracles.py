@@ -143,5 +143,9 @@ def fleet(clients: int = 3, seed: int = 0, spread: float = 1.0, **columns) -> Si
         "kappa": None,
         "transmit_w": None,
         "energy_j": None,
+        "rtt_s": None,
+        "device": None,
+        "slowdown": None,
+        "devices": {},
     }
     return SimpleNamespace(**made | columns)

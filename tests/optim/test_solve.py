@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim import oracles
 
-from sfl_jax import optim
+from sfl_jax import optim, registry
 from sfl_jax.errors import BadInput
+from sfl_jax.optim.plan import Chosen
 
 KEY = jax.random.key(7)
 ON_COSTS = [method for method in optim.METHODS if method != "regression"]
@@ -312,3 +313,13 @@ def test_input_without_sense_is_refused_in_one_line(options, request):
     with pytest.raises(BadInput, match=request.node.callspec.id) as caught:
         optim.solve(**call)
     assert "\n" not in str(caught.value)
+
+
+def test_a_method_registered_later_is_planned_by_and_refused_before(monkeypatch):
+    monkeypatch.setattr(registry.METHODS, "_members", dict(registry.METHODS._members))
+    with pytest.raises(BadInput, match="method=alone: choose one of"):
+        solve(SMALL, 4.0, "alone")
+    registry.METHODS.register("alone", lambda costs, *_: Chosen(jnp.full(costs.shape[0], costs.shape[1] - 1)))
+    assert solve(SMALL, 4.0, "alone").round_s == solve(SMALL, 4.0, "no_split").round_s
+    with pytest.raises(BadInput, match=r"choose one of exact.*, no_split, alone"):
+        solve(SMALL, 4.0, "work_conserving")

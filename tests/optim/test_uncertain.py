@@ -50,6 +50,18 @@ def test_the_quantile_is_that_of_enumeration_and_never_below_the_bound(seed, qua
     assert spared.plan.round_s <= found.plan.round_s * 1.1 * (1 + 1e-8)
 
 
+def test_trips_and_a_broadcast_are_in_every_sample():
+    terms, rates, flops = instance(0)
+    trips = optim.costs.Latency(
+        np.array([0.3, 1.0, 0.1]), *np.array([[1.0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    )
+    terms = terms._replace(latency=trips, broadcast_bps=np.full(3, 1e6))
+    found = optim.solve_quantile(terms, rates, flops, 0.6, spare=0.0).plan
+    best_s = least_quantile_s(terms, rates, flops, 3)
+    assert found.bound_s <= best_s * (1 + 1e-12)
+    assert found.round_s == pytest.approx(best_s, rel=1e-8)
+
+
 def test_grouped_samples_prove_more_than_their_own_optima():
     """Over instances whose cuts matter, and never more than the best cuts reach."""
     more = []
@@ -145,6 +157,9 @@ def test_what_is_not_allowed_is_named():
     for quantile in (0.0, 1.5, np.nan):
         with pytest.raises(BadInput, match=r"quantile=.*: must be above 0 and at most 1"):
             optim.solve_quantile(terms, rates, flops, quantile)
+    measured = optim.costs.Devices(np.zeros(3, np.int32), *np.ones((2, 3)), *np.ones((2, 1, 4)))
+    with pytest.raises(BadInput, match="device: measured seconds are not known to plans for rates"):
+        optim.solve_quantile(terms._replace(devices=measured), rates, flops, 0.5)
     with pytest.raises(BadInput, match="spare=-1: must be a finite number"):
         optim.solve_quantile(terms, rates, flops, 0.5, spare=-1)
     with pytest.raises(BadInput, match=r"rates: shapes .* must be \(samples, 3\)"):

@@ -88,7 +88,7 @@ def test_schemes_with_one_half_for_all_are_refused_and_rivals_must_know_the_limi
     ("changes", "words"),
     [
         ({"method": "greedy"}, "--server_memory_bytes=5: needs --method=exact, not greedy"),
-        ({"target_round_s": 3.0}, "--target_round_s=3.0: needs --server_memory_bytes=0"),
+        ({"target_round_s": 3.0}, "--target_round_s=3: needs --server_memory_bytes=0"),
     ],
 )
 def test_flags_that_exclude_a_limit(changes, words):

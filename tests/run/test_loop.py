@@ -114,7 +114,7 @@ def go(compiled, pauses=lambda round: False, rounds=CONFIG.rounds, begun=None):
     """[(state, line)] of a run from the start; lines without the machine's clocks."""
     built, engine = compiled
     rounds = loop.run(built, begun or start(built), engine, rounds, pauses=pauses)
-    return [(state, line._replace(wall_s=0, client_samples_per_s=0)) for state, line in rounds]
+    return [(state, line._replace(**dict.fromkeys(metrics.CLOCKS, 0))) for state, line in rounds]
 
 
 def variables(state):
@@ -243,10 +243,10 @@ def test_a_round_begins_when_it_is_planned_and_what_is_before_it_is_done(compile
     following = iter(rounds)
     monkeypatch.setattr(loop, "_send", lambda *_: next(following, None))
     monkeypatch.setattr(loop, "_judge", lambda *_: None)
-    monkeypatch.setattr(loop, "_line", lambda *given: given[-2:])
+    monkeypatch.setattr(loop, "_line", lambda *given: given[-3:])
     began, clock = State(0, (), {}), mock.Mock(spec=metrics.Stopwatch, seconds=0.0)
     lines = [line for _, line in loop.run(compiled[0], began, compiled[1], len(times), clock)]
-    assert lines == [(1.5, 1.0), (2.0, 0.5), (3.5, 0.25)]
+    assert lines == [(1.5, 1.0, 0.5), (2.0, 0.5, 0.0), (3.5, 0.25, 0.25)]
 
 
 def test_the_clock_is_read_when_the_numbers_are_there(monkeypatch):

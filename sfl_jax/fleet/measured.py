@@ -1,0 +1,122 @@
+"""Measured rounds: a CSV file with the seconds of clients, in total or by term."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from sfl_jax.errors import BadInput
+
+REQUIRED = ("round", "client", "cut")
+# The columns of a plan.csv, so that predicted and measured files look alike.
+TERMS = (
+    "model_down",
+    "client_forward",
+    "smashed_up",
+    "server",
+    "gradient_down",
+    "client_backward",
+    "model_up",
+)
+TOTAL, SHARE = "client_s", "share_flops"
+_SECONDS = (*(f"{name}_s" for name in TERMS), TOTAL)
+_OPTIONAL = (*_SECONDS, SHARE)
+
+
+class MeasuredRounds(NamedTuple):
+    """Rows of a file of measured rounds; (R,) each. NaN where a cell is empty.
+
+    client: index among the clients of the fleet. seconds: of each term. total_s: of whole sessions.
+    share_flops: the client's share of the server, FLOP/s. line: in the file.
+    """
+
+    round: Int64[np.ndarray, " R"]
+    client: Int64[np.ndarray, " R"]
+    cut: Int64[np.ndarray, " R"]
+    seconds: dict[str, Float64[np.ndarray, " R"]]
+    total_s: Float64[np.ndarray, " R"]
+    share_flops: Float64[np.ndarray, " R"]
+    line: Int64[np.ndarray, " R"]
+
+
+def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: int) -> MeasuredRounds:
+    """The measured rounds of a CSV file with a header.
+
+    Needed columns: round, client and cut, and client_s or a term such as client_forward_s. Terms have the
+    names of plan.csv; `share_flops` is the share in FLOP/s that the client had. Cells of these may be empty.
+
+    clients: the names of the fleet. units: of the network, which is the largest cut.
+
+    Raises:
+      BadInput: no such file, or not of this form; the line names file, line, column and rule.
+    """
+    path, index = Path(os.path.expanduser(path)), {str(name): place for place, name in enumerate(clients)}
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path}: {reason}; give a CSV file with {','.join(REQUIRED)},{TOTAL}") from error
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    header = [cell.strip() for cell in next(rows, [])]
+    _check_header(path, header)
+    found = []
+    for row in rows:
+        if any(row):
+            place = f"{path}:{rows.line_num}"
+            if len(row) != len(header):
+                raise BadInput(f"{place}: {len(row)} cells; must be {len(header)}, as in the first line")
+            cells = dict(zip(header, map(str.strip, row), strict=True))
+            found.append((*_row(place, cells, index, units), rows.line_num))
+    if not found:
+        raise BadInput(f"{path}:{rows.line_num + 1}: no rows; must have one for each client and round")
+    round_, client, cut, numbers, line = zip(*found, strict=True)
+    columns = dict(zip(_OPTIONAL, np.array(numbers, np.float64).T, strict=True))
+    rounds, clients_at, cuts, lines = (np.array(part, np.int64) for part in (round_, client, cut, line))
+    seconds = {name: columns[f"{name}_s"] for name in TERMS}
+    return MeasuredRounds(rounds, clients_at, cuts, seconds, columns[TOTAL], columns[SHARE], lines)
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    for at, name in enumerate(header):
+        if name not in (*REQUIRED, *_OPTIONAL):
+            raise BadInput(
+                f"{path}:1: column {name[:40]!r}: must be one of {', '.join((*REQUIRED, *_OPTIONAL))}"
+            )
+        if name in header[:at]:
+            raise BadInput(f"{path}:1: column {name}: must occur once")
+    for name in REQUIRED:
+        if name not in header:
+            raise BadInput(f"{path}:1: column {name}: missing; must have {', '.join(REQUIRED)}")
+    if not set(header) & (set(_SECONDS) - {"server_s"}):
+        raise BadInput(
+            f"{path}:1: no seconds of clients; must have {TOTAL}, or a term such as client_forward_s"
+        )
+
+
+def _row(place: str, cells: dict[str, str], index: dict[str, int], units: int):
+    if cells["client"] not in index:
+        raise BadInput(f"{place}: column client: {cells['client'][:40]!r}: must be a client of the fleet")
+    round_ = _integer(place, "round", cells["round"], 0, 2**31 - 1)
+    cut = _integer(place, "cut", cells["cut"], 0, units)
+    numbers = [_number(place, name, cells[name]) if cells.get(name) else np.nan for name in _OPTIONAL]
+    return round_, index[cells["client"]], cut, numbers
+
+
+def _integer(place: str, column: str, cell: str, least: int, most: int) -> int:
+    if not (cell.isascii() and cell.isdecimal() and least <= int(cell) <= most):
+        raise BadInput(f"{place}: column {column}: {cell[:40]!r}: must be an integer, {least} to {most}")
+    return int(cell)
+
+
+def _number(place: str, column: str, cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < np.inf or not cell.isascii() or "_" in cell:
+        raise BadInput(f"{place}: column {column}: {cell[:40]!r}: must be a number, 0 or more, or empty")
+    return value

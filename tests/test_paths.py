@@ -22,6 +22,9 @@ COMMANDS = {
     "availability": "train",
     "servers": "plan",
     "traces": "plan",
+    "write_fleet": "plan",
+    "compare_with": "plan",
+    "device_file": "profile_device",
 }
 REFUSED = [
     ("gs://bucket/x.json", "must be a path on this machine; mount remote storage, e.g. with gcsfuse"),
@@ -82,8 +85,8 @@ def test_every_path_is_taken_as_it_is_meant(name, from_file, tmp_path, monkeypat
 def test_every_flag_that_holds_a_path_is_tried_here():
     """A new text flag must be added there or here."""
     no_paths = {"dataset", "label_key", "starts", "coordinator_address", "codec", "codec_down", "augment"}
-    no_paths |= {"interval"}
-    alone_refused = {"server_links"}  # it needs --servers
+    no_paths |= {"interval", "seeds", "learning_rates"}
+    alone_refused = {"server_links", "measured"}  # they need --servers and --fleet
     fields = [f for f in dataclasses.fields(Config) if type(f.default) is str and "choices" not in f.metadata]
     assert {f.name for f in fields if f.metadata.get("path")} == COMMANDS.keys() | alone_refused
     assert {f.name for f in fields if not f.metadata.get("path")} == no_paths

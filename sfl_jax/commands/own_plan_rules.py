@@ -11,9 +11,9 @@ from sfl_jax.errors import BadInput
 # What these plans know, of the flags about clients, server, scheme and files.
 _COMMON = {
     "clients", "fleet", "server_flops", "stored_size", "min_cut", "max_cut", "samples_per_client",
-    "bits_per_float", "tail_units", "codec", "codec_down", "output", "plot",
+    "bits_per_float", "rtt_s", "tail_units", "codec", "codec_down", "output", "plot",
 }  # fmt: skip
-_UNCERTAIN = ("traces", "interval", "quantile")
+_UNCERTAIN = ("traces", "interval", "quantile", "broadcast_bps")
 _FRONTIER = ("frontier", "round_s", "budget")
 _FACTORS = "must be two numbers, LOW,HIGH, with 0 < LOW <= HIGH"
 

@@ -155,18 +155,24 @@ def _ends(fixed_s, work, server_flops):
 
 
 class _Table(NamedTuple):
-    """What a pass needs of terms and rates: a client's seconds off the server are coefficients x amounts."""
+    """What a pass needs of terms and rates: seconds off the server are linear in the inverse rates."""
 
-    coefficients: Any  # (G, n, 4, K) of each sample of each group
-    amounts: Any  # (4, C)
+    inverse: Any  # (G, n, 3, K) of each sample of each group: s per FLOP, per bit up, per bit down
+    amounts: Any  # (4, K, C): FLOP, bits up, bits down, and seconds that no rate changes
     work: Any  # (C,) FLOP on the server per sample of data
     data: Any  # (K,) samples of data
     allowed: Any  # (K, C)
 
 
-def _needs(table: _Table, coefficients, time_s):
+def _fixed_s(inverse, amounts):
+    """Seconds off the server, from (3, K) and (4, K, ...) with an axis of columns or none."""
+    each = inverse.reshape(inverse.shape + (1,) * (amounts.ndim - 2))
+    return amounts[0] * each[0] + amounts[1] * each[1] + amounts[2] * each[2] + amounts[3]
+
+
+def _needs(table: _Table, inverse, time_s):
     """The share (K, C) of each column in one sample; inf where it cannot end by time_s."""
-    fixed_s = jnp.where(table.allowed, coefficients.T @ table.amounts, jnp.inf)
+    fixed_s = jnp.where(table.allowed, _fixed_s(inverse, table.amounts), jnp.inf)
     left_s = (time_s - fixed_s) + SLACK * time_s
     needs = jnp.where(table.work > 0, table.data[:, None] * table.work / left_s, 0.0)
     return jnp.where((left_s > 0) | ((left_s >= 0) & (table.work <= 0)), needs, jnp.inf)
@@ -180,25 +186,26 @@ def _weighed(table: _Table, weights, times_s):
     weights: (G, n).  times_s: (G,) s.
     """
 
-    def group(coefficients, weights, time_s):
+    def group(inverse, weights, time_s):
         def add(total, sample):
             own, weight = sample
             needs = _needs(table, own, time_s)
             return total + jnp.where(weight > 0, weight * jnp.where(weight > 0, needs, 0.0), 0.0), None
 
-        total, _ = lax.scan(add, jnp.zeros(table.allowed.shape), (coefficients, weights))
+        total, _ = lax.scan(add, jnp.zeros(table.allowed.shape), (inverse, weights))
         total = jnp.where(table.allowed, total, jnp.inf)
         columns = jnp.argmin(total, axis=1)
-        amounts, work = table.amounts[:, columns], table.data * table.work[columns]
+        rows = jnp.arange(len(columns))
+        amounts, work = table.amounts[:, rows, columns], table.data * table.work[columns]
 
         def load(own):
-            left_s = (time_s - jnp.sum(own * amounts, axis=0)) + SLACK * time_s
+            left_s = (time_s - _fixed_s(own, amounts)) + SLACK * time_s
             needs = jnp.where(work > 0, work / left_s, 0.0)
             return jnp.sum(jnp.where((left_s > 0) | ((left_s >= 0) & (work <= 0)), needs, jnp.inf))
 
-        return columns, jnp.sum(jnp.min(total, axis=1)), lax.map(load, coefficients)
+        return columns, jnp.sum(jnp.min(total, axis=1)), lax.map(load, inverse)
 
-    return lax.map(lambda each: group(*each), (table.coefficients, weights, times_s))
+    return lax.map(lambda each: group(*each), (table.inverse, weights, times_s))
 
 
 class _Search:
@@ -208,13 +215,8 @@ class _Search:
         self.terms, self.rates, self.server_flops, self.number = terms, rates, float(server_flops), number
         usable = allowed & ((terms.work_flop <= 0) | (server_flops > 0))
         self.allowed, self.error = usable, 8 * rounding(len(usable)) + rates.samples * 2.0**-52
-        up, down = 1 / rates.uplink_bps, 1 / rates.downlink_bps
-        self.coefficients = np.stack(
-            [terms.samples / rates.flops, terms.samples * up, terms.samples * down, up + down], axis=1
-        )  # (N, 4, K)
-        self.amounts = np.stack(
-            [terms.forward_flop + terms.backward_flop, terms.up_bits, terms.down_bits, terms.model_bits]
-        )
+        self.inverse = np.stack([1 / part for part in rates], axis=1)  # (N, 3, K)
+        self.amounts = _amounts(terms)
         self.columns = np.full(len(usable), usable.shape[1] - 1, np.int32)
         self.quantile_s, self.passes = np.inf, 0
 
@@ -236,7 +238,7 @@ class _Search:
         self.passes += 1
         with jax.enable_x64(True), jax.default_device(cpu):
             table = _Table(
-                self.coefficients[groups],
+                self.inverse[groups],
                 self.amounts,
                 self.terms.work_flop,
                 self.terms.samples,
@@ -333,7 +335,9 @@ class _Search:
 
     def _all_needs(self, time_s, own):
         """The shares (N, k, C) of all columns of some clients in all samples."""
-        fixed_s = np.einsum("nak,ac->nkc", self.coefficients[:, :, own], self.amounts, optimize=True)
+        amounts, inverse = self.amounts[:, own], self.inverse[:, :, own, None]
+        fixed_s = inverse[:, 0] * amounts[0] + inverse[:, 1] * amounts[1] + inverse[:, 2] * amounts[2]
+        fixed_s += amounts[3]
         left_s = np.where(self.allowed[own], time_s - fixed_s, -1.0)
         work = self.terms.samples[own][:, None] * self.terms.work_flop
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -372,6 +376,19 @@ def _heavier(weights, loads):
     return raised / raised.sum(axis=1, keepdims=True)
 
 
+def _amounts(terms: Terms) -> Floats:
+    """FLOP, bits up, bits down, and seconds that no rate changes, of each client and column (4, K, C)."""
+    clients, count = terms.shape
+
+    def seconds(flops, up, down):
+        rates = Rates(*(np.full(clients, rate) for rate in (flops, up, down)))
+        return np.stack([at_rates(terms, rates).column(one)[0] for one in range(count)], axis=1)
+
+    rest = seconds(np.inf, np.inf, np.inf)
+    ones = seconds(1.0, np.inf, np.inf), seconds(np.inf, 1.0, np.inf), seconds(np.inf, np.inf, 1.0)
+    return np.stack([*(np.maximum(one - rest, 0.0) for one in ones), rest])
+
+
 def _always_allowed(terms: Terms, rates: Rates):
     """The columns (K, C) that a client may take in every sample: an energy budget depends on the uplink."""
     least = at_rates(terms, rates.least())
@@ -399,10 +416,8 @@ _shares = jax.jit(optimal_shares)
 
 
 def _check(terms: Terms, rates: Rates, quantile: float, spare: float) -> None:
-    for name in ("devices", "latency", "broadcast_bps"):  # the bound knows rates alone
-        if getattr(terms, name) is not None:
-            column = {"devices": "device", "latency": "rtt_s"}.get(name, name)
-            raise BadInput(f"{column}: is not known to plans for rates that change; leave it out")
+    if terms.devices is not None:
+        raise BadInput("device: measured seconds are not known to plans for rates that change; give flops")
     if not 0 < quantile <= 1:
         raise BadInput(f"quantile={quantile}: must be above 0 and at most 1")
     if not 0 <= spare < np.inf:

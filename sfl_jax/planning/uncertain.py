@@ -62,6 +62,9 @@ def plan_uncertain(
     others. quantile: 0 plans for the worst case, every rate of every client at its least. lowest: these least
     rates (K,), if not the least of the samples. BadInput names clients that cannot be served.
     """
+    if not np.isfinite(terms.flops).all():
+        client = fleet.client[int(np.argmin(np.isfinite(terms.flops)))]
+        raise BadInput(f"client {client} has measured seconds; rates that change need FLOP/s of every client")
     flops = planner.server_flops
     lowest = sampled.least() if lowest is None else lowest
     try:

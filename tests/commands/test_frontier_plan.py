@@ -30,7 +30,9 @@ def rows_of(path):
     return list(csv.DictReader(io.StringIO(path.read_text())))
 
 
-@pytest.mark.parametrize(("of", "column"), [("energy", "energy_j"), ("bytes", "bytes")])
+@pytest.mark.parametrize(
+    ("of", "column"), [("energy", "energy_j"), pytest.param("bytes", "bytes", marks=pytest.mark.slow)]
+)
 def test_a_frontier_is_a_table_a_picture_and_a_plan_on_it(here, capsys, of, column):
     assert run(f"--frontier={of}", "--plot") == 0
     curve, out = rows_of(here / "p_frontier.csv"), capsys.readouterr().out

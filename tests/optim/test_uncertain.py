@@ -35,9 +35,7 @@ def least_quantile_s(terms, rates, flops, number):
 
 
 @pytest.mark.parametrize("quantile", [0.2, 0.6, 1.0])
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 30))]
-)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 30))])
 def test_the_quantile_is_that_of_enumeration_and_never_below_the_bound(seed, quantile):
     terms, rates, flops = instance(seed)
     found = optim.solve_quantile(terms, rates, flops, quantile, spare=0.0)
@@ -50,6 +48,18 @@ def test_the_quantile_is_that_of_enumeration_and_never_below_the_bound(seed, qua
     assert found.plan.shares.sum() <= flops
     spared = optim.solve_quantile(terms, rates, flops, quantile, spare=0.1)
     assert spared.plan.round_s <= found.plan.round_s * 1.1 * (1 + 1e-8)
+
+
+def test_trips_and_a_broadcast_are_in_every_sample():
+    terms, rates, flops = instance(0)
+    trips = optim.costs.Latency(
+        np.array([0.3, 1.0, 0.1]), *np.array([[1.0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    )
+    terms = terms._replace(latency=trips, broadcast_bps=np.full(3, 1e6))
+    found = optim.solve_quantile(terms, rates, flops, 0.6, spare=0.0).plan
+    best_s = least_quantile_s(terms, rates, flops, 3)
+    assert found.bound_s <= best_s * (1 + 1e-12)
+    assert found.round_s == pytest.approx(best_s, rel=1e-8)
 
 
 def test_grouped_samples_prove_more_than_their_own_optima():
@@ -147,8 +157,9 @@ def test_what_is_not_allowed_is_named():
     for quantile in (0.0, 1.5, np.nan):
         with pytest.raises(BadInput, match=r"quantile=.*: must be above 0 and at most 1"):
             optim.solve_quantile(terms, rates, flops, quantile)
-    with pytest.raises(BadInput, match="broadcast_bps: is not known to plans for rates that change"):
-        optim.solve_quantile(terms._replace(broadcast_bps=np.full(3, 1e9)), rates, flops, 0.5)
+    measured = optim.costs.Devices(np.zeros(3, np.int32), *np.ones((2, 3)), *np.ones((2, 1, 4)))
+    with pytest.raises(BadInput, match="device: measured seconds are not known to plans for rates"):
+        optim.solve_quantile(terms._replace(devices=measured), rates, flops, 0.5)
     with pytest.raises(BadInput, match="spare=-1: must be a finite number"):
         optim.solve_quantile(terms, rates, flops, 0.5, spare=-1)
     with pytest.raises(BadInput, match=r"rates: shapes .* must be \(samples, 3\)"):
@@ -159,3 +170,12 @@ def test_what_is_not_allowed_is_named():
         optim.solve_quantile(terms, rates._replace(uplink_bps=0 * rates.uplink_bps), flops, 0.5)
     with pytest.raises(optim.Infeasible, match="client 1: every cut needs at least"):
         optim.solve_quantile(terms._replace(memory_bytes=np.array([1e12, 0, 1e12])), rates, flops, 0.5)
+
+
+def test_seconds_off_the_server_are_linear_in_the_inverse_rates():
+    terms, rates, _ = instance(5)
+    amounts = uncertain._amounts(terms)
+    for n in range(SAMPLES):
+        inverse = np.stack([1 / part for part in rates.of(n)])
+        found = uncertain._fixed_s(inverse, amounts)
+        np.testing.assert_allclose(found, optim.at_rates(terms, rates.of(n)).costs().fixed_s, rtol=1e-12)

@@ -7,7 +7,7 @@ import pytest
 from commands import small_world
 
 from sfl_jax.commands import study
-from sfl_jax.run import recording
+from sfl_jax.run import metrics, recording
 
 SEEDS = ("0", "3")
 
@@ -19,7 +19,7 @@ def in_small_world():
 
 
 def bare(workdir):
-    return [line._replace(wall_s=0.0, client_samples_per_s=0.0) for line in recording.logged(str(workdir))]
+    return [line._replace(**dict.fromkeys(metrics.CLOCKS, 0.0)) for line in recording.logged(str(workdir))]
 
 
 def train(workdir, *flags):

@@ -287,7 +287,7 @@ def test_a_task_whose_others_never_come_says_so_and_ends(environment, tmp_path):
     command = [sys.executable, "-m", "launch.train", f"--workdir={tmp_path / 'run'}", "--join_timeout_s=2"]
     done = subprocess.run(command, env=environment | task, capture_output=True, text=True, check=False)
     address = f"127.0.0.1:{port}"
-    said = [line for line in done.stderr.splitlines() if not line.startswith("  ")]  # no clock of a slow start
+    said = [line for line in done.stderr.splitlines() if not line.startswith("  ")]  # of a slow start
     assert (done.returncode, said[-2:]) == (2, [
         f"process 0 of 4: waiting for the others at {address}; --num_processes=1 trains alone",
         f"error: --coordinator_address={address}: the other processes cannot be reached (--join_timeout_s=2"

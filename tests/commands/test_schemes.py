@@ -98,6 +98,12 @@ def test_a_run_in_turn_with_a_codec_stops_and_goes_on_and_says_what_it_did(tmp_p
     assert [line["round"] for line in lines] == [1, 2]
 
 
+def test_a_run_without_a_split_ends_with_its_own_clock(tmp_path, capfd):
+    with small_world.world():
+        assert train.main([*FLAGS, "--scheme=fl", f"--workdir={tmp_path}"]) == 0
+    assert "simulated time, no_split (this plan)" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_plan_is_under_the_clock_of_the_scheme(tmp_path, capfd):
     rounds_s = {}

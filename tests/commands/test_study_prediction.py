@@ -64,7 +64,7 @@ def test_what_cannot_be_predicted_is_refused_in_a_line(arguments, said, capsys, 
 
 @pytest.mark.slow
 def test_a_study_shows_predicted_rounds_beside_real_ones(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "_train", lambda one: small_world.run(one.directory, *one.flags))
+    monkeypatch.setattr(study, "_train", lambda cases: small_world.run(cases[0].directory, *cases[0].flags))
     flags = [
         *small_world.FLAGS,
         "--scheme=psl",

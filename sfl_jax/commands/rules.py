@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -164,7 +165,8 @@ def several(config: Any, name: str, kind: type) -> list[Any]:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    good = numbers and all(0 <= number <= LARGEST_INT and (number or kind is int) for number in numbers)
+    most = LARGEST_INT if kind is int else sys.float_info.max  # as for a single one
+    good = numbers and all(0 <= number <= most and (number or kind is int) for number in numbers)
     if not good or len(set(numbers)) < len(numbers):
         allowed = "integers, at least 0" if kind is int else "numbers above 0"
         raise BadInput(f"--{name}={text}: must be {allowed}, each once, with commas between")

@@ -56,8 +56,9 @@ def train(config: Config, stop: Stop, say: Screen) -> int:
     cases = _cases(config)
     members = [_member(case, config) for case in cases]
     left = [one for one in members if one.progress is None or one.progress.round < config.rounds]
-    code = _train(config, left, stop, say) if left else 0
-    if code == SAVED:
+    code, diverged = _train(config, left, stop, say) if left else (0, [])
+    cases = [case for case in cases if case not in diverged]
+    if code == SAVED or not cases:
         return code
     varied = {name: list(dict.fromkeys(case.values[name] for case in cases)) for name in cases[0].values}
     say.settle()
@@ -88,7 +89,8 @@ def _member(case, config) -> Member:
     )
 
 
-def _train(config, members, stop, say) -> int:
+def _train(config, members, stop, say) -> tuple[int, list[study.Case]]:
+    """The exit code, and the cases whose numbers diverged."""
     if saved := [f"{one.case.directory.name} {one.progress.round}" for one in members if one.progress]:
         stop.keep(f"of {config.rounds} rounds are saved: {', '.join(saved)}; {AGAIN}")
     stop.may_end("reading the data and planning")
@@ -120,8 +122,8 @@ def _train(config, members, stop, say) -> int:
         return _rounds(config, members, runs, together, [*zip(recorders, events, strict=True)], stop, say)
 
 
-def _rounds(config, members, runs, together, records, stop, say) -> int:
-    """Trains the rounds that are left, and records them. Returns the exit code."""
+def _rounds(config, members, runs, together, records, stop, say) -> tuple[int, list[study.Case]]:
+    """Trains the rounds that are left, and records them. Returns what `_train` does."""
     lines = together.rounds([config.rounds - run.round for run in runs], [one.clock for one in members])
     done = min(run.round for run in runs)
 
@@ -153,16 +155,16 @@ def _rounds(config, members, runs, together, records, stop, say) -> int:
         if not isinstance(error, Diverged):
             raise error
         say.aside(f"error: {members[place].case.directory.name}: {error}; {REMEDY}")
-    if together.errors:
-        return DIVERGED
-    if any(run.round < config.rounds for run in runs):
+    diverged = [members[place].case for place in together.errors]
+    if any(run.round < config.rounds for place, run in enumerate(runs) if place not in together.errors):
         say.aside(f"interrupted; the rounds are saved; {AGAIN}")
-        return SAVED
+        return SAVED, diverged
     stop.keep(f"all {config.rounds} rounds are saved")
     stop.may_end("writing the reports")
     for one, run in zip(members, runs, strict=True):
-        say.result(report_of(one.config, run.parts))
-    return 0
+        if one.case not in diverged:
+            say.result(report_of(one.config, run.parts))
+    return DIVERGED if diverged else 0, diverged
 
 
 def _mean(lines) -> metrics.Round:

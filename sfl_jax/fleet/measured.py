@@ -1,6 +1,5 @@
 """Measured rounds: a CSV file with the seconds of clients, in total or by term."""
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from sfl_jax.errors import BadInput
+from sfl_jax.fleet.rows import read_rows
 
 REQUIRED = ("round", "client", "cut")
 # The columns of a plan.csv, so that predicted and measured files look alike.
@@ -55,46 +55,20 @@ def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: i
       BadInput: no such file, or not of this form; the line names file, line, column and rule.
     """
     path, index = Path(os.path.expanduser(path)), {str(name): place for place, name in enumerate(clients)}
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: {reason}; give a CSV file with {','.join(REQUIRED)},{TOTAL}") from error
-    rows = csv.reader(text.splitlines(), skipinitialspace=True)
-    header = [cell.strip() for cell in next(rows, [])]
-    _check_header(path, header)
     found = []
-    for row in rows:
-        if any(row):
-            place = f"{path}:{rows.line_num}"
-            if len(row) != len(header):
-                raise BadInput(f"{place}: {len(row)} cells; must be {len(header)}, as in the first line")
-            cells = dict(zip(header, map(str.strip, row), strict=True))
-            found.append((*_row(place, cells, index, units), rows.line_num))
+    for place, cells in read_rows(path, (*REQUIRED, *_OPTIONAL), REQUIRED):
+        if not found and not cells.keys() & (set(_SECONDS) - {"server_s"}):
+            raise BadInput(
+                f"{path}:1: no seconds of clients; must have {TOTAL}, or a term such as client_forward_s"
+            )
+        found.append((*_row(place, cells, index, units), int(place.rpartition(":")[2])))
     if not found:
-        raise BadInput(f"{path}:{rows.line_num + 1}: no rows; must have one for each client and round")
+        raise BadInput(f"{path}:2: no rows; must have one for each client and round")
     round_, client, cut, numbers, line = zip(*found, strict=True)
     columns = dict(zip(_OPTIONAL, np.array(numbers, np.float64).T, strict=True))
     rounds, clients_at, cuts, lines = (np.array(part, np.int64) for part in (round_, client, cut, line))
     seconds = {name: columns[f"{name}_s"] for name in TERMS}
     return MeasuredRounds(rounds, clients_at, cuts, seconds, columns[TOTAL], columns[SHARE], lines)
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    for at, name in enumerate(header):
-        if name not in (*REQUIRED, *_OPTIONAL):
-            raise BadInput(
-                f"{path}:1: column {name[:40]!r}: must be one of {', '.join((*REQUIRED, *_OPTIONAL))}"
-            )
-        if name in header[:at]:
-            raise BadInput(f"{path}:1: column {name}: must occur once")
-    for name in REQUIRED:
-        if name not in header:
-            raise BadInput(f"{path}:1: column {name}: missing; must have {', '.join(REQUIRED)}")
-    if not set(header) & (set(_SECONDS) - {"server_s"}):
-        raise BadInput(
-            f"{path}:1: no seconds of clients; must have {TOTAL}, or a term such as client_forward_s"
-        )
 
 
 def _row(place: str, cells: dict[str, str], index: dict[str, int], units: int):

@@ -1,9 +1,7 @@
 """servers.csv, one line per server, and links.csv, one line per link between a client and a server."""
 
-import csv
-import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +10,11 @@ from jaxtyping import Float64, Shaped
 
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet.clients import Fleet
+from sfl_jax.fleet.rows import known_name, name_in, number, read_rows
 
 _SERVER_COLUMNS, _SERVER_REQUIRED = ("server", "flops", "memory_bytes"), ("server", "flops")
 _LINK_COLUMNS = ("client", "server", "uplink_bps", "downlink_bps")
 _NAMES = ("client", "server")
-_NAME_LENGTH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +55,7 @@ def read_servers(
     names: dict[str, int] = {}
     flops, memory_bytes = [], []
     for place, row in read_rows(path, _SERVER_COLUMNS, _SERVER_REQUIRED):
-        name = _name(place, "server", row)
+        name = name_in(place, "server", row)
         if name in names:
             raise BadInput(f"{place}: column server: {name!r}: is also on line {names[name]}")
         names[name] = int(place.rpartition(":")[2])
@@ -96,66 +94,3 @@ def _read_links(
             f"{path}: client {clients[int(np.argmax(alone))]} has no line; must have a link to a server"
         )
     return rates
-
-
-def read_rows(
-    path: Path, columns: Sequence[str], required: Sequence[str]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """The place and the cells of each line of a CSV file, blanks around cells removed.
-
-    BadInput names the line and the column that is not allowed.
-    """
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: byte {error.object[error.start]:#04x}: must be UTF-8") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: {reason}; give the path of a CSV file") from error
-    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
-    try:
-        header = [name.strip() for name in next(filter(None, rows), [])]
-        place = f"{path}:{max(rows.line_num, 1)}"
-        for at, name in enumerate(header):
-            if name not in columns:
-                raise BadInput(f"{place}: column {name!r}: must be one of {', '.join(columns)}")
-            if name in header[:at]:
-                raise BadInput(f"{place}: column {name}: must occur once")
-        for name in required:
-            if name not in header:
-                raise BadInput(f"{place}: column {name}: missing; must have {','.join(required)}")
-        for row in filter(None, rows):
-            place = f"{path}:{rows.line_num}"
-            if len(row) != len(header):
-                raise BadInput(f"{place}: {len(row)} cells; must be {len(header)}, as in the first line")
-            yield place, dict(zip(header, map(str.strip, row), strict=True))
-    except csv.Error as error:
-        raise BadInput(f"{path}:{rows.line_num}: not CSV ({error})") from error
-
-
-def _name(place: str, column: str, row: Mapping[str, str]) -> str:
-    name = row[column]
-    if not (1 <= len(name) <= _NAME_LENGTH and name.isprintable()):
-        raise BadInput(
-            f"{place}: column {column}: {name!r}: must be 1 to {_NAME_LENGTH} printable characters"
-        )
-    return name
-
-
-def known_name(place: str, column: str, row: Mapping[str, str], known: Mapping[str, int], where: str) -> int:
-    """The place of a name among those that are known."""
-    name = _name(place, column, row)
-    if name not in known:
-        raise BadInput(f"{place}: column {column}: {name!r}: must be a {column} of {where}")
-    return known[name]
-
-
-def number(place: str, column: str, cell: str) -> float:
-    """A positive number, as other programs read it too."""
-    try:
-        value = float(cell)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < np.inf or not cell.isascii() or "_" in cell:
-        raise BadInput(f"{place}: column {column}: {cell!r}: must be a positive number")
-    return value

@@ -9,7 +9,7 @@ from jaxtyping import Float64, Shaped
 
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet.clients import Fleet
-from sfl_jax.fleet.servers import known_name, number, read_rows
+from sfl_jax.fleet.rows import known_name, number, read_rows
 
 RATES = ("flops", "uplink_bps", "downlink_bps")
 _REQUIRED = ("round", "client")

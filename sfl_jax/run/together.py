@@ -174,10 +174,11 @@ class _Joint:
         parts, training = self._parts, self._parts.training
         if size > 1:
             program = federated_devices.map_rounds(training, parts.devices, size, at_once=True)
+            compiled = program.lower(*arguments).compile()
             placed = federated_devices.bytes_placed(arguments)
             free = tuning.budget_bytes(parts.execution, parts.devices, placed)
-            if federated_devices.program_bytes(program.lower(*arguments).compile()) <= free:
-                return program
+            if federated_devices.program_bytes(compiled) <= free:
+                return compiled  # the jitted program would be compiled again
         return federated_devices.map_rounds(training, parts.devices, size, at_once=False)
 
 
@@ -190,7 +191,11 @@ def _idle(placed):
 
 def _check_alike(all_parts: Sequence[Parts]) -> None:
     """BadInput for a part that one program cannot have twice."""
-    first, *others = (fingerprints(parts, 0) for parts in all_parts)
+    first, *others = (
+        fingerprints(parts, 0)
+        | {"skip_diverged": str(parts.training.skip_diverged), "devices": str(parts.devices)}
+        for parts in all_parts
+    )
     for place, other in enumerate(others, 1):
         names = [name for name in first if name not in _MAY_DIFFER and first[name] != other[name]]
         if names:

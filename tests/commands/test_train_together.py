@@ -45,6 +45,16 @@ def test_each_run_is_what_it_is_alone_and_the_table_has_mean_and_spread(tmp_path
 
 
 @pytest.mark.slow
+def test_a_run_that_diverges_is_not_in_the_table(tmp_path, capsys):
+    assert train(tmp_path, "--learning_rates=0.01,1e38") == 3
+    assert "error: --learning_rate=1e+38: round 1:" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / study.TABLE).read_text())["rows"]
+    assert row["settings"] == {"learning_rate": "0.01"}
+    assert len(bare(tmp_path / "learning_rate=0.01")) == 4
+    assert not (tmp_path / "learning_rate=1e+38" / recording.LOG).read_text()
+
+
+@pytest.mark.slow
 def test_after_a_signal_all_runs_go_on_where_they_were(tmp_path):
     with small_world.faults(signal_after=2, number=signal.SIGTERM):
         assert train(tmp_path / "a", "--seeds=0,3") == 75

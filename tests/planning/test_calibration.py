@@ -201,5 +201,8 @@ def test_a_wrong_file_is_refused_with_its_line(tmp_path, words, change):
     (tmp_path / "r.csv").write_text(GOOD.replace(*change, 1))
     with pytest.raises(BadInput, match=words):
         read_measured(tmp_path / "r.csv", ["a", "b"], UNITS)
-    with pytest.raises(BadInput, match=r"none\.csv: No such file or directory; give a CSV file with"):
+    with pytest.raises(
+        BadInput,
+        match=r"none\.csv: No such file or directory; give the path of a CSV file with round,client,cut",
+    ):
         read_measured(tmp_path / "none.csv", ["a"], UNITS)

@@ -123,7 +123,7 @@ def test_a_command_line_that_is_none_is_noticed(in_a_directory):
 def test_every_flag_in_the_text_exists_and_has_a_value_that_is_allowed():
     known = {
         field.name: field
-        for command in ("train", "plan", "compare", "profile_device")
+        for command in ("train", "plan", "compare", "profile_device", "certify")
         for field in fields_of(command)
     }
     seen = set()

@@ -25,6 +25,7 @@ COMMANDS = {
     "write_fleet": "plan",
     "compare_with": "plan",
     "device_file": "profile_device",
+    "certificate": "certify",
 }
 REFUSED = [
     ("gs://bucket/x.json", "must be a path on this machine; mount remote storage, e.g. with gcsfuse"),

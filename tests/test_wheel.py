@@ -53,7 +53,7 @@ def run(installed, tmp_path):
     return run
 
 
-COMMANDS = ("train", "plan", "compare", "report", "study", "profile-device")
+COMMANDS = ("train", "plan", "compare", "report", "study", "profile-device", "certify")
 DIRECTORY = "study/seed=0"  # where a study expects this run, so that one training serves all commands
 SMALL = ["--preset=quick", "--model=mlp", "--image_size=28", "--rounds=1", "--cohort_size=2", "--seed=0"]
 

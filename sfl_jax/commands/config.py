@@ -8,6 +8,8 @@ from typing import Any
 from sfl_jax import paths, registry
 from sfl_jax.commands import rules
 from sfl_jax.commands.fields import (
+    ALONE,
+    CERTIFYING,
     DATA,
     DATALESS,
     FILES,
@@ -42,26 +44,26 @@ class Config:
     """The settings of a run. A field's name is its flag's name. Units are in the help texts."""
 
     model: str = flag(
-        "efficientnetv2-b0", NETWORK, (*PLANNING, *PROFILING), "the network",
+        "efficientnetv2-b0", NETWORK, (*PLANNING, *ALONE), "the network",
         choices=tuple(registry.NETWORKS),
     )  # fmt: skip
     image_size: int = flag(
         32,
         NETWORK,
-        (*PLANNING, *PROFILING),
+        (*PLANNING, *ALONE),
         "side of the network's input images, in pixels",
         at_least=8,
         at_most=4096,
     )
     image_channels: int = flag(
-        1, NETWORK, (*DATALESS, *PROFILING), "channels of an image: 1 is grey, 3 is colour", at_least=1,
+        1, NETWORK, (*DATALESS, *ALONE), "channels of an image: 1 is grey, 3 is colour", at_least=1,
         at_most=4096,
     )  # fmt: skip
     norm: str = flag(
-        "batch", NETWORK, TRAINING, "the normalisation layers: batch norm, or group norm, which needs no "
-        "statistics of a batch", choices=registry.NORMS,
+        "batch", NETWORK, (*TRAINING, *CERTIFYING), "the normalisation layers: batch norm, or group norm, "
+        "which needs no statistics of a batch", choices=registry.NORMS,
     )  # fmt: skip
-    num_classes: int = flag(10, NETWORK, (*DATALESS, *PROFILING), "number of classes", at_least=1)
+    num_classes: int = flag(10, NETWORK, (*DATALESS, *ALONE), "number of classes", at_least=1)
     layer_form: str = flag(
         AUTO, NETWORK, TRAINING, "how convolutions are computed; auto measures which is faster",
         choices=(AUTO, *registry.LAYER_FORMS), open=AUTO,
@@ -79,7 +81,7 @@ class Config:
     drop_rate_scale: float = flag(
         0.0,
         NETWORK,
-        (*PLANNING, *PROFILING),
+        (*PLANNING, *ALONE),
         "factor on the published rates of dropout and stochastic depth; 0 switches them off",
         at_least=0,
         at_most=1,
@@ -329,8 +331,8 @@ class Config:
         "clients share one copy", at_least=-1,
     )  # fmt: skip
     tail_units: int = flag(
-        0, SCHEME, PLANNING, "how many last units the client also holds, so that labels never leave it",
-        at_least=0,
+        0, SCHEME, (*PLANNING, *CERTIFYING), "how many last units the client also holds, so that labels "
+        "never leave it", at_least=0,
     )  # fmt: skip
     codec: str = flag(
         "float32", SCHEME, PLANNING, "what is done to smashed data at the cut: float32 (nothing), bfloat16, "
@@ -347,7 +349,7 @@ class Config:
 
     rounds: int = flag(100, LEARNING, TRAINING, "rounds to train", at_least=1)
     local_epochs: int = flag(1, LEARNING, PLANNING, "epochs of a client in a round", at_least=1)
-    batch_size: int = flag(32, LEARNING, (*PLANNING, *PROFILING), "samples in a local step", at_least=1)
+    batch_size: int = flag(32, LEARNING, (*PLANNING, *ALONE), "samples in a local step", at_least=1)
     optimizer: str = flag(
         "adam",
         LEARNING,
@@ -417,7 +419,7 @@ class Config:
         "stop", LEARNING, TRAINING, "what to do if a client's loss or update is not finite",
         choices=("stop", "skip_client"), harmless=True,
     )  # fmt: skip
-    seed: int = flag(0, LEARNING, PLANNING, "seed of everything random", at_least=0)
+    seed: int = flag(0, LEARNING, (*PLANNING, *CERTIFYING), "seed of everything random", at_least=0)
     seeds: str = flag(
         "", LEARNING, ("train",), "several seeds, with commas between: one run for each, all computed in one "
         "program; empty: one run with --seed",
@@ -452,7 +454,7 @@ class Config:
         False, MACHINE, TRAINING, "the same bits in every run also on a GPU, which is slower"
     )
     compilation_cache: bool = flag(
-        True, MACHINE, (*PLANNING, *PROFILING), "keep compiled programs in the user's cache directory"
+        True, MACHINE, (*PLANNING, *ALONE), "keep compiled programs in the user's cache directory"
     )
     num_processes: int = flag(
         0,
@@ -494,6 +496,7 @@ class Config:
         "device.json", FILES, PROFILING, "file of the measured seconds; a fleet.csv names it in its column "
         "device", path=True,
     )  # fmt: skip
+    certificate: str = flag("certificate.csv", FILES, CERTIFYING, "file of the table of all cuts", path=True)
     repetitions: int = flag(
         20, MACHINE, PROFILING, "times that each unit is run in each direction; the median counts", at_least=1
     )

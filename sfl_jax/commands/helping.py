@@ -30,6 +30,7 @@ FIRST = {
     ),
     "report": ("workdir",),
     "profile_device": ("model", "image_size", "batch_size", "repetitions", "device_file"),
+    "certify": ("model", "image_size", "batch_size", "tail_units", "certificate"),
     "study": (),
 }  # fmt: skip
 EXAMPLES = {
@@ -49,6 +50,13 @@ EXAMPLES = {
     ),
     "report": (("--workdir=runs/demo", "a finished or a running run"),),
     "profile_device": (("--model=efficientnetv2-b0 --device_file=pi.json", "this machine, for a fleet.csv"),),
+    "certify": (
+        ("--model=cnn --image_size=28 --batch_size=4", "a small network, every cut"),
+        (
+            "--model=efficientnetv2-s --batch_size=4 --tail_units=1",
+            "a U-shape, which keeps labels at the client",
+        ),
+    ),
     "study": (
         ("--preset=quick --vary=codec=float32,int8", "two codecs, about two minutes"),
         (

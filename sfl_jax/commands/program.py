@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-COMMANDS = ("train", "plan", "compare", "report", "study", "profile_device")
+COMMANDS = ("train", "plan", "compare", "report", "study", "profile_device", "certify")
 
 
 def program(command: str) -> str:

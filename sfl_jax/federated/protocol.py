@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 MODEL_DOWN, MODEL_UP = "model_down", "model_up"
@@ -44,14 +43,15 @@ AUGMENT = 2**31 + 1  # folded into a step's key for the random change of its ima
 class World:
     """What the clients of a round share.
 
-    units: the whole network. variables: of each unit, by collection, in Flax's form. optimizer: with its
-    learning rate. preprocess: stored images (B, H, W, C) -> the network's input. key: of the round. up, down:
-    the codec for what goes up and for what comes down; each also takes a key.
+    units: the whole network, Flax modules or what has their `apply`. variables: of each unit, by collection,
+    in Flax's form. optimizer: with its learning rate. preprocess: stored images (B, H, W, C) -> the network's
+    input. key: of the round. up, down: the codec for what goes up and for what comes down; each also takes a
+    key.
     augment: changes the stored images of a step; it also takes a key. proximal: a copy's gradient gains this
     times its distance from the global parameters. clip_norm: the largest norm of a copy's gradient; 0 is any.
     """
 
-    units: Sequence[nn.Module]
+    units: Sequence[Any]
     variables: Sequence[dict[str, Any]]
     optimizer: optax.GradientTransformation
     preprocess: Callable[[Array], Array]

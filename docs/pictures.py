@@ -1,8 +1,11 @@
-"""Draws the pictures of the docs: python docs/pictures.py [runs/compare/clocks.csv]
+"""Draws the pictures of the docs: python docs/pictures.py [FILE.csv ...]
 
-round.svg and curve.svg are made from plans. result.svg is made from the clocks.csv of a comparison:
+round.svg and curve.svg are made from plans. The others are made from the files that are given:
 
-    python -m launch.compare --preset=quick --eval_every=2 --workdir=runs/compare
+    result.svg: runs/compare/clocks.csv, of
+        python -m launch.compare --preset=quick --eval_every=2 --workdir=runs/compare
+    claim_time.svg: runs/claim/clocks.csv, of python -m benchmarks.claim tables
+    claim_fits.svg: runs/curves.csv, of python -m benchmarks.paper_method
 """
 
 import csv
@@ -23,6 +26,15 @@ METHODS = {
     "common_cut": ("best common cut", "#7570b3", "-"),
     "no_split": ("no split", "#1f78b4", "-"),
 }
+PANELS = {  # of claim_time.svg
+    "b0_100_iid": "B0, 100 clients, IID", "b0_100_dir": "B0, 100 clients, Dirichlet(0.3)",
+    "b0_20_iid": "B0, 20 clients, IID", "s_100_iid": "S, 100 clients, IID",
+}  # fmt: skip
+QUANTITIES = {
+    "forward_flop": ("work of the forward pass, MFLOP", 1e6),
+    "model_bits": ("model below the cut, Mbit", 1e6),
+    "smashed_bits": ("smashed data of a sample, kbit", 1e3),
+}
 STEPS = {
     "model_down": ("model down", "#9ecae1"),
     "client_forward": ("client, forward", "#a1d99b"),
@@ -34,11 +46,17 @@ STEPS = {
 }
 
 
-def main(clocks: str = "") -> None:
-    """Draws result.svg if `clocks` names a clocks.csv, and always the other two."""
+def main(*files: str) -> None:
+    """Draws round.svg and curve.svg, and the picture of each file."""
     mpl.rcParams.update({"svg.hashsalt": "sfl_jax", "font.size": 9})
-    if clocks:
-        save(result(Path(clocks)), "result.svg")
+    drawn = {
+        "round": (result, "result.svg"),
+        "setting": (claim, "claim_time.svg"),
+        "network": (fits, "claim_fits.svg"),
+    }
+    for file in map(Path, files):
+        draw, name = drawn[file.read_text().partition(",")[0]]
+        save(draw(file), name)
     chain = models.create("efficientnetv2-b0", num_classes=10, in_channels=1)
     profile = models.profile(chain, image_shape=(32, 32, 1))
     clients = fleet.random_fleet(10, seed=3).with_samples([600] * 10)
@@ -60,6 +78,50 @@ def result(clocks: Path) -> Figure:
     axes.set(xlabel="simulated seconds of the fleet", ylabel="test accuracy, %", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def claim(clocks: Path) -> Figure:
+    """Test accuracy over simulated time by method, a panel for each setting."""
+    with clocks.open() as file:
+        rows = list(csv.DictReader(file))
+    there = [name for name in PANELS if any(row["setting"] == name for row in rows)]
+    figure = Figure(figsize=(8.5, 2.6 * -(-len(there) // 2)), layout="constrained")
+    plots = figure.subplots(-(-len(there) // 2), 2, squeeze=False).flat
+    for axes, name in zip(plots, there, strict=False):
+        own = [row for row in rows if row["setting"] == name]
+        accuracy = [100 * float(row["test_accuracy"]) for row in own]
+        for method, (label, colour, style) in METHODS.items():
+            axes.plot([float(row[method]) for row in own], accuracy, style, color=colour, label=label)
+        axes.set(title=PANELS[name], xlabel="simulated seconds", xlim=(0, None), ylim=(90, 100))
+        axes.grid(alpha=0.3)
+    for axes in plots[len(there) :]:
+        axes.set_axis_off()
+    plots[0].set_ylabel("test accuracy, %")
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def fits(curves: Path) -> Figure:
+    """What is counted at each cut, and the curve that is fitted to it, for two networks."""
+    with curves.open() as file:
+        rows = list(csv.DictReader(file))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure(figsize=(9, 2.5 * len(networks)), layout="constrained")
+    plots = figure.subplots(len(networks), len(QUANTITIES), squeeze=False)
+    for line, network in zip(plots, networks, strict=True):
+        for axes, (quantity, (title, unit)) in zip(line, QUANTITIES.items(), strict=True):
+            own = [row for row in rows if (row["network"], row["quantity"]) == (network, quantity)]
+            for kind in dict.fromkeys(row["kind"] for row in own):
+                points = [
+                    (float(row["cut"]), float(row["value"]) / unit) for row in own if row["kind"] == kind
+                ]
+                style = {"marker": "o", "markersize": 3, "linestyle": ":"} if kind == "counted" else {}
+                axes.plot(
+                    *zip(*points, strict=True), label=kind, color="#756bb1" if style else "#d95f02", **style
+                )
+            axes.set(title=f"{network}: {title}", xlabel="cut", ylim=(0, None))
+            axes.legend(frameon=False)
     return figure
 
 

@@ -37,6 +37,7 @@ AUTO = "auto"
 PARTITIONS = (AUTO, *registry.PARTITIONS)
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("default", "high", "highest")
+PLANS_WORKDIR = "runs/methods"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,6 +477,7 @@ class Config:
         100, PROCESSES, ("train",), "seconds of silence after which a process counts as dead", at_least=1
     )
 
+    # PLANS_WORKDIR replaces this default where plans are compared without training.
     workdir: str = flag("runs/demo", FILES, RUNNING, "directory of the run", path=True)
     eval_every: int = flag(1, FILES, TRAINING, "rounds between evaluations", at_least=1)
     checkpoint_every_rounds: int = flag(

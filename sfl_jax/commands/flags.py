@@ -11,7 +11,7 @@ from absl import flags
 
 from sfl_jax import __version__, paths
 from sfl_jax.commands import helping, preset, surroundings
-from sfl_jax.commands.config import Config, as_flags, fields_of
+from sfl_jax.commands.config import PLANS_WORKDIR, Config, as_flags, fields_of
 from sfl_jax.commands.fields import allowed
 from sfl_jax.commands.interruption import INTERRUPTED, interruption
 from sfl_jax.errors import BadInput
@@ -110,7 +110,8 @@ def parse(arguments: Sequence[str], command: str) -> Config:
         setting = "write each setting as --name=value"
         raise BadInput(f"{strays[0]!r} is not a flag; {remedy if strays[0].startswith('#') else setting}")
     given = {field.name: values[field.name].value for field in taken}
-    return Config.from_dict(given | _shorter(given, _typed(arguments)), command)
+    typed = _typed(arguments)
+    return Config.from_dict(given | _shorter(given, typed) | _apart(given, typed), command)
 
 
 def _typed(arguments: Sequence[str]) -> set[str]:
@@ -126,6 +127,12 @@ def _shorter(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
         return {}
     print(f"--warmup_rounds={rounds}, instead of {warmup}: no more than --rounds={rounds}", file=sys.stderr)
     return {"warmup_rounds": rounds}
+
+
+def _apart(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+    """Plans that are compared without training have a directory of their own, unless the user names one."""
+    named = "workdir" in typed or ("flagfile" in typed and given["workdir"] != Config.workdir)
+    return {"workdir": PLANS_WORKDIR} if given.get("plan_only") and not named else {}
 
 
 def _unopened(error: flags.CantOpenFlagFileError) -> str:

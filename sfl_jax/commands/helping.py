@@ -1,14 +1,16 @@
 """The texts of --help: the flags for a first hour, or all with --helpfull."""
 
+import copy
 import dataclasses
 import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from sfl_jax.commands import preset
-from sfl_jax.commands.config import fields_of
+from sfl_jax.commands.config import PLANS_WORKDIR, fields_of
 from sfl_jax.commands.fields import bounds
 from sfl_jax.commands.program import program
 
@@ -123,7 +125,15 @@ def _that_apply(command: str, plans_only: bool) -> list[dataclasses.Field[Any]]:
         return fields
     always = {"workdir", "plan_only"}
     apply = {field.name for field in fields_of("plan" if plans_only else "train")} | always
-    return [field for field in fields if field.name in apply]
+    return [_of_plans(f) if plans_only and f.name == "workdir" else f for f in fields if f.name in apply]
+
+
+def _of_plans(workdir: dataclasses.Field[Any]) -> dataclasses.Field[Any]:
+    """The flag --workdir as `compare --plan_only` has it."""
+    field = copy.copy(workdir)
+    field.default = PLANS_WORKDIR
+    field.metadata = MappingProxyType({**workdir.metadata, "help": "directory of the comparison"})
+    return field
 
 
 def _flags(fields, width):

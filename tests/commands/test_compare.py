@@ -112,6 +112,13 @@ def test_a_file_of_the_users_own_stays(name, flags, tmp_path, capsys):
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_plans_are_not_written_beside_a_training(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert compare.main([*TINY, "--plan_only", f"--workdir={tmp_path}"]) == 2
+    assert f"--workdir={tmp_path}: has a training; choose another" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
 def test_plans_alone_need_no_cohort():
     assert Config.from_dict({"clients": 5, "plan_only": True}, "compare").clients == 5
 

@@ -164,6 +164,19 @@ def test_help_of_compare_shows_what_applies(capsys):
     assert {"num_classes", "samples_per_client"} <= set(plans) - set(training)
     assert set(training) | set(plans) == both
     assert {"workdir", "plan_only", "model"} <= set(training) & set(plans)
+    lines = helped(capsys, "compare", "--help", "--plan_only")
+    assert any(re.match(r"  --workdir=runs/methods +directory", line) for line in lines)
+
+
+def test_plans_that_are_compared_stay_out_of_the_directory_of_a_training(tmp_path):
+    def workdir(*arguments):
+        return flags.parse(arguments, "compare").workdir
+
+    assert workdir("--plan_only") == workdir("--plan_only", "--preset=quick") == "runs/methods"
+    assert workdir("--preset=quick") == "runs/quick"
+    assert workdir("--plan_only", "--workdir=runs/demo") == "runs/demo"
+    (tmp_path / "x.flags").write_text("--workdir=mine\n")
+    assert workdir(f"--flagfile={tmp_path}/x.flags", "--plan_only") == "mine"
 
 
 def test_the_version_is_said(capsys):

@@ -341,7 +341,9 @@ def settings_card(config: Config, command: str) -> str:
         page.grid(rows, numbers=False) if changed else "",
         page.paragraph("The command that repeats this:"),
         page.code(shlex.join([*program(command).split(), *flags])),
-        page.details(f"All {len(chosen)} settings", page.columns({n: _said(n, v) for n, v in chosen.items()})),
+        page.details(
+            f"All {len(chosen)} settings", page.columns({n: _said(n, v) for n, v in chosen.items()})
+        ),
     ]
     return page.card("Settings that differ from the defaults", "\n".join(inside))
 

@@ -351,7 +351,9 @@ def accuracies(text: str) -> list[float] | None:
     except ValueError:
         found = [0.0]
     if not all(0 < target <= 1 for target in found):
-        raise BadInput(f"--targets={text}: must be auto, or accuracies above 0 and at most 1 with commas between")
+        raise BadInput(
+            f"--targets={text}: must be auto, or accuracies above 0 and at most 1 with commas between"
+        )
     return found
 
 

@@ -176,8 +176,9 @@ def columns(values: Mapping[str, Any]) -> str:
 
 
 def code(text: str) -> str:
-    """A command line."""
-    return f"<pre>{_text(text)}</pre>"
+    """A command line. A browser breaks it between words, and within a word only if that is too long."""
+    words = (f"<code>{_text(word)}</code>" for word in text.split(" "))
+    return f"<pre>{' '.join(words)}</pre>"
 
 
 def _wide(inside: str) -> str:

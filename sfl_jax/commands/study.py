@@ -23,7 +23,7 @@ from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
 from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
-WORKDIR, TARGETS = "runs/study", "0.9,0.95,0.98"
+WORKDIR, TARGETS = "runs/study", "auto"
 TABLE, PICTURE, REPORT = "study.json", "study.png", "study.html"
 POLL_S = 0.1  # between two looks at a training
 # Runs that differ in these alone are one program.
@@ -34,7 +34,8 @@ FLAGS = {
     "--predict=ACCURACY": "with psl and sfl_v2: also predict the rounds and seconds to this accuracy, each "
     "training from the others",
     "--pilots=N": "with --predict: train only N of the runs, and the one that is predicted to be quickest",
-    f"--targets={TARGETS}": "accuracies whose rounds, seconds and bytes the table tells",
+    f"--targets={TARGETS}": "accuracies whose rounds, seconds and bytes the table tells, such as 0.9,0.98; "
+    "auto: three round numbers, the highest that a run reached",
     f"--workdir={WORKDIR}": f"directory of the study: a directory for each run, {TABLE}, {PICTURE} "
     f"and {REPORT}",
 }
@@ -69,7 +70,7 @@ def study(
     varied: Mapping[str, Sequence[str]],
     rest: Sequence[str],
     workdir: str,
-    targets: Sequence[float],
+    targets: Sequence[float] | None,
     predicted: float = 0.0,
     pilots: int = 0,
 ) -> int:
@@ -149,16 +150,18 @@ def write(
     cases: Sequence[Case],
     command: Sequence[str],
     workdir: str,
-    targets: Sequence[float],
+    targets: Sequence[float] | None = None,
 ) -> None:
     """Prints the table of the cases, and writes it, the picture and the page into the workdir.
 
-    command: the command line that does this, for the page.
+    command: the command line that does this, for the page. targets: accuracies; None means that the runs say.
     """
-    from sfl_jax.commands import study_page, study_plot
+    from sfl_jax.commands import study_page, study_plot, totals
     from sfl_jax.run import recording
 
     runs = [(case.values, recording.logged(str(case.directory))) for case in cases]
+    if targets is None:
+        targets = totals.targets(line.test_accuracy for _, lines in runs for line in lines)
     rows = summarised(runs, targets)
     with whole_file(Path(workdir, TABLE)) as file:
         text = json.dumps({"varied": {name: list(values) for name, values in varied.items()}, "rows": rows})
@@ -339,14 +342,18 @@ def _prediction(predicted: str, pilots: str) -> tuple[float, int]:
     return accuracy, int(pilots or 0)
 
 
-def accuracies(text: str) -> list[float]:
-    """The targets in a text. BadInput if one is not an accuracy."""
+def accuracies(text: str) -> list[float] | None:
+    """The targets in a text; None for auto. BadInput if one is not an accuracy."""
+    if text == TARGETS:
+        return None
     try:
         found = [float(part) for part in text.split(",") if part]
     except ValueError:
         found = [0.0]
     if not all(0 < target <= 1 for target in found):
-        raise BadInput(f"--targets={text}: must be accuracies above 0 and at most 1, with commas between")
+        raise BadInput(
+            f"--targets={text}: must be auto, or accuracies above 0 and at most 1 with commas between"
+        )
     return found
 
 

@@ -1,6 +1,7 @@
 """What a run sent, computed and held under each method, and what it took to an accuracy, as rows of words."""
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from sfl_jax.commands import words
 from sfl_jax.run.clocks import Clock
 from sfl_jax.run.ledger import DOWN, UP, sent_bytes, totals
 
-TARGETS = (0.97, 0.98, 0.99)
+LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)  # round accuracies
 _KINDS = {
     "model_down_bytes": "models", "gradient_down_bytes": "gradients",
     "model_up_bytes": "models", "smashed_up_bytes": "smashed data", "labels_up_bytes": "labels",
@@ -49,15 +50,22 @@ def method_rows(clocks: Mapping[str, Clock]) -> list[Row]:
 
 
 def accuracy_rows(clocks: Mapping[str, Clock], accuracies: Sequence[float | None]) -> list[Row]:
-    """The simulated time and the bytes to some test accuracies, by method, below a row of titles.
+    """The simulated time and the bytes to the `targets`, by method, below a row of titles.
 
-    A dash means that the run did not reach it. If it reached none, one row says so for all methods.
+    If no target was reached, one row with dashes says so for all methods.
     """
-    reached = [first_round(accuracies, target) for target in TARGETS]
-    titles = "time and bytes to", *(f"{100 * target:.0f} % accuracy" for target in TARGETS)
+    aims = targets(accuracies)
+    reached = [first_round(accuracies, target) for target in aims]
+    titles = "time and bytes to", *(f"{100 * target:g} % accuracy" for target in aims)
     if all(index is None for index in reached):
-        return [titles, ("not reached", *(words.NONE for _ in TARGETS))]
+        return [titles, ("not reached", *(words.NONE for _ in aims))]
     return [titles, *((name, *_spent(clock, reached)) for name, clock in clocks.items())]
+
+
+def targets(accuracies: Iterable[float | None]) -> Sequence[float]:
+    """The three highest accuracies of the ladder that were reached; its lowest three if fewer were."""
+    best = max((part for part in accuracies if part is not None), default=0.0)
+    return LADDER[max(0, bisect.bisect_right(LADDER, best) - 3) :][:3]
 
 
 def _spent(clock, reached):

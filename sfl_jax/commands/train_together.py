@@ -64,8 +64,7 @@ def train(config: Config, stop: Stop, say: Screen) -> int:
     say.settle()
     chosen = settings(config, "train").items()
     own = [f"--{name}={value}" for name, value in chosen if value != getattr(Config, name)]
-    targets = study.accuracies(study.TARGETS)
-    study.write(varied, cases, [*program("train").split(), *own], config.workdir, targets)
+    study.write(varied, cases, [*program("train").split(), *own], config.workdir)
     return code
 
 

@@ -97,7 +97,7 @@ def test_training_leaves_a_page_and_the_command_adds_every_method(run, capsys):
         up = sum(line[name] for line in lines for name in UP)
         assert one.rows()["sent by clients"] == words.amount(up, "B") != words.NONE
         assert one.rows()["seed"] == "7"
-        assert "--rounds=3" in "".join(one.of("pre"))
+        assert "--rounds=3" in "".join(one.of("code"))
         titles = one.of("h3")
         for title in (
             "Accuracy by simulated time", "Accuracy by round", "Accuracy by bytes",

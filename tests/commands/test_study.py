@@ -63,7 +63,7 @@ def test_the_page_has_every_run_its_table_and_its_command():
     assert "<h1>Study of codec, seed</h1>" in made
     assert "<b>85.00 %</b><small>codec a</small>" in made
     assert "codec a, seed 1\\n90.00 % after round 2\\nround 2" in made
-    assert "<pre>study '--vary=codec=a,&lt;b&gt;'</pre>" in made
+    assert "<pre><code>study</code> <code>'--vary=codec=a,&lt;b&gt;'</code></pre>" in made
     assert made.count("<figure>") == 3
     assert "<b>," not in made
     none = [({"codec": "a"}, lines(None, ledger=None))]
@@ -78,7 +78,7 @@ def test_the_page_has_every_run_its_table_and_its_command():
         (["--vary=scheme"], "--vary: 'scheme': must be NAME=VALUE,VALUE"),
         (["--vary=seed=0,"], "must be NAME=VALUE,VALUE"),
         (["--vary=seed=0", "--vary=seed=1"], "must be NAME=VALUE,VALUE, each name once"),
-        (["--vary=seed=0", "--targets=90"], "--targets=90: must be accuracies above 0 and at most 1"),
+        (["--vary=seed=0", "--targets=90"], "--targets=90: must be auto, or accuracies above 0"),
         (["--vary=seedz=0,1"], "--vary: no combination can be trained"),
         (["--vary=seeds=0,1"], "--vary=seeds: must be --vary=seed"),
     ],

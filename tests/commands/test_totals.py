@@ -38,10 +38,22 @@ def test_an_accuracy_was_reached_after_seconds_and_bytes():
     assert titles[1:] == ("97 % accuracy", "98 % accuracy", "99 % accuracy")
     assert own == ("exact", "4.00 s, 14 MB", "6.00 s, 21.1 MB", "6.00 s, 21.1 MB")
     assert other == ("greedy", "4.00 s, -", "6.00 s, -", "6.00 s, -")
-    at_once = totals.accuracy_rows({"exact": KNOWN}, [0.971, None, 0.971])
-    assert at_once[1] == ("exact", "2.00 s, 7.02 MB", words.NONE, words.NONE)
-    never = totals.accuracy_rows({"exact": KNOWN, "greedy": KNOWN}, [0.5, None, 0.96])
+    titles, own = totals.accuracy_rows({"exact": KNOWN}, [0.15, None, 0.13])
+    assert titles[1:] == ("10 % accuracy", "20 % accuracy", "30 % accuracy")
+    assert own == ("exact", "2.00 s, 7.02 MB", words.NONE, words.NONE)
+    never = totals.accuracy_rows({"exact": KNOWN, "greedy": KNOWN}, [0.05, None, 0.09])
     assert never[1:] == [("not reached", *3 * (words.NONE,))]
+
+
+@pytest.mark.parametrize(
+    ("best", "targets"),
+    [
+        (None, (0.1, 0.2, 0.3)), (0.3, (0.1, 0.2, 0.3)), (0.55, (0.3, 0.4, 0.5)),
+        (0.9916, (0.97, 0.98, 0.99)), (1.0, (0.98, 0.99, 0.995)),
+    ],
+)  # fmt: skip
+def test_the_accuracies_that_a_table_tells_are_the_highest_that_were_reached(best, targets):
+    assert totals.targets([None, best, 0.02]) == targets
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,10 @@ def _shorter(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
 
 def _apart(given: dict[str, Any], typed: set[str]) -> dict[str, Any]:
     """Plans that are compared without training have a directory of their own, unless the user names one."""
+    if not given.get("plan_only"):
+        return {}
     named = "workdir" in typed or ("flagfile" in typed and given["workdir"] != Config.workdir)
-    return {"workdir": PLANS_WORKDIR} if given.get("plan_only") and not named else {}
+    return {} if named else {"workdir": PLANS_WORKDIR}
 
 
 def _unopened(error: flags.CantOpenFlagFileError) -> str:

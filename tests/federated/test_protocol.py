@@ -358,7 +358,6 @@ def test_it_shares_no_code_with_the_compiled_round():
     assert found == {
         "collections",
         "dataclasses",
-        "flax",
         "functools",
         "jax",
         "jaxtyping",

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.paper_method import table
 from sfl_jax.commands import parts, report, totals, words, workdir
 from sfl_jax.run import recording
-from sfl_jax.run.ledger import sent_bytes
 
 ROOT = Path("runs/claim")
 METHODS = {
@@ -28,7 +28,7 @@ METHODS = {
     "common_cut": "best common cut", "regression": "regression and alternation",
     "alternating": "alternation on the table", "exact": "exact",
 }  # fmt: skip
-MNIST, CIFAR = (0.97, 0.98, 0.99), (0.4, 0.5, 0.55, 0.6)
+TARGETS = "0.97,0.98,0.99"
 HUNDRED = "--clients=100 --cohort_size=10"
 TWENTY = "--clients=20 --cohort_size=5"
 DIRICHLET = "--partition=dirichlet --dirichlet_alpha=0.3 --min_samples=10"
@@ -36,7 +36,6 @@ SEEDS, ONE = "--vary=seed=0,1,2", "--vary=seed=0"
 B0 = "--preset=mnist"
 S = "--preset=mnist-s --rounds=46 --eval_every=4"
 LONG, SHORT = "--rounds=64 --eval_every=4", "--rounds=24 --eval_every=2"
-COLOUR = "--dataset=cifar10 --augment=shift:4+flip"
 
 
 class Setting(NamedTuple):
@@ -44,7 +43,6 @@ class Setting(NamedTuple):
 
     title: str
     flags: str
-    targets: tuple[float, ...] = MNIST
 
 
 SETTINGS = {
@@ -53,6 +51,9 @@ SETTINGS = {
     "b0_20_iid": Setting("B0, 20 clients, IID", f"{SEEDS} {B0} {TWENTY} {SHORT}"),
     "b0_20_dir": Setting("B0, 20 clients, Dirichlet(0.3)", f"{SEEDS} {B0} {TWENTY} {SHORT} {DIRICHLET}"),
     "b0_100_iid_fl": Setting("B0, 100 clients, IID, fl", f"{ONE} --scheme=fl {B0} {HUNDRED} {LONG}"),
+    "b0_20_dir_fl": Setting(
+        "B0, 20 clients, Dirichlet(0.3), fl", f"{ONE} --scheme=fl {B0} {TWENTY} {SHORT} {DIRICHLET}"
+    ),
     "s_100_iid": Setting("S, 100 clients, IID", f"{ONE} {S} {HUNDRED}"),
     "s_100_dir": Setting("S, 100 clients, Dirichlet(0.3)", f"{ONE} {S} {HUNDRED} {DIRICHLET}"),
     "s_20_iid": Setting("S, 20 clients, IID", f"{ONE} {S} {TWENTY} {SHORT}"),
@@ -65,14 +66,11 @@ class Run(NamedTuple):
 
     accuracies: list[float | None]
     seconds: dict[str, np.ndarray]
-    sent: dict[str, np.ndarray]
 
 
 def train(names):
     for name in names:
-        setting = SETTINGS[name]
-        targets = ",".join(f"{target:g}" for target in setting.targets)
-        flags = [*setting.flags.split(), f"--targets={targets}", f"--workdir={ROOT / name}"]
+        flags = [*SETTINGS[name].flags.split(), f"--targets={TARGETS}", f"--workdir={ROOT / name}"]
         print(f"{name}: python -m launch.study {' '.join(flags)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "launch.study", *flags], check=False).returncode
         if code:
@@ -91,7 +89,6 @@ def run_of(directory: Path) -> Run:
     return Run(
         [line.test_accuracy for line in lines],
         {name: clock.seconds for name, clock in clocks.items()},
-        {name: sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()},
     )
 
 
@@ -110,13 +107,6 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(header, rows):
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print()
-
-
 def accuracy_tables(names):
     """How accurate each setting became, and the simulated seconds of each method to its targets."""
     rows = []
@@ -131,7 +121,8 @@ def accuracy_tables(names):
     print("All rounds. The columns of methods: their time over that of the exact plans.\n")
     table(header, rows)
     for name in names:
-        runs, targets = [run_of(path) for path in runs_of(name).values()], SETTINGS[name].targets
+        runs = [run_of(path) for path in runs_of(name).values()]
+        targets = [float(target) for target in TARGETS.split(",")]
         print(f"{SETTINGS[name].title}: rounds and simulated seconds to a test accuracy\n")
         places = {t: [totals.first_round(run.accuracies, t) for run in runs] for t in targets}
         rows = [
@@ -174,14 +165,7 @@ def equality_table(names):
             apart = max(abs(a - b) for a, b in tested)
             title = SETTINGS[name].title.removesuffix(", fl")
             rows.append([title, seed, f"{same} of {len(tested)}", f"{100 * apart:.2f}", f"{loss:.1e}"])
-    header = [
-        "setting",
-        "seed",
-        "equal test accuracies",
-        "largest difference, points",
-        "of the loss, relative",
-    ]
-    table(header, rows)
+    table(["setting", "seed", "equal test accuracies", "most apart, points", "loss apart, relative"], rows)
 
 
 def write_clocks(names):

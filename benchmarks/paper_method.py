@@ -1,6 +1,6 @@
 """The method of the source by itself, regression with alternation: python -m benchmarks.paper_method
 
-Prints three tables: the curves that are fitted to the costs of cuts, the rounds of its plans over the proven
+Prints tables: the curves that are fitted to the costs of cuts, the rounds of its plans over the proven
 optimum for random fleets, and the time of a plan as the fleet grows. Writes the curves to a CSV for the
 picture of docs/claim.md. Runs on the CPU.
 """
@@ -23,7 +23,6 @@ SERVERS = {"scarce": 0.01, "medium": 0.1, "rich": 1.0}  # FLOP/s over those of a
 LINKS = {"slow": 1 / 8, "as drawn": 1.0, "fast": 8.0}  # factors on both links
 GROWTH = (10, 100, 1000, 10_000, 100_000)
 PAPER, TABLE = "regression", "alternating"
-KEY = jax.random.key(0)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from sfl_jax.errors import BadInput
 
+CONFIG = "config.json"  # in the directory of a run
 PNG_METADATA = {"Software": "sfl_jax"}
 PNG_MARK = b"Software\0sfl_jax"
 HTML_MARK = b'<meta name="generator" content="sfl_jax">'

@@ -4,13 +4,11 @@ exchanging messages. It is compared with the step of the whole network, in float
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from sfl_jax.commands import flags
+from sfl_jax.commands import alone, flags
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.screen import screen
 from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_ours, ensure_writable
 
 HEADER = "cut,after_unit,loss,loss_difference,difference,messages"
 FAILED = 1
@@ -23,34 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def certify(config: Config) -> int:
     """Prints a row for each cut, and writes them. Returns 1 if a cut changes more than rounding."""
-    path = Path(config.certificate)
-    if path.suffix != ".csv":
-        raise BadInput(f"--certificate={path}: must end in .csv")
-    ensure_writable(path.parent, "certificate", str(path))
-    ensure_ours(path, HEADER.encode(), "certificate", str(path))
+    path = alone.ensure_file("certificate", config.certificate, ".csv", HEADER.encode())
     side, channels = config.image_size, config.image_channels
     first = (
         f"{config.model} at {side}x{side}, one step of {config.batch_size} samples in float64 at every cut"
     )
     with screen(first) as say:
-        from sfl_jax.commands import accelerators
-
-        accelerators.start()
-        accelerators.find()
-        from sfl_jax import models
-        from sfl_jax.commands import compare, compilation_cache
+        chain = alone.network(config)
+        from sfl_jax.commands import compare
         from sfl_jax.federated import certificate
         from sfl_jax.models import units
 
-        if config.compilation_cache:
-            compilation_cache.enable()
-        chain = models.create(
-            config.model,
-            config.num_classes,
-            channels,
-            drop_rate_scale=config.drop_rate_scale,
-            norm=config.norm,
-        )
         if config.tail_units > len(chain) - 1:
             raise BadInput(
                 f"--tail_units={config.tail_units}: must be below {len(chain)}, the units of {config.model}"

@@ -19,7 +19,7 @@ from sfl_jax.commands.config import Config
 from sfl_jax.commands.rules import RANDOM
 from sfl_jax.commands.screen import Screen, first_line_of_plan, screen
 from sfl_jax.errors import BadInput
-from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import CONFIG, HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
 
 # The files that the command writes, and a text that each contains.
 PLAN_FILES = {
@@ -27,7 +27,6 @@ PLAN_FILES = {
     "methods.html": HTML_MARK,
 }  # fmt: skip
 CLOCK_FILES = {"clocks.csv": b"round,test_accuracy,", "clocks.png": PNG_MARK}
-RUN = "config.json"  # a directory that has it is a run's
 _SWEEPS = {
     "server_flops": "server compute",
     "clients": "number of clients",
@@ -47,7 +46,7 @@ def compare(config: Config) -> int:
     ensure_writable(config.workdir, "workdir", config.workdir)
     for name, mark in (PLAN_FILES if config.plan_only else CLOCK_FILES).items():
         ensure_ours(Path(config.workdir, name), mark, "workdir", config.workdir)
-    if config.plan_only and Path(config.workdir, RUN).exists():
+    if config.plan_only and Path(config.workdir, CONFIG).exists():
         raise BadInput(f"--workdir={config.workdir}: has a training; choose another, or leave it out")
     return compare_plans(config) if config.plan_only else compare_clocks(config)
 

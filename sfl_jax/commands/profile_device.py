@@ -3,14 +3,11 @@
 import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sfl_jax import __version__
-from sfl_jax.commands import flags
+from sfl_jax.commands import alone, flags
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.screen import screen
-from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_ours, ensure_writable
 
 MARK = b'"format": "sfl_jax device'
 
@@ -22,30 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def profile_device(config: Config) -> None:
     """Times all units, prints them in a table, and writes the device file."""
-    path = Path(config.device_file)
-    if path.suffix != ".json":
-        raise BadInput(f"--device_file={path}: must end in .json")
-    ensure_writable(path.parent, "device_file", str(path))
-    ensure_ours(path, MARK, "device_file", str(path))
+    path = alone.ensure_file("device_file", config.device_file, ".json", MARK)
     side, size = config.image_size, config.batch_size
     first = f"{config.model} at {side}x{side}, batches of {size}, {config.repetitions} times each"
     with screen(first) as say:
-        from sfl_jax.commands import accelerators
-
-        accelerators.start()
-        accelerators.find()
+        chain = alone.network(config)
         import jax
         import numpy as np
 
         from sfl_jax import fleet, models
-        from sfl_jax.commands import compilation_cache
         from sfl_jax.commands.parts import network_name
 
-        if config.compilation_cache:
-            compilation_cache.enable()
-        chain = models.create(
-            config.model, config.num_classes, config.image_channels, drop_rate_scale=config.drop_rate_scale
-        )
         shape = (side, side, config.image_channels)
         timed = models.unit_seconds(chain, shape, size, config.repetitions, say)
         names, forward_s, backward_s = zip(*timed, strict=True)

@@ -12,10 +12,10 @@ from sfl_jax.commands import parts
 from sfl_jax.commands.config import Config, changes
 from sfl_jax.commands.parts import Built, Trained
 from sfl_jax.errors import BadInput
-from sfl_jax.files import ensure_ours
+from sfl_jax.files import CONFIG, ensure_ours
 from sfl_jax.fleet import Sampling
 from sfl_jax.run.checkpoints import Checkpoints, Progress
-from sfl_jax.run.recording import CONFIG, LOG, MARKS
+from sfl_jax.run.recording import LOG, MARKS
 from sfl_jax.run.state import State, resume
 
 

@@ -79,8 +79,8 @@ def certify(
         transport = _Counting()
         with jax.enable_x64(True):
             parted, parted_loss = protocol.run_session(world, work, transport, tail_units)
-            apart = max(map(distance, parted, whole, start))
-        yield Row(cut, parted_loss, abs(parted_loss - loss) / abs(loss), apart, transport.count)
+            apart = float(np.max([*map(distance, parted, whole, start)]))  # NaN if one is, unlike max()
+        yield Row(cut, parted_loss, _part(abs(parted_loss - loss), abs(loss)), apart, transport.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +131,14 @@ def distance(parted: Any, whole: Any, start: Any) -> float:
 
     0 if both are equal, whatever moved. NaN if a number of either is.
     """
-    apart, moved = _largest(parted, whole), _largest(whole, start)
-    if apart == 0:
+    return _part(_largest(parted, whole), _largest(whole, start))
+
+
+def _part(distance: float, whole: float) -> float:
+    """A distance relative to a number that may be 0."""
+    if distance == 0:
         return 0.0
-    return apart / moved if moved else np.inf
+    return distance / whole if whole else np.inf
 
 
 def _largest(a: Any, b: Any) -> float:

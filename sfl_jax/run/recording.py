@@ -12,12 +12,12 @@ from typing import Any
 from sfl_jax import paths
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
-from sfl_jax.files import HTML_MARK, NotWritten, whole_file
+from sfl_jax.files import CONFIG, HTML_MARK, NotWritten, whole_file
 from sfl_jax.run import metrics
 from sfl_jax.run.checkpoints import Checkpoints, Progress
 from sfl_jax.run.state import State, is_held
 
-LOG, CONFIG, PAGE = "metrics.jsonl", "config.json", "report.html"
+LOG, PAGE = "metrics.jsonl", "report.html"
 # Every file of this name that this package writes contains this text. A file without it belongs to the user.
 MARKS = {CONFIG: b'"allow_config_change"', PAGE: HTML_MARK}
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from federated import rounds
+from flax import linen as nn
 
 from sfl_jax.federated import certificate, protocol
+from sfl_jax.models import Chain
 
 SHAPE = (rounds.SMALL_SIZE, rounds.SMALL_SIZE, 1)
 
@@ -49,6 +51,29 @@ def test_a_wrong_party_is_noticed(monkeypatch, owner, name, wrong):
     monkeypatch.setattr(owner, name, wrong)
     found = rows()
     assert not found[1].holds
+
+
+def test_a_number_that_is_not_finite_in_the_last_unit_alone_is_noticed(monkeypatch):
+    update = protocol.Copy.update
+
+    def poisoned(copy):
+        update(copy)
+        if copy.index == rounds.SMALL_CUTS - 2:
+            copy.variables = jax.tree.map(lambda x: x * np.nan, copy.variables)
+
+    monkeypatch.setattr(protocol.Copy, "update", poisoned)
+    assert not any(row.holds for row in rows())
+
+
+def test_a_network_of_one_class_has_loss_0_and_holds():
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(x.reshape(len(x), -1))
+
+    found = list(certificate.certify(Chain((One(),)), SHAPE, classes=1))
+    assert [row.loss_difference for row in found] == [0, 0]
+    assert all(row.holds for row in found)
 
 
 def test_distances_are_counted_in_the_step_of_the_unit():

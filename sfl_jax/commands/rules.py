@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
-from sfl_jax.commands import own_plan_rules
+from sfl_jax.commands import plan_kind_rules
 from sfl_jax.commands.fields import LARGEST_INT
 from sfl_jax.errors import BadInput
 from sfl_jax.registry import STARTS
@@ -32,21 +32,6 @@ _NEEDS = {
     "decay_rate": ("learning_rate_schedule", ("exponential", "step")),
     "decay_rounds": ("learning_rate_schedule", ("exponential", "step")),
     "server_epsilon": ("server_optimizer", ("adam", "yogi")),
-}
-# Flags that keep their default with several servers, and why.
-_WITH_SERVERS = {
-    "server_flops": "whose file has the compute of each",
-    "server_memory_bytes": "whose file has the memory of each",
-    "method": "since no other method plans for several",
-    "barrier": "since no other barrier is planned for several",
-    "band": "since links of several servers are fixed",
-    "links": "since links of several servers are fixed",
-    "broadcast_bps": "since each server would send the model by itself",
-    "scheme": "since no other scheme has several",
-    "target_round_s": "since no server is sought",
-    "measured": "since rates are fitted for one server only",
-    "plot": "of which there is no picture",
-    "report": "of which there is no page",
 }
 
 
@@ -148,11 +133,10 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         raise BadInput(
             f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"
         )
-    _check_servers(config, command, default)
     for name, kind in (("seeds", int), ("learning_rates", float)):
         if name in taken and getattr(config, name):
             several(config, name, kind)
-    own_plan_rules.check(config, command)
+    plan_kind_rules.check(config, command)
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")
@@ -185,19 +169,3 @@ def _check_measured(config: Any) -> None:
             raise BadInput(f"{said}: needs --{name}=fixed; with {getattr(config, name)} {why}")
     if not pathlib.Path(config.measured).is_file():
         raise BadInput(f"{said}: no such file; give the path of a CSV file")
-
-
-def _check_servers(config: Any, command: str, default: Any) -> None:
-    """Raises BadInput for settings that several servers exclude."""
-    if not config.servers:
-        if config.server_links:
-            raise BadInput(f"--server_links={config.server_links}: needs --servers")
-        return
-    if command != "plan":
-        raise BadInput(f"--servers={config.servers}: training has one server; launch.plan plans for several")
-    for name, why in _WITH_SERVERS.items():
-        if (value := getattr(config, name)) != getattr(default, name):
-            raise BadInput(f"--{name}={value}: leave it out with --servers, {why}")
-    for name in ("servers", "server_links"):
-        if (path := getattr(config, name)) and not pathlib.Path(path).is_file():
-            raise BadInput(f"--{name}={path}: no such file; give the path of a CSV file")

@@ -43,10 +43,12 @@ def read_plan(path: str) -> Earlier:
     clients = head.pop("clients", None) if isinstance(head, dict) else None
     try:
         columns = {name: [client[name] for client in clients or ()] for name in _COLUMNS}
-        float(head["round_s"])
     except (TypeError, KeyError) as error:
         raise BadInput(f"--compare_with={path}: must be a plan.json; it lacks {error}") from error
-    if not columns["client"]:
+    round_s = head.get("round_s")
+    if isinstance(round_s, bool) or not isinstance(round_s, int | float):
+        raise BadInput(f"--compare_with={path}: must be a plan.json; its round_s is {round_s!r}")
+    if not columns["client"] or not all(isinstance(name, str) for name in columns["client"]):
         raise BadInput(f"--compare_with={path}: must be a plan.json; it has no clients")
     return Earlier(path, head, columns)
 

@@ -48,6 +48,7 @@ def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: i
 
     Needed columns: round, client and cut, and client_s or a term such as client_forward_s. Terms have the
     names of plan.csv; `share_flops` is the share in FLOP/s that the client had. Cells of these may be empty.
+    A client has one row in a round.
 
     clients: the names of the fleet. units: of the network, which is the largest cut.
 
@@ -56,12 +57,18 @@ def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: i
     """
     path, index = Path(os.path.expanduser(path)), {str(name): place for place, name in enumerate(clients)}
     found, empty = [], "no rows; must have one for each client and round"
+    line_of: dict[tuple[int, int], int] = {}
     for row in read_rows(path, (*REQUIRED, *_OPTIONAL), REQUIRED, empty):
         if not found and not row.cells.keys() & (set(_SECONDS) - {"server_s"}):
             raise BadInput(
                 f"{path}:1: no seconds of clients; must have {TOTAL}, or a term such as client_forward_s"
             )
-        found.append((*_cells(row, index, units), row.line))
+        round_, client, *rest = _cells(row, index, units)
+        if (first := line_of.setdefault((round_, client), row.line)) != row.line:
+            raise BadInput(
+                f"{row.place}: client {row.cells['client']} in round {round_} is also on line {first}"
+            )
+        found.append((round_, client, *rest, row.line))
     round_, client, cut, numbers, line = zip(*found, strict=True)
     columns = dict(zip(_OPTIONAL, np.array(numbers, np.float64).T, strict=True))
     rounds, clients_at, cuts, lines = (np.array(part, np.int64) for part in (round_, client, cut, line))
@@ -76,7 +83,9 @@ def _cells(row: Row, index: dict[str, int], units: int):
         for column, most in (("round", 2**31 - 1), ("cut", units))
     )
     numbers = [
-        number(row, name, zero=True, more=", or empty") if row.cells.get(name) else np.nan
+        number(row, name, zero=name not in (TOTAL, SHARE), more=", or empty")
+        if row.cells.get(name)
+        else np.nan
         for name in _OPTIONAL
     ]
     return round_, client, cut, numbers

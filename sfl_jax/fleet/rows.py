@@ -70,7 +70,9 @@ def rows_of(
             if len(row) < len(header):
                 raise BadInput(f"{place}: column {header[len(row)]}: missing; a line has {len(header)} cells")
             if len(row) > len(header):
-                raise BadInput(f"{place}: cell {len(header) + 1}: {shown(row[len(header)])}: has no column")
+                cell = f"cell {len(header) + 1}: {shown(row[len(header)])}"
+                rule = f"a line has {len(header)} cells, and numbers have points"
+                raise BadInput(f"{place}: {cell}: has no column; {rule}")
             yield Row(place, rows.line_num, dict(zip(header, map(str.strip, row), strict=True)))
     except csv.Error as error:
         raise BadInput(f"{path}:{rows.line_num}: not CSV ({error})") from error

@@ -11,7 +11,7 @@ from sfl_jax.errors import BadInput
 NAMES = ("cam-1", "cam-2")
 FLEET = fleets.Fleet(np.array(NAMES), *(np.full(2, 1e7) for _ in range(4)), samples=np.array([64, 100]))
 FILES = {
-    "fleet": "client,flops,uplink_bps,downlink_bps,memory_bytes\ncam-1,1e8,1e7,2e7,1e9\ncam-2,2e8,1e7,2e7,1\n",
+    "fleet": "client,flops,uplink_bps,downlink_bps,memory_bytes\ncam-1,1e8,1e7,2e7,9\ncam-2,2e8,1e7,2e7,9\n",
     "servers": "server,flops\nnear,1e9\nfar,5e9\n",
     "links": "client,server,uplink_bps,downlink_bps\ncam-1,near,2e7,2e7\ncam-2,near,2e7,3e7\n",
     "traces": "round,client,uplink_bps\n0,cam-1,4e6\n0,cam-2,5e6\n",

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from sfl_jax.commands.fields import FILES, FLEET, SCHEME
+from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
 
 # What these plans know, of the flags about clients, server, scheme and files.
@@ -92,7 +93,9 @@ def _check_servers(config: Any, command: str) -> None:
             raise BadInput(f"--server_links={config.server_links}: needs --servers")
         return
     if command != "plan":
-        raise BadInput(f"--servers={config.servers}: training has one server; launch.plan plans for several")
+        raise BadInput(
+            f"--servers={config.servers}: training has one server; {program('plan')} plans several"
+        )
     for name, why in _WITH_SERVERS.items():
         if (value := getattr(config, name)) != getattr(type(config), name):
             raise BadInput(f"--{name}={value}: leave it out with --servers, {why}")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
+from sfl_jax import plan_rules
 from sfl_jax.commands import plan_kind_rules
 from sfl_jax.commands.fields import LARGEST_INT
 from sfl_jax.errors import BadInput
@@ -58,8 +59,7 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
             f"--bits_per_float={config.bits_per_float}: must be {default.bits_per_float} with"
             f" --codec={config.codec}, which decides the bits"
         )
-    if 0 <= config.max_cut < config.min_cut:
-        raise BadInput(f"--max_cut={config.max_cut}: must be at least --min_cut={config.min_cut}")
+    _check_plan(config)
     if config.max_cut >= 0 and config.scheme == "fl":
         raise BadInput(f"--max_cut={config.max_cut}: --scheme=fl has no cut")
     if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
@@ -117,21 +117,11 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         value, training = getattr(config, name), command == "compare" and not config.plan_only
         if training and value != getattr(default, name):
             raise BadInput(f"--{name}={value}: needs --plan_only; in training {holds}")
-    if config.method == "work_conserving" and config.barrier != "session":
-        raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
-    if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
-        raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
     _check_measured(config)
-    if config.broadcast_bps and config.band != "fixed":
-        raise BadInput(f"--broadcast_bps={config.broadcast_bps:g}: needs --band=fixed, not {config.band}")
     if config.broadcast_bps and config.scheme == "sl":
         raise BadInput(
             f"--broadcast_bps={config.broadcast_bps:g}: needs another scheme than sl, where the model goes"
             " from client to client"
-        )
-    if config.server_memory_bytes and config.method not in ("exact", "no_split"):
-        raise BadInput(
-            f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"
         )
     for name, kind in (("seeds", int), ("learning_rates", float)):
         if name in taken and getattr(config, name):
@@ -155,6 +145,14 @@ def several(config: Any, name: str, kind: type) -> list[Any]:
         allowed = "integers, at least 0" if kind is int else "numbers above 0"
         raise BadInput(f"--{name}={text}: must be {allowed}, each once, with commas between")
     return numbers
+
+
+def _check_plan(config: Any) -> None:
+    """The rules of a planner, which name arguments, with the flags of these."""
+    try:
+        plan_rules.check(config, config.max_cut if config.max_cut >= 0 else None)
+    except BadInput as error:
+        raise BadInput(re.sub(r"\b(\w+)=", r"--\1=", str(error))) from error
 
 
 def _check_measured(config: Any) -> None:

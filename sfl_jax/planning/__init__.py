@@ -1,5 +1,6 @@
 """Plans for a fleet and a network's costs: what a plan tells, and how methods compare."""
 
+from sfl_jax.plan_rules import WITHIN_MEMORY
 from sfl_jax.planning.insight import (
     COHORTS,
     TOGETHER,
@@ -51,7 +52,6 @@ from sfl_jax.planning.several import (
     several_table,
 )
 from sfl_jax.planning.turnout import Turnout, turnout
-from sfl_jax.planning.within_memory import METHODS as WITHIN_MEMORY
 
 __all__ = [
     "COHORTS", "METHODS", "PLAN", "TOGETHER", "TRAINING", "WITHIN_MEMORY", "Binding", "Floor", "Gains",

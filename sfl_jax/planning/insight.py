@@ -9,7 +9,8 @@ from jaxtyping import Float64, Int64, Shaped
 
 from sfl_jax import fleet as fleets
 from sfl_jax import models, optim
-from sfl_jax.planning.planner import ONE_MEDIUM, WORK_CONSERVING, Planner, linked, serve, solve
+from sfl_jax.plan_rules import WORK_CONSERVING
+from sfl_jax.planning.planner import ONE_MEDIUM, Planner, linked, serve, solve
 
 MORE = 1.1
 MOST_CLIENTS = 20_000  # for the bound of any schedule

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sfl_jax.commands import plan, train
+from sfl_jax.commands.program import program
 
 FLEET = """client,flops,uplink_bps,downlink_bps,memory_bytes,samples
 cam-1,1e8,1e7,2e7,1e9,64
@@ -95,5 +96,5 @@ def test_what_several_servers_exclude_is_one_line(here, capsys, flags, words):
 
 def test_training_has_one_server(here, capsys):
     assert train.main(["--servers=servers.csv", "--workdir=w"]) == 2
-    words = "error: --servers=servers.csv: training has one server; launch.plan plans for several"
+    words = f"error: --servers=servers.csv: training has one server; {program('plan')} plans several"
     assert capsys.readouterr().err.strip() == words

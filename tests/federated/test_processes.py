@@ -260,7 +260,6 @@ def test_a_process_reads_the_samples_of_its_own_clients(environment):
         assert process.returncode == 0, said
 
 
-@pytest.mark.slow
 def test_processes_find_each_other_on_every_system(environment):
     process = case("systems", environment)
     _, said = process.communicate()

@@ -27,6 +27,7 @@ def pytest_configure(config):
     """Makes compiling cheap, which is most of the tests' time: all processes of a session share a cache, and
     programs are compiled with few optimisations. Slow tests are compiled as for users.
     """
+    gc.disable()  # nothing that is imported is garbage
     if hasattr(config, "workerinput"):
         return  # workers inherit the environment
     config.own_caches = tempfile.TemporaryDirectory(prefix="sfl_jax_tests_")
@@ -49,6 +50,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 def pytest_unconfigure(config):

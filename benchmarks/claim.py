@@ -2,6 +2,7 @@
 
 `train` trains the runs of docs/claim.md into runs/claim, through launch.study; it goes on where it was
 interrupted. NAME is one of the settings below; without one, all are trained, for many hours on two cores.
+Other flags are passed on, for example --data_dir for CIFAR-10.
 `tables` reads the runs that are there, prints the tables of the page, and writes runs/claim/clocks.csv for
 its picture. The tables of the method by itself are those of benchmarks.paper_method.
 """
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.paper_method import table
-from sfl_jax.commands import parts, report, totals, words, workdir
+from sfl_jax.commands import parts, report, study, totals, words, workdir
 from sfl_jax.run import recording
 
 ROOT = Path("runs/claim")
@@ -28,21 +29,24 @@ METHODS = {
     "common_cut": "best common cut", "regression": "regression and alternation",
     "alternating": "alternation on the table", "exact": "exact",
 }  # fmt: skip
-TARGETS = "0.97,0.98,0.99"
 HUNDRED = "--clients=100 --cohort_size=10"
 TWENTY = "--clients=20 --cohort_size=5"
 DIRICHLET = "--partition=dirichlet --dirichlet_alpha=0.3 --min_samples=10"
 SEEDS, ONE = "--vary=seed=0,1,2", "--vary=seed=0"
-B0 = "--preset=mnist"
-S = "--preset=mnist-s --rounds=46 --eval_every=4"
+B0, S = "--preset=mnist", "--preset=mnist-s"
 LONG, SHORT = "--rounds=64 --eval_every=4", "--rounds=24 --eval_every=2"
+LONGEST = "--rounds=80 --eval_every=4"
+SCHEMES = "schemes"  # the setting whose runs are those of other schemes
+SFL = "b0_100_iid"  # the setting that stands beside them, with the same seed
+RESNET18 = "--preset=cifar10 --eval_every=3"
 
 
 class Setting(NamedTuple):
-    """Trainings of one kind. title: of its tables. flags: of launch.study."""
+    """Trainings of one kind. title: of its tables. flags: of launch.study. targets: test accuracies."""
 
     title: str
     flags: str
+    targets: tuple[float, ...] = (0.97, 0.98, 0.99)
 
 
 SETTINGS = {
@@ -54,10 +58,23 @@ SETTINGS = {
     "b0_20_dir_fl": Setting(
         "B0, 20 clients, Dirichlet(0.3), fl", f"{ONE} --scheme=fl {B0} {TWENTY} {SHORT} {DIRICHLET}"
     ),
-    "s_100_iid": Setting("S, 100 clients, IID", f"{ONE} {S} {HUNDRED}"),
-    "s_100_dir": Setting("S, 100 clients, Dirichlet(0.3)", f"{ONE} {S} {HUNDRED} {DIRICHLET}"),
-    "s_20_iid": Setting("S, 20 clients, IID", f"{ONE} {S} {TWENTY} {SHORT}"),
-    "s_20_dir": Setting("S, 20 clients, Dirichlet(0.3)", f"{ONE} {S} {TWENTY} {SHORT} {DIRICHLET}"),
+    "s_100_iid": Setting("S, 100 clients, IID", f"{SEEDS} {S} {HUNDRED} {LONGEST}"),
+    "s_100_dir": Setting("S, 100 clients, Dirichlet(0.3)", f"{SEEDS} {S} {HUNDRED} {LONG} {DIRICHLET}"),
+    "s_20_iid": Setting("S, 20 clients, IID", f"{SEEDS} {S} {TWENTY} {SHORT}"),
+    "s_20_dir": Setting("S, 20 clients, Dirichlet(0.3)", f"{SEEDS} {S} {TWENTY} {SHORT} {DIRICHLET}"),
+    "s_20_iid_fl": Setting("S, 20 clients, IID, fl", f"{ONE} --scheme=fl {S} {TWENTY} {SHORT}"),
+    SCHEMES: Setting(
+        "B0, 100 clients, IID, other schemes",
+        f"--vary=scheme=sfl_v2,psl,sl {B0} {HUNDRED} --rounds=32 --eval_every=2",
+    ),
+    "cifar_b0": Setting(
+        "B0 on CIFAR-10, 100 clients, IID",
+        f"{ONE} {B0} {HUNDRED} --dataset=cifar10 --augment=shift:4+flip --rounds=80 --eval_every=5",
+        (0.3, 0.4, 0.5),
+    ),
+    "cifar_resnet18": Setting(
+        "ResNet-18 on CIFAR-10, 50 clients, IID", f"{ONE} {RESNET18}", (0.4, 0.5, 0.6)
+    ),
 }  # fmt: skip
 
 
@@ -68,9 +85,11 @@ class Run(NamedTuple):
     seconds: dict[str, np.ndarray]
 
 
-def train(names):
+def train(names, more):
     for name in names:
-        flags = [*SETTINGS[name].flags.split(), f"--targets={TARGETS}", f"--workdir={ROOT / name}"]
+        setting = SETTINGS[name]
+        targets = f"--targets={','.join(map(str, setting.targets))}"
+        flags = [*setting.flags.split(), targets, f"--workdir={ROOT / name}", *more]
         print(f"{name}: python -m launch.study {' '.join(flags)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "launch.study", *flags], check=False).returncode
         if code:
@@ -93,12 +112,12 @@ def run_of(directory: Path) -> Run:
 
 
 def runs_of(name: str) -> dict[str, Path]:
-    """The directories of a setting whose training is done, by seed."""
-    found = [path.parent for path in sorted((ROOT / name).glob("seed=*/metrics.jsonl"))]
+    """The directories of a setting whose training is done, by seed or scheme."""
+    found = [path.parent for path in sorted((ROOT / name).glob("*=*/metrics.jsonl"))]
     done = [
         path for path in found if len(recording.logged(str(path))) == workdir.described(str(path))[0].rounds
     ]
-    return {path.name.removeprefix("seed="): path for path in done}
+    return {path.name.partition("=")[2]: path for path in done}
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -122,7 +141,7 @@ def accuracy_tables(names):
     table(header, rows)
     for name in names:
         runs = [run_of(path) for path in runs_of(name).values()]
-        targets = [float(target) for target in TARGETS.split(",")]
+        targets = SETTINGS[name].targets
         print(f"{SETTINGS[name].title}: rounds and simulated seconds to a test accuracy\n")
         places = {t: [totals.first_round(run.accuracies, t) for run in runs] for t in targets}
         rows = [
@@ -168,6 +187,15 @@ def equality_table(names):
     table(["setting", "seed", "equal test accuracies", "most apart, points", "loss apart, relative"], rows)
 
 
+def scheme_table():
+    """Rounds, simulated seconds and bytes of each scheme to the targets, on its own clock."""
+    targets = SETTINGS[SCHEMES].targets
+    directories = {"sfl": runs_of(SFL)["0"], **runs_of(SCHEMES)}
+    runs = [({"scheme": name}, recording.logged(str(path))) for name, path in directories.items()]
+    header, *rows = study.cells(study.summarised(runs, targets), targets)
+    table(header, rows)
+
+
 def write_clocks(names):
     """A file for the picture: test accuracy and each method's seconds, of seed 0 of each setting."""
     with (ROOT / "clocks.csv").open("w", newline="") as file:
@@ -187,18 +215,22 @@ def main():
     )
     parser.add_argument("what", choices=("train", "tables"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SETTINGS))
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     if wrong := [name for name in options.names if name not in SETTINGS]:
         parser.error(f"{wrong[0]}: must be one of {', '.join(SETTINGS)}")
     names = options.names or list(SETTINGS)
     if options.what == "train":
-        train(names)
+        train(names, more)
         return
+    if more:
+        parser.error(f"{more[0]}: only with train")
     there = [name for name in names if runs_of(name)]
-    split = [name for name in there if not name.endswith("_fl")]
-    accuracy_tables(split)
+    plans = [name for name in there if name != SCHEMES and not name.endswith("_fl")]
+    accuracy_tables(plans)
     equality_table(there)
-    write_clocks(split)
+    if SCHEMES in there and runs_of(SFL):
+        scheme_table()
+    write_clocks(plans)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import numpy as np
 
 from benchmarks.torch_peers import CLASSES, Workers, cuda_graphs, pytorch_steps
 from sfl_jax import models
-from sfl_jax.federated import cores, devices, execution, optimizers
+from sfl_jax.federated import cores, devices, execution, optimizers, tuning
 from sfl_jax.federated.balance import places_per_client
 from sfl_jax.federated.round import Model
 from sfl_jax.federated.session import Assignment, Samples, Training
@@ -94,6 +94,8 @@ def measured_execution(name, clients, batch, size):
     chains = {form: models.create(name, CLASSES, 1, layer_form=form) for form in FORMS}
     profile = models.profile(chains[FORMS[0]], (size, size, 1))
     images, number = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.float32), len(jax.local_devices())
+    facts = tuning.Facts(profile, batch, clients, slots=1, devices=jax.local_devices(), name=name)
+    alone = tuning.gains_from_one_alone(facts)
 
     def of_client(one):
         chain = chains[one.layer_form]
@@ -102,7 +104,8 @@ def measured_execution(name, clients, batch, size):
         )
 
     places = functools.partial(places_per_client, clients, devices=number)
-    return execution.choose(FORMS, execution.chunk_sizes(clients, number), of_client, places)[0]
+    sizes = [1] if alone else execution.chunk_sizes(clients, number)
+    return execution.choose(FORMS, sizes, of_client, places)[0]
 
 
 def compare(name, clients, batch, size, options):

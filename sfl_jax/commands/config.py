@@ -601,4 +601,4 @@ def as_flags(text: str) -> str:
     return _NAMED.sub(r"--\1", text)
 
 
-_NAMED = re.compile(rf"(?<![\w/.-])({'|'.join(field.name for field in dataclasses.fields(Config))})(?==)")
+_NAMED = re.compile(rf"(?<![\w/.=-])({'|'.join(field.name for field in dataclasses.fields(Config))})(?==)")

@@ -26,8 +26,15 @@ SYNONYMS = {
     "local_bs": "batch_size", "alpha": "dirichlet_alpha", "iid": "partition", "arch": "model",
     "network": "model", "data": "dataset",
     "output_dir": "workdir", "logdir": "workdir", "log_dir": "workdir", "save_dir": "workdir",
-    "gpus": "devices", "num_gpus": "devices", "dtype": "compute_dtype", "scheduler": "learning_rate_schedule",
+    "gpus": "devices", "gpu": "devices", "device": "devices", "num_gpus": "devices", "dtype": "compute_dtype",
+    "scheduler": "learning_rate_schedule",
     "lr_schedule": "learning_rate_schedule", "warmup": "warmup_rounds", "pretrained": "init_from",
+}  # fmt: skip
+# Flags of other programs or commands, and what to do here.
+_GOES_ON = "is not a flag; the same command goes on with its run"
+INSTEAD = {
+    "preset": f"is a flag of {', '.join(preset.COMMANDS)} and study alone", "resume": _GOES_ON,
+    "continue": _GOES_ON,
 }  # fmt: skip
 SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
@@ -148,7 +155,7 @@ def _unopened(error: flags.CantOpenFlagFileError) -> str:
 
 def _unknown(error: flags.UnrecognizedFlagError, names: Sequence[str]) -> str:
     """The refusal of an unknown flag, with the name that was perhaps meant."""
-    if wrong := paths.for_a_shell(error.flagname):
+    if wrong := paths.for_a_shell(error.flagname) or INSTEAD.get(error.flagname, ""):
         return f"--{error.flagname}: {wrong}"
     meant = SYNONYMS.get(error.flagname.lower().replace("-", "_"), "")
     if meant.partition(",")[0] in names:

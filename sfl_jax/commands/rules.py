@@ -10,7 +10,7 @@ from sfl_jax import plan_rules
 from sfl_jax.commands import plan_kind_rules
 from sfl_jax.commands.fields import LARGEST_INT
 from sfl_jax.errors import BadInput
-from sfl_jax.registry import STARTS
+from sfl_jax.registry import CODECS, STARTS
 
 ALTERNATING = ("alternating", "regression")
 RANDOM, CLIENTS = "random", 100  # the fleet without a file, and its number of clients without --clients
@@ -59,6 +59,10 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
             f"--bits_per_float={config.bits_per_float}: must be {default.bits_per_float} with"
             f" --codec={config.codec}, which decides the bits"
         )
+    for name in ("codec", "codec_down"):
+        text = getattr(config, name)
+        if text and not all(part.partition(":")[0] in CODECS for part in text.split("+")):
+            raise BadInput(f"--{name}={text}: must be of {', '.join(CODECS)}; several with + between")
     _check_plan(config)
     if config.max_cut >= 0 and config.scheme == "fl":
         raise BadInput(f"--max_cut={config.max_cut}: --scheme=fl has no cut")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sfl_jax.commands import words
 from sfl_jax.commands.config import Config, as_flags
 from sfl_jax.commands.rules import CLIENTS, RANDOM
 
@@ -150,7 +151,11 @@ def first_line(config: Config) -> str:
 def first_line_of_plan(config: Config) -> str:
     """What the plan will be, from its flags."""
     size = config.image_size
-    server = f"servers of {config.servers}" if config.servers else f"server {config.server_flops:g} FLOP/s"
+    server = (
+        f"servers of {config.servers}"
+        if config.servers
+        else f"server of {words.amount(config.server_flops, 'FLOP/s')}"
+    )
     return f"{_clients(config)}, {config.model} at {size}x{size}, {server}"
 
 

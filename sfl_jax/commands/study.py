@@ -39,6 +39,11 @@ FLAGS = {
     f"--workdir={WORKDIR}": f"directory of the study: a directory for each run, {TABLE}, {PICTURE} "
     f"and {REPORT}",
 }
+# Examples of values, for messages.
+_VALUES = {
+    "--vary": "scheme=sfl,psl", "--workdir": WORKDIR, "--targets": "0.9,0.98", "--predict": "0.9",
+    "--pilots": "4",
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -299,10 +304,13 @@ def _split(arguments):
     """(settings that vary, flags of all runs, workdir, targets, accuracy to predict, pilots)."""
     varied: dict[str, list[str]] = {}
     rest, workdir, targets, predicted, pilots = [], WORKDIR, TARGETS, "", ""
-    for argument in arguments:
+    given = iter(arguments)
+    for argument in given:
         name, has_value, value = argument.partition("=")
-        if name in ("--vary", "--workdir", "--targets", "--predict", "--pilots") and not has_value:
-            raise BadInput(f"{name}: write {name}=VALUE")
+        if name in _VALUES and not has_value:
+            value = next(given, "")
+            if not value or value.startswith("--"):
+                raise BadInput(f"{name}: needs a value, for example {name}={_VALUES[name]}")
         if name == "--vary":
             setting, _, values = value.partition("=")
             if not setting or not all(values.split(",")) or setting in varied:

@@ -1,5 +1,6 @@
 """Finds, decodes and caches image classification sets that TensorFlow Datasets (TFDS) prepared."""
 
+import difflib
 import os
 import re
 import shlex
@@ -18,6 +19,11 @@ from sfl_jax.errors import BadInput
 _EMBEDDED = Path(__file__).parent / "data" / "mnist" / "3.0.1"
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>\w[\w.+-]*))?(:(?P<version>\d+\.\d+\.\d+))?", re.ASCII)
 _PATHS = "/", "./", "../", "~"  # how the path of a folder starts
+# Well-known sets, with which a misspelt name is compared.
+_KNOWN = (
+    "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "svhn_cropped", "imagenette",
+    "tf_flowers", "eurosat", "food101", "stl10",
+)  # fmt: skip
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 _CACHED = {
     "train_images": ("uint8", 4),
@@ -100,6 +106,8 @@ def _own(name: str) -> Path | None:
 def _find(name: str, root: Path, remedy: str) -> Path:
     """The prepared directory root/set[/config]/version; the newest version if none is asked for."""
     asked = _NAME.fullmatch(name)
+    if name.startswith(_PATHS):
+        raise BadInput(f"dataset={name}: no such folder; give a folder of pictures, or a .npz file")
     if asked is None:
         raise BadInput(
             f"dataset={name!r}: must be a TFDS name, such as cifar10, set/config or set:1.2.3, a .npz file, "
@@ -127,6 +135,9 @@ def _find(name: str, root: Path, remedy: str) -> Path:
     there = f" ({root} has {', '.join(others[:9])})" if others else ""
     if next(root.glob("*/features.json"), None):
         raise BadInput(f"dataset={name}: {root} is a set itself; give the directory above, {root.parent}")
+    meant = difflib.get_close_matches(asked["name"], _KNOWN, 1, 0.8)
+    if meant and asked["name"] not in _KNOWN:
+        raise BadInput(f"dataset={name}: not found in {parent}{there}; did you mean {meant[0]}?{here}")
     raise BadInput(f"dataset={name}: not found in {parent}{there}; {remedy}{here}")
 
 

@@ -142,6 +142,12 @@ def expected_bytes(facts: Facts, clients_per_chunk: int) -> int:
     return memory.expected_bytes(facts.profile, facts.batch_size, clients_per_chunk, facts.slots)
 
 
+def gains_from_one_alone(facts: Facts) -> bool:
+    """Whether each device is a core that the step of one client keeps busy with large kernels."""
+    macs = facts.batch_size * (facts.profile.forward_macs + facts.profile.backward_macs).sum()
+    return bool(macs >= LONG_MACS) and has_core_each(_own(facts.devices))
+
+
 def _sizes(asked, facts, budget) -> list[int]:
     """The chunk sizes to choose from: those that are asked for and should fit into the memory."""
     cohort, devices = facts.cohort_size, len(facts.devices)
@@ -152,18 +158,13 @@ def _sizes(asked, facts, budget) -> list[int]:
         raise _too_much(asked, facts, forced or 1, least, budget)
     if forced:
         return [forced]
-    if asked.mode == AUTO and _is_long(facts) and has_core_each(_own(facts.devices)):
+    if asked.mode == AUTO and gains_from_one_alone(facts):
         return [1]
     sizes = [
         size for size in execution.chunk_sizes(cohort, devices)
         if size == 1 or expected_bytes(facts, size) <= budget
     ]  # fmt: skip
     return [size for size in sizes if size > 1 or asked.mode != "vmap"] or sizes
-
-
-def _is_long(facts):
-    """Whether the step of one client keeps a core busy with large kernels."""
-    return facts.batch_size * (facts.profile.forward_macs + facts.profile.backward_macs).sum() >= LONG_MACS
 
 
 def _own(devices):

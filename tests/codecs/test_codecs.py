@@ -37,8 +37,14 @@ def normal(shape, kind=np.float32, seed=0):
     return jnp.asarray(sizes * rng.normal(size=shape), kind)
 
 
+@functools.cache
+def transmission(codec):
+    """Compiled once for each shape, for all tests."""
+    return jax.jit(codecs.create(codec).transmit)
+
+
 def arrived(codec, x, key=KEY):
-    return np.asarray(jax.jit(codecs.create(codec).transmit)(x, key), np.float64)
+    return np.asarray(transmission(codec)(x, key), np.float64)
 
 
 # NumPy twins: (float32 samples (B, n), codec, key) -> what arrives, float64. A wrong twin is beside each.

@@ -46,6 +46,7 @@ def start(caches):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_what_the_first_compiled(tmp_path):
     hits, misses, first = start(tmp_path)
     assert (hits, misses > 0) == (0, True)

@@ -39,6 +39,10 @@ BAD = [
     (["--output=x"], "output"),  # belongs to another command
     (["--lr=1"], "--lr: is not a flag; the name here is --learning_rate"),
     (["--num-rounds=3"], "--num-rounds: is not a flag; the name here is --rounds"),
+    (["--codec=int2"], "--codec=int2: must be of float32, bfloat16, "),
+    (["--codec=int8,float32"], "several with + between"),
+    (["--resume"], "--resume: is not a flag; the same command goes on with its run"),
+    (["--gpu=0"], "--gpu: is not a flag; the name here is --devices"),
     (["--epochs", "3"], "--epochs: is not a flag; the name here is --local_epochs, or --rounds"),
     (["--optimizer=adamw"], "must be one of sgd, adam; adam with --weight_decay is AdamW"),
     (["--server_flops=20X"], "--server_flops=20X: must be a finite number, above 0"),
@@ -222,7 +226,9 @@ def test_flags_beside_a_preset_change_its_settings(capsys):
     assert sorted(path.stem for path in LAUNCH.glob("flags/*")) == presets.names()
     for command in ("train", "compare"):
         assert flags.parse(["--preset=quick"], command).server_flops == 1e10
+    capsys.readouterr()
     assert run(["--preset=mnist"], "plan") == 2  # whose flags are others
+    assert capsys.readouterr().err == "error: --preset: is a flag of train, compare and study alone\n"
 
 
 def test_a_warm_up_from_a_file_makes_way_for_fewer_rounds(tmp_path, capsys):

@@ -467,6 +467,7 @@ def test_bad_input_writes_one_line_and_nothing_else(here, capsys, flag, row, wor
     assert (here / "fleet.csv").read_text() == FLEET + row
 
 
+@pytest.mark.slow
 def test_as_a_program(here):
     command = [sys.executable, "-m", "launch.plan", "--model=efficientnetv2-tiny", "--clients=5"]
     done = subprocess.run(

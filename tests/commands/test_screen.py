@@ -253,10 +253,10 @@ def test_every_command_speaks_before_it_loads_anything(tmp_path):
     )  # fmt: skip
     assert done.stdout.splitlines() == [
         "False 100 clients, 10 a round, 7 rounds: efficientnetv2-s at 32x32 on mnist",
-        "False 9 clients, efficientnetv2-b0 at 32x32, server 2e+10 FLOP/s",
+        "False 9 clients, efficientnetv2-b0 at 32x32, server of 20 GFLOP/s",
         "False 100 clients, 10 a round, 100 rounds: efficientnetv2-b0 at 32x32 on mnist",
         "False plans of every method, no training: 100 clients, efficientnetv2-b0 at 32x32, "
-        "server 2e+10 FLOP/s",
+        "server of 20 GFLOP/s",
         "False reading the run in run",
     ], done.stderr
 

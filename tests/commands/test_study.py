@@ -73,8 +73,9 @@ def test_the_page_has_every_run_its_table_and_its_command():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "--vary: missing"),
-        (["--vary"], "--vary: write --vary=VALUE"),
+        ([], "--vary: missing; for example --vary=scheme=sfl,psl\n"),
+        (["--vary", "--targets=1"], "--vary: needs a value, for example --vary=scheme=sfl,psl\n"),
+        (["--vary", "scheme"], "--vary: 'scheme': must be NAME=VALUE,VALUE"),
         (["--vary=scheme"], "--vary: 'scheme': must be NAME=VALUE,VALUE"),
         (["--vary=seed=0,"], "must be NAME=VALUE,VALUE"),
         (["--vary=seed=0", "--vary=seed=1"], "must be NAME=VALUE,VALUE, each name once"),

@@ -178,6 +178,7 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
     assert while_writing > 2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_goes_on_when_it_is_typed_again(tmp_path, monkeypatch, capsys):
     """In a directory without code, with a relative workdir, on the network of `small_world`."""
     root = Path(__file__).parents[2]

@@ -528,8 +528,21 @@ def test_a_set_given_as_the_directory_of_sets_is_said_to_be_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../x", "a/../b", "a/b/c", "a b", "a:1", "x\n", "/etc/none", "é"])
 def test_names_that_are_none(tmp_path, name):
-    with pytest.raises(BadInput, match="must be a TFDS name"):
+    with pytest.raises(BadInput, match=r"must be a TFDS name|no such folder"):
         load(name, tmp_path)
+
+
+def test_a_misspelt_name_is_answered_with_the_name_that_was_meant(tmp_path):
+    for name, meant in {
+        "mnst": "mnist",
+        "cifar-10": None,
+        "cifar_10": "cifar10",
+        "fashionmnist": "fashion_mnist",
+    }.items():
+        with pytest.raises(BadInput, match=rf"did you mean {meant}\?" if meant else "must be a TFDS name"):
+            load(name, tmp_path)
+    with pytest.raises(BadInput, match="download_and_prepare"):
+        load("cifar100", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,10 @@ from sfl_jax.federated import devices
 SLOW = (
     "executions_and_cohorts", "mutations", "divergence", "checkpoints_move", "evaluations_of_both_forms",
     "own_normalisation", "crossing_bytes_of_both_forms", "work_of_devices", "benchmark",
+    "work_of_a_step", "other_platforms",
 )  # fmt: skip
 # Some share a process, because starting one takes seconds.
-CASES = (
-    ("small_network", "evaluations", "placement", "crossing_bytes"),
-    ("work_of_a_step", "other_platforms"),
-)
+CASES = (("small_network", "evaluations", "placement", "crossing_bytes"),)
 
 
 def run_cases(*names, flags=compiling.FAST_FLAGS):

@@ -251,6 +251,7 @@ def case(name, environment, **variables):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_process_reads_the_samples_of_its_own_clients(environment):
     address = f"127.0.0.1:{free_port()}"
     both = [case("own_samples", environment, ADDRESS=address, PROCESS=str(process)) for process in (0, 1)]

@@ -45,24 +45,33 @@ def cut_rounds_s(costs: optim.Costs, server_flops: float) -> tuple[float, dict[t
         return np.inf, {}
     cuts = np.array(choices)
     fixed_s, work = costs.fixed_s[clients, cuts], costs.server_flop[clients, cuts]
-    rounds_s = np.array([least_time_s(*pair, server_flops) for pair in zip(fixed_s, work, strict=True)])
+    rounds_s = least_times_s(fixed_s, work, server_flops)
     return rounds_s.min(), dict(zip(map(tuple, cuts.tolist()), rounds_s.tolist(), strict=True))
 
 
 def least_time_s(fixed_s, work, server_flops: float) -> float:
-    """The least round of fixed cuts, by bisection."""
+    """The least round of fixed cuts (K,), by bisection."""
+    return float(least_times_s(fixed_s[None], work[None], server_flops)[0])
+
+
+def least_times_s(fixed_s, work, server_flops: float) -> np.ndarray:
+    """The least round (N,) of each of several vectors of fixed cuts (N, K), by bisection."""
     busy = work > 0
-    low = fixed_s.max()
-    if not busy.any():
-        return low
+    works = busy.any(axis=1)
+    low = fixed_s.max(axis=1)
     if server_flops == 0:
-        return np.inf
-    high = max(low, (fixed_s + work * len(work) / server_flops).max())
+        return np.where(works, np.inf, low)
+    high = np.maximum(low, (fixed_s + work * work.shape[1] / server_flops).max(axis=1))
+    high = np.where(works, high, low)
     for _ in range(200):
         middle = low + 0.5 * (high - low)
-        left = (middle - fixed_s)[busy]
-        fits = (left > 0).all() and (work[busy] / left).sum() <= server_flops
-        low, high = (low, middle) if fits else (middle, high)
+        left = middle[:, None] - fixed_s
+        has_time = left > 0
+        needed = np.divide(work, left, out=np.zeros(work.shape), where=busy & has_time).sum(axis=1)
+        fits = (has_time | ~busy).all(axis=1) & (needed <= server_flops)
+        before, (low, high) = (low, high), (np.where(fits, low, middle), np.where(fits, middle, high))
+        if np.array_equal(before, (low, high)):
+            break  # no number lies between
     return high
 
 

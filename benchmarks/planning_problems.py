@@ -149,6 +149,7 @@ PROBLEMS = {
     "three servers": several,
     "three servers with limited memories": functools.partial(several, limited=True),
     "worst case of intervals or traces": functools.partial(changing, quantile=0.0),
+    "`--quantile=0.5`, cuts stay, shares follow": functools.partial(changing, quantile=0.5),
     "`--quantile=0.9`, cuts stay, shares follow": functools.partial(changing, quantile=0.9),
     "`--quantile=1`, cuts stay, shares follow": functools.partial(changing, quantile=1.0),
     "cuts and shares follow each round": each_round,

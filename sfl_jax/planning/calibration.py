@@ -207,15 +207,15 @@ class _Server(NamedTuple):
     interval: Float64[np.ndarray, " 3"] = np.full(3, np.nan)
 
 
-def _fit(left, right, server, factor: _Server):
+def _fit(left, right, server, shared: _Server):
     """(factors, low, high, how) of one client's equations; None where there are none.
 
-    left: (N, 3); right: (N,); server: (N,) its column. factor: of the server.
+    left: (N, 3); right: (N,); server: (N,) its column. shared: its factor, which all clients share.
     """
     used = np.asarray(left.any(axis=0))
     if not used.any():
         return None
-    right = right - factor.factor * server
+    right = right - shared.factor * server
     if (np.count_nonzero(left, axis=1) == 1).all() and not server.any():
         # Terms: each resource by itself, with its own errors.
         factor, low, high = np.full((3, 3), np.nan)
@@ -227,7 +227,7 @@ def _fit(left, right, server, factor: _Server):
         groups = [[resource for resource in group if used[resource]] for group in groups]
         groups = [group for group in groups if group]
         own = np.stack([left[:, group].sum(axis=1) for group in groups], axis=1)
-        parts = _least_squares(own, right, server, factor)
+        parts = _least_squares(own, right, server, shared)
         if parts is None or not np.all(parts[0] > 0):
             continue
         if how == TOGETHER or np.all(parts[2] - parts[1] <= parts[0]):
@@ -246,22 +246,22 @@ def _mean(ratios: Float64[np.ndarray, " N"]) -> tuple[float, float, float]:
     return float(factor), float(low), float(high)
 
 
-def _least_squares(left, right, server=None, factor: _Server | None = None):
+def _least_squares(left, right, server=None, shared: _Server | None = None):
     """(factors, low, high) of least squares, (P,) each; None if the columns cannot be told apart.
 
     server: (N,) the column of the server; `right` is without its part. The inverse of all columns together
-    has the error of `factor` in those of the others.
+    has the error of its factor in those of the others.
     """
     found, _, rank, _ = np.linalg.lstsq(left, right)
     count, free = left.shape
     if rank < free:
         return None
     spare, more = float(count - free), np.zeros(free)
-    if factor is not None and server is not None and server.any():
+    if shared is not None and server is not None and server.any():
         carried, *_ = np.linalg.lstsq(left, server)
-        more = (carried * factor.error) ** 2
-        if factor.seen:  # what these rows told of the server
-            spare -= float(np.sum((server - left @ carried) ** 2)) / factor.seen
+        more = (carried * shared.error) ** 2
+        if shared.seen:  # what these rows told of the server
+            spare -= float(np.sum((server - left @ carried) ** 2)) / shared.seen
     if spare < _NOTHING:
         nothing = np.full(free, np.nan)
         return found, nothing, nothing

@@ -95,7 +95,7 @@ def main():
         (folder / f"{column}.csv").write_text(fleet)
         plan.main(
             [*network, f"--fleet={folder}/{column}.csv", f"--measured={folder}/rounds.csv", "--plot",
-             f"--server_flops={SERVER}", f"--output={folder}/{column}.json"]
+             f"--server_flops={SERVER}", f"--output={folder}/by_{column}.json"]
         )  # fmt: skip
 
 

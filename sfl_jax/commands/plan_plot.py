@@ -139,7 +139,7 @@ def _draw_groups(axes: Axes, group: Int[np.ndarray, " N"], names: Sequence[str])
         axes.axvline(start - 0.5, color="black", linewidth=0.8, linestyle="--")
     wide = ends - starts >= _NAMED_GROUP * len(group)
     above = axes.secondary_xaxis("top")
-    above.set_xticks(((starts + ends - 1) / 2)[wide], [names[n] for n in group[starts[wide]].tolist()])
+    above.set_xticks(((starts + ends - 1) / 2)[wide], [names[int(n)] for n in group[starts[wide]]])
     above.tick_params(length=0)
 
 

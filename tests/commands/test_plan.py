@@ -480,7 +480,7 @@ def test_as_a_program(here):
     )
     assert done.returncode == 0, done.stderr
     first, *more = done.stderr.splitlines()
-    assert first == "5 clients, efficientnetv2-tiny at 32x32, server 2e+10 FLOP/s"
+    assert first == "5 clients, efficientnetv2-tiny at 32x32, server of 20 GFLOP/s"
     assert any(line.startswith("counting the work of efficientnetv2-tiny") for line in more)
     assert not {*done.stdout.splitlines()} & {first, *more}
     assert len(json.loads((here / "plan.json").read_text())["clients"]) == 5

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.paper_method import table
-from sfl_jax.commands import parts, report, study, totals, words, workdir
+from sfl_jax.commands import parts, report, study_table, totals, words, workdir
 from sfl_jax.run import recording
 
 ROOT = Path("runs/claim")
@@ -192,7 +192,7 @@ def scheme_table():
     targets = SETTINGS[SCHEMES].targets
     directories = {"sfl": runs_of(SFL)["0"], **runs_of(SCHEMES)}
     runs = [({"scheme": name}, recording.logged(str(path))) for name, path in directories.items()]
-    header, *rows = study.cells(study.summarised(runs, targets), targets)
+    header, *rows = study_table.cells(study_table.summarised(runs, targets), targets)
     table(header, rows)
 
 

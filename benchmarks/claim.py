@@ -38,7 +38,7 @@ LONG, SHORT = "--rounds=64 --eval_every=4", "--rounds=24 --eval_every=2"
 LONGEST = "--rounds=80 --eval_every=4"
 SCHEMES = "schemes"  # the setting whose runs are those of other schemes
 SFL = "b0_100_iid"  # the setting that stands beside them, with the same seed
-RESNET18 = "--preset=cifar10 --eval_every=3"
+RESNET18 = "--preset=cifar10"
 
 
 class Setting(NamedTuple):
@@ -73,7 +73,7 @@ SETTINGS = {
         (0.3, 0.4, 0.5),
     ),
     "cifar_resnet18": Setting(
-        "ResNet-18 on CIFAR-10, 50 clients, IID", f"{ONE} {RESNET18}", (0.4, 0.5, 0.6)
+        "ResNet-18 on CIFAR-10, 50 clients, IID", f"{ONE} {RESNET18}", (0.3, 0.4, 0.5)
     ),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import sfl_jax
 PACKAGE = Path(sfl_jax.__file__).parent
 FLOORS = (  # a room imports only from the floors listed before its own
     {"errors", "digests"},
-    {"registry", "files", "paths"},
+    {"registry", "files", "paths", "plan_rules"},
     {"optim", "models", "datasets", "fleet", "codecs"},
     {"federated"},
     {"schemes"},

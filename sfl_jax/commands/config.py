@@ -167,7 +167,7 @@ class Config:
     )
     server_flops: float = flag(2e10, FLEET, PLANNING, "the server's compute, FLOP/s; 20G is 2e10", above=0)
     servers: str = flag(
-        "", FLEET, ("train", "plan"), "with launch.plan, the path of a CSV file of several servers (server, "
+        "", FLEET, ("train", "plan"), "only for plans: the path of a CSV file of several servers (server, "
         "flops, memory_bytes); empty: one server, of --server_flops", path=True,
     )  # fmt: skip
     server_links: str = flag(
@@ -328,8 +328,8 @@ class Config:
         "client; joined: one batch of all clients", choices=registry.SERVER_BATCHES,
     )  # fmt: skip
     max_cut: int = flag(
-        -1, SCHEME, PLANNING, "the largest cut, -1: any; with psl also the first of the units of which all "
-        "clients share one copy", at_least=-1,
+        -1, SCHEME, PLANNING, "the most units that a client may hold; -1: all. With psl, all clients share "
+        "one copy of the units after these", at_least=-1,
     )  # fmt: skip
     tail_units: int = flag(
         0, SCHEME, (*PLANNING, *CERTIFYING), "how many last units the client also holds, so that labels "

@@ -8,8 +8,9 @@ import numpy as np
 from sfl_jax import __version__, planning
 from sfl_jax.commands import parts, words
 from sfl_jax.commands.config import Config
-from sfl_jax.commands.own_plans import Told
-from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY
+from sfl_jax.commands.plan_clients import clients_table
+from sfl_jax.commands.plan_kinds import Told
+from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY, settings
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_METADATA
@@ -41,7 +42,7 @@ def told(config: Config, file: Fleet | None, say: Any) -> Told:
     name, curve = _COLUMN[config.frontier], made.frontier
     rows = {"round_at_most_s": curve.times_s, name: curve.amounts, f"bound_{name}": curve.bounds}
     draw = functools.partial(_draw, config=config, made=made)
-    return Told(_head(config, made), table, _summary(config, made), draw, rows)
+    return Told(_head(config, made), table, _summary(config, made), fleet, draw, rows)
 
 
 def _head(config: Config, made: FrontierPlanned) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def _head(config: Config, made: FrontierPlanned) -> dict[str, Any]:
         name: float(made.amounts.sum()),
         f"bound_{name}": made.bound,
         "shortest_round_s": made.shortest_s,
+        **settings(config),
         "fleet": config.fleet,
         "fleet_sha256": digest_of_columns(made.planned.fleet.columns()),
         "seed": config.seed,
@@ -95,7 +97,8 @@ def _summary(config: Config, made: FrontierPlanned) -> str:
         *(("", f"{time_s:>12.5g} s  {_said(config, part):>12}") for time_s, part in _some(curve)),
         ("convention", CONVENTION),
     ]  # fmt: skip
-    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+    text = "\n".join(f"{name:<11} {text}" for name, text in lines)
+    return f"{text}\n\n{clients_table(made.planned)}\n"
 
 
 def _said(config: Config, amount: float) -> str:

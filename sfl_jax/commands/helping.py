@@ -23,8 +23,8 @@ FIRST = {
         "rounds", "workdir",
     ),
     "plan": (
-        "fleet", "model", "image_size", "server_flops", "method", "target_round_s", "batch_size",
-        "local_epochs", "output", "plot",
+        "fleet", "model", "image_size", "server_flops", "target_round_s", "batch_size", "local_epochs",
+        "output", "plot", "report",
     ),
     "compare": (
         "plan_only", "dataset", "model", "clients", "cohort_size", "fleet", "server_flops", "method",

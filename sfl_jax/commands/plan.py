@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sfl_jax.commands import flags, own_plans
+from sfl_jax.commands import flags, plan_kinds
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_difference import difference, read_plan
 from sfl_jax.commands.screen import first_line_of_plan, screen
@@ -33,7 +33,7 @@ def plan(config: Config) -> None:
     check_fleet_output(config)
     _check_calibration_outputs(config)
     earlier = read_plan(config.compare_with) if config.compare_with else None
-    written += own_plans.outputs(config)
+    written += plan_kinds.outputs(config)
     with screen(first_line_of_plan(config)) as say, ThreadPoolExecutor(1) as pool:
         from sfl_jax.fleet import read_fleet
 
@@ -51,35 +51,26 @@ def plan(config: Config) -> None:
         if config.compilation_cache:
             compilation_cache.enable()
         say(f"counting the work of {config.model}, and planning")
-        if own_plans.is_asked(config):
-            own_plans.write(config, reading and reading.result(), say)
-            print(f"{'written':<11} {', '.join(map(str, written))}")
-            return
-        if config.servers:
-            from sfl_jax.commands.servers_plan import told
-
-            several = told(config, reading and reading.result())
-            write_plan(output, several.head, several.table)
-            say.result(several.summary)
-            if earlier:
-                say.result(difference(earlier, several.head, several.table))
-            _write_fleet(config, several.fleet, written)
+        if plan_kinds.is_asked(config):
+            made = plan_kinds.write(config, reading and reading.result(), earlier, say)
+            _write_fleet(config, made, written)
             print(f"{'written':<11} {', '.join(map(str, written))}")
             return
         file = reading and reading.result()
         config, planned = parts.planned(config, file)
+        fitted: dict[str, Any] = {}
         if config.measured and file is not None:
             say(f"fitting rates to {config.measured}, and planning again")
             from sfl_jax.commands import plan_calibration
 
             made = plan_calibration.calibrated(config, file, planned)
-            config, planned = made.config, made.planned
+            config, planned, fitted = made.config, made.planned, plan_calibration.head(made)
             plan_calibration.write(made)
             say.result(plan_calibration.told(made))
             written += plan_calibration.files(config)
         say("planning with more server, with faster links and clients, and in cohorts")
         cohorts_s = planning.cohort_rounds_s(planned, config.cohort_size, config.seed)
-        heading, columns = head(config, planned, cohorts_s), planning.table(planned)
+        heading, columns = head(config, planned, cohorts_s) | fitted, planning.table(planned)
         writing = pool.submit(write_plan, output, heading, columns)
         gains = planning.gains(planned)
         text = summary(config, planned, gains, cohorts_s)

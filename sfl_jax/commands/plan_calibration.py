@@ -1,6 +1,7 @@
 """A plan by measured rounds: the fitted rates, their intervals, the residuals, and what the plan becomes."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, PNG_METADATA, whole_file
 from sfl_jax.fleet import Fleet, MeasuredRounds, read_measured
 from sfl_jax.planning import Planned
-from sfl_jax.planning.calibration import RESOURCES, Calibration, calibrate, fitted_fleet
+from sfl_jax.planning.calibration import NOT_TOLD, RESOURCES, Calibration, calibrate, fitted_fleet
 
 RATES, RESIDUALS, PICTURE = ".rates.csv", ".residuals.csv", ".residuals.png"
 # A text that each file contains, by the end of its name.
@@ -31,7 +32,8 @@ _RATE_OF = {"compute": "flops", "uplink": "uplink_bps", "downlink": "downlink_bp
 class Calibrated(NamedTuple):
     """A plan for the fitted rates, and what it comes from.
 
-    config: with the server of the plan. before: the plan for the rates of the fleet file.
+    config: with the server of the plan, at its fitted speed. before: the plan for the rates of the fleet
+    file.
     """
 
     config: Config
@@ -56,6 +58,7 @@ def calibrated(config: Config, file: Fleet, before: Planned) -> Calibrated:
         raise BadInput(f"--measured: {error}") from error
     if np.isnan(found.factor).all():
         raise BadInput(f"--measured={config.measured}: no client has rows with seconds that can be fitted")
+    config = dataclasses.replace(config, server_flops=config.server_flops / _times(found))
     config, planned = parts.planned(config, fitted_fleet(file, found))
     return Calibrated(config, planned, before, found, rounds)
 
@@ -69,11 +72,9 @@ def told(made: Calibrated) -> str:
     worst = int(np.nanargmax(np.abs(errors[1])))
     rounds = made.measured
     name = before.fleet.client[rounds.client[worst]]
-    kept_s = float(
-        optim.session_ends_s(
-            made.planned.terms, before.plan, before.planner.server_flops, before.planner.barrier
-        ).max()
-    )
+    slower = before.plan._replace(shares=before.plan.shares / _times(found))
+    flops = before.planner.server_flops / _times(found)
+    kept_s = float(optim.session_ends_s(made.planned.terms, slower, flops, before.planner.barrier).max())
     moved = int(np.count_nonzero(before.plan.cuts != made.planned.plan.cuts))
     lines = [
         ("measured", f"{len(rounds.client)} rows of {seen} of {len(before.fleet)} clients in"
@@ -86,7 +87,7 @@ def told(made: Calibrated) -> str:
          f" {kept_s:.5g} s at the fitted rates"),
         ("now", f"{made.planned.plan.round_s:.5g} s with a plan for the fitted rates; {moved} of"
          f" {len(before.fleet)} clients cut elsewhere"),
-        *_server(found, before),
+        ("server", _server(made)),
     ]  # fmt: skip
     text = "\n".join(f"{name:<11} {text}" for name, text in lines)
     return f"{text}\n\n{_table(made)}\n"
@@ -134,13 +135,32 @@ def _errors(found: Calibration, name: str):
         return np.where(predicted_s > 0, found.measured_s / predicted_s - 1, np.nan)
 
 
-def _server(found: Calibration, before: Planned) -> Iterable[tuple[str, str]]:
+def head(made: Calibrated) -> dict[str, Any]:
+    """What plan.json says of the server's factor, if it was fitted."""
+    numbers = [float(number) if np.isfinite(number) else None for number in made.found.server]
+    if numbers[0] is None:
+        return {}
+    return {"server_factor": dict(zip(("factor", "low", "high"), numbers, strict=True))}
+
+
+def _times(found: Calibration) -> float:
+    """The factor on the server's seconds, 1 if it is unknown."""
+    return 1.0 if np.isnan(found.server[0]) else float(found.server[0])
+
+
+def _server(made: Calibrated) -> str:
+    found, flops = made.found, made.config.server_flops
     factor, low, high = found.server
-    if not np.isnan(factor):
-        between = f", {low:.3g} to {high:.3g} with 95 %" if np.isfinite(low) else ""
-        flops = before.planner.server_flops / factor
-        times = f"takes {factor:.3g} times the predicted seconds{between}"
-        yield "server", f"{times}; not fitted: --server_flops={flops:.4g} says so"
+    if np.isnan(factor):
+        if found.server_how == NOT_TOLD:
+            return (
+                "keeps its speed: other speeds of the clients fit these rounds as well; rounds of a client at"
+                " one cut with other shares would tell"
+            )
+        return "keeps its speed: no row says it; server_s or client_s, with share_flops, would"
+    between = f" ({low:.3g} to {high:.3g} with 95 %)" if np.isfinite(low) else ""
+    said = f"takes {factor:.3g} times the predicted seconds{between}, {found.server_how}"
+    return f"{said}; planned with {flops:.4g} FLOP/s, rated {flops * factor:.4g}"
 
 
 def _table(made: Calibrated) -> str:

@@ -1,8 +1,14 @@
 """The table of a plan's clients on the terminal: cut, share, seconds by term, and what would help."""
 
-import numpy as np
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from sfl_jax.planning import Planned, helps, pulls, seconds, share_percent
+import numpy as np
+from jaxtyping import Float64, Int, Shaped
+
+from sfl_jax import optim, planning
+from sfl_jax.commands.words import shortened
+from sfl_jax.planning import Planned, SeveralPlanned
 
 LISTED, FIRST = 20, 10  # the most clients of which all are listed; of more, only the first
 MOST_NAME = 24  # letters of a name that are shown
@@ -18,29 +24,65 @@ _LEGEND = (
 )
 
 
+class _Clients(NamedTuple):
+    """What the table tells of K clients. server: the name of each client's server; None if there is one."""
+
+    name: Shaped[np.ndarray, " K"]
+    cut: Int[np.ndarray, " K"]
+    units: Sequence[str]
+    share_percent: Float64[np.ndarray, " K"]
+    seconds: optim.Seconds
+    total_s: Float64[np.ndarray, " K"]
+    pull: Float64[np.ndarray, " K"]
+    server: Shaped[np.ndarray, " K"] | None = None
+
+
 def clients_table(planned: Planned) -> str:
     """A row for each client, or for those that hold the round up most, in columns with units."""
-    pull, plan = pulls(planned), planned.plan
-    count = len(planned.fleet)
+    plan = planned.plan
+    return _table(_Clients(
+        planned.fleet.client, plan.cuts, planned.profile.names, planning.share_percent(planned),
+        planning.seconds(planned), plan.client_s, planning.pulls(planned),
+    ))  # fmt: skip
+
+
+def several_clients_table(planned: SeveralPlanned) -> str:
+    """The same for several servers, with a column for each client's server."""
+    plan = planned.plan
+    return _table(_Clients(
+        planned.fleet.client, plan.cuts, planned.profile.names, planning.several_share_percent(planned),
+        planning.several_seconds(planned), plan.client_s, planning.several_pulls(planned),
+        planned.servers.server[plan.servers],
+    ))  # fmt: skip
+
+
+def _table(clients: _Clients) -> str:
+    pull, total_s = clients.pull, clients.total_s
+    count = len(pull)
     shown = np.arange(count)
     if count > LISTED:
         # Of many clients only some can be last in the order, so the others need not be sorted.
-        order = np.lexsort((plan.client_s, pull)) if count <= 1 << 16 else np.argsort(pull, kind="stable")
+        order = np.lexsort((total_s, pull)) if count <= 1 << 16 else np.argsort(pull, kind="stable")
         shown = order[::-1][:FIRST]
     shown = shown.tolist()
-    help_, parts, share = helps(planned), seconds(planned)._asdict(), share_percent(planned)
-    units = ["images", *planned.profile.names]
+    help_, parts = planning.help_of(clients.seconds, pull), clients.seconds._asdict()
+    units, server = ["images", *clients.units], clients.server
     columns = [
-        ["", "", "client", *(_short(planned.fleet.client[k]) for k in shown)],
-        ["", "", "cut", *(f"{plan.cuts[k]}" for k in shown)],
-        ["", "after", "unit", *(_short(units[plan.cuts[k]]) for k in shown)],
-        ["", "share", "%", *(_number(share[k]) for k in shown)],
+        ["", "", "client", *(shortened(clients.name[k], MOST_NAME) for k in shown)],
+        *(
+            [["", "", "server", *(shortened(server[k], MOST_NAME) for k in shown)]]
+            if server is not None
+            else []
+        ),
+        ["", "", "cut", *(f"{clients.cut[k]}" for k in shown)],
+        ["", "after", "unit", *(shortened(units[clients.cut[k]], MOST_NAME) for k in shown)],
+        ["", "share", "%", *(_number(clients.share_percent[k]) for k in shown)],
         *([*head, "s", *(_number(parts[term][k]) for k in shown)] for term, head in _TERMS.items()),
-        ["", "total", "s", *(f"{plan.client_s[k]:.4g}" for k in shown)],
+        ["", "total", "s", *(f"{total_s[k]:.4g}" for k in shown)],
         ["", "pull", "%", *(_number(100 * pull[k]) for k in shown)],
         ["", "would", "help", *(_help(help_, k) for k in shown)],
     ]
-    left = {0, 2, len(columns) - 1}
+    left = {at for at, column in enumerate(columns) if column[2] in ("client", "server", "unit", "help")}
     widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join(
@@ -51,10 +93,6 @@ def clients_table(planned: Planned) -> str:
     ]
     some = f"the {FIRST} of {count} clients that hold the round up most; the .csv file has all\n"
     return (some if count > LISTED else "") + "\n".join(lines) + f"\n\n{_LEGEND}"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= MOST_NAME else f"{name[: MOST_NAME - 1]}…"
 
 
 def _number(value: float) -> str:

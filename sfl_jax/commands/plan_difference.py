@@ -10,9 +10,16 @@ from sfl_jax.errors import BadInput
 
 LISTED = 20  # the most clients that are listed
 _NAMED = 5  # how many new or missing clients are named
+# Settings that are compared where both plans have them.
 _SETTINGS = (
-    "model", "image_size", "barrier", "method", "links", "band", "server_flops", "server_memory_bytes",
-    "min_cut", "local_epochs", "batch_size", "bits_per_float", "optimizer",
+    "model", "image_size", "barrier", "method", "links", "band", "server_flops", "min_cut", "max_cut",
+    "tail_units", "scheme", "codec", "codec_down", "local_epochs", "batch_size", "bits_per_float",
+    "optimizer",
+)  # fmt: skip
+# Settings that a plan has only where they were asked for.
+_ASKED_FOR = (
+    "servers", "server_links", "server_memory_bytes", "rtt_s", "broadcast_bps", "traces", "interval",
+    "quantile", "frontier", "round_at_most_s", "budget", "measured",
 )  # fmt: skip
 _COLUMNS = ("client", "cut", "unit", "share_flops", "client_s")
 
@@ -36,10 +43,12 @@ def read_plan(path: str) -> Earlier:
     clients = head.pop("clients", None) if isinstance(head, dict) else None
     try:
         columns = {name: [client[name] for client in clients or ()] for name in _COLUMNS}
-        float(head["round_s"])
     except (TypeError, KeyError) as error:
         raise BadInput(f"--compare_with={path}: must be a plan.json; it lacks {error}") from error
-    if not columns["client"]:
+    round_s = head.get("round_s")
+    if isinstance(round_s, bool) or not isinstance(round_s, int | float):
+        raise BadInput(f"--compare_with={path}: must be a plan.json; its round_s is {round_s!r}")
+    if not columns["client"] or not all(isinstance(name, str) for name in columns["client"]):
         raise BadInput(f"--compare_with={path}: must be a plan.json; it has no clients")
     return Earlier(path, head, columns)
 
@@ -72,6 +81,10 @@ def _changed(was: Mapping[str, Any], now: Mapping[str, Any]):
     for name in _SETTINGS:
         if name in was and name in now and was[name] != now[name]:
             yield name, was[name], now[name]
+    for name in _ASKED_FOR:
+        before, after = was.get(name) or "none", now.get(name) or "none"
+        if before != after:
+            yield name, before, after
 
 
 def _listed(names: list[str]) -> str:

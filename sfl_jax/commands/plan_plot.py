@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int, Shaped
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -17,8 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from sfl_jax import optim
 from sfl_jax.commands.config import Config
 from sfl_jax.commands.plan_summary import WORDS
+from sfl_jax.commands.words import shortened
 from sfl_jax.files import PNG_METADATA
-from sfl_jax.planning import Planned, seconds, solve
+from sfl_jax.planning import Planned, SeveralPlanned, seconds, several_seconds, solve
 
 # The two directions of one thing share a hue.
 _COLOURS = {
@@ -32,6 +33,7 @@ _COLOURS = {
 }
 _MOST_BARS = 400  # of more clients, only evenly spaced ones are drawn: there are not more pixels
 _NAMED_BARS = 40  # up to this many clients, names fit under the bars
+_NAMED_GROUP = 0.05  # the least part of all bars in a group that has its name above
 _MOST_LETTERS, _LETTER_PT = 18, 8  # of a name under a bar, and its size in points
 _SERVERS = 2.0 ** np.linspace(-4, 4, 17)
 _A_SERVER = 1e12  # FLOP/s, the middle of the axis if a plan needs no server
@@ -52,15 +54,57 @@ def write_plot(file: BinaryIO, config: Config, planned: Planned) -> None:
     axes = figure.subplot_mosaic(rows)
     for curve in curves:
         _draw_fit(axes[curve.quantity], curve)
-    _draw_clients(axes["clients"], planned)
+    plan = planned.plan
+    bars = _Bars(seconds(planned), planned.fleet.client, plan.round_s, plan.bound_s, plan.client_s)
+    _draw_clients(axes["clients"], bars, "longest on the server first")
     _draw_cuts(axes["cuts"], planned)
     _draw_servers(axes["servers"], planned)
     figure.savefig(file, format="png", dpi=120, metadata=PNG_METADATA)
 
 
-def _draw_clients(axes: Axes, planned: Planned) -> None:
-    parts, named = seconds(planned)._asdict(), len(planned.fleet) <= _NAMED_BARS
-    order = np.lexsort((-planned.plan.client_s, -parts["server"]))
+def write_servers_plot(file: BinaryIO, config: Config, planned: SeveralPlanned) -> None:
+    """Draws the plan of several servers: each client's time, the cuts, and what each server gives."""
+    plan, servers = planned.plan, planned.servers
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    count = len(servers)
+    figure.suptitle(
+        f"{config.model} at {config.image_size}x{config.image_size}, {len(planned.fleet)} clients, {count}"
+        f" server{'s' if count > 1 else ''} ({Path(config.servers).name})"
+    )
+    axes = figure.subplot_mosaic([["clients"] * 2, ["cuts", "servers"]])
+    bars = _Bars(
+        several_seconds(planned), planned.fleet.client, plan.round_s, plan.bound_s, plan.client_s,
+        np.where(plan.shares > 0, plan.servers, count), (*map(str, range(1, count + 1)), "alone"),
+    )  # fmt: skip
+    _draw_clients(axes["clients"], bars, "by server, whose number is above; longest on it first")
+    _draw_cuts(axes["cuts"], planned)
+    served = np.bincount(plan.servers[plan.shares > 0], minlength=count)
+    axes["servers"].bar(np.arange(count), served, color=_COLOURS["server"])
+    axes["servers"].set(title="Clients that each server works for", xlabel="server", ylabel="clients")
+    _name_bars(axes["servers"], [f"{e} {name}" for e, name in enumerate(servers.server.tolist(), 1)])
+    axes["servers"].yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(file, format="png", dpi=120, metadata=PNG_METADATA)
+
+
+class _Bars(NamedTuple):
+    """What is drawn of K clients.
+
+    group: clients of one group stand side by side; None for one group. groups: what stands above each group.
+    """
+
+    seconds: optim.Seconds
+    names: Shaped[np.ndarray, " K"]
+    round_s: float
+    bound_s: float
+    client_s: Float64[np.ndarray, " K"]
+    group: Int[np.ndarray, " K"] | None = None
+    groups: Sequence[str] = ()
+
+
+def _draw_clients(axes: Axes, bars: _Bars, order_text: str) -> None:
+    parts, named = bars.seconds._asdict(), len(bars.names) <= _NAMED_BARS
+    keys = (-bars.client_s, -parts["server"]) + (() if bars.group is None else (bars.group,))
+    order = np.lexsort(keys)
     shown = order[np.linspace(0, len(order) - 1, min(len(order), _MOST_BARS)).astype(int)]
     bottom = np.zeros(len(shown))
     for name, colour in _COLOURS.items():
@@ -69,24 +113,37 @@ def _draw_clients(axes: Axes, planned: Planned) -> None:
             color=colour, label=WORDS[name],
         )  # fmt: skip
         bottom += parts[name][shown]
-    axes.axhline(planned.plan.round_s, color="black", linewidth=1, label="round")
-    axes.axhline(planned.plan.bound_s, color="black", linewidth=1, linestyle=":", label="proven bound")
+    if bars.group is not None:
+        _draw_groups(axes, bars.group[shown], bars.groups)
+    axes.axhline(bars.round_s, color="black", linewidth=1, label="round")
+    axes.axhline(bars.bound_s, color="black", linewidth=1, linestyle=":", label="proven bound")
     few = len(order) == len(shown)
     axes.set(
         title="Where each client's time goes",
-        xlabel="clients, longest on the server first"
-        + ("" if few else f" ({len(shown)} of {len(order)} shown)"),
+        xlabel=f"clients, {order_text}" + ("" if few else f" ({len(shown)} of {len(order)} shown)"),
         ylabel="seconds",
         xlim=(-0.5, len(shown) - 0.5),
     )
     if named:
-        _name_bars(axes, planned.fleet.client[shown].tolist())
+        _name_bars(axes, bars.names[shown].tolist())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def _draw_cuts(axes: Axes, planned: Planned) -> None:
+def _draw_groups(axes: Axes, group: Int[np.ndarray, " N"], names: Sequence[str]) -> None:
+    """Lines between groups of bars, and the short name of each above them, where there is room."""
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    ends = np.append(starts[1:], len(group))
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="black", linewidth=0.8, linestyle="--")
+    wide = ends - starts >= _NAMED_GROUP * len(group)
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(((starts + ends - 1) / 2)[wide], [names[n] for n in group[starts[wide]].tolist()])
+    above.tick_params(length=0)
+
+
+def _draw_cuts(axes: Axes, planned: Planned | SeveralPlanned) -> None:
     names = ["images", *planned.profile.names]
     used, counts = np.unique(planned.plan.cuts, return_counts=True)
     axes.bar(np.arange(len(used)), counts, color=_COLOURS["server"])
@@ -98,7 +155,7 @@ def _draw_cuts(axes: Axes, planned: Planned) -> None:
 def _name_bars(axes: Axes, names: Sequence[str]) -> None:
     """Names under bars: upright, shortened, and only every n-th where there are too many to read."""
     step = -(-len(names) // _NAMED_BARS)
-    short = [name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…" for name in names]
+    short = [shortened(name, _MOST_LETTERS) for name in names]
     axes.set_xticks(np.arange(len(names))[::step], short[::step], rotation=90, fontsize=_LETTER_PT)
 
 

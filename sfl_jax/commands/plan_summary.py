@@ -46,6 +46,11 @@ _SETTINGS = (
     "image_channels",
     "num_classes",
     "min_cut",
+    "max_cut",
+    "tail_units",
+    "scheme",
+    "codec",
+    "codec_down",
     "local_epochs",
     "batch_size",
     "bits_per_float",
@@ -76,9 +81,8 @@ def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"])
         **({"starts": config.starts, "recall": config.recall} if config.method in ALTERNATING else {}),
         **({"fits": fits(planned)} if config.method == "regression" else {}),
         **({"server_memory_bytes": config.server_memory_bytes} if config.server_memory_bytes else {}),
-        **{name: value for name in _LATER if (value := getattr(config, name))},
         **({"target_round_s": config.target_round_s} if config.target_round_s else {}),
-        **{name: getattr(config, name) for name in _SETTINGS},
+        **settings(config),
         "fleet": config.fleet,
         "fleet_sha256": digest_of_columns(planned.fleet.contents()),
         "seed": config.seed,
@@ -90,6 +94,12 @@ def head(config: Config, planned: Planned, cohorts_s: Float64[np.ndarray, " R"])
             WITHIN_MEMORY if config.server_memory_bytes else MEMORY,
         ),
     }
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The settings that every kind of plan takes, for plan.json."""
+    given = {name: value for name in _LATER if (value := getattr(config, name))}
+    return {**given, **{name: getattr(config, name) for name in _SETTINGS}}
 
 
 def of_links(config: Config, fleet: Fleet) -> tuple[str, ...]:

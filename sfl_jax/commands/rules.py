@@ -6,7 +6,8 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
-from sfl_jax.commands import own_plan_rules
+from sfl_jax import plan_rules
+from sfl_jax.commands import plan_kind_rules
 from sfl_jax.commands.fields import LARGEST_INT
 from sfl_jax.errors import BadInput
 from sfl_jax.registry import CODECS, STARTS
@@ -32,21 +33,6 @@ _NEEDS = {
     "decay_rate": ("learning_rate_schedule", ("exponential", "step")),
     "decay_rounds": ("learning_rate_schedule", ("exponential", "step")),
     "server_epsilon": ("server_optimizer", ("adam", "yogi")),
-}
-# Flags that keep their default with several servers, and why.
-_WITH_SERVERS = {
-    "server_flops": "whose file has the compute of each",
-    "server_memory_bytes": "whose file has the memory of each",
-    "method": "since no other method plans for several",
-    "barrier": "since no other barrier is planned for several",
-    "band": "since links of several servers are fixed",
-    "links": "since links of several servers are fixed",
-    "broadcast_bps": "since each server would send the model by itself",
-    "scheme": "since no other scheme has several",
-    "target_round_s": "since no server is sought",
-    "measured": "since rates are fitted for one server only",
-    "plot": "of which there is no picture",
-    "report": "of which there is no page",
 }
 
 
@@ -77,8 +63,7 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         text = getattr(config, name)
         if text and not all(part.partition(":")[0] in CODECS for part in text.split("+")):
             raise BadInput(f"--{name}={text}: must be of {', '.join(CODECS)}; several with + between")
-    if 0 <= config.max_cut < config.min_cut:
-        raise BadInput(f"--max_cut={config.max_cut}: must be at least --min_cut={config.min_cut}")
+    _check_plan(config)
     if config.max_cut >= 0 and config.scheme == "fl":
         raise BadInput(f"--max_cut={config.max_cut}: --scheme=fl has no cut")
     if "process_id" in taken and config.process_id >= (config.num_processes or LARGEST_INT):
@@ -136,27 +121,16 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
         value, training = getattr(config, name), command == "compare" and not config.plan_only
         if training and value != getattr(default, name):
             raise BadInput(f"--{name}={value}: needs --plan_only; in training {holds}")
-    if config.method == "work_conserving" and config.barrier != "session":
-        raise BadInput(f"--method=work_conserving: needs --barrier=session, not {config.barrier}")
-    if config.band != "fixed" and (config.method, config.barrier) != ("exact", "session"):
-        raise BadInput(f"--band={config.band}: needs --method=exact and --barrier=session")
     _check_measured(config)
-    if config.broadcast_bps and config.band != "fixed":
-        raise BadInput(f"--broadcast_bps={config.broadcast_bps:g}: needs --band=fixed, not {config.band}")
     if config.broadcast_bps and config.scheme == "sl":
         raise BadInput(
             f"--broadcast_bps={config.broadcast_bps:g}: needs another scheme than sl, where the model goes"
             " from client to client"
         )
-    if config.server_memory_bytes and config.method not in ("exact", "no_split"):
-        raise BadInput(
-            f"--server_memory_bytes={config.server_memory_bytes:g}: needs --method=exact, not {config.method}"
-        )
-    _check_servers(config, command, default)
     for name, kind in (("seeds", int), ("learning_rates", float)):
         if name in taken and getattr(config, name):
             several(config, name, kind)
-    own_plan_rules.check(config, command)
+    plan_kind_rules.check(config, command)
     for name in ("dataset", "workdir"):
         if name in taken and not getattr(config, name).strip():
             raise BadInput(f"--{name}=: must not be empty")
@@ -177,6 +151,14 @@ def several(config: Any, name: str, kind: type) -> list[Any]:
     return numbers
 
 
+def _check_plan(config: Any) -> None:
+    """The rules of a planner, which name arguments, with the flags of these."""
+    try:
+        plan_rules.check(config, config.max_cut if config.max_cut >= 0 else None)
+    except BadInput as error:
+        raise BadInput(re.sub(r"\b(\w+)=", r"--\1=", str(error))) from error
+
+
 def _check_measured(config: Any) -> None:
     """Raises BadInput for settings under which no rates can be fitted to measured rounds."""
     if not config.measured:
@@ -189,19 +171,3 @@ def _check_measured(config: Any) -> None:
             raise BadInput(f"{said}: needs --{name}=fixed; with {getattr(config, name)} {why}")
     if not pathlib.Path(config.measured).is_file():
         raise BadInput(f"{said}: no such file; give the path of a CSV file")
-
-
-def _check_servers(config: Any, command: str, default: Any) -> None:
-    """Raises BadInput for settings that several servers exclude."""
-    if not config.servers:
-        if config.server_links:
-            raise BadInput(f"--server_links={config.server_links}: needs --servers")
-        return
-    if command != "plan":
-        raise BadInput(f"--servers={config.servers}: training has one server; launch.plan plans for several")
-    for name, why in _WITH_SERVERS.items():
-        if (value := getattr(config, name)) != getattr(default, name):
-            raise BadInput(f"--{name}={value}: leave it out with --servers, {why}")
-    for name in ("servers", "server_links"):
-        if (path := getattr(config, name)) and not pathlib.Path(path).is_file():
-            raise BadInput(f"--{name}={path}: no such file; give the path of a CSV file")

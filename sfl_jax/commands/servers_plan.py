@@ -1,20 +1,31 @@
 """The plan of several servers: what the terminal and plan.json tell of it."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sfl_jax import __version__, planning
 from sfl_jax.commands import parts
 from sfl_jax.commands.config import Config
-from sfl_jax.commands.plan_summary import ASSUMPTIONS, CONVENTION, MEMORY, WITHIN_MEMORY, WORDS, of_links
+from sfl_jax.commands.plan_clients import several_clients_table
+from sfl_jax.commands.plan_kinds import Told
+from sfl_jax.commands.plan_summary import (
+    ASSUMPTIONS,
+    CONVENTION,
+    MEMORY,
+    WITHIN_MEMORY,
+    WORDS,
+    of_links,
+    settings,
+)
 from sfl_jax.digests import digest_of_columns
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet import Fleet, read_servers
 from sfl_jax.planning import SeveralPlanned
 
 _MOST_GAINS = 5  # servers for which 10 % more compute is tried
-_LISTED = 20  # clients that are listed one by one
+_SHOWN = 3  # how many clients are named that hold the round up
 _ASKED = ("model", "image_size", "barrier", "method", "links", "band", "servers", "server_links")
 _OWN = (
     "each client has one server for the whole round, with its links to that server",
@@ -22,21 +33,10 @@ _OWN = (
 )
 
 
-class Told(NamedTuple):
-    """What plan.json says before the clients, the table of the clients, and the lines for the terminal.
-
-    fleet: the clients.
-    """
-
-    head: dict[str, Any]
-    table: dict[str, Any]
-    summary: str
-    fleet: Fleet
-
-
-def told(config: Config, file: Fleet | None) -> Told:
+def told(config: Config, file: Fleet | None, say: Any) -> Told:
     """Plans the fleet of `config` (`file`: its fleet file, read already) for the servers of its file."""
     fleet, profile, terms = parts.read_terms(config, file)
+    say(f"assigning {len(fleet)} clients to servers")
     try:
         servers = read_servers(config.servers, fleet, config.server_links or None)
     except BadInput as error:
@@ -51,7 +51,8 @@ def told(config: Config, file: Fleet | None) -> Told:
     except BadInput as error:
         raise BadInput(f"--servers={config.servers}: {error}") from error
     table, text = planning.several_table(planned), _summary(config, planned, terms)
-    return Told(_head(config, planned), table, text, fleet)
+    draw = functools.partial(_draw, config=config, planned=planned)
+    return Told(_head(config, planned), table, text, fleet, draw, {})
 
 
 def _head(config: Config, planned: SeveralPlanned) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def _head(config: Config, planned: SeveralPlanned) -> dict[str, Any]:
              "clients": clients, "share_flops": given, "server_bytes": taken}
             for name, flops, limit, clients, given, taken in by_server
         ],
+        **settings(config),
         "fleet": config.fleet,
         "fleet_sha256": digest_of_columns(planned.fleet.contents()),
         "seed": config.seed,
@@ -95,27 +97,42 @@ def _summary(config: Config, planned: SeveralPlanned, terms) -> str:
     lines = [
         ("plan", f"exact, session barrier, the links of each server, {config.model} at {config.image_size}x"
          f"{config.image_size}, {len(planned.fleet)} clients, {len(servers)} servers"),
-        *(("units", doubt) for doubt in planning.doubts(planned.fleet)),
+        *(("units", doubt) for doubt in _doubts(config, planned)),
         ("round", f"{plan.round_s:.5g} s"),
         ("bound", f"{plan.bound_s:.5g} s, proven for all assignments, cuts and constant shares; this plan is"
          f" {gap}"),
         *(("server", line) for line in _of_servers(planned)),
         ("cuts", f"{plan.cuts.min()} to {plan.cuts.max()} of 0 to {len(planned.profile.names)}"),
+        *(("held up by", line) for line in _held_up(planned)),
         *_gains(planned, terms),
         ("convention", CONVENTION),
     ]  # fmt: skip
     text = "\n".join(f"{name:<11} {text}" for name, text in lines)
-    return f"{text}\n\n{_clients(planned)}\n" if len(planned.fleet) <= _LISTED else text
+    return f"{text}\n\n{several_clients_table(planned)}\n"
+
+
+def _doubts(config: Config, planned: SeveralPlanned) -> list[str]:
+    """What looks as if it had another unit: in the fleet, the servers and their links."""
+    servers = planned.servers
+    fleet = planning.doubts(planned.fleet)
+    if config.server_links:  # which replace the fleet's rates; 0 is no link
+        rates = {"uplink_bps": servers.uplink_bps, "downlink_bps": servers.downlink_bps}
+        slowest = {name: np.where(values > 0, values, np.inf).min(axis=1) for name, values in rates.items()}
+        own = planning.rate_doubts(slowest, planned.fleet.client)
+        fleet += [f"{config.server_links}: {doubt}" for doubt in own]
+    own = planning.rate_doubts({"flops": servers.flops}, servers.server, "server")
+    return [*fleet, *(f"{config.servers}: {doubt}" for doubt in own)]
 
 
 def _of_servers(planned: SeveralPlanned):
     """A line for each server: what of its compute and memory is used, and by how many clients."""
-    for name, flops, limit, clients, given, taken in zip(
-        planned.servers.server, *_by_server(planned), strict=True
-    ):
+    plan = planned.plan
+    for e, (flops, limit, clients, given, taken) in enumerate(zip(*_by_server(planned), strict=True)):
+        name, own_s = planned.servers.server[e], plan.client_s[(plan.servers == e) & (plan.shares > 0)]
         memory = f"; {taken / 1e9:.4g} of {limit / 1e9:.4g} GB taken" if np.isfinite(limit) else ""
         count = f"{clients} client{'' if clients == 1 else 's'}"
-        yield f"{name}: {flops:.4g} FLOP/s, {given / flops:.1%} of it given to {count}{memory}"
+        ends = f", done after {own_s.max():.5g} s" if clients else ""
+        yield f"{name}: {flops:.4g} FLOP/s, {given / flops:.1%} of it given to {count}{ends}{memory}"
 
 
 def _gains(planned: SeveralPlanned, terms) -> list[tuple[str, str]]:
@@ -133,17 +150,26 @@ def _gains(planned: SeveralPlanned, terms) -> list[tuple[str, str]]:
     return lines
 
 
-def _clients(planned: SeveralPlanned) -> str:
-    """A row for each client: its server, cut, share, seconds and the longest part of them."""
-    plan, seconds = planned.plan, planning.several_seconds(planned)._asdict()
-    names = planned.servers.server[plan.servers]
-    wide, wider = max(6, *map(len, planned.fleet.client)), max(6, *map(len, planned.servers.server))
-    rows = [f"{'client':<{wide}}  {'server':<{wider}}  {'cut':>3}{'share':>8}{'seconds':>11}  longest term"]
-    for k, client in enumerate(planned.fleet.client):
-        share = f"{plan.shares[k] / planned.servers.flops[plan.servers[k]]:.2%}"
-        longest = max(seconds, key=lambda term: seconds[term][k])
-        rows.append(
-            f"{client:<{wide}}  {names[k]:<{wider}}  {plan.cuts[k]:>3}{share:>8}{plan.client_s[k]:>11.4g}"
-            f"  {WORDS[longest]}, {seconds[longest][k]:.3g} s"
-        )
-    return "\n".join(rows)
+def _held_up(planned: SeveralPlanned):
+    """A line for each server on which the round ends."""
+    names, parts = planned.fleet.client, planning.several_seconds(planned)._asdict()
+    for e, who in planning.several_binding(planned).items():
+        named = []
+        for client, pull in zip(who.clients[:_SHOWN].tolist(), who.pull, strict=False):
+            longest = max(parts, key=lambda term: parts[term][client])
+            where = f"longest: {WORDS[longest]} {parts[longest][client]:.3g} s"
+            named.append(f"{names[client]} (pull {pull:.0%}, {where})")
+        count, server = len(who.clients), f"server {planned.servers.server[e]}"
+        if who.together:
+            where = f"full {server}: {count} client{'s end together, first' if count > 1 else ':'} "
+        elif planned.plan.shares[who.clients[0]]:
+            where = f"{server}: "
+        else:
+            where = f"{count} that train{'' if count > 1 else 's'} alone: "
+        yield where + ", ".join(named)
+
+
+def _draw(out: BinaryIO, config: Config, planned: SeveralPlanned) -> None:
+    from sfl_jax.commands.plan_plot import write_servers_plot
+
+    write_servers_plot(out, config, planned)

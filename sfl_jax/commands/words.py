@@ -72,3 +72,8 @@ def columns(rows: list[tuple[str, ...]], indent: str = "  ") -> str:
     return "\n".join(
         f"{indent}{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {'  '.join(row[2:])}".rstrip() for row in rows
     )
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most `most` letters. Its two ends stay, since long names often differ only at one."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"

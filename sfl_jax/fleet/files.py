@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.files import whole_file
 from sfl_jax.fleet.clients import Fleet
 from sfl_jax.fleet.devices import Device, read_device
+from sfl_jax.fleet.rows import NAME_LENGTH, Row, integer, name_in, number, rows_of
 
 _REQUIRED = ("client", "flops", "uplink_bps", "downlink_bps", "memory_bytes")
 _DEVICE = ("device", "slowdown")  # instead of flops
@@ -20,7 +22,6 @@ _COLUMNS = (
 )  # fmt: skip
 _EMPTY = {"flops": np.inf, "slowdown": 1.0}  # what an empty cell means beside a column of devices
 _MAY_BE_ZERO = ("memory_bytes", "kappa", "transmit_w", "energy_j")
-_NAME_LENGTH = 64
 EXAMPLE = "example"  # instead of a path: the made-up fleet of this package
 _EXAMPLE_FILE = Path(__file__).with_name("example.csv")
 
@@ -38,7 +39,7 @@ def read_fleet(path: str | os.PathLike[str]) -> Fleet:
     the device.
 
     Raises:
-      BadInput: no such file, or a wrong form: `path:LINE: column NAME: 'cell': must be …`.
+      BadInput: no such file, or a wrong form: `path:LINE: client NAME: column NAME: 'cell': must be …`.
     """
     path = _EXAMPLE_FILE if path == EXAMPLE else Path(os.path.expanduser(path))
     try:
@@ -101,7 +102,7 @@ def _read_fast(data: bytes) -> Fleet | None:
     names = table["client"].to_pylist()
     if len(set(names)) < len(names) or not all(map(len, names)) or not "".join(names).isprintable():
         return None
-    if max(map(len, names)) > _NAME_LENGTH or list(map(str.strip, names)) != names:
+    if max(map(len, names)) > NAME_LENGTH or list(map(str.strip, names)) != names:
         return None
     columns = {name: table[name].to_numpy() for name in header if name != "client"}
     for name, values in columns.items():
@@ -113,37 +114,17 @@ def _read_fast(data: bytes) -> Fleet | None:
 
 def _read_exactly(path: Path, data: bytes) -> Fleet:
     """The fleet, read line by line; the error names the first fault."""
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise BadInput(f"{path}:{line}: byte {data[error.start]:#04x}: must be UTF-8") from error
-    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
-    rows = csv.reader(text, skipinitialspace=True)
-    try:
-        header = [name.strip() for name in next(filter(None, rows), [])]
-        _check_header(f"{path}:{max(rows.line_num, 1)}", header)
-        cells: dict[str, list] = {name: [] for name in header}
-        line_of: dict[str, int] = {}
-        for row in filter(None, rows):  # blank lines are no rows
-            place = f"{path}:{rows.line_num}"
-            if len(row) < len(header):
-                raise BadInput(f"{place}: column {header[len(row)]}: missing; a line has {len(header)} cells")
-            if len(row) > len(header):
-                raise BadInput(f"{place}: cell {len(header) + 1}: {_shown(row[len(header)])}: has no column")
-            stripped = dict(zip(header, map(str.strip, row), strict=True))
-            _check_device(place, stripped)
-            for name, cell in stripped.items():
-                cells[name].append(_value(place, name, cell, "device" in stripped))
-            first = line_of.setdefault(cells["client"][-1], rows.line_num)
-            if first != rows.line_num:
-                raise BadInput(
-                    f"{place}: column client: {_shown(cells['client'][-1])}: is also on line {first}"
-                )
-    except csv.Error as error:
-        raise BadInput(f"{path}:{rows.line_num}: not CSV ({error})") from error
-    if not line_of:
-        raise BadInput(f"{path}:{rows.line_num + 1}: no clients; must have one line for each")
+    cells: dict[str, list] = {}
+    line_of: dict[str, int] = {}
+    for row in rows_of(path, data, _COLUMNS, _required, "no clients; must have one line for each"):
+        if "slowdown" in row.cells and "device" not in row.cells:
+            raise BadInput(f"{path}:1: column slowdown: needs the column device")
+        _check_device(row)
+        for name in row.cells:
+            cells.setdefault(name, []).append(_value(row, name))
+        first = line_of.setdefault(row.cells["client"], row.line)
+        if first != row.line:
+            raise row.error("client", f"is also on line {first}")
     if "device" in cells:
         cells.setdefault("flops", [np.inf] * len(line_of))
     columns: dict[str, Any] = {name: np.array(values) for name, values in cells.items()}
@@ -153,16 +134,18 @@ def _read_exactly(path: Path, data: bytes) -> Fleet:
     return Fleet(**columns, devices=devices)
 
 
-def _check_device(place: str, row: dict[str, str]) -> None:
+def _required(header: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in _REQUIRED if not (name == "flops" and "device" in header))
+
+
+def _check_device(row: Row) -> None:
     """A row has flops or a device; a slowdown needs a device."""
-    if "device" in row:
-        if bool(row["device"]) == bool(row.get("flops")):
-            what = "both are given" if row["device"] else "both are empty"
-            raise BadInput(f"{place}: columns flops and device: {what}; must be one of them")
-        if row.get("slowdown") and not row["device"]:
-            raise BadInput(
-                f"{place}: column slowdown: {_shown(row['slowdown'])}: needs a device; leave it empty"
-            )
+    if "device" in row.cells:
+        if bool(row.cells["device"]) == bool(row.cells.get("flops")):
+            what = "both are given" if row.cells["device"] else "both are empty"
+            raise BadInput(f"{row.place}: columns flops and device: {what}; must be one of them")
+        if row.cells.get("slowdown") and not row.cells["device"]:
+            raise row.error("slowdown", "needs a device; leave it empty")
 
 
 def _read_devices(path: Path, names: list[str], lines: list[int]) -> dict[str, Device]:
@@ -177,46 +160,13 @@ def _read_devices(path: Path, names: list[str], lines: list[int]) -> dict[str, D
     return devices
 
 
-def _check_header(place: str, header: list[str]) -> None:
-    for separator, plural in ((";", "semicolons"), ("\t", "tabs")):
-        if len(header) == 1 and separator in header[0]:
-            raise BadInput(f"{place}: cells are separated by {plural}; use commas, and points in numbers")
-    unknown = [_shown(name) for name in header if name not in _COLUMNS]
-    if unknown:
-        columns = f"columns {', '.join(unknown[:9])}" if len(unknown) > 1 else f"column {unknown[0]}"
-        raise BadInput(f"{place}: {columns}: must be one of {', '.join(_COLUMNS)}")
-    for i, name in enumerate(header):
-        if name in header[:i]:
-            raise BadInput(f"{place}: column {name}: must occur once")
-    if "slowdown" in header and "device" not in header:
-        raise BadInput(f"{place}: column slowdown: needs the column device")
-    for name in _REQUIRED:
-        if name not in header and not (name == "flops" and "device" in header):
-            raise BadInput(f"{place}: column {name}: missing; must have {','.join(_REQUIRED)}")
-
-
-def _value(place: str, column: str, cell: str, has_device: bool) -> str | float | int:
+def _value(row: Row, column: str) -> str | float | int:
     if column == "client":
-        rule = f"1 to {_NAME_LENGTH} printable characters"
-        value, good = cell, 1 <= len(cell) <= _NAME_LENGTH and cell.isprintable()
-    elif column == "device":
-        return cell
-    elif not cell and column in _EMPTY and has_device:
+        return name_in(row, column)
+    if column == "device":
+        return row.cells[column]
+    if not row.cells[column] and column in _EMPTY and "device" in row.cells:
         return _EMPTY[column]
-    else:
-        integer, zero = column == "samples", column in _MAY_BE_ZERO
-        rule = "a positive integer" if integer else "a number, 0 or more" if zero else "a positive number"
-        try:
-            value = int(cell) if integer else float(cell)
-        except ValueError:
-            value = -1
-        # Python reads ١ and 1_0 as numbers; other programs do not.
-        good = (value > 0 or (zero and value == 0)) and value < (2**63 if integer else np.inf)
-        good = good and cell.isascii() and "_" not in cell
-    if not good:
-        raise BadInput(f"{place}: column {column}: {_shown(cell)}: must be {rule}")
-    return value
-
-
-def _shown(cell: str) -> str:
-    return repr(cell if len(cell) <= 40 else cell[:39] + "…")
+    if column == "samples":
+        return integer(row, column, 1, 2**63 - 1, "a positive integer")
+    return number(row, column, zero=column in _MAY_BE_ZERO)

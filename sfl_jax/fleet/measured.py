@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from sfl_jax.errors import BadInput
-from sfl_jax.fleet.rows import read_rows
+from sfl_jax.fleet.rows import Row, integer, known_name, number, read_rows
 
 REQUIRED = ("round", "client", "cut")
 # The columns of a plan.csv, so that predicted and measured files look alike.
@@ -48,6 +48,7 @@ def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: i
 
     Needed columns: round, client and cut, and client_s or a term such as client_forward_s. Terms have the
     names of plan.csv; `share_flops` is the share in FLOP/s that the client had. Cells of these may be empty.
+    A client has one row in a round.
 
     clients: the names of the fleet. units: of the network, which is the largest cut.
 
@@ -55,15 +56,19 @@ def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: i
       BadInput: no such file, or not of this form; the line names file, line, column and rule.
     """
     path, index = Path(os.path.expanduser(path)), {str(name): place for place, name in enumerate(clients)}
-    found = []
-    for place, cells in read_rows(path, (*REQUIRED, *_OPTIONAL), REQUIRED):
-        if not found and not cells.keys() & (set(_SECONDS) - {"server_s"}):
+    found, empty = [], "no rows; must have one for each client and round"
+    line_of: dict[tuple[int, int], int] = {}
+    for row in read_rows(path, (*REQUIRED, *_OPTIONAL), REQUIRED, empty):
+        if not found and not row.cells.keys() & (set(_SECONDS) - {"server_s"}):
             raise BadInput(
                 f"{path}:1: no seconds of clients; must have {TOTAL}, or a term such as client_forward_s"
             )
-        found.append((*_row(place, cells, index, units), int(place.rpartition(":")[2])))
-    if not found:
-        raise BadInput(f"{path}:2: no rows; must have one for each client and round")
+        round_, client, *rest = _cells(row, index, units)
+        if (first := line_of.setdefault((round_, client), row.line)) != row.line:
+            raise BadInput(
+                f"{row.place}: client {row.cells['client']} in round {round_} is also on line {first}"
+            )
+        found.append((round_, client, *rest, row.line))
     round_, client, cut, numbers, line = zip(*found, strict=True)
     columns = dict(zip(_OPTIONAL, np.array(numbers, np.float64).T, strict=True))
     rounds, clients_at, cuts, lines = (np.array(part, np.int64) for part in (round_, client, cut, line))
@@ -71,26 +76,16 @@ def read_measured(path: str | os.PathLike[str], clients: Sequence[str], units: i
     return MeasuredRounds(rounds, clients_at, cuts, seconds, columns[TOTAL], columns[SHARE], lines)
 
 
-def _row(place: str, cells: dict[str, str], index: dict[str, int], units: int):
-    if cells["client"] not in index:
-        raise BadInput(f"{place}: column client: {cells['client'][:40]!r}: must be a client of the fleet")
-    round_ = _integer(place, "round", cells["round"], 0, 2**31 - 1)
-    cut = _integer(place, "cut", cells["cut"], 0, units)
-    numbers = [_number(place, name, cells[name]) if cells.get(name) else np.nan for name in _OPTIONAL]
-    return round_, index[cells["client"]], cut, numbers
-
-
-def _integer(place: str, column: str, cell: str, least: int, most: int) -> int:
-    if not (cell.isascii() and cell.isdecimal() and least <= int(cell) <= most):
-        raise BadInput(f"{place}: column {column}: {cell[:40]!r}: must be an integer, {least} to {most}")
-    return int(cell)
-
-
-def _number(place: str, column: str, cell: str) -> float:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < np.inf or not cell.isascii() or "_" in cell:
-        raise BadInput(f"{place}: column {column}: {cell[:40]!r}: must be a number, 0 or more, or empty")
-    return value
+def _cells(row: Row, index: dict[str, int], units: int):
+    client = known_name(row, "client", index, "the fleet")
+    round_, cut = (
+        integer(row, column, 0, most, f"an integer, 0 to {most}")
+        for column, most in (("round", 2**31 - 1), ("cut", units))
+    )
+    numbers = [
+        number(row, name, zero=name not in (TOTAL, SHARE), more=", or empty")
+        if row.cells.get(name)
+        else np.nan
+        for name in _OPTIONAL
+    ]
+    return round_, client, cut, numbers

@@ -1,6 +1,5 @@
 """Which clients are asked in a round: drawn from those available, uniformly or by their samples."""
 
-import csv
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from sfl_jax.digests import digest
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet.draws import Purpose, generator
 from sfl_jax.fleet.rounds import cohort
+from sfl_jax.fleet.rows import Row, integer, known_name, read_rows
 from sfl_jax.registry import SAMPLINGS
 
 COLUMNS = ("client", "from_round", "until_round")
@@ -110,32 +110,18 @@ def read_availability(path: str | os.PathLike[str], clients: Sequence[str]) -> A
       BadInput: no such file, or not of this form; the line names file, line, column and rule.
     """
     path, index = Path(os.path.expanduser(path)), {str(name): place for place, name in enumerate(clients)}
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: {reason}; give a CSV file with the columns {','.join(COLUMNS)}") from error
-    rows = csv.reader(text.splitlines(), skipinitialspace=True)
-    header = [cell.strip() for cell in next(rows, [])]
-    if tuple(header) != COLUMNS:
-        raise BadInput(f"{path}:1: {','.join(header)[:80]}: the columns must be {','.join(COLUMNS)}")
-    spans = [_span(f"{path}:{rows.line_num}", row, index) for row in rows if any(row)]
-    client, first, last = np.array(spans, np.int64).reshape(-1, 3).T
+    empty = "no rows; must have one for each span of rounds"
+    spans = [_span(row, index) for row in read_rows(path, COLUMNS, COLUMNS, empty)]
+    client, first, last = np.array(spans, np.int64).T
     return Availability(len(index), client, first, last)
 
 
-def _span(place: str, row: list[str], index: dict[str, int]) -> tuple[int, int, int]:
-    cells = [cell.strip() for cell in row]
-    if len(cells) != len(COLUMNS):
-        raise BadInput(f"{place}: {len(cells)} cells: must be {len(COLUMNS)}, {','.join(COLUMNS)}")
-    if cells[0] not in index:
-        raise BadInput(f"{place}: column client: {cells[0][:40]!r}: must be a client of the fleet")
-    first = _round(place, COLUMNS[1], cells[1], 1)
-    last = _round(place, COLUMNS[2], cells[2], first) if cells[2] else _FOREVER
-    return index[cells[0]], first, last
+def _span(row: Row, index: dict[str, int]) -> tuple[int, int, int]:
+    client = known_name(row, "client", index, "the fleet")
+    first = _round(row, "from_round", 1)
+    last = _round(row, "until_round", first) if row.cells["until_round"] else _FOREVER
+    return client, first, last
 
 
-def _round(place: str, column: str, cell: str, least: int) -> int:
-    if not (cell.isascii() and cell.isdecimal() and least <= int(cell) <= _FOREVER):
-        raise BadInput(f"{place}: column {column}: {cell[:40]!r}: must be an integer, at least {least}")
-    return int(cell)
+def _round(row: Row, column: str, least: int) -> int:
+    return integer(row, column, least, _FOREVER, f"an integer, at least {least}")

@@ -49,21 +49,20 @@ def read_servers(
     without a line have no link.
 
     Raises:
-      BadInput: no such file, or a wrong format; the line is `path:LINE: column NAME: 'cell': must be …`.
+      BadInput: no such file, or a wrong format:
+        `path:LINE: client NAME: column NAME: 'cell': must be …`.
     """
     path = Path(os.path.expanduser(path))
     names: dict[str, int] = {}
-    flops, memory_bytes = [], []
-    for place, row in read_rows(path, _SERVER_COLUMNS, _SERVER_REQUIRED):
-        name = name_in(place, "server", row)
+    flops, memory_bytes, empty = [], [], "no servers; must have one line for each"
+    for row in read_rows(path, _SERVER_COLUMNS, _SERVER_REQUIRED, empty):
+        name = name_in(row, "server")
         if name in names:
-            raise BadInput(f"{place}: column server: {name!r}: is also on line {names[name]}")
-        names[name] = int(place.rpartition(":")[2])
-        flops.append(number(place, "flops", row["flops"]))
-        cell = row.get("memory_bytes", "")
-        memory_bytes.append(number(place, "memory_bytes", cell) if cell else np.inf)
-    if not names:
-        raise BadInput(f"{path}: no servers; must have one line for each")
+            raise row.error("server", f"is also on line {names[name]}")
+        names[name] = row.line
+        flops.append(number(row, "flops"))
+        is_limited = bool(row.cells.get("memory_bytes"))
+        memory_bytes.append(number(row, "memory_bytes", more=", or empty") if is_limited else np.inf)
     shape = len(fleet), len(names)
     rates = [np.repeat(rate[:, None], shape[1], axis=1) for rate in (fleet.uplink_bps, fleet.downlink_bps)]
     if links is not None:
@@ -77,17 +76,18 @@ def _read_links(
     """Rates (K, E) up and down of a file of links, 0 where it has none."""
     clients_at, servers_at = ({name: at for at, name in enumerate(names)} for names in (clients, servers))
     rates = [np.zeros((len(clients), len(servers))) for _ in range(2)]
-    line_of: dict[tuple[int, int], str] = {}
-    for place, row in read_rows(path, _LINK_COLUMNS, _LINK_COLUMNS):
+    line_of: dict[tuple[int, int], int] = {}
+    for row in read_rows(path, _LINK_COLUMNS, _LINK_COLUMNS, "no links; must have one line for each"):
         pair = (
-            known_name(place, "client", row, clients_at, "the fleet"),
-            known_name(place, "server", row, servers_at, str(servers_path)),
+            known_name(row, "client", clients_at, "the fleet"),
+            known_name(row, "server", servers_at, str(servers_path)),
         )
         if pair in line_of:
-            raise BadInput(f"{place}: this client and this server are also on line {line_of[pair]}")
-        line_of[pair] = place.rpartition(":")[2]
+            both = f"client {clients[pair[0]]} and server {servers[pair[1]]}"
+            raise BadInput(f"{row.place}: {both} are also on line {line_of[pair]}")
+        line_of[pair] = row.line
         for rate, name in zip(rates, _LINK_COLUMNS[2:], strict=True):
-            rate[pair] = number(place, name, row[name])
+            rate[pair] = number(row, name)
     alone = ~rates[0].any(axis=1)
     if alone.any():
         raise BadInput(

@@ -9,7 +9,7 @@ from jaxtyping import Float64, Shaped
 
 from sfl_jax.errors import BadInput
 from sfl_jax.fleet.clients import Fleet
-from sfl_jax.fleet.rows import known_name, number, read_rows
+from sfl_jax.fleet.rows import known_name, name_in, number, read_rows
 
 RATES = ("flops", "uplink_bps", "downlink_bps")
 _REQUIRED = ("round", "client")
@@ -42,33 +42,32 @@ def read_traces(path: str | os.PathLike[str], fleet: Fleet) -> Traces:
     without a column, or with an empty cell, is that of the fleet. Every client has a line for every round.
 
     Raises:
-      BadInput: no such file, or a wrong format; the line is `path:LINE: column NAME: 'cell': must be …`.
+      BadInput: no such file, or a wrong format:
+        `path:LINE: client NAME: column NAME: 'cell': must be …`.
     """
     path = Path(os.path.expanduser(path))
     clients = fleet.client.tolist()
     clients_at = {name: at for at, name in enumerate(clients)}
     rounds: dict[str, list[np.ndarray]] = {}
-    line_of: dict[tuple[str, int], str] = {}
+    line_of: dict[tuple[str, int], int] = {}
+    empty = "no rounds; must have a line for each client and round"
     usual = [np.asarray(getattr(fleet, name), np.float64) for name in RATES]
-    for place, row in read_rows(path, _COLUMNS, _REQUIRED):
-        name, client = row["round"], known_name(place, "client", row, clients_at, "the fleet")
-        if not (1 <= len(name) <= 64 and name.isprintable()):
-            raise BadInput(f"{place}: column round: {name!r}: must be 1 to 64 printable characters")
+    for row in read_rows(path, _COLUMNS, _REQUIRED, empty):
+        if not set(RATES) & set(row.cells):
+            raise BadInput(f"{path}:1: must have a column of {', '.join(RATES)}")
+        client, name = known_name(row, "client", clients_at, "the fleet"), name_in(row, "round")
         if (name, client) in line_of:
             raise BadInput(
-                f"{place}: client {clients[client]} in round {name} is also on line {line_of[name, client]}"
+                f"{row.place}: client {clients[client]} in round {name} is also on line"
+                f" {line_of[name, client]}"
             )
         if name not in rounds and len(rounds) == _MOST_ROUNDS:
-            raise BadInput(f"{place}: column round: {name!r}: must be one of at most {_MOST_ROUNDS} rounds")
-        line_of[name, client] = place.rpartition(":")[2]
+            raise row.error("round", f"must be one of at most {_MOST_ROUNDS} rounds")
+        line_of[name, client] = row.line
         rates = rounds.setdefault(name, [part.copy() for part in usual])
         for part, column in zip(rates, RATES, strict=True):
-            if cell := row.get(column, ""):
-                part[client] = number(place, column, cell)
-        if not set(RATES) & set(row):
-            raise BadInput(f"{path}:1: must have a column of {', '.join(RATES)}")
-    if not rounds:
-        raise BadInput(f"{path}: no rounds; must have a line for each client and round")
+            if row.cells.get(column):
+                part[client] = number(row, column, more=", or empty")
     for name in rounds:
         for client, of in enumerate(clients):
             if (name, client) not in line_of:

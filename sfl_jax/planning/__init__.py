@@ -1,5 +1,6 @@
 """Plans for a fleet and a network's costs: what a plan tells, and how methods compare."""
 
+from sfl_jax.plan_rules import WITHIN_MEMORY
 from sfl_jax.planning.insight import (
     COHORTS,
     TOGETHER,
@@ -14,9 +15,11 @@ from sfl_jax.planning.insight import (
     doubts,
     floor,
     gains,
+    help_of,
     helps,
     memory_gain_s,
     pulls,
+    rate_doubts,
     seconds,
     server_bytes,
     share_percent,
@@ -41,18 +44,21 @@ from sfl_jax.planning.several import (
     best_alone,
     plan_servers,
     server_gains_s,
+    several_binding,
     several_bytes,
+    several_pulls,
     several_seconds,
+    several_share_percent,
     several_table,
 )
 from sfl_jax.planning.turnout import Turnout, turnout
-from sfl_jax.planning.within_memory import METHODS as WITHIN_MEMORY
 
 __all__ = [
     "COHORTS", "METHODS", "PLAN", "TOGETHER", "TRAINING", "WITHIN_MEMORY", "Binding", "Floor", "Gains",
     "Help", "Planned", "Planner", "Served", "SeveralPlanned", "Turnout", "any_schedule_bound_s",
     "best_alone", "binding", "check_links", "check_rounds", "cohort_rounds_s", "doubts", "floor", "gains",
-    "helps", "linked", "memory_gain_s", "plan_servers", "pulls", "round_key", "seconds", "serve",
-    "server_bytes", "server_gains_s", "several_bytes", "several_seconds", "several_table",
-    "share_percent", "smallest_server", "solve", "table", "turnout",
+    "help_of", "helps", "linked", "memory_gain_s", "plan_servers", "pulls", "rate_doubts", "round_key",
+    "seconds", "serve", "server_bytes", "server_gains_s", "several_binding", "several_bytes", "several_pulls",
+    "several_seconds", "several_share_percent", "several_table", "share_percent", "smallest_server", "solve",
+    "table", "turnout",
 ]  # fmt: skip

@@ -1,17 +1,27 @@
-"""Fits the rates of clients to measured rounds: how much longer than predicted their compute and links take.
+"""Fits rates to measured rounds: how much longer than predicted compute, links and the server take.
 
 Each client has three factors: its compute, its uplink and its downlink take that many times the predicted
 seconds. They come from least squares on relative errors, that is measured over predicted seconds. A row with
-terms gives one equation for each resource. A row with the total alone gives one equation for all three; the
-server's seconds and trips of messages are subtracted first. From totals, factors can be told apart only where
-a client had different cuts. The links hardly ever can, since up and down carry nearly the same at every cut.
-Where an interval would be wider than its factor, both links get one factor, and else all three resources.
+terms gives one equation for each resource. A row with the total alone gives one equation for all three; trips
+of messages, and measured seconds of the server, are subtracted first. From totals, factors can be told apart
+only where a client had different cuts. The links hardly ever can, since up and down carry nearly the same at
+every cut. Where an interval would be wider than its factor, both links get one factor, and else all three
+resources.
+
+All clients share the factor of the server. Rows with its seconds and the share say it directly. A total with
+a share has the server's seconds too, as one more column of the client's equations. What the client's own
+three columns say of that column, and of the right side, is taken off (Frisch, Waugh and Lovell). What is left
+of all clients together is least squares in one unknown. It is identified where a client had different shares
+at one cut, or more cuts than its own columns explain; else the given speed stays. The error of this factor
+adds to those of the clients.
 
 Intervals have 95 %, by Student's t. They assume that relative errors are independent and alike: for each
-resource where there are terms, for each client where there are totals.
+resource where there are terms, for each client where there are totals, and for all of these clients in the
+factor of the server.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +34,9 @@ from sfl_jax.fleet import MeasuredRounds
 
 RESOURCES = ("compute", "uplink", "downlink")
 CONFIDENCE = 0.95
+_NOTHING = 1e-9  # relative: less is rounding
 BY_TERM, NOT_MEASURED = "by term", "not measured"
+NOT_TOLD = "not told apart"  # of the server: totals that the clients' own factors explain as well
 # What is fitted to totals, from the finest to the coarsest: which resources share a factor.
 _GROUPS = {
     "from totals": ([0], [1], [2]), "links together": ([0], [1, 2]), "one for all": ([0, 1, 2],)
@@ -43,7 +55,7 @@ class Calibration(NamedTuple):
     there is no measurement to spare. rows: (K,) how many rows each client has. how: (K,) one of BY_TERM,
     SEPARATE, LINKS, TOGETHER and NOT_MEASURED. measured_s, predicted_s, fitted_s: (R,) what of each row was
     compared, under the rates of the fleet and under the fitted ones. server: the factor on the server's
-    seconds and its interval (3,), NaN if unknown.
+    seconds and its interval (3,), NaN if unknown. server_how: BY_TERM, SEPARATE, NOT_TOLD or NOT_MEASURED.
     """
 
     factor: Float64[np.ndarray, "K 3"]
@@ -55,6 +67,7 @@ class Calibration(NamedTuple):
     predicted_s: Float64[np.ndarray, " R"]
     fitted_s: Float64[np.ndarray, " R"]
     server: Float64[np.ndarray, " 3"]
+    server_how: str
 
 
 def calibrate(terms: optim.Terms, measured: MeasuredRounds, where: str = "measured") -> Calibration:
@@ -71,20 +84,24 @@ def calibrate(terms: optim.Terms, measured: MeasuredRounds, where: str = "measur
     clients = terms.shape[0]
     factor, low, high = (np.full((clients, 3), np.nan) for _ in range(3))
     how = np.full(clients, NOT_MEASURED, "U16")
-    for client in np.unique(measured.client).tolist():
-        own = seen.client == client
-        fit = _fit(seen.left[own], seen.right[own])
+    server = _server(terms, measured, seen)
+    for client, own in _by_client(seen):
+        fit = _fit(seen.left[own], seen.right[own], seen.server[own], server)
         if fit is not None:
             factor[client], low[client], high[client], how[client] = fit
     known = np.where(np.isnan(factor), 1.0, factor)[seen.client]
     rows = len(measured.client)
     measured_s, predicted_s, fitted_s = (
         np.bincount(seen.row, part, rows) + seen.known_s
-        for part in (seen.right * seen.scale_s, seen.scale_s, (seen.left * known).sum(axis=1) * seen.scale_s)
+        for part in (
+            seen.right * seen.scale_s,
+            seen.scale_s,
+            ((seen.left * known).sum(axis=1) + server.factor * seen.server) * seen.scale_s,
+        )
     )
     return Calibration(
         factor, low, high, np.bincount(measured.client, minlength=clients), how, measured_s, predicted_s,
-        fitted_s, _server(terms, measured),
+        fitted_s, server.interval, server.how,
     )  # fmt: skip
 
 
@@ -100,7 +117,7 @@ def fitted_fleet(fleet: fleets.Fleet, found: Calibration) -> fleets.Fleet:
 
 
 class _Equations(NamedTuple):
-    """left (N, 3) · factors = right (N,), in relative seconds.
+    """left (N, 3) · factors + server (N,) · factor of the server = right (N,), in relative seconds.
 
     scale_s: (N,) the predicted seconds that both sides were divided by. row: (N,) of the file. known_s: (R,)
     what was subtracted of each row.
@@ -109,6 +126,7 @@ class _Equations(NamedTuple):
     client: Int64[np.ndarray, " N"]
     row: Int64[np.ndarray, " N"]
     left: Float64[np.ndarray, "N 3"]
+    server: Float64[np.ndarray, " N"]
     right: Float64[np.ndarray, " N"]
     scale_s: Float64[np.ndarray, " N"]
     known_s: Float64[np.ndarray, " R"]
@@ -140,40 +158,66 @@ def _equations(terms: optim.Terms, measured: MeasuredRounds, where: str) -> _Equ
         left = np.zeros((len(rows), 3))
         left[:, resource] = 1.0
         scale_s = predicted[rows, resource]
-        found.append((rows, left, spent[rows, resource] / scale_s, scale_s))
+        found.append((rows, left, np.zeros(len(rows)), spent[rows, resource] / scale_s, scale_s))
     totals = np.flatnonzero(~has_terms & ~np.isnan(measured.total_s))
-    known_s[totals] = (travel_s + _server_s(own, columns, measured, totals, where))[totals]
-    scale_s = every[totals].sum(axis=1)
+    known_server_s, by_share_s = _server_s(own, columns, measured, totals, where)
+    known_s[totals] = (travel_s + known_server_s)[totals]
+    scale_s = every[totals].sum(axis=1) + by_share_s[totals]
     some = scale_s > 0
     totals, scale_s = totals[some], scale_s[some]
     right = (measured.total_s - known_s)[totals] / scale_s
-    found.append((totals, every[totals] / scale_s[:, None], right, scale_s))
-    row, left, right, scale_s = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return _Equations(measured.client[row], row, left, right, scale_s, known_s)
+    found.append((totals, every[totals] / scale_s[:, None], by_share_s[totals] / scale_s, right, scale_s))
+    row, left, server, right, scale_s = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return _Equations(measured.client[row], row, left, server, right, scale_s, known_s)
 
 
-def _server_s(own, columns, measured, totals, where) -> Float64[np.ndarray, " R"]:
-    """The server's seconds (R,) of each row: measured, or its work over the share; 0 without work."""
-    work = own.samples * own.work_flop[columns]
+def _server_s(own, columns, measured, totals, where):
+    """The server's seconds (R,) of each row: measured ones, and by work over share where there are none."""
+    work, measured_s = own.samples * own.work_flop[columns], measured.seconds["server"]
     with np.errstate(divide="ignore", invalid="ignore"):
-        by_share = work / measured.share_flops
-    server_s = np.where(np.isnan(measured.seconds["server"]), by_share, measured.seconds["server"])
-    server_s = np.where(work > 0, server_s, 0.0)
-    unknown = totals[~np.isfinite(server_s[totals])]
+        by_share_s = np.where((work > 0) & np.isnan(measured_s), work / measured.share_flops, 0.0)
+    unknown = totals[~np.isfinite(by_share_s[totals])]
     if len(unknown):
         raise BadInput(
             f"{where}:{measured.line[unknown[0]]}: client_s at cut {measured.cut[unknown[0]]} includes the"
             " server; must have server_s or share_flops as well"
         )
-    return server_s
+    return np.where((work > 0) & ~np.isnan(measured_s), measured_s, 0.0), by_share_s
 
 
-def _fit(left: Float64[np.ndarray, "N 3"], right: Float64[np.ndarray, " N"]):
-    """(factors, low, high, how) of one client's equations; None where there are none."""
+def _by_client(seen: _Equations) -> Iterator[tuple[int, Int64[np.ndarray, " n"]]]:
+    """Each client that has equations, and where they are."""
+    order = np.argsort(seen.client, kind="stable")
+    clients, starts = np.unique(seen.client[order], return_index=True)
+    yield from zip(clients.tolist(), np.split(order, starts[1:]), strict=True)
+
+
+class _Server(NamedTuple):
+    """The factor of the server.
+
+    factor: 1 where it is unknown. error: its standard error. seen: what of the server's column is left beside
+    the clients' own columns, squared and summed; 0 if the factor is not from totals. interval: (3,) factor,
+    low and high; NaN if unknown.
+    """
+
+    how: str
+    factor: float = 1.0
+    error: float = 0.0
+    seen: float = 0.0
+    interval: Float64[np.ndarray, " 3"] = np.full(3, np.nan)
+
+
+def _fit(left, right, server, shared: _Server):
+    """(factors, low, high, how) of one client's equations; None where there are none.
+
+    left: (N, 3); right: (N,); server: (N,) its column. shared: its factor, which all clients share.
+    """
     used = np.asarray(left.any(axis=0))
     if not used.any():
         return None
-    if (np.count_nonzero(left, axis=1) == 1).all():  # terms: each resource by itself, with its own errors
+    right = right - shared.factor * server
+    if (np.count_nonzero(left, axis=1) == 1).all() and not server.any():
+        # Terms: each resource by itself, with its own errors.
         factor, low, high = np.full((3, 3), np.nan)
         for resource in np.flatnonzero(used):
             mine = left[:, resource] > 0
@@ -182,7 +226,8 @@ def _fit(left: Float64[np.ndarray, "N 3"], right: Float64[np.ndarray, " N"]):
     for how, groups in _GROUPS.items():
         groups = [[resource for resource in group if used[resource]] for group in groups]
         groups = [group for group in groups if group]
-        parts = _least_squares(np.stack([left[:, group].sum(axis=1) for group in groups], axis=1), right)
+        own = np.stack([left[:, group].sum(axis=1) for group in groups], axis=1)
+        parts = _least_squares(own, right, server, shared)
         if parts is None or not np.all(parts[0] > 0):
             continue
         if how == TOGETHER or np.all(parts[2] - parts[1] <= parts[0]):
@@ -201,31 +246,82 @@ def _mean(ratios: Float64[np.ndarray, " N"]) -> tuple[float, float, float]:
     return float(factor), float(low), float(high)
 
 
-def _least_squares(left, right):
-    """(factors, low, high) of least squares, (P,) each; None if the columns cannot be told apart."""
-    from scipy import special  # imported here: only a calibration needs it
+def _least_squares(left, right, server=None, shared: _Server | None = None):
+    """(factors, low, high) of least squares, (P,) each; None if the columns cannot be told apart.
 
+    server: (N,) the column of the server; `right` is without its part. The inverse of all columns together
+    has the error of its factor in those of the others.
+    """
     found, _, rank, _ = np.linalg.lstsq(left, right)
     count, free = left.shape
     if rank < free:
         return None
-    spare = count - free
-    if not spare:
+    spare, more = float(count - free), np.zeros(free)
+    if shared is not None and server is not None and server.any():
+        carried, *_ = np.linalg.lstsq(left, server)
+        more = (carried * shared.error) ** 2
+        if shared.seen:  # what these rows told of the server
+            spare -= float(np.sum((server - left @ carried) ** 2)) / shared.seen
+    if spare < _NOTHING:
         nothing = np.full(free, np.nan)
         return found, nothing, nothing
     errors = right - left @ found
-    spread = np.sqrt(np.diag(np.linalg.inv(left.T @ left)) * float(errors @ errors) / spare)
-    wide = special.stdtrit(spare, 0.5 + CONFIDENCE / 2) * spread
+    spread = np.sqrt(np.diag(np.linalg.inv(left.T @ left)) * float(errors @ errors) / spare + more)
+    wide = _wide(spare) * spread
     return found, found - wide, found + wide
 
 
-def _server(terms: optim.Terms, measured: MeasuredRounds) -> Float64[np.ndarray, " 3"]:
-    """The factor on the server's seconds and its interval, from rows with server_s and share_flops."""
+def _wide(spare: float) -> float:
+    """How many standard errors the interval reaches to each side."""
+    from scipy import special  # imported here: only a calibration needs it
+
+    return float(special.stdtrit(spare, 0.5 + CONFIDENCE / 2))
+
+
+def _server(terms: optim.Terms, measured: MeasuredRounds, seen: _Equations) -> _Server:
+    """The factor of the server: by rows with its seconds and shares, else from totals with shares."""
+    ratios = _server_ratios(terms, measured)
+    if ratios.any():
+        factor, low, high = _mean(ratios)
+        error = (high - low) / 2 / _wide(len(ratios) - 1.0) if len(ratios) > 1 else np.nan
+        return _Server(BY_TERM, factor, error, 0.0, np.array([factor, low, high]))
+    if not seen.server.any():
+        return _Server(NOT_MEASURED)
+    columns, rights, spare = [], [], -1.0
+    for _, own in _by_client(seen):
+        if not seen.server[own].any():
+            continue
+        column, right, rank = _beside(seen.left[own], seen.server[own], seen.right[own])
+        columns.append(column)
+        rights.append(right)
+        spare += len(own) - rank
+    column, right = np.concatenate(columns), np.concatenate(rights)
+    across = float(column @ column)
+    if not across or spare < 1:
+        return _Server(NOT_TOLD)
+    factor = float(column @ right) / across
+    errors = right - factor * column
+    error = float(np.sqrt(errors @ errors / spare / across))
+    low, high = factor - _wide(spare) * error, factor + _wide(spare) * error
+    if not (factor > 0 and high - low <= factor):
+        return _Server(NOT_TOLD)
+    return _Server(SEPARATE, factor, error, across, np.array([factor, low, high]))
+
+
+def _beside(left, column, right):
+    """(column, right, rank of left), both (N,) without what the columns of left (N, P) say of them."""
+    basis, sizes, _ = np.linalg.svd(left, full_matrices=False)
+    basis = basis[:, sizes > sizes.max(initial=0.0) * len(left) * np.finfo(np.float64).eps]
+    left_over, right = (part - basis @ (basis.T @ part) for part in (column, right))
+    if np.linalg.norm(left_over) <= _NOTHING * np.linalg.norm(column):
+        left_over = np.zeros(len(column))
+    return left_over, right, basis.shape[1]
+
+
+def _server_ratios(terms: optim.Terms, measured: MeasuredRounds) -> Float64[np.ndarray, " N"]:
+    """Measured over predicted seconds of the server, of the rows with server_s and share_flops."""
     own = terms.take(measured.client)
     work = own.samples * own.work_flop[own.columns(measured.cut)]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = measured.seconds["server"] * measured.share_flops / work
-    ratio = ratio[np.isfinite(ratio) & (work > 0)]
-    if not len(ratio):
-        return np.full(3, np.nan)
-    return np.array(_mean(ratio))
+    return ratio[np.isfinite(ratio) & (work > 0)]

@@ -1,6 +1,7 @@
 """What a plan tells: which clients hold the round up, what would shorten it, and each client's seconds."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,8 @@ from jaxtyping import Float64, Int64, Shaped
 
 from sfl_jax import fleet as fleets
 from sfl_jax import models, optim
-from sfl_jax.planning.planner import ONE_MEDIUM, WORK_CONSERVING, Planner, linked, serve, solve
+from sfl_jax.plan_rules import WORK_CONSERVING
+from sfl_jax.planning.planner import ONE_MEDIUM, Planner, linked, serve, solve
 
 MORE = 1.1
 MOST_CLIENTS = 20_000  # for the bound of any schedule
@@ -117,21 +119,32 @@ def floor(planned: Planned, client: int) -> Floor:
 
 
 def doubts(fleet: fleets.Fleet) -> list[str]:
-    """A sentence for each column with values that look as if they had another unit."""
+    """A sentence for each column of a fleet with values that look as if they had another unit."""
     found = []
     if fleet.rtt_s is not None and (least_s := float(fleet.rtt_s.min(initial=np.inf))) >= LONGEST_TRIP_S:
         found.append(f"rtt_s is {least_s:.4g} s at least; are the numbers in milliseconds?")
-    for name, (least, unit, likely) in SLOWEST.items():
-        values = getattr(fleet, name)
-        small = values < least  # a client with a device has no flops: inf
+    return [*found, *rate_doubts({name: getattr(fleet, name) for name in SLOWEST}, fleet.client)]
+
+
+def rate_doubts(
+    rates: Mapping[str, Float64[np.ndarray, " K"]], names: Shaped[np.ndarray, " K"], of: str = "client"
+) -> list[str]:
+    """A sentence for each of these rates that looks as if it had another unit.
+
+    rates: by column, of each client or server (`of`). names: of these. A rate that is not known is inf.
+    """
+    found = []
+    for name, values in rates.items():
+        least, unit, likely = SLOWEST[name]
+        small = values < least
         if small.all():
             most = float(values.max(initial=0))
             found.append(f"{name} is {most:.4g} {unit} at most; are the numbers in {likely}?")
         elif small.any():
-            client = int(np.argmin(values))
+            at = int(np.argmin(values))
             found.append(
-                f"{name} of client {fleet.client[client]} is {values[client]:.4g} {unit}, and of"
-                f" {np.count_nonzero(small)} of {len(fleet)} clients below {least:.0e}; is it in {likely}?"
+                f"{name} of {of} {names[at]} is {values[at]:.4g} {unit}, and of"
+                f" {np.count_nonzero(small)} of {len(names)} {of}s below {least:.0e}; is it in {likely}?"
             )
     return found
 
@@ -205,14 +218,18 @@ class Help(NamedTuple):
 
 def helps(planned: Planned) -> Help:
     """What would help each client that holds the round up."""
-    parts = seconds(planned)
+    return help_of(seconds(planned), pulls(planned))
+
+
+def help_of(parts: optim.Seconds, pull: Float64[np.ndarray, " K"]) -> Help:
+    """What would help clients with these seconds (K,) and pulls."""
     by_resource = {
         "uplink": parts.smashed_up + parts.model_up,
         "downlink": parts.model_down + parts.gradient_down,
         "compute": parts.client_forward + parts.client_backward,
     }
     saved_s = np.stack([*by_resource.values()]) * (1 - 1 / MORE)
-    gain_s = pulls(planned) * saved_s.max(axis=0)
+    gain_s = pull * saved_s.max(axis=0)
     return Help(np.where(gain_s > 0, np.array([*by_resource])[saved_s.argmax(axis=0)], ""), gain_s)
 
 

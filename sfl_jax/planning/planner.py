@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from sfl_jax import fleet as fleets
-from sfl_jax import optim
+from sfl_jax import optim, plan_rules
 from sfl_jax.errors import BadInput
+from sfl_jax.plan_rules import WORK_CONSERVING
 from sfl_jax.planning import within_memory
 from sfl_jax.registry import BANDS, LINKS, METHODS
 
@@ -72,22 +73,16 @@ class Planner:
             raise BadInput(f"server_flops={self.server_flops}: must be a finite number, at least 0")
         if self.min_cut < 0:
             raise BadInput(f"min_cut={self.min_cut}: must be at least 0")
-        if self.max_cut is not None and self.max_cut < self.min_cut:
-            raise BadInput(f"max_cut={self.max_cut}: must be at least min_cut={self.min_cut}")
-        if self.method == WORK_CONSERVING and self.barrier != "session":
-            raise BadInput(f"method={WORK_CONSERVING}: needs barrier=session, not {self.barrier}")
-        if self.band != "fixed" and (self.method, self.barrier) != ("exact", "session"):
-            raise BadInput(f"band={self.band}: needs method=exact and barrier=session")
         if not 0 <= self.broadcast_bps < np.inf:
             raise BadInput(f"broadcast_bps={self.broadcast_bps}: must be a finite number, at least 0")
-        if self.broadcast_bps and self.band != "fixed":
-            raise BadInput(f"broadcast_bps={self.broadcast_bps:g}: needs band=fixed, not {self.band}")
+        within_memory.check_bytes(self)
+        plan_rules.check(self, self.max_cut)
         if self.broadcast_bps and self.barrier == "handover":
             raise BadInput(
                 f"broadcast_bps={self.broadcast_bps:g}: with barrier=handover a client gets the model after"
                 " the client before it"
             )
-        within_memory.check_planner(self)
+        within_memory.check_barrier(self)
 
     @property
     def links_vary(self) -> bool:
@@ -95,7 +90,6 @@ class Planner:
         return self.links == "fading"
 
 
-WORK_CONSERVING = "work_conserving"
 ONE_MEDIUM = ("pooled", "airtime")  # bands that serve both directions
 
 

@@ -9,18 +9,19 @@ from jaxtyping import Bool, Int64
 from sfl_jax import optim
 from sfl_jax.errors import BadInput
 
-# Methods that know the limit: `no_split` leaves nothing to the server.
-METHODS = ("exact", "no_split")
 BARRIERS = ("session", "staged")
 
 
-def check_planner(planner: Any) -> None:
-    """BadInput for a memory that is no number of bytes, or a planner that does not know the limit."""
+def check_bytes(planner: Any) -> None:
+    """BadInput for a memory that is no number of bytes."""
     limit = planner.server_memory_bytes
     if not 0 <= limit < np.inf:
         raise BadInput(f"server_memory_bytes={limit}: must be a finite number of bytes, or 0 for no limit")
-    if limit and planner.method not in METHODS:
-        raise BadInput(f"server_memory_bytes={limit:g}: needs method=exact, not {planner.method}")
+
+
+def check_barrier(planner: Any) -> None:
+    """BadInput for a barrier that does not know the limit."""
+    limit = planner.server_memory_bytes
     if limit and planner.barrier not in BARRIERS:
         raise BadInput(
             f"server_memory_bytes={limit:g}: needs barrier=session or barrier=staged, not {planner.barrier}"

@@ -90,7 +90,7 @@ REFUSED = [
     (["--band=pooled"], "--measured=rounds.csv: needs --band=fixed; with pooled rates follow from parts"),
     (["--links=shannon"], "--measured=rounds.csv: needs --links=fixed"),
     (["--measured=none.csv"], "--measured=none.csv: no such file"),
-    (["--measured=fleet.csv"], "--measured: fleet.csv:1: column 'flops': must be one of round, client, cut"),
+    (["--measured=fleet.csv"], "--measured: fleet.csv:1: columns 'flops', 'uplink_bps', "),
     pytest.param(
         ["--codec=int8+int4"],
         "rounds.csv: measured rounds have no codec; choose one",
@@ -108,3 +108,50 @@ def test_what_cannot_be_fitted_is_one_line(here, capsys, argv, words):
     assert said.startswith("error: ")
     assert words in said
     assert not (here / "plan.json").exists()
+
+
+def totals(here, times, shares):
+    """Rounds without noise of clients as in the fleet, with a server that takes `times` its seconds."""
+    config = Config(model="efficientnetv2-tiny", fleet="fleet.csv", server_flops=1e9)
+    fleet, _, terms = parts.read_terms(config)
+    rows = [("round", "client", "cut", "client_s", "share_flops")]
+    for round_, share in enumerate(shares):
+        for k in range(2):
+            own = terms.seconds(np.full(3, 2), np.full(3, share / times))
+            rows.append((round_, fleet.client[k], 2, float(sum(part[k] for part in own)), share))
+    with open(here / "totals.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_a_slower_server_is_found_and_planned_for(here, capsys):
+    assert run("--output=old.json") == 0
+    old = json.loads((here / "old.json").read_text())
+    totals(here, 1.6, [1e8, 3e8, 5e8, 2e8])
+    assert run("--measured=totals.csv", "--write_fleet=fitted.csv") == 0
+    out, new = capsys.readouterr().out, json.loads((here / "plan.json").read_text())
+    assert (
+        "server      takes 1.6 times the predicted seconds (1.6 to 1.6 with 95 %), from totals; planned"
+        in out
+    )
+    assert "planned with 6.25e+08 FLOP/s, rated 1e+09" in out
+    assert new["server_flops"] == pytest.approx(1e9 / 1.6, rel=1e-6)
+    assert new["server_factor"]["factor"] == pytest.approx(1.6, rel=1e-6)
+    kept_s = max(client["client_s"] + 0.6 * client["server_s"] for client in old["clients"])
+    assert f"that plan would last {kept_s:.5g} s at the fitted rates" in out
+    assert run("--fleet=fitted.csv", f"--server_flops={new['server_flops']}", "--output=again.json") == 0
+    assert json.loads((here / "again.json").read_text())["round_s"] == pytest.approx(new["round_s"], rel=1e-9)
+
+
+def test_a_server_that_nothing_tells_keeps_its_speed(here, capsys):
+    totals(here, 1.6, [3e8] * 4)
+    assert run("--measured=totals.csv") == 0
+    out, new = capsys.readouterr().out, json.loads((here / "plan.json").read_text())
+    assert (
+        "server      keeps its speed: other speeds of the clients fit these rounds as well; rounds of" in out
+    )
+    assert (new["server_flops"], "server_factor" in new) == (1e9, False)
+    assert run("--measured=rounds.csv") == 0
+    assert (
+        "server      keeps its speed: no row says it; server_s or client_s, with share_"
+        in capsys.readouterr().out
+    )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sfl_jax.commands import plan, train
+from sfl_jax.commands.program import program
 
 FLEET = """client,flops,uplink_bps,downlink_bps,memory_bytes,samples
 cam-1,1e8,1e7,2e7,1e9,64
@@ -64,10 +65,13 @@ def test_the_plan_tells_servers_shares_and_the_gap(here, capsys):
         (["--servers=none.csv"], "--servers=none.csv: no such file; give the path of a CSV file"),
         (["--server_links=none.csv"], "--server_links=none.csv: no such file"),
         (["--servers=", "--server_links=links.csv"], "--server_links=links.csv: needs --servers"),
-        (["--servers=links.csv"], "--servers: links.csv:1: column 'client': must be one of server, flops"),
+        (
+            ["--servers=links.csv"],
+            "--servers: links.csv:1: columns 'client', 'uplink_bps', 'downlink_bps'",
+        ),
         (
             ["--server_links=servers.csv"],
-            "--server_links: servers.csv:1: column 'flops': must be one of client",
+            "--server_links: servers.csv:1: columns 'flops', 'memory_bytes': must be one of client",
         ),
         (["--server_flops=1G"], "--server_flops=1000000000.0: leave it out with --servers, whose file has"),
         (["--server_memory_bytes=1G"], "--server_memory_bytes=1000000000.0: leave it out with --servers"),
@@ -77,7 +81,9 @@ def test_the_plan_tells_servers_shares_and_the_gap(here, capsys):
         (["--links=shannon"], "--links=shannon: leave it out with --servers"),
         (["--scheme=psl"], "--scheme=psl: leave it out with --servers"),
         (["--target_round_s=3"], "--target_round_s=3.0: leave it out with --servers"),
-        (["--plot"], "--plot=True: leave it out with --servers"),
+        (["--report"], "--report=True: leave it out with --servers, of which there is no page"),
+        (["--traces=fleet.csv"], "--traces=fleet.csv: leave it out with --servers"),
+        (["--frontier=bytes"], "--frontier=bytes: leave it out with --servers"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -90,5 +96,5 @@ def test_what_several_servers_exclude_is_one_line(here, capsys, flags, words):
 
 def test_training_has_one_server(here, capsys):
     assert train.main(["--servers=servers.csv", "--workdir=w"]) == 2
-    words = "error: --servers=servers.csv: training has one server; launch.plan plans for several"
+    words = f"error: --servers=servers.csv: training has one server; {program('plan')} plans several"
     assert capsys.readouterr().err.strip() == words

@@ -89,7 +89,7 @@ def test_the_quantile_of_an_interval_is_drawn_by_the_seed(here, monkeypatch):
     ("flags", "words"),
     [
         (["--traces=none.csv"], "--traces=none.csv: no such file; give the path of a CSV file"),
-        (["--traces=fleet.csv"], "--traces: fleet.csv:1: column 'memory_bytes': must be one of round"),
+        (["--traces=fleet.csv"], "--traces: fleet.csv:1: columns 'memory_bytes', 'samples': must be one of"),
         (["--quantile=0.9"], "--quantile=0.9: needs --traces or --interval"),
         (["--quantile=1.5", "--traces=rates.csv"], "--quantile=1.5: must be a finite number, at least 0 and"),
         (["--interval=0.8"], "--interval=0.8: must be two numbers, LOW,HIGH, with 0 < LOW <= HIGH"),

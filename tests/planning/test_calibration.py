@@ -75,6 +75,14 @@ def rounds(fleet, per_client, noise, seed, totals, cuts=range(1, UNITS + 1)):
     )
 
 
+def keeping(measured, rows):
+    """Some of the rows."""
+    return MeasuredRounds(*(
+        {name: values[rows] for name, values in part.items()} if isinstance(part, dict) else part[rows]
+        for part in measured
+    ))  # fmt: skip
+
+
 @pytest.mark.parametrize("totals", [False, True])
 @pytest.mark.parametrize("device", [False, True])
 def test_rates_are_recovered_without_noise(totals, device):
@@ -134,8 +142,7 @@ def test_totals_at_one_cut_give_one_factor_for_all():
 def test_clients_that_were_not_measured_keep_their_rates():
     fleet = assumed(3)
     measured = rounds(true_fleet(fleet, np.full((3, 3), 2.0)), 4, 0.0, 1, False)
-    only = MeasuredRounds(*(part[:4] if not isinstance(part, dict) else {
-        name: values[:4] for name, values in part.items()} for part in measured))  # fmt: skip
+    only = keeping(measured, slice(4))
     found = calibrate(terms_of(fleet), only)
     assert found.how.tolist() == [calibration.BY_TERM, *[calibration.NOT_MEASURED] * 2]
     assert found.rows.tolist() == [4, 0, 0]
@@ -168,6 +175,95 @@ def test_a_total_needs_the_seconds_of_the_server():
     )
 
 
+SERVER_FLOPS = 2e8
+
+
+def totals_with_shares(fleet, times, noise, seed, per_client=12, cuts=range(1, UNITS + 1), share_of=None):
+    """Totals with a share of the server, which takes `times` the seconds that the share says. Errors are
+    relative to all of a session but the trips.
+
+    share_of: (rows,) from 0 to 1; None: drawn, from a tenth to all.
+    """
+    rng, clients = np.random.default_rng(seed), len(fleet)
+    client = np.repeat(np.arange(clients), per_client)
+    cut = np.tile(np.resize(np.array(list(cuts)), per_client), clients)
+    share_of = rng.uniform(0.1, 1, len(cut)) if share_of is None else share_of
+    shares, terms = SERVER_FLOPS * share_of, terms_of(fleet).take(client)
+    whole = terms.seconds(cut, shares / times)
+    moving_s = np.sum(terms._replace(latency=None).seconds(cut, shares / times), axis=0)
+    trips_s = np.sum(whole, axis=0) - moving_s
+    total_s = moving_s * (1 + noise * rng.standard_normal(len(cut))) + trips_s
+    seconds = {name: np.full(len(cut), np.nan) for name in whole._fields}
+    lines = np.arange(len(cut)) + 2
+    return MeasuredRounds(np.zeros(len(cut), int), client, cut, seconds, total_s, shares, lines)
+
+
+def test_the_speed_of_the_server_is_recovered_from_totals():
+    fleet = assumed(6)
+    factors = np.random.default_rng(1).uniform(0.5, 2, (6, 3))
+    found = calibrate(terms_of(fleet), totals_with_shares(true_fleet(fleet, factors), 1.7, 0.0, 2))
+    assert found.server_how == calibration.SEPARATE
+    np.testing.assert_allclose(found.server, 1.7, rtol=1e-7)
+    np.testing.assert_allclose(found.factor, factors, rtol=1e-6)
+    np.testing.assert_allclose(found.fitted_s, found.measured_s, rtol=1e-9)
+    assert not np.allclose(found.predicted_s, found.measured_s, rtol=1e-2)
+
+
+def test_the_interval_of_the_server_covers_its_speed_as_often_as_it_says():
+    """300 times 5 clients, in which the clients' own intervals cover too, though the server is fitted."""
+    fleet = assumed(5)
+    factors = np.random.default_rng(1).uniform(0.7, 1.5, (5, 1)) * np.ones((1, 3))
+    true, server, compute = true_fleet(fleet, factors), [], []
+    for seed in range(300):
+        found = calibrate(terms_of(fleet), totals_with_shares(true, 0.8, 0.02, seed))
+        assert found.server_how == calibration.SEPARATE
+        server.append(found.server)
+        compute.append((found.low <= factors) & (factors <= found.high))
+    factor, low, high = np.array(server).T
+    assert np.mean((low <= 0.8) & (high >= 0.8)) == pytest.approx(0.95, abs=0.035)
+    assert np.mean(factor) == pytest.approx(0.8, abs=3 * np.std(factor) / np.sqrt(300))
+    assert np.mean(high - low) < 0.2
+    assert np.mean(compute) == pytest.approx(0.95, abs=0.025)
+
+
+def test_one_client_with_two_shares_tells_the_server_of_all():
+    """One client had two shares at one cut. The other had one cut and one share."""
+    fleet = assumed(2)
+    measured = totals_with_shares(fleet, 1.3, 0.001, 0, 6, [2], np.array([0.2, 0.9] * 3 + [0.5] * 6))
+    found = calibrate(terms_of(fleet), measured)
+    assert found.server[1] < 1.3 < found.server[2]
+    np.testing.assert_allclose(found.factor, 1, atol=0.02)
+    alone = calibrate(terms_of(fleet), keeping(measured, measured.client == 1))
+    assert (alone.server_how, np.isnan(alone.server).all()) == (calibration.NOT_TOLD, True)
+    assert alone.factor[1, 0] > 1.05  # the given speed stays, and the client takes the blame
+
+
+def test_totals_with_much_noise_do_not_tell_the_server():
+    fleet = assumed(3)
+    for seed in range(6):
+        found = calibrate(terms_of(fleet), totals_with_shares(fleet, 1.3, 1.0, seed, 8))
+        assert (found.server_how, np.isnan(found.server).all()) == (calibration.NOT_TOLD, True)
+    measured = rounds(fleet, 4, 0.01, 1, False)
+    without = measured._replace(share_flops=np.full(12, np.nan))
+    assert calibrate(terms_of(fleet), without).server_how == calibration.NOT_MEASURED
+
+
+def test_seconds_of_the_server_say_more_than_totals():
+    fleet = assumed(3)
+    measured, direct = totals_with_shares(fleet, 1.3, 0.01, 4), rounds(fleet, 4, 0.0, 1, False)
+    by_share = terms_of(fleet).take(direct.client).seconds(direct.cut, np.full(12, 1e8)).server
+    direct = direct._replace(seconds=direct.seconds | {"server": 1.3 * by_share})
+    both = MeasuredRounds(*(
+        {name: np.concatenate([one[name], other[name]]) for name in one}
+        if isinstance(one, dict) else np.concatenate([one, other])
+        for one, other in zip(direct, measured, strict=True)
+    ))  # fmt: skip
+    found = calibrate(terms_of(fleet), both)
+    assert found.server_how == calibration.BY_TERM
+    np.testing.assert_allclose(found.server, 1.3, rtol=1e-9)
+    np.testing.assert_allclose(found.factor, 1, atol=0.05)
+
+
 GOOD = "round,client,cut,client_s,server_s\n1,a,2,3.5,0.5\n2,b,5,1.25,\n"
 
 
@@ -184,10 +280,12 @@ def test_a_file_is_read(tmp_path):
 
 BAD = {
     "r.csv:2: column client: 'c': must be a client of the fleet": ("1,a", "1,c"),
-    "r.csv:3: column cut: '6': must be an integer, 0 to 5": ("b,5", "b,6"),
-    "r.csv:2: column round: 'x': must be an integer": ("1,a", "x,a"),
-    "r.csv:2: column client_s: '-1': must be a number, 0 or more": ("3.5", "-1"),
-    "r.csv:3: 4 cells; must be 5": ("1.25,", "1.25"),
+    "r.csv:3: client b: column cut: '6': must be an integer, 0 to 5": ("b,5", "b,6"),
+    "r.csv:2: client a: column round: 'x': must be an integer": ("1,a", "x,a"),
+    "r.csv:2: client a: column client_s: '-1': must be a positive number, or empty": ("3.5", "-1"),
+    "r.csv:2: client a: column server_s: '-1': must be a number, 0 or more, or empty": ("0.5", "-1"),
+    "r.csv:3: client a in round 1 is also on line 2": ("2,b", "1,a"),
+    "r.csv:3: column server_s: missing; a line has 5 cells": ("1.25,", "1.25"),
     "r.csv:1: column 'seconds': must be one of round, client": ("client_s", "seconds"),
     "r.csv:1: column cut: missing": ("cut,client_s", "smashed_up_s,client_s"),
     "r.csv:1: column client_s: must occur once": ("server_s", "client_s"),

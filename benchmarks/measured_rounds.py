@@ -2,7 +2,8 @@
 
 One client and one server, both this machine, train the two halves of a network at every cut. Their seconds
 are written as rounds. Rates are then fitted to them twice: for a client whose FLOP/s were guessed, and for
-one with a device file. Nothing is sent, so the links keep their rates.
+one with a device file. Nothing is sent, so the links keep their rates. All seconds are CPU seconds of this
+process, since wall seconds of a shared machine say more of its other users.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfl_jax import models
-from sfl_jax.commands import plan, profile_device
+from sfl_jax import fleet, models
+from sfl_jax.commands import parts, plan
+from sfl_jax.commands.config import Config
 
 FLEET = "client,{column},uplink_bps,downlink_bps,memory_bytes,samples\nhere,{value},1e7,2e7,8e9,{samples}\n"
 GUESS, SERVER = "1e10", "1e11"  # FLOP/s of the client and of the server
@@ -41,17 +43,28 @@ def session(halves, variables, x, key, steps):
     spent = np.zeros(3)
     (front, pull_front), (back, pull_back) = halves
     for _ in range(steps):
-        begun = time.perf_counter()
+        begun = time.process_time()
         smashed, pull = jax.block_until_ready(front(variables[0].params, variables[0], x, key))
-        sent = time.perf_counter()
+        sent = time.process_time()
         gradient = jnp.zeros_like(smashed)
         if variables[1].params:
             logits, own = back(variables[1].params, variables[1], smashed, key)
             _, gradient = jax.block_until_ready(pull_back(own, logits / logits.size))
-        returned = time.perf_counter()
+        returned = time.process_time()
         jax.block_until_ready(pull_front(pull, gradient))
-        spent += np.diff([begun, sent, returned, time.perf_counter()])
+        spent += np.diff([begun, sent, returned, time.process_time()])
     return spent
+
+
+def profile(model, batch_size, path):
+    """Writes the device file of this machine."""
+    chain, config = models.create(model, num_classes=10, in_channels=1), Config(model=model)
+    timed = models.unit_seconds(chain, (32, 32, 1), batch_size, 20, clock=time.process_time)
+    names, forward_s, backward_s = zip(*timed, strict=True)
+    network = parts.network_name(config, 1, 10)
+    fleet.write_device(
+        path, fleet.Device(network, batch_size, names, np.array(forward_s), np.array(backward_s))
+    )
 
 
 def measure(model, batch_size, path):
@@ -88,11 +101,11 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     network = [f"--model={options.model}", f"--batch_size={options.batch_size}"]
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    profile_device.main([*network, f"--device_file={folder}/here.json"])
+    profile(options.model, options.batch_size, folder / "here.json")
     measure(options.model, options.batch_size, folder / "rounds.csv")
     for column, value in (("flops", GUESS), ("device", "here.json")):
-        fleet = FLEET.format(column=column, value=value, samples=STEPS * options.batch_size)
-        (folder / f"{column}.csv").write_text(fleet)
+        text = FLEET.format(column=column, value=value, samples=STEPS * options.batch_size)
+        (folder / f"{column}.csv").write_text(text)
         plan.main(
             [*network, f"--fleet={folder}/{column}.csv", f"--measured={folder}/rounds.csv", "--plot",
              f"--server_flops={SERVER}", f"--output={folder}/by_{column}.json"]

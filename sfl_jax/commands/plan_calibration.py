@@ -17,7 +17,14 @@ from sfl_jax.errors import BadInput
 from sfl_jax.files import PNG_MARK, PNG_METADATA, whole_file
 from sfl_jax.fleet import Fleet, MeasuredRounds, read_measured
 from sfl_jax.planning import Planned
-from sfl_jax.planning.calibration import NOT_TOLD, RESOURCES, Calibration, calibrate, fitted_fleet
+from sfl_jax.planning.calibration import (
+    NOT_TOLD,
+    RESOURCES,
+    UNSURE,
+    Calibration,
+    calibrate,
+    fitted_fleet,
+)
 
 RATES, RESIDUALS, PICTURE = ".rates.csv", ".residuals.csv", ".residuals.png"
 # A text that each file contains, by the end of its name.
@@ -156,6 +163,10 @@ def _server(made: Calibrated) -> str:
             return (
                 "keeps its speed: other speeds of the clients fit these rounds as well; rounds of a client at"
                 " one cut with other shares would tell"
+            )
+        if found.server_how == UNSURE:
+            return (
+                "keeps its speed: its factor would have an interval wider than itself; more rounds would tell"
             )
         return "keeps its speed: no row says it; server_s or client_s, with share_flops, would"
     between = f" ({low:.3g} to {high:.3g} with 95 %)" if np.isfinite(low) else ""

@@ -12,8 +12,8 @@ All clients share the factor of the server. Rows with its seconds and the share 
 a share has the server's seconds too, as one more column of the client's equations. What the client's own
 three columns say of that column, and of the right side, is taken off (Frisch, Waugh and Lovell). What is left
 of all clients together is least squares in one unknown. It is identified where a client had different shares
-at one cut, or more cuts than its own columns explain; else the given speed stays. The error of this factor
-adds to those of the clients.
+at one cut, or more cuts than its own columns explain. Else, and where the interval would be wider than the
+factor, the given speed stays. The error of this factor adds to those of the clients.
 
 Intervals have 95 %, by Student's t. They assume that relative errors are independent and alike: for each
 resource where there are terms, for each client where there are totals, and for all of these clients in the
@@ -36,7 +36,8 @@ RESOURCES = ("compute", "uplink", "downlink")
 CONFIDENCE = 0.95
 _NOTHING = 1e-9  # relative: less is rounding
 BY_TERM, NOT_MEASURED = "by term", "not measured"
-NOT_TOLD = "not told apart"  # of the server: totals that the clients' own factors explain as well
+# Of the server: totals that the clients' own factors explain as well; an interval wider than the factor.
+NOT_TOLD, UNSURE = "not told apart", "unsure"
 # What is fitted to totals, from the finest to the coarsest: which resources share a factor.
 _GROUPS = {
     "from totals": ([0], [1], [2]), "links together": ([0], [1, 2]), "one for all": ([0, 1, 2],)
@@ -55,7 +56,8 @@ class Calibration(NamedTuple):
     there is no measurement to spare. rows: (K,) how many rows each client has. how: (K,) one of BY_TERM,
     SEPARATE, LINKS, TOGETHER and NOT_MEASURED. measured_s, predicted_s, fitted_s: (R,) what of each row was
     compared, under the rates of the fleet and under the fitted ones. server: the factor on the server's
-    seconds and its interval (3,), NaN if unknown. server_how: BY_TERM, SEPARATE, NOT_TOLD or NOT_MEASURED.
+    seconds and its interval (3,), NaN if unknown. server_how: BY_TERM, SEPARATE, NOT_TOLD, UNSURE or
+    NOT_MEASURED.
     """
 
     factor: Float64[np.ndarray, "K 3"]
@@ -283,6 +285,8 @@ def _server(terms: optim.Terms, measured: MeasuredRounds, seen: _Equations) -> _
     ratios = _server_ratios(terms, measured)
     if ratios.any():
         factor, low, high = _mean(ratios)
+        if high - low > factor:
+            return _Server(UNSURE)
         error = (high - low) / 2 / _wide(len(ratios) - 1.0) if len(ratios) > 1 else np.nan
         return _Server(BY_TERM, factor, error, 0.0, np.array([factor, low, high]))
     if not seen.server.any():
@@ -304,7 +308,7 @@ def _server(terms: optim.Terms, measured: MeasuredRounds, seen: _Equations) -> _
     error = float(np.sqrt(errors @ errors / spare / across))
     low, high = factor - _wide(spare) * error, factor + _wide(spare) * error
     if not (factor > 0 and high - low <= factor):
-        return _Server(NOT_TOLD)
+        return _Server(UNSURE)
     return _Server(SEPARATE, factor, error, across, np.array([factor, low, high]))
 
 

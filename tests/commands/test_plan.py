@@ -441,10 +441,10 @@ BAD_FLAGS = [
 ]
 BAD_ROWS = [
     ("cam-1,1,1,1,1,1", "fleet.csv:5: column client"),
-    ("cam-4,-1,1,1,1,1", "fleet.csv:5: column flops"),
-    ("cam-4,1,0,1,1,1", "fleet.csv:5: column uplink_bps"),
-    ("cam-4,1,1,nan,1,1", "fleet.csv:5: column downlink_bps"),
-    ("cam-4,1,1,1,1,", "fleet.csv:5: column samples"),
+    ("cam-4,-1,1,1,1,1", "fleet.csv:5: client cam-4: column flops"),
+    ("cam-4,1,0,1,1,1", "fleet.csv:5: client cam-4: column uplink_bps"),
+    ("cam-4,1,1,nan,1,1", "fleet.csv:5: client cam-4: column downlink_bps"),
+    ("cam-4,1,1,1,1,", "fleet.csv:5: client cam-4: column samples"),
     ("cam-4,1,1,1,1,1,1", "fleet.csv:5"),
     ("cam-4,1e9,1e6,1e6,10,5", "client cam-4: every cut needs"),
 ]

@@ -145,3 +145,23 @@ def test_the_picture_of_several_servers(here, monkeypatch):
     assert tops == pytest.approx([float(row["client_s"]) for row in order])
     (line,) = (each for each in clients.lines if each.get_label() == "round")
     assert max(float(row["client_s"]) for row in planned) == pytest.approx(line.get_ydata()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"round_s": "soon"}, "its round_s is 'soon'"),
+        ({"round_s": None}, "its round_s is None"),
+        ({"clients": []}, "it has no clients"),
+        ({"clients": [{"client": "a"}]}, "it lacks 'cut'"),
+        ({"clients": {"a": 1}}, "it lacks "),
+    ],
+    ids=str,
+)
+def test_an_earlier_plan_that_is_none_is_one_line(here, capsys, change, words):
+    client = {"client": "a", "cut": 1, "unit": "stem", "share_flops": 1.0, "client_s": 2.0}
+    (here / "odd.json").write_text(json.dumps({"round_s": 1.0, "clients": [client]} | change))
+    assert run("--compare_with=odd.json") == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert said.startswith("error: --compare_with=odd.json: must be a plan.json; ")
+    assert words in said

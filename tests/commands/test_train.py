@@ -351,7 +351,7 @@ def test_the_table_counts_the_clients_of_all_rounds():
         (["--devices=99"], r"--devices=99: must be 0 to"),
         (["train"], r"'train' is not a flag"),
         (["--fleet={fleet}"], r"--clients=600: must be 1, the clients of --fleet="),
-        (["--fleet={dead}"], r"dead.csv:2: column uplink_bps: '0'"),
+        (["--fleet={dead}"], r"dead.csv:2: client \w+: column uplink_bps: '0'"),
         (["--init_from=nowhere.h5"], r"--init_from=nowhere.h5: no such file"),
         (["--init_from=x.h5", "--model=cnn"], r"--init_from=x.h5: needs --model=efficientnetv2-…, not cnn"),
         (["--init_from={fleet}"], r"--init_from=.*fleet.csv: not a weights file that Keras wrote"),

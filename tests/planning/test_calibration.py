@@ -242,8 +242,11 @@ def test_totals_with_much_noise_do_not_tell_the_server():
     fleet = assumed(3)
     for seed in range(6):
         found = calibrate(terms_of(fleet), totals_with_shares(fleet, 1.3, 1.0, seed, 8))
-        assert (found.server_how, np.isnan(found.server).all()) == (calibration.NOT_TOLD, True)
+        assert (found.server_how, np.isnan(found.server).all()) == (calibration.UNSURE, True)
     measured = rounds(fleet, 4, 0.01, 1, False)
+    wild = np.tile([1e-3, 1e3], 6) * measured.seconds["server"]
+    unsure = calibrate(terms_of(fleet), measured._replace(seconds=measured.seconds | {"server": wild}))
+    assert (unsure.server_how, np.isnan(unsure.server).all()) == (calibration.UNSURE, True)
     without = measured._replace(share_flops=np.full(12, np.nan))
     assert calibrate(terms_of(fleet), without).server_how == calibration.NOT_MEASURED
 

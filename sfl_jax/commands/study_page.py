@@ -36,7 +36,7 @@ def study_page(
         page.legend(Mark(name, *look) for name, look in looks.items()),
         page.cards(_panels(runs, looks)),
         page.section("Table", _TABLE),
-        page.card("Means over seeds", page.grid(study_table.cells(rows, targets))),
+        page.card(_title(rows), page.grid(study_table.cells(rows, targets))),
         page.section("Command and software"),
         page.cards(
             [
@@ -46,6 +46,10 @@ def study_page(
             "tables",
         ),
     ])  # fmt: skip
+
+
+def _title(rows):
+    return "Means over seeds" if any(row["runs"] > 1 for row in rows) else "Each run"
 
 
 def name_of(values: Mapping[str, str]) -> str:
@@ -96,6 +100,7 @@ def _curve(values, lines, x, label, looks):
     seed = f", seed {values['seed']}" if "seed" in values else ""
 
     def text(i):
-        return f"{name_of(values)}{seed}\n{percent[i]:.2f} % after round {i + 1}\n{label} {x[i]:.4g}"
+        place = "" if label == "round" else f"\n{label} {x[i]:.4g}"
+        return f"{name_of(values)}{seed}\n{percent[i]:.2f} % after round {i + 1}{place}"
 
     return Curve(x, percent, text, *looks[name_of(values)])

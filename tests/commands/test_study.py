@@ -62,7 +62,8 @@ def test_the_page_has_every_run_its_table_and_its_command():
     )
     assert "<h1>Study of codec, seed</h1>" in made
     assert "<b>85.00 %</b><small>codec a</small>" in made
-    assert "codec a, seed 1\\n90.00 % after round 2\\nround 2" in made
+    assert '"codec a, seed 1\\n90.00 % after round 2"' in made, "the round is said once"
+    assert "<h3>Means over seeds</h3>" in made
     assert "<pre><code>study</code> <code>'--vary=codec=a,&lt;b&gt;'</code></pre>" in made
     assert made.count("<figure>") == 3
     assert "<b>," not in made

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from sfl_jax import __version__
 from sfl_jax.commands import flags, helping
+from sfl_jax.commands.following import Following
 from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
 from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
@@ -297,12 +298,14 @@ def _train(cases: Sequence[Case]) -> int:
     with interruption() as stop, log.open("wb") as file:
         stop.must_end_well("the round, which is saved")
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        was_told = False
+        was_told, following = False, Following(log)
         while (code := child.poll()) is None:
             if stop.asked and not was_told:
                 child.terminate()  # on a terminal it has heard Ctrl-C too, and this changes nothing
                 was_told = True
+            following.look()
             time.sleep(POLL_S)
+        following.clear()
     if stop.asked or code in (INTERRUPTED, SAVED):
         return SAVED
     if code:

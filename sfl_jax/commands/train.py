@@ -102,7 +102,10 @@ def _train(config, stop, writes, say) -> int:
         f"--workdir={config.workdir}: must be one place for all processes, but they find different rounds",
     )
     if progress is not None and progress.round >= config.rounds:
-        say.result(f"--workdir={config.workdir}: all {progress.round} rounds are done; nothing was trained")
+        say.result(
+            f"--workdir={config.workdir}: all {progress.round} rounds are done; nothing was trained\n"
+            f"  to begin again, give another --workdir; {program('report')} writes the report again"
+        )
         return 0
     if progress is not None:
         stop.keep(f"round {progress.round} of {config.rounds} is saved; {AGAIN}")

@@ -138,8 +138,10 @@ def compare_clocks(config: Config) -> int:
         workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
         say(f"planning {len(lines)} rounds by every method")
         clocks, history = report.known(config.workdir, built.parts, lines)
-        columns = {f"{name}_s": clock.seconds for name, clock in clocks.items()}
-        columns |= {f"{name}_bytes": sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()}
+        columns = {f"{_column(name)}_s": clock.seconds for name, clock in clocks.items()}
+        columns |= {
+            f"{_column(name)}_bytes": sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()
+        }
         rows = zip([line.round for line in lines], accuracies, *columns.values(), strict=True)
         written = [Path(config.workdir) / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *columns), rows)
@@ -148,6 +150,11 @@ def compare_clocks(config: Config) -> int:
         written.append(Path(config.workdir) / report.NAME)
         say.result(f"\n{report.table(clocks, accuracies, config)}\nwritten: {', '.join(map(str, written))}")
         return 0
+
+
+def _column(method: str) -> str:
+    """A method's name in a table, for example "alternating_4_starts" for "alternating, 4 starts"."""
+    return method.replace(", ", "_").replace(" ", "_")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -304,7 +304,10 @@ def summary(
     for name, seconds in simulated_s.items():
         label = f"simulated time, {name}" + (" (this plan)" if name == own else "")
         rows.append((label, words.clock(seconds), "" if name == own else words.beside(seconds, own_s)))
-    rows.append(("wall time", f"{wall_s:.1f} s", f"of which compiling {compile_s:.1f} s"))
+    compiling = f"of which compiling {compile_s:.1f} s"
+    if compile_s > wall_s:
+        compiling = f"compiling {compile_s:.1f} s in several threads at once"
+    rows.append(("wall time", f"{wall_s:.1f} s", compiling))
     lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}", words.columns(rows)]
     if mean_cuts and min(mean_cuts) == units:
         lines.append("  all clients keep the whole network: a split gains nothing")

@@ -101,6 +101,7 @@ class Psl(Scheme):
         """
         like, clients = model.packed, len(work.client)
         size = clients if self.server_batch == "joined" else size
+        training = training.alone() if size == 1 else training
         of_units = states(training, like)
         shared_at = [self._is_shared(training, unit) for unit in range(len(training.chain))]
         if self.keeps_state:

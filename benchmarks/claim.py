@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.paper_method import table
-from sfl_jax.commands import parts, report, study, totals, words, workdir
+from sfl_jax.commands import parts, report, study_table, totals, words, workdir
 from sfl_jax.run import recording
 
 ROOT = Path("runs/claim")
@@ -38,7 +38,7 @@ LONG, SHORT = "--rounds=64 --eval_every=4", "--rounds=24 --eval_every=2"
 LONGEST = "--rounds=80 --eval_every=4"
 SCHEMES = "schemes"  # the setting whose runs are those of other schemes
 SFL = "b0_100_iid"  # the setting that stands beside them, with the same seed
-RESNET18 = "--preset=cifar10 --eval_every=3"
+RESNET18 = "--preset=cifar10"
 
 
 class Setting(NamedTuple):
@@ -73,7 +73,7 @@ SETTINGS = {
         (0.3, 0.4, 0.5),
     ),
     "cifar_resnet18": Setting(
-        "ResNet-18 on CIFAR-10, 50 clients, IID", f"{ONE} {RESNET18}", (0.4, 0.5, 0.6)
+        "ResNet-18 on CIFAR-10, 50 clients, IID", f"{ONE} {RESNET18}", (0.3, 0.4, 0.5)
     ),
 }  # fmt: skip
 
@@ -192,7 +192,7 @@ def scheme_table():
     targets = SETTINGS[SCHEMES].targets
     directories = {"sfl": runs_of(SFL)["0"], **runs_of(SCHEMES)}
     runs = [({"scheme": name}, recording.logged(str(path))) for name, path in directories.items()]
-    header, *rows = study.cells(study.summarised(runs, targets), targets)
+    header, *rows = study_table.cells(study_table.summarised(runs, targets), targets)
     table(header, rows)
 
 

@@ -29,9 +29,9 @@ def reduced_bytes(profile: models.Profile, places: int) -> int:
     """The bytes that each device adds to the sum of a round.
 
     They are parameters, batch-norm statistics, loss, weight, and for each place of the cohort whether it
-    diverged.
+    diverged, and at which step.
     """
-    return FLOAT_BYTES * (int(profile.parameters.sum() + profile.state.sum()) + 2 + places)
+    return FLOAT_BYTES * (int(profile.parameters.sum() + profile.state.sum()) + 2 + 2 * places)
 
 
 def sent_bytes(profile: models.Profile, places: int, count: int) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
-from sfl_jax.errors import BadInput
+from sfl_jax.errors import BadInput, did_you_mean
 
 
 class Registry(Mapping[str, Any]):
@@ -34,7 +34,7 @@ class Registry(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
-            raise BadInput(f"{self.kind}={name}: must be one of {', '.join(self)}")
+            raise BadInput(f"{self.kind}={name}: must be one of {', '.join(self)}{did_you_mean(name, self)}")
         member = self._members[name]
         if isinstance(member, str):
             module, _, attribute = member.partition(":")

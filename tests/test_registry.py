@@ -25,7 +25,7 @@ def test_every_member_is_where_its_line_says(members):
 def test_an_unknown_name_is_refused_with_those_that_are_there():
     with pytest.raises(BadInput) as caught:
         registry.OPTIMIZERS["adamw"]
-    assert str(caught.value) == "optimizer=adamw: must be one of sgd, adam"
+    assert str(caught.value) == "optimizer=adamw: must be one of sgd, adam; did you mean adam?"
 
 
 def test_members_are_added_by_name_and_by_other_packages(monkeypatch):

@@ -72,7 +72,8 @@ def create(spec: str | Codec) -> Codec:
     except ValueError:
         numbers = None
     if numbers is None or len(numbers) != len(wanted):
-        form = f"{name}:{','.join(wanted)} with numbers" if wanted else name
+        example = f"{name}:{','.join(['0.5'] * len(wanted))}"
+        form = f"{name}:{','.join(wanted)} with numbers, such as {example}" if wanted else name
         raise BadInput(f"codec={spec}: must be {form}")
     return member(*numbers)
 

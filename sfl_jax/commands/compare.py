@@ -54,6 +54,8 @@ def compare(config: Config) -> int:
 def compare_plans(config: Config) -> int:
     """Compares every method's plans without training."""
     with screen(f"plans of every method, no training: {first_line_of_plan(config)}") as say:
+        if note := _about_cohorts(config):
+            say.aside(note)
         from sfl_jax.commands import accelerators
 
         accelerators.start()
@@ -75,6 +77,18 @@ def compare_plans(config: Config) -> int:
             file.write(compare_page.methods(config, rows).encode(errors="xmlcharrefreplace"))
         say.result(f"{methods_table(rows)}\nwritten: {', '.join(map(str, written))}")
         return 0
+
+
+def _about_cohorts(config):
+    """A line for who gave a size of cohorts, as a preset does: plans without training have none."""
+    if config.fleet != RANDOM or not 0 < config.cohort_size < config.clients:
+        return ""
+    if config.cohort_size == Config.cohort_size:
+        return ""
+    return (
+        f"all {config.clients} clients share the server in one round; for rounds of"
+        f" {config.cohort_size} clients, as in training, give --clients={config.cohort_size}"
+    )
 
 
 def _fleets(config: Config) -> Iterator[Any]:
@@ -113,7 +127,7 @@ def compare_clocks(config: Config) -> int:
 
     if code or not processes.is_first():
         return code
-    with screen(f"planning {config.rounds} rounds by every method") as say:
+    with screen("comparing the methods") as say:
         from sfl_jax.commands import compare_plot, parts, workdir
         from sfl_jax.run import recording
         from sfl_jax.run.ledger import sent_bytes
@@ -122,9 +136,12 @@ def compare_clocks(config: Config) -> int:
         accuracies = [line.test_accuracy for line in lines]
         built = parts.build(dataclasses.replace(config, init_from=""), say)  # no clock depends on weights
         workdir.ensure_unchanged(built, names=("dataset", "fleet", "availability"))
+        say(f"planning {len(lines)} rounds by every method")
         clocks, history = report.known(config.workdir, built.parts, lines)
-        columns = {f"{name}_s": clock.seconds for name, clock in clocks.items()}
-        columns |= {f"{name}_bytes": sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()}
+        columns = {f"{_column(name)}_s": clock.seconds for name, clock in clocks.items()}
+        columns |= {
+            f"{_column(name)}_bytes": sent_bytes(clock.ledger).cumsum() for name, clock in clocks.items()
+        }
         rows = zip([line.round for line in lines], accuracies, *columns.values(), strict=True)
         written = [Path(config.workdir) / name for name in CLOCK_FILES]
         write_csv(written[0], ("round", "test_accuracy", *columns), rows)
@@ -133,6 +150,11 @@ def compare_clocks(config: Config) -> int:
         written.append(Path(config.workdir) / report.NAME)
         say.result(f"\n{report.table(clocks, accuracies, config)}\nwritten: {', '.join(map(str, written))}")
         return 0
+
+
+def _column(method: str) -> str:
+    """A method's name in a table, for example "alternating_4_starts" for "alternating, 4 starts"."""
+    return method.replace(", ", "_").replace(" ", "_")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

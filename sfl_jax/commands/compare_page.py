@@ -33,7 +33,11 @@ def methods(config: Config, rows: Sequence[Row]) -> str:
     """The page. rows: as `comparison.sweeps` and `comparison.errors` yield them."""
     names = list(dict.fromkeys(row.method for row in rows))
     swept = [row for row in rows if row.sweep in SWEEPS]
-    kind = f"{config.clients} random clients" if config.fleet == "random" else Path(config.fleet).name
+    kind = (
+        f"{config.clients} random clients in one round"
+        if config.fleet == "random"
+        else Path(config.fleet).name
+    )
     below = (
         f"{config.model} at {config.image_size}x{config.image_size}, {kind}, {config.barrier} barrier, server"
         f" {words.amount(config.server_flops, 'FLOP/s')} unless swept"

@@ -48,7 +48,7 @@ def write_methods(path: Path, rows: Sequence[Row], config: Config) -> None:
     figure.suptitle(
         f"{config.model} at {config.image_size}x{config.image_size}, {config.barrier} barrier,"
         f" {config.clients if config.fleet == 'random' else Path(config.fleet).name} clients,"
-        f" server {config.server_flops:g} FLOP/s unless swept"
+        f" server {words.amount(config.server_flops, 'FLOP/s')} unless swept"
     )
     _save(figure, path)
 

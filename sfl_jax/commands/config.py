@@ -29,9 +29,10 @@ from sfl_jax.commands.fields import (
     has_type,
     is_path,
     is_within,
+    said,
 )
 from sfl_jax.commands.rules import CLIENTS, RANDOM
-from sfl_jax.errors import BadInput
+from sfl_jax.errors import BadInput, did_you_mean
 
 AUTO = "auto"
 PARTITIONS = (AUTO, *registry.PARTITIONS)
@@ -318,6 +319,7 @@ class Config:
         "sfl", SCHEME, PLANNING, "who holds, updates and averages which half: sfl (SplitFed V1), sfl_v2 "
         "(SplitFed V2), psl (parallel split learning), sl (split learning), fl (no split)",
         choices=tuple(registry.SCHEMES),
+        hints={"splitfed": "SplitFed V1 is sfl, V2 is sfl_v2", "fedavg": "federated averaging is fl"},
     )  # fmt: skip
     server_order: str = flag(
         "client", SCHEME, PLANNING, "with sfl_v2, the order of clients at the server: client: one whole "
@@ -555,7 +557,7 @@ def changes(before: Mapping[str, Any], config: Config, command: str) -> dict[str
     harmful = [field for field in fields_of(command) if not field.metadata["harmless"]]
     pairs = [(f.name, getattr(config, f.name), before.get(f.name, f.default)) for f in harmful]
     return {
-        name: f"--{name}={now} (was {was})"
+        name: f"--{name}={said(name, now)} (was {said(name, was)})"
         for name, now, was in pairs
         if now != was and name not in left_open(config)
     }
@@ -584,6 +586,8 @@ def validate(config: Config, command: str = "train") -> None:
         if not is_within(value, field.metadata):
             hint = field.metadata.get("hints", {}).get(str(value).lower())
             more = f"; {hint}" if hint else ""
+            if not hint and "choices" in field.metadata:
+                more = did_you_mean(str(value), field.metadata["choices"])
             raise BadInput(f"--{field.name}={value}: must be {allowed(field)}{more}")
         if type(value) is int and value > LARGEST_INT:
             raise BadInput(f"--{field.name}={value}: must be at most {LARGEST_INT}")

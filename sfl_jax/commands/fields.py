@@ -48,6 +48,17 @@ def bounds(field: dataclasses.Field[Any]) -> str:
     )
 
 
+def said(name: str, value: Any) -> str:
+    """A value as a flag takes it, and as --help writes it."""
+    is_number = has_type(value, float)
+    if name.endswith("_flops") and is_number and value % 1e9 == 0:
+        return f"{value / 1e9:g}G"
+    if isinstance(value, bool):
+        return str(value).lower()
+    short = f"{value:g}" if is_number else ""
+    return short if short and float(short) == value else str(value)
+
+
 def _plain(number: float) -> str:
     """For example 1,000,000 and 0.5."""
     return f"{int(number):,}" if number == int(number) else f"{number:g}"

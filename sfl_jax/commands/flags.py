@@ -33,6 +33,7 @@ SYNONYMS = {
 # Flags of other programs or commands, and what to do here.
 _GOES_ON = "is not a flag; the same command goes on with its run"
 INSTEAD = {
+    "cut": "is not a flag; --min_cut=2 --max_cut=2 gives every client the cut 2",
     "preset": f"is a flag of {', '.join(preset.COMMANDS)} and study alone", "resume": _GOES_ON,
     "continue": _GOES_ON,
 }  # fmt: skip
@@ -114,11 +115,20 @@ def parse(arguments: Sequence[str], command: str) -> Config:
         raise BadInput(str(error).removeprefix("flag ").removeprefix("ERROR:: ")) from error
     if strays:
         remedy = "a comment needs its own line, without blanks before its #"
-        setting = "write each setting as --name=value"
+        setting = f"write each setting as --name=value, such as {_example(command, strays[0])}"
         raise BadInput(f"{strays[0]!r} is not a flag; {remedy if strays[0].startswith('#') else setting}")
     given = {field.name: values[field.name].value for field in taken}
     typed = _typed(arguments)
     return Config.from_dict(given | _shorter(given, typed) | _apart(given, typed), command)
+
+
+def _example(command: str, stray: str) -> str:
+    """A flag as it is written. It has the stray text as its value where that is likely to be meant."""
+    if stray in preset.names() and command in preset.COMMANDS:
+        return f"--preset={stray}"
+    if command == "report":
+        return f"--workdir={stray}"
+    return f"--fleet={stray}" if stray.endswith(".csv") else "--model=cnn"
 
 
 def _typed(arguments: Sequence[str]) -> set[str]:
@@ -177,7 +187,8 @@ class _Parser(flags.ArgumentParser):
             return self.convert(argument)
         except ValueError:
             wrong = paths.for_a_shell(argument) if isinstance(argument, str) else ""
-            raise ValueError(wrong or f"must be {allowed(self.field)}") from None
+            more = ", such as 2e10 or 20G" if self.convert is _number else ""
+            raise ValueError(wrong or f"must be {allowed(self.field)}{more}") from None
 
 
 def _number(argument: Any) -> float:

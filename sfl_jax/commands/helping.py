@@ -11,7 +11,7 @@ from typing import Any
 
 from sfl_jax.commands import preset
 from sfl_jax.commands.config import PLANS_WORKDIR, fields_of
-from sfl_jax.commands.fields import bounds
+from sfl_jax.commands.fields import bounds, said
 from sfl_jax.commands.program import program
 
 SHORT, FULL = {"--help", "-help", "-h", "--helpshort"}, {"--helpfull", "-helpfull"}
@@ -139,7 +139,7 @@ def _of_plans(workdir: dataclasses.Field[Any]) -> dataclasses.Field[Any]:
 def _flags(fields, width):
     for field in fields:
         meaning = field.metadata["help"] + _limits(field)
-        yield from _entry(f"--{field.name}={_written(field)}", meaning, width)
+        yield from _entry(f"--{field.name}={said(field.name, field.default)}", meaning, width)
 
 
 def _entry(name: str, meaning: str, width: int) -> Iterator[str]:
@@ -159,16 +159,6 @@ def _limits(field) -> str:
         return ""
     limits = ", ".join(choices) or bounds(field)
     return "" if limits in ("", "at least 0", "at least 1", "at least -1", "above 0") else f" ({limits})"
-
-
-def _written(field) -> str:
-    """The default as a user would type it."""
-    value = field.default
-    if isinstance(value, bool):
-        return str(value).lower()
-    if field.name.endswith("_flops") and value % 1e9 == 0:
-        return f"{value / 1e9:g}G"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _indented(text, width):

@@ -176,7 +176,13 @@ def columns(values: Mapping[str, Any]) -> str:
 
 
 def code(text: str) -> str:
-    """A command line. A browser breaks it between words, and within a word only if that is too long."""
+    """A command line, or several lines of output.
+
+    A browser breaks a command between words, and within a word only if that is too long. Output keeps its
+    lines and columns, and scrolls by itself.
+    """
+    if "\n" in text:
+        return f'<pre class="output">{_text(text)}</pre>'
     words = (f"<code>{_text(word)}</code>" for word in text.split(" "))
     return f"<pre>{' '.join(words)}</pre>"
 
@@ -230,9 +236,10 @@ def figure(
         "mode": mode, "points": found,
         "box": [round(float(v), 1) for v in (frame.x0, height - frame.y1, frame.x1, height - frame.y0)],
     }  # fmt: skip
+    kind = ' class="short"' if height < HEIGHT else ""
     script = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f"<figure>\n<h3>{_text(title)}</h3>{_below(caption)}\n"
+        f"<figure{kind}>\n<h3>{_text(title)}</h3>{_below(caption)}\n"
         + (legend(marks) + "\n" if marks else "")
         + svg
         + (f'\n<script type="application/json">{script}</script>' if found else "")

@@ -281,6 +281,8 @@ def work(config: Config, stored: Any = np.uint8, units: int | None = None) -> op
         image_bits=8 * np.dtype(stored).itemsize,
         max_cut=None if units is None else _max_cut(config, units),
         tail_units=0 if units is None else config.tail_units,
+        proximal=config.proximal > 0,
+        step_once=range(0) if units is None else scheme(config).step_once(units),
     )
 
 

@@ -35,7 +35,7 @@ MOST_POINTS = 120  # of a curve
 MOST_BINS = 120  # of an axis of rounds
 MOST_DOTS = 400
 MOST_BARS = 8
-_ROW = 25  # height of a horizontal bar
+_ROW, _THICK_ROW = 25, 56  # least and largest height of a horizontal bar with its gap
 _LETTER = 6.0  # width of a letter
 _LEVELS = 6  # of the heat map
 
@@ -142,7 +142,8 @@ def bars(title: str, caption: str, rows: Sequence[Bar], marks: Sequence[Mark] = 
     """A card with horizontal bars, the first on top."""
     left = 14 + _LETTER * max(len(row.label) for row in rows)
     right = 14 + _LETTER * max(len(row.said) for row in rows)
-    height = max(page.HEIGHT, _ROW * len(rows) + 20)
+    row = min(_THICK_ROW, max(_ROW, page.HEIGHT / len(rows)))
+    height = round(row * len(rows))
     with drawing(left, right, height) as axes:
         axes.set_position((left / page.WIDTH, 0.02, 1 - (left + right) / page.WIDTH, 0.96))
         places = np.arange(len(rows))
@@ -155,7 +156,7 @@ def bars(title: str, caption: str, rows: Sequence[Bar], marks: Sequence[Mark] = 
             )  # fmt: skip
         axes.set_yticks(places, [row.label for row in rows])
         axes.tick_params(axis="y", labelcolor=paint("ink"))
-        axes.set(xticks=[], xlim=(0, max(*values, 1e-300)), ylim=(max(len(rows), 5) - 0.5, -0.5))
+        axes.set(xticks=[], xlim=(0, max(*values, 1e-300)), ylim=(len(rows) - 0.5, -0.5))
         axes.spines["bottom"].set_visible(False)
         axes.grid(visible=False)
         points = [Point(row.value, place, row.text) for place, row in zip(places, rows, strict=True)]

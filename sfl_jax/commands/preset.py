@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfl_jax.errors import BadInput
+from sfl_jax.errors import BadInput, did_you_mean
 
 COMMANDS = ("train", "compare")  # the commands that take all flags of a preset
 DIRECTORY = Path(__file__).parent / "presets"
@@ -22,7 +22,7 @@ def about(name: str) -> str:
 def expand(arguments: Sequence[str]) -> list[str]:
     """Replaces each --preset by its flag file, placed before all other arguments, so that those win.
 
-    Raises BadInput for an unknown name.
+    Raises BadInput for an unknown name, and for two presets, whose flags would mix.
     """
     chosen, others, given = [], [], iter(arguments)
     for argument in given:
@@ -35,5 +35,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
             others.append(argument)
     for name in chosen:
         if name not in names():
-            raise BadInput(f"--preset={name}: must be one of {', '.join(names())}")
+            raise BadInput(
+                f"--preset={name}: must be one of {', '.join(names())}{did_you_mean(name, names())}"
+            )
+    if len(set(chosen)) > 1:
+        raise BadInput(f"--preset={chosen[1]}: --preset={chosen[0]} is given too; choose one")
     return [*(f"--flagfile={DIRECTORY / name}.flags" for name in chosen), *others]

@@ -18,11 +18,15 @@ _FORMATS = {
 }
 
 
-def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) -> Iterator[Any]:
+def with_progress(
+    rounds: Iterable[Any], done: int, total: int, screen: Screen, beside: str = ""
+) -> Iterator[Any]:
     """The rounds, each shown in a bar on a terminal: with the time that is left, and the seconds of a round.
 
     Elsewhere a line on stdout is shown for the first round, each evaluation, the last round, and after
-    `LINE_S` seconds.
+    `LINE_S` seconds. The seconds of a round are a mean without the first round, which may compile.
+
+    beside: what else the first round does, for the line that announces it.
     """
     from tqdm import tqdm
 
@@ -32,9 +36,9 @@ def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) 
         initial=done, total=total, unit="round", disable=not shown, dynamic_ncols=True, file=screen.stream,
         bar_format=next(text for least, text in _FORMATS.items() if columns >= least),
     )  # fmt: skip
-    tested, begun_at, said_at = "", time.monotonic(), time.monotonic()
+    tested, begun_at, said_at, counted = "", time.monotonic(), time.monotonic(), done
     if not shown:
-        screen(f"computing round {done + 1} of {total}")
+        screen(f"computing round {done + 1} of {total}{beside}")
     with screen.bar(bar) if shown else contextlib.nullcontext():
         for last in rounds:
             is_new = last.test_accuracy is not None
@@ -46,9 +50,10 @@ def with_progress(rounds: Iterable[Any], done: int, total: int, screen: Screen) 
             if not shown and (is_first or is_new or last.round == total or now - said_at >= LINE_S):
                 said_at = now
                 said = note(last, tested if is_new else "")
-                screen.result(
-                    f"round {last.round}/{total}: {said}; {_pace(last, done, total, now - begun_at)}"
-                )
+                pace = _pace(last, counted, total, now - begun_at)
+                screen.result(f"round {last.round}/{total}: {said}; {pace}")
+            if is_first:
+                begun_at, counted = now, last.round
             yield last
 
 
@@ -65,9 +70,12 @@ def note(last: Any, tested: str = "") -> str:
     return f"loss {last.train_loss:.3f}{tested}, simulated {clock(last.simulated_s)}, cut {last.mean_cut:.1f}"
 
 
-def _pace(last, done, total, took_s) -> str:
-    """The seconds since the start of the run, of a round, and that are left."""
-    round_s = took_s / max(last.round - done, 1)
+def _pace(last, counted, total, took_s) -> str:
+    """The seconds since the start of the run, of a round, and that are left.
+
+    took_s: of the rounds after round `counted`.
+    """
+    round_s = took_s / max(last.round - counted, 1)
     left = "" if last.round == total else f", {duration(round_s * (total - last.round))} left"
     return f"{duration(last.wall_s)} in all, {clock(round_s)} a round{left}"
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sfl_jax.commands import page, parts, pictures, totals, words
 from sfl_jax.commands.config import Config, fields_of, settings
+from sfl_jax.commands.fields import said
 from sfl_jax.commands.page import Mark
 from sfl_jax.commands.pictures import Bar, Curve, style
 from sfl_jax.commands.program import program
@@ -334,28 +335,16 @@ def settings_card(config: Config, command: str) -> str:
     chosen = settings(config, command)
     defaults = {field.name: field.default for field in fields_of(command)}
     changed = {name: value for name, value in chosen.items() if value != defaults[name]}
-    flags = (f"--{name}={_said(name, value)}" for name, value in changed.items())
-    rows = [(name, _said(name, value), _said(name, defaults[name])) for name, value in changed.items()]
+    flags = (f"--{name}={said(name, value)}" for name, value in changed.items())
+    rows = [(name, said(name, value), said(name, defaults[name])) for name, value in changed.items()]
     rows = [("setting", "value", "default"), *rows]
     inside = [
         page.grid(rows, numbers=False) if changed else "",
         page.paragraph("The command that repeats this:"),
         page.code(shlex.join([*program(command).split(), *flags])),
-        page.details(
-            f"All {len(chosen)} settings", page.columns({n: _said(n, v) for n, v in chosen.items()})
-        ),
+        page.details(f"All {len(chosen)} settings", page.columns({n: said(n, v) for n, v in chosen.items()})),
     ]
     return page.card("Settings that differ from the defaults", "\n".join(inside))
-
-
-def _said(name: str, value: Any) -> str:
-    """A value as a flag takes it, and as --help writes it."""
-    if name.endswith("_flops") and value % 1e9 == 0:
-        return f"{value / 1e9:g}G"
-    if isinstance(value, bool):
-        return str(value).lower()
-    short = f"{value:g}" if isinstance(value, float) else ""
-    return short if short and float(short) == value else str(value)
 
 
 def made_with_card(environment: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from sfl_jax import plan_rules
 from sfl_jax.commands import plan_kind_rules
 from sfl_jax.commands.fields import LARGEST_INT
-from sfl_jax.errors import BadInput
+from sfl_jax.errors import BadInput, did_you_mean
 from sfl_jax.registry import CODECS, STARTS
 
 ALTERNATING = ("alternating", "regression")
@@ -62,7 +62,8 @@ def check(config: Any, command: str, taken: Collection[str]) -> None:
     for name in ("codec", "codec_down"):
         text = getattr(config, name)
         if text and not all(part.partition(":")[0] in CODECS for part in text.split("+")):
-            raise BadInput(f"--{name}={text}: must be of {', '.join(CODECS)}; several with + between")
+            near = did_you_mean(text, CODECS)
+            raise BadInput(f"--{name}={text}: must be of {', '.join(CODECS)}; several with + between{near}")
     _check_plan(config)
     if config.max_cut >= 0 and config.scheme == "fl":
         raise BadInput(f"--max_cut={config.max_cut}: --scheme=fl has no cut")

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sfl_jax.commands import page, pictures, software, study, words
+from sfl_jax.commands import page, pictures, software, study_table, words
 from sfl_jax.commands.page import Mark
 from sfl_jax.commands.pictures import Curve
 from sfl_jax.commands.report_page import made_with_card
@@ -24,7 +24,7 @@ def study_page(
     targets: Sequence[float],
     command: Sequence[str],
 ) -> str:
-    """The page. runs, rows: as for `study.summarised`. command: repeats the study."""
+    """The page. runs, rows: as for `study_table.summarised`. command: repeats the study."""
     looks: dict[str, tuple[str, str]] = {}
     for values, _ in runs:
         looks.setdefault(name_of(values), pictures.CYCLE[len(looks) % len(pictures.CYCLE)])
@@ -36,7 +36,7 @@ def study_page(
         page.legend(Mark(name, *look) for name, look in looks.items()),
         page.cards(_panels(runs, looks)),
         page.section("Table", _TABLE),
-        page.card("Means over seeds", page.grid(study.cells(rows, targets))),
+        page.card(_title(rows), page.grid(study_table.cells(rows, targets))),
         page.section("Command and software"),
         page.cards(
             [
@@ -46,6 +46,10 @@ def study_page(
             "tables",
         ),
     ])  # fmt: skip
+
+
+def _title(rows):
+    return "Means over seeds" if any(row["runs"] > 1 for row in rows) else "Each run"
 
 
 def name_of(values: Mapping[str, str]) -> str:
@@ -67,7 +71,7 @@ def _headline(rows):
 
 
 def _panels(runs, looks):
-    sent = [[math.nan if b is None else b for b in study.sent_so_far(lines)] for _, lines in runs]
+    sent = [[math.nan if b is None else b for b in study_table.sent_so_far(lines)] for _, lines in runs]
     unit, size = words.byte_unit(max((sums[-1] for sums in sent if math.isfinite(sums[-1])), default=1.0))
     for title, label, rounds, of in (
         ("Accuracy by round", "round", True, lambda lines, _: [line.round for line in lines]),
@@ -96,6 +100,7 @@ def _curve(values, lines, x, label, looks):
     seed = f", seed {values['seed']}" if "seed" in values else ""
 
     def text(i):
-        return f"{name_of(values)}{seed}\n{percent[i]:.2f} % after round {i + 1}\n{label} {x[i]:.4g}"
+        place = "" if label == "round" else f"\n{label} {x[i]:.4g}"
+        return f"{name_of(values)}{seed}\n{percent[i]:.2f} % after round {i + 1}{place}"
 
     return Curve(x, percent, text, *looks[name_of(values)])

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sfl_jax.commands.study import sent_so_far
+from sfl_jax.commands.study_table import sent_so_far
 from sfl_jax.files import PNG_METADATA, whole_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes from the second time on.
@@ -46,6 +46,6 @@ def write(path: Path, runs: Sequence[tuple[Mapping[str, str], Sequence[Any]]]) -
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, %")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120, metadata=PNG_METADATA)

@@ -102,7 +102,10 @@ def _train(config, stop, writes, say) -> int:
         f"--workdir={config.workdir}: must be one place for all processes, but they find different rounds",
     )
     if progress is not None and progress.round >= config.rounds:
-        say.result(f"--workdir={config.workdir}: all {progress.round} rounds are done; nothing was trained")
+        say.result(
+            f"--workdir={config.workdir}: all {progress.round} rounds are done; nothing was trained\n"
+            f"  to begin again, give another --workdir; {program('report')} writes the report again"
+        )
         return 0
     if progress is not None:
         stop.keep(f"round {progress.round} of {config.rounds} is saved; {AGAIN}")
@@ -301,7 +304,10 @@ def summary(
     for name, seconds in simulated_s.items():
         label = f"simulated time, {name}" + (" (this plan)" if name == own else "")
         rows.append((label, words.clock(seconds), "" if name == own else words.beside(seconds, own_s)))
-    rows.append(("wall time", f"{wall_s:.1f} s", f"of which compiling {compile_s:.1f} s"))
+    compiling = f"of which compiling {compile_s:.1f} s"
+    if compile_s > wall_s:
+        compiling = f"compiling {compile_s:.1f} s in several threads at once"
+    rows.append(("wall time", f"{wall_s:.1f} s", compiling))
     lines = [f"{config.model} on {config.dataset}, {last.round} rounds of {cohort}", words.columns(rows)]
     if mean_cuts and min(mean_cuts) == units:
         lines.append("  all clients keep the whole network: a split gains nothing")

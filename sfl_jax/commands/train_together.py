@@ -138,7 +138,8 @@ def _rounds(config, members, runs, together, records, stop, say) -> tuple[int, l
                 return
 
     try:
-        for _ in with_progress(recorded(), done, config.rounds, say):
+        beside = f", and compiling for {len(runs)} runs if that is not kept"
+        for _ in with_progress(recorded(), done, config.rounds, say, beside):
             pass
         say.settle()
         for run, (recorder, _) in zip(runs, records, strict=True):

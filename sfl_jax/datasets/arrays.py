@@ -83,6 +83,8 @@ def load_npz(path: Path) -> Dataset:
             there = file.files
             names = next((each for each in _NAMES if {*each[:2]} <= {*there}), ())
             given = [file[name] if name in there else None for name in names]
+    except FileNotFoundError as error:
+        raise BadInput(f"{place}: no such file") from error
     except _UNREADABLE as error:
         raise BadInput(f"{place}: cannot be read as a .npz file of numbers ({_line(error)})") from error
     if not given:

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,11 @@ def load(
 
 def _preparing(name: str, root: Path) -> str:
     """The command that prepares a set. Only it needs TensorFlow; `tfds build` would also need Apache Beam."""
-    install = ".venv/bin/python -m pip install -c constraints.txt tensorflow"
-    python = f"TFDS_DATA_DIR={shlex.quote(str(root))} .venv/bin/python"
+    python = Path(sys.executable)
+    python = shlex.quote(str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python))
+    pins = "-c constraints.txt " if Path("constraints.txt").is_file() else ""
+    install = f"{python} -m pip install {pins}tensorflow"
+    python = f"TFDS_DATA_DIR={shlex.quote(str(root))} {python}"
     call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
     return f'{install} && {python} -c "import tensorflow_datasets as tfds; {call}"'
 

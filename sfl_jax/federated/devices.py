@@ -21,7 +21,7 @@ from sfl_jax.federated import evaluation
 from sfl_jax.federated.balance import fill_chunks
 from sfl_jax.federated.kept import NOTHING, Kept
 from sfl_jax.federated.packing import PackedVariables
-from sfl_jax.federated.round import Outcome, normalised, run_round
+from sfl_jax.federated.round import Diverged, Outcome, normalised, run_round
 from sfl_jax.federated.session import Assignment, Loss, Samples, Training, cross_entropy
 from sfl_jax.models import Chain
 
@@ -128,7 +128,7 @@ class Rounds:
             self._room = max(self._room, room(arranged, len(samples.labels), len(self._devices)))
             placed = place_clients(samples, arranged, self._devices, self._room)
         if previous is None:  # an outcome that does not end the run
-            nobody = np.full(len(arranged.client), -1, np.int32)
+            nobody = Diverged(*(np.full(len(arranged.client), number, np.int32) for number in (-1, 0)))
             previous = Outcome(*replicate((np.float32(0), nobody, np.int32(0)), self._devices))
         scalars = replicate((key, np.float32(learning_rate)), self._devices)
         return (model, *placed, *scalars, previous), size

@@ -83,12 +83,14 @@ class Transport:
       bytes: sent bytes by kind.
       applied: samples that went through a unit, by holder (SERVER or a client's id), by direction (FORWARD or
         BACKWARD) and by the unit's number.
+      pulled: how often FedProx's term was added to a unit's gradient, by holder and by the unit's number.
     """
 
     def __init__(self):
         self.messages: list[tuple[str, Any]] = []
         self.bytes: collections.Counter[str] = collections.Counter()
         self.applied: collections.Counter[tuple[str | int, str, int]] = collections.Counter()
+        self.pulled: collections.Counter[tuple[str | int, int]] = collections.Counter()
 
     def send(self, kind: str, payload: Any) -> Any:
         """The payload as it arrives."""
@@ -115,7 +117,7 @@ class Copy:
         kept = {name: tree for name, tree in self.variables.items() if name != "params"}
 
         def run(params, x):
-            return _apply(self.unit, {"params": params} | kept, x, key, tuple(kept))
+            return apply_unit(self.unit, {"params": params} | kept, x, key, tuple(kept))
 
         x = self.preprocess(x) if self.index == 0 else x
         output, self.pullback, self.collections = jax.vjp(run, self.variables["params"], x, has_aux=True)
@@ -126,8 +128,12 @@ class Copy:
         self.gradient, of_input = self.pullback(gradient)
         return of_input
 
-    def update(self) -> None:
-        """Takes the step. Parameters follow the gradient; other collections become those of `forward`."""
+    def update(self, holder: str | int, transport: Transport) -> None:
+        """Takes the step. Parameters follow the gradient; other collections become those of `forward`.
+
+        holder: who holds the copy, SERVER or a client's id.
+        """
+        transport.pulled[holder, self.index] += self.world.proximal > 0
         params = self.variables["params"]
         start = self.world.variables[self.index]["params"]
         gradient = _adjusted(self.gradient, params, start, self.world.proximal, self.world.clip_norm)
@@ -145,7 +151,7 @@ class Party:
         """The output of the last unit."""
         now: Any = x
         for copy in self.copies:
-            self._count(FORWARD, copy, now)
+            self.count(FORWARD, copy, now)
             now = copy.forward(now, step_key)
         return now
 
@@ -153,11 +159,12 @@ class Party:
         """The gradient of the first unit's input."""
         now: Any = gradient
         for copy in reversed(self.copies):
-            self._count(BACKWARD, copy, now)
+            self.count(BACKWARD, copy, now)
             now = copy.backward(now)
         return now
 
-    def _count(self, direction, copy, batch):
+    def count(self, direction: str, copy: Copy, batch: Any) -> None:
+        """Notes that a batch goes through a copy."""
         self.applied[self.holder, direction, copy.index] += len(jax.tree.leaves(batch)[0])
 
 
@@ -259,7 +266,7 @@ class Session:
         """Counts the step and updates these copies."""
         self.losses.append(float(self.loss))
         for copy in copies:
-            copy.update()
+            copy.update(SERVER if copy.index in self.span else self.work.client, self.transport)
 
     def mean_loss(self) -> float:
         """The mean loss of the steps that were taken; 0 for none."""
@@ -272,7 +279,7 @@ def run_session(
     """Returns (the variables of each unit after the session, the mean loss of its steps or 0 for none).
 
     The client holds the units before the cut and the tail. The server holds a replica of the others for this
-    client.
+    client. A step whose loss is not finite is the last one. A client that diverged does not send its model.
     """
     copies = [Copy(world, index) for index in range(len(world.units))]
     session = Session(world, work, copies, tail_units, transport or Transport())
@@ -280,7 +287,10 @@ def run_session(
     for step in range(len(work.batches)):
         session.compute(step)
         session.update(copies)
-    session.carry(MODEL_UP)
+        if not is_finite(session.loss):
+            break
+    if is_finite((session.variables, session.mean_loss())):
+        session.carry(MODEL_UP)
     return session.variables, session.mean_loss()
 
 
@@ -359,7 +369,8 @@ _loss_and_gradient = jax.jit(jax.value_and_grad(mean_cross_entropy))
 
 
 @functools.partial(jax.jit, static_argnames=("unit", "mutable"))
-def _apply(unit, variables, x, key, mutable):
+def apply_unit(unit, variables, x, key, mutable):
+    """(the unit's output in training, what it changes of the collections `mutable`)"""
     return unit.apply(variables, x, train=True, rngs={"params": key, "drop": key}, mutable=list(mutable))
 
 

@@ -12,8 +12,9 @@ mean, with the same weights, of each client's mean loss of a step.
 
 A client with weight 0 did not come: it takes no step, and the weights of the others add up to 1. A step is
 bad if its loss or the gradient of a parameter is not finite. A bad step changes nothing. Its client is left
-out of the rest of the round, of the mean and of the loss. Like in `run_round`, the variables stay unchanged
-if a client diverged without `skip_diverged`, or if nobody is left.
+out of the rest of the round, of the mean and of the loss. The messages of its bad step were sent. Its model
+is not, except in `sl`, where it hands on its half. Like in `run_round`, the variables stay unchanged if a
+client diverged without `skip_diverged`, or if nobody is left.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def run_sfl_v2(
     for k, step in _turns(works, list(sessions), by):
         _take_turn(sessions[k], step)
     for session in sessions.values():
-        session.carry(MODEL_UP)
+        if not session.diverged:
+            session.carry(MODEL_UP)
     return _outcome(world, sessions, shared, shared_state, skip_diverged)
 
 
@@ -152,9 +154,10 @@ def run_psl(
         for session in sound:
             session.update(_own(session, common))
         for one in common if sound else ():
-            one.update()
+            one.update(SERVER, transport)
     for session in sessions.values():
-        session.carry(MODEL_UP)
+        if not session.diverged:
+            session.carry(MODEL_UP)
     return _outcome(world, sessions, shared, shared_state, skip_diverged)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from sfl_jax.federated.packing import PackedVariables, pack
 from sfl_jax.federated.session import Assignment, Samples, Training, batch
@@ -28,20 +28,25 @@ def reestimated(
     packed: PackedVariables,
     samples: Samples,
     assignments: Assignment,
+    diverged: Bool[Array, " K"],
     round_key: Key[Array, ""],
 ) -> PackedVariables:
     """The variables with statistics of their own: the weighted mean over the K clients that came.
+
+    A client that diverged has no part in it.
 
     Args:
       size: clients computed at once, a divisor of K.
       axis_name: the axis of the devices, each of which has K clients of its own; None is one device.
     """
-    chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), assignments)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (assignments, diverged))
     client = functools.partial(_of_client, training, packed, samples, round_key)
 
-    def of_chunk(sums, chunk):
-        stats = jax.vmap(client)(chunk)
-        weights = jnp.where(chunk.steps > 0, chunk.weight, 0)
+    def of_chunk(sums, given):
+        chunk, diverged = given
+        counts = (chunk.steps > 0) & ~diverged
+        stats = _counted(counts, jax.vmap(client)(chunk))  # those of others may not be finite
+        weights = jnp.where(counts, chunk.weight, 0)
         new = jax.tree.map(lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1), stats), weights.sum()
         return jax.tree.map(jnp.add, sums, new), None
 
@@ -90,6 +95,11 @@ def _of_batch(chain, packed, images, key):
         return jnp.where(share > 0, zero / jnp.where(share > 0, share, 1), one)
 
     return jax.tree.map(alone, updated(0), updated(1))
+
+
+def _counted(counts, stats):
+    """The statistics of the clients that count, and 0 for others."""
+    return jax.tree.map(lambda x: jnp.where(counts.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), stats)
 
 
 def _wide(dtype):

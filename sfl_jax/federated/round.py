@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sfl_jax.federated import reestimation
 from sfl_jax.federated.elementwise import may_join
@@ -39,6 +39,19 @@ class Model(NamedTuple):
         return self.packed.unpack()
 
 
+class Diverged(NamedTuple):
+    """Who diverged. client: the id in the client's place, -1 for every other client. steps: how many steps it
+    took, the bad one included; 0 for every other client.
+    """
+
+    client: Int[Array, " K"]
+    steps: Int[Array, " K"]
+
+    @classmethod
+    def where(cls, is_bad: Bool[Array, " K"], client: Any, steps: Any) -> "Diverged":
+        return cls(jnp.where(is_bad, client, -1), jnp.where(is_bad, steps, 0))
+
+
 class Outcome(NamedTuple):
     """How a round went.
 
@@ -46,7 +59,7 @@ class Outcome(NamedTuple):
     """
 
     loss: Float[Array, ""]
-    diverged: Int[Array, " K"]
+    diverged: Diverged
     came: Int[Array, ""]
 
     def is_last(self, training: Training) -> Any:
@@ -55,7 +68,7 @@ class Outcome(NamedTuple):
         It ends if a client's numbers are not finite and may not be skipped, or if the server's step is not
         finite.
         """
-        diverged = (self.diverged >= 0).sum()
+        diverged = (self.diverged.client >= 0).sum()
         of_server = (self.loss != self.loss) & (diverged < self.came)  # only NaN differs from itself
         return of_server if training.skip_diverged else of_server | (diverged > 0)
 
@@ -78,11 +91,11 @@ def run_round(
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
     previous: Outcome | None = None,
-) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
+) -> tuple[Model, Float[Array, ""], Diverged]:
     """One round. Returns (the new model, the weighted mean of the clients' losses, who diverged).
 
-    A client diverged if its loss or its variables are not finite. `diverged` has its id in its place and -1
-    for every other client. A diverged client is never in the mean.
+    A client diverged if its loss or its variables are not finite. Its bad step is the first whose loss is not
+    finite, or else its last. A diverged client is never in the mean.
 
     The model stays unchanged in these cases:
     - a client diverged, and `training.skip_diverged` is False;
@@ -94,28 +107,30 @@ def run_round(
     sums, diverged, rows = sum_of_sessions(
         training, clients_per_chunk, model.packed, samples, assignments, round_key, learning_rate, model.kept
     )
-    kept = model.kept
+    kept, of_own = model.kept, diverged.client >= 0
     if training.personal is not None:
-        counts = jnp.asarray((assignments.weight > 0) & (diverged < 0))
+        counts = jnp.asarray((assignments.weight > 0) & (diverged.client < 0))
         clients = jnp.asarray(assignments.client)
         kept = training.personal.stored(kept, clients, counts, rows, axis_name)
     if axis_name is not None:
-        # Ids are sent as a sum too, so that the devices exchange one kind of message once.
-        everywhere = jnp.zeros((lax.axis_size(axis_name), len(diverged)), diverged.dtype)
-        own = everywhere.at[lax.axis_index(axis_name)].set(diverged + 1)
-        sums, ids = lax.psum((sums, own.reshape(-1)), axis_name)
-        diverged = ids - 1
+        # Ids and steps are sent as a sum too, so that the devices exchange one kind of message once.
+        here = jnp.stack([diverged.client + 1, diverged.steps])
+        everywhere = jnp.zeros((2, lax.axis_size(axis_name), here.shape[1]), here.dtype)
+        own = everywhere.at[:, lax.axis_index(axis_name)].set(here)
+        sums, (ids, steps) = lax.psum((sums, own.reshape(2, -1)), axis_name)
+        diverged = Diverged(ids - 1, steps)
     totals, like = (sums.variables, sums.loss), (model.packed, sums.loss)
     mean, loss = jax.tree.map(lambda x, old: narrow(x / sums.weight.astype(x.dtype), old), totals, like)
     finish = None
     if training.reestimates:
-        rest = samples, assignments, round_key
+        rest = samples, assignments, of_own, round_key
         finish = functools.partial(_reestimated, training, clients_per_chunk, axis_name, *rest)
     return taken(training, model, Model(mean, kept=kept), loss, diverged, previous, finish)
 
 
-def _reestimated(training, size, axis_name, samples, assignments, round_key, packed):
-    return reestimation.reestimated(training, size, axis_name, packed, samples, assignments, round_key)
+def _reestimated(training, size, axis_name, samples, assignments, diverged, round_key, packed):
+    rest = samples, assignments, diverged, round_key
+    return reestimation.reestimated(training, size, axis_name, packed, *rest)
 
 
 def taken(
@@ -123,10 +138,10 @@ def taken(
     model: Model,
     trained: Model,
     loss: Float[Array, ""],
-    diverged: Int[Array, " K"],
+    diverged: Diverged,
     previous: Outcome | None,
     finish: Callable[[PackedVariables], PackedVariables] | None = None,
-) -> tuple[Model, Float[Array, ""], Int[Array, " K"]]:
+) -> tuple[Model, Float[Array, ""], Diverged]:
     """What `run_round` returns for a round from `model`, whose clients' mean is `trained`.
 
     finish: changes the variables after the server's step.
@@ -135,7 +150,7 @@ def taken(
     if finish is not None:
         new = new._replace(packed=finish(new.packed))
     sound = _finite(new)
-    is_taken = sound if training.skip_diverged else sound & (diverged < 0).all()
+    is_taken = sound if training.skip_diverged else sound & (diverged.client < 0).all()
     if previous is not None:
         is_taken &= ~previous.is_last(training)
     # Not a select: XLA would compile one for every leaf, with everything that it depends on.
@@ -181,7 +196,7 @@ def sum_of_sessions(
     round_key: Key[Array, ""],
     learning_rate: Float[Array, ""],
     bank: Any = (),
-) -> tuple[Sums, Int[Array, " K"], Any]:
+) -> tuple[Sums, Diverged, Any]:
     """Returns (the weighted sums of variables and losses over K clients, who diverged, rows).
 
     Who diverged is as in `run_round`. rows: what each client keeps of its own, (K, ...) arrays, if
@@ -203,19 +218,19 @@ def sum_of_sessions(
         if clients_per_chunk == 1:
             own, row = jax.tree.map(lambda x: x[0], (chunk, rows))
             result = run_session(training.alone(), start, samples, own, *rest, rows=row)
-            trained, loss = jax.tree.map(lambda x: x[None], result)
+            trained, loss, taken = jax.tree.map(lambda x: x[None], result)
         else:
-            trained, loss = run_session(training, start, samples, chunk, *rest, together, rows)
+            trained, loss, taken = run_session(training, start, samples, chunk, *rest, together, rows)
         weight = jax.vmap(_if_finite)(chunk.weight, (trained, loss))
         new = Sums(jax.tree.map(change, trained, start), loss, weight=jnp.ones_like(weight))
-        diverged = jnp.where(weight == chunk.weight, -1, chunk.client)
+        diverged = Diverged.where(weight != chunk.weight, chunk.client, taken)
         sums = jax.tree.map(lambda total, x: total + _weighted_sum(weight, x), sums, new)
         return sums, (diverged, jax.vmap(personal.row)(trained) if personal else ())
 
     like = Sums(start, jnp.zeros((), jnp.result_type(float)), jnp.zeros((), assignments.weight.dtype))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), like)
     sums, (diverged, rows) = lax.scan(run_chunk, zeros, chunks)
-    return sums, diverged.reshape(-1), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    return sums, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (diverged, rows))
 
 
 def normalised(weights: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:

@@ -146,8 +146,9 @@ def run_session(
     learning_rate: Float[Array, ""],
     each: Callable[..., Any] = lambda of_one: of_one,
     rows: Any = (),
-) -> tuple[PackedVariables, Float[Array, "*K"]]:
-    """Returns (the variables after the client's steps from `start`, the mean training loss of these steps).
+) -> tuple[PackedVariables, Float[Array, "*K"], Int[Array, "*K"]]:
+    """Returns (the variables after the client's steps from `start`, the mean training loss of these steps,
+    the number of steps up to the first whose loss is not finite, this one included).
 
     With `each=together` it returns those of all clients of `assignment`, which take each step together. The
     loop has as many steps as the longest session. Steps beyond a client's own change no bit. rows: what each
@@ -163,7 +164,7 @@ def run_session(
 
     def begin(row):
         params, stats = first(row)
-        return params, stats, optimizer.init(params), jnp.zeros((), jnp.result_type(float))
+        return params, stats, optimizer.init(params), jnp.zeros((), jnp.result_type(float)), jnp.int32(0)
 
     def moved(one, params, state, steps_done):
         """The parameters after the last of `steps_done` steps, if it was one of the client's own steps."""
@@ -174,7 +175,7 @@ def run_session(
         )
 
     def step(one: Assignment, row, carry, index):
-        params, old_stats, state, loss_sum = carry
+        params, old_stats, state, loss_sum, taken = carry
         params = moved(one, params, state, index)
         images, labels, key = batch(training, samples, one, index, round_key)
 
@@ -188,14 +189,15 @@ def run_session(
         _, state = optimizer.update(gradient, state, params)
         own = index < one.steps
         stats = jax.tree.map(lambda n, o: jnp.where(own, n, o), pack(stats), old_stats)
+        taken += own & jnp.isfinite(loss_sum)
         # The state is not masked after the client's last step, because nothing reads it then.
-        return params, stats, state, jnp.where(own, loss_sum + loss, loss_sum)
+        return params, stats, state, jnp.where(own, loss_sum + loss, loss_sum), taken
 
     def end(one, carry):
-        params, stats, state, loss_sum = carry
+        params, stats, state, loss_sum, taken = carry
         params = moved(one, params, state, loop_steps)
         after = PackedVariables(params if isinstance(params, Packed) else pack(params), stats)
-        return after, loss_sum / jnp.maximum(one.steps, 1)
+        return after, loss_sum / jnp.maximum(one.steps, 1), taken
 
     # The loop is outside of `each`. Inside, JAX would trace its body again until it knows what is mapped.
     def steps_of_all(index, carry):

@@ -10,6 +10,8 @@ from sfl_jax.models.profile import Profile, least_normalised, profile
 from sfl_jax.models.timing import UnitSeconds, unit_seconds
 from sfl_jax.registry import NETWORKS, NORMS
 
+# What the function of a registered network takes, in this order.
+TAKES = "(name, num_classes, in_channels, form, dtype, drop_rate_scale)"
 VARIANTS = efficientnet_v2.VARIANTS
 
 __all__ = [
@@ -31,7 +33,8 @@ def create(
     """The chain of a registered network.
 
     Args:
-      name: a name of `registry.NETWORKS`; anything else raises BadInput.
+      name: a name of `registry.NETWORKS`; anything else raises BadInput, as does a function that takes other
+        arguments than `TAKES`.
       num_classes: width of the classifier.
       in_channels: channels of the images; EfficientNet's stem refuses images with another number.
       layer_form: "product" or "conv", see `models.layers`; anything else raises BadInput.
@@ -47,5 +50,10 @@ def create(
     make, more = NETWORKS[name], {} if norm == "batch" else {"norm": norm}
     if more and "norm" not in inspect.signature(make).parameters:
         raise BadInput(f"norm={norm}: model={name} has no batch norm in whose place it could be")
-    units = make(name, num_classes, in_channels, layer_form, dtype, drop_rate_scale, **more)
+    arguments = name, num_classes, in_channels, layer_form, dtype, drop_rate_scale
+    try:
+        inspect.signature(make).bind(*arguments, **more)
+    except TypeError as error:
+        raise BadInput(f"model={name}: its function must take {TAKES} ({error})") from error
+    units = make(*arguments, **more)
     return Chain(units, layer_form=layer_form)

@@ -28,7 +28,8 @@ class Embedding(nn.Module):
         side = SMALL_PATCH if max(x.shape[1:3]) <= SMALL_IMAGE else PATCH
         batch, height, width, channels = x.shape
         if height % side or width % side:
-            raise BadInput(f"images of {height}x{width}: sides must be multiples of {side}, the patch size")
+            place = f"image_size={height}" if height == width else f"images of {height}x{width}"
+            raise BadInput(f"{place}: must be a multiple of {side}, the size of a patch of vit-tiny")
         rows, columns = height // side, width // side
         x = x[:, : rows * side, : columns * side].reshape(batch, rows, side, columns, side, channels)
         x = x.swapaxes(2, 3).reshape(batch, rows * columns, side * side * channels)

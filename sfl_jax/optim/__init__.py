@@ -5,6 +5,7 @@ from sfl_jax.optim.bandwidth import BandPlan, solve_bandwidth
 from sfl_jax.optim.clocks import CLOCKS, round_seconds
 from sfl_jax.optim.clocks import METHODS as STAGED_METHODS
 from sfl_jax.optim.costs import Costs, CutsAndCodecs, Seconds, Terms
+from sfl_jax.optim.estimation import Estimation, estimation
 from sfl_jax.optim.frontier import (
     Cheapest,
     Frontier,
@@ -34,13 +35,24 @@ from sfl_jax.optim.uncertain import (
     rounds_s,
     solve_quantile,
 )
-from sfl_jax.optim.work import UnitBytes, Wire, Work, energy, samples_processed, terms, unit_bytes
+from sfl_jax.optim.work import (
+    PROXIMAL_FLOP,
+    UnitBytes,
+    Wire,
+    Work,
+    energy,
+    proximal_flop,
+    samples_processed,
+    terms,
+    unit_bytes,
+)
 from sfl_jax.registry import BARRIERS, ROUNDINGS, STARTS
 
 __all__ = [
     "BARRIERS",
     "CLOCKS",
     "METHODS",
+    "PROXIMAL_FLOP",
     "ROUNDINGS",
     "STAGED_METHODS",
     "STARTS",
@@ -49,6 +61,7 @@ __all__ = [
     "Costs",
     "Curve",
     "CutsAndCodecs",
+    "Estimation",
     "Fit",
     "Frontier",
     "Infeasible",
@@ -72,11 +85,13 @@ __all__ = [
     "at_rates",
     "check_fits",
     "energy",
+    "estimation",
     "fit_curves",
     "frontier",
     "joules",
     "least_amount",
     "planned",
+    "proximal_flop",
     "quantile_s",
     "relaxed",
     "round_seconds",

@@ -13,10 +13,10 @@ the last units too, its data visit the server twice in a step, and in between th
 
 What is proven of `exact`: under every barrier, no columns end a round by the plan's bound. The plan of
 handover is optimal. The others are optimal to about 1e-9, relative, unless the search of in_turn or lockstep
-gives up, after some seconds. Lockstep also needs at most 32 different numbers of steps. With more, or if the
-search gave up, the bound puts steps into fewer groups. In a group a client's seconds are added before the
-maximum is taken. This is never more than the sum of the steps' maxima. The plan is then the best one found,
-and its gap says how good it is.
+gives up, after some seconds. The plan is then the best one found, and its gap says how good it is. The first
+search of lockstep puts steps into at most 32 groups. In a group a client's seconds are added before the
+maximum is taken. This is never more than the sum of the steps' maxima. If that search gives up, `programs.py`
+goes on with all numbers of steps, unless the fleet is too large for it.
 """
 
 from collections.abc import Callable
@@ -28,15 +28,16 @@ from jaxtyping import Bool
 from numpy.typing import ArrayLike, NDArray
 
 from sfl_jax.errors import BadInput
-from sfl_jax.optim import maxima, staged
+from sfl_jax.optim import maxima, programs, staged
 from sfl_jax.optim.costs import Floats, Terms
 from sfl_jax.optim.infeasible import most_open_cut, why_infeasible
 from sfl_jax.optim.maxima import Least, Maximum
 from sfl_jax.optim.plan import Plan
+from sfl_jax.optim.programs import Chain
 from sfl_jax.optim.shares import SLACK, optimal_shares, rounding
 
 METHODS = ("exact", "common_cut", "random_cut", "no_split")
-_GROUPS = (32, 4)  # most groups of steps: in the first search, and in the second if the first gave up
+_GROUPS = 32  # most groups of steps in the first search
 
 
 class Phases(NamedTuple):
@@ -192,25 +193,30 @@ def _lockstep_s(parts, steps):
 
 
 def _lockstep(table, steps):
-    """The best columns and bound of a search, and of one with fewer groups if the first gave up."""
-    every, kinds_of_steps, found = np.ones((1, len(steps))), len(np.unique(steps)), []
-    for most in _GROUPS:
-        weights = _groups(steps, most) / steps
-        kinds = [
-            Maximum(table.model_down_s, every),
-            Maximum(table.forward_s, weights),
-            Maximum(table.backward_s, weights),
-            Maximum(table.model_up_s, every),
-        ]
-        if np.any(table.tail_s[np.isfinite(table.tail_s)]):
-            kinds.append(Maximum(table.tail_s, weights))
-        one = _search(table, table.serving_s, kinds, lambda parts: _lockstep_s(parts, steps))
-        found.append(one)
-        if kinds_of_steps <= _GROUPS[-1] or one.bound_s >= one.round_s * (1 - 2 * maxima.TOLERANCE):
-            break
-    best = min(found, key=lambda one: one.round_s)
-    bound_s, looked = max(one.bound_s for one in found), sum(one.looked for one in found)
-    return best._replace(bound_s=bound_s, looked=looked)
+    """The best columns and bound of a search. If it gave up, of a second one that starts from its result."""
+    every, weights = np.ones((1, len(steps))), _groups(steps, _GROUPS) / steps
+    once, stepwise = (table.model_down_s, table.model_up_s), [table.forward_s, table.backward_s]
+    if np.any(table.tail_s[np.isfinite(table.tail_s)]):
+        stepwise.append(table.tail_s)
+    kinds = [*(Maximum(part, every) for part in once), *(Maximum(part, weights) for part in stepwise)]
+    first = _search(table, table.serving_s, kinds, lambda parts: _lockstep_s(parts, steps))
+    is_proven = first.bound_s >= first.round_s * (1 - 2 * maxima.TOLERANCE)
+    if is_proven or table.serving_s.size * len(kinds) > programs.LARGEST:
+        return first
+    edges, level = np.unique(steps, return_inverse=True)
+    chains = [
+        *(Chain(part, np.zeros(len(steps), int), np.ones(1)) for part in once),
+        *(Chain(part / steps[:, None], level, np.diff(edges, prepend=0.0)) for part in stepwise),
+    ]
+    return programs.least(
+        chains, table.serving_s, first, _rounds_of(table, lambda of: _lockstep_s(of, steps))
+    )
+
+
+def _rounds_of(table, round_s):
+    """Gives the round of columns (K,)."""
+    rows = np.arange(len(table[0]))
+    return lambda columns: float(round_s(type(table)(*(part[rows, columns] for part in table))))
 
 
 def _groups(steps, most: int) -> Floats:
@@ -224,14 +230,9 @@ def _groups(steps, most: int) -> Floats:
 
 def _search(table, alone_s, kinds, round_s) -> Least:
     """Starts from every common column and from each client's own best columns."""
-    rows = np.arange(len(alone_s))
-    common = [np.full(len(rows), one) for one in np.flatnonzero(np.isfinite(alone_s).all(axis=0))]
+    common = [np.full(len(alone_s), one) for one in np.flatnonzero(np.isfinite(alone_s).all(axis=0))]
     starts = [*common, np.sum(table, axis=0).argmin(axis=1), alone_s.argmin(axis=1)]
-
-    def of(columns):
-        return float(round_s(Phases(*(part[rows, columns] for part in table))))
-
-    return maxima.least(kinds, alone_s, starts, of)
+    return maxima.least(kinds, alone_s, starts, _rounds_of(table, round_s))
 
 
 def _common(table, steps, clock) -> int:

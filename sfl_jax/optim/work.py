@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from sfl_jax.errors import BadInput
 from sfl_jax.optim.costs import CutsAndCodecs, Devices, Energy, Floats, Latency, Tail, Terms
 
-_FLOP_PER_MAC = 2
+FLOP_PER_MAC = 2
+PROXIMAL_FLOP = 3  # a parameter and step: FedProx subtracts, multiplies and adds
 _TRAINING_FLOAT_BYTES = 4
 _HEADROOM = 1e6  # for sums over clients, and for trials with faster clients
 _PER_CUT = ("forward_flop", "backward_flop", "work_flop", "up_bits", "down_bits", "model_bits")
@@ -91,6 +92,8 @@ class Work(NamedTuple):
     max_cut: int | None = None  # None: the number of units
     tail_units: int = 0  # how many of the last units the client holds too
     optimizer_slots: int = 1  # floats of optimiser state per parameter: 0 SGD, 1 momentum, 2 Adam
+    proximal: bool = False  # whether a step adds FedProx's term to the gradient of each parameter
+    step_once: range = range(0)  # units that take one step for all clients; their term is nobody's
 
 
 class Wire(NamedTuple):
@@ -121,6 +124,12 @@ def unit_bytes(profile: Profile, work: Work) -> UnitBytes:
     return UnitBytes(*(_TRAINING_FLOAT_BYTES * floats.astype(np.float64) for floats in (copies, activations)))
 
 
+def proximal_flop(profile: Profile, work: Work) -> Floats:
+    """The FLOP of FedProx's term in a client's step, by unit (L,); 0 for units that step once for all."""
+    alone = ~np.isin(np.arange(len(profile.parameters)), work.step_once)
+    return (PROXIMAL_FLOP * profile.parameters * alone).astype(np.float64)
+
+
 def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] | None = None) -> Terms:
     """The factored costs of a fleet that trains a profiled chain.
 
@@ -134,8 +143,10 @@ def terms(profile: Profile, fleet: Fleet, work: Work, wires: Mapping[str, Wire] 
     _check_fleet(fleet)
     _check_devices(fleet, work, len(profile.forward_macs))
     forward, backward = (
-        _before(macs) * _FLOP_PER_MAC for macs in (profile.forward_macs, profile.backward_macs)
+        _before(macs) * FLOP_PER_MAC for macs in (profile.forward_macs, profile.backward_macs)
     )
+    if work.proximal:
+        backward = backward + _before(proximal_flop(profile, work)) / work.batch_size
     options, up_bits, down_bits = _crossing(profile, work, wires)
     parameters, state = _before(profile.parameters), _before(profile.state)
     held = _before(sum(unit_bytes(profile, work)))

@@ -8,6 +8,7 @@ from jaxtyping import Float64
 
 from sfl_jax import planning
 from sfl_jax.planning import Planner, comparison
+from sfl_jax.run import closing
 from sfl_jax.run.ledger import Ledger, columns, ledger
 from sfl_jax.run.parts import Parts
 from sfl_jax.run.rounds import cohort
@@ -81,6 +82,7 @@ def clocks(
         for index, plan in enumerate(plans):
             if plan is not None:
                 done = planning.turnout(planner, factor, terms, plan, delayed, present)
+                plan, done = closing.added(parts, terms, plan, done, delayed.slowdown)
                 rounds_s[index, round] = done.round_s
                 ledgers[index][round] = ledger(parts, terms, plan, done.came)
     made = map(Clock, np.cumsum(rounds_s, axis=1), map(columns, ledgers))

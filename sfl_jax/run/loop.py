@@ -15,7 +15,7 @@ from sfl_jax.federated.round import Outcome
 from sfl_jax.run import clients, metrics
 from sfl_jax.run.engine import Engine, arguments
 from sfl_jax.run.parts import Parts
-from sfl_jax.run.rounds import Prepared, prepare
+from sfl_jax.run.rounds import Prepared, ledger_after, prepare
 from sfl_jax.run.state import State
 
 SHORT_S = 2.0  # after a round shorter than this, the next is sent before its results are read
@@ -112,14 +112,16 @@ def _line(parts, sent, outcome, tested, wall_s, train_s, test_s) -> metrics.Roun
     done = sent.prepared
     test_loss, test_accuracy, mean, worst = (None,) * 4 if tested is None else _tested(parts, tested)
     trained = int(done.assignments.steps.sum()) * parts.batch_size
-    diverged = outcome.diverged[outcome.diverged >= 0]
+    ids, steps = outcome.diverged
+    diverged = ids[ids >= 0]
     counted = done.turnout.came & ~np.isin(done.assignments.client, diverged)
     cuts = done.plan.cuts[counted]
+    counts = done.ledger if not len(diverged) else ledger_after(parts, done, diverged, steps[ids >= 0])
     return metrics.Round(
         sent.state.round, float(outcome.loss), test_loss, test_accuracy, done.turnout.round_s,
         done.plan.bound_s, sent.state.simulated_s[parts.planner.method], wall_s, trained / train_s,
         int(outcome.came) - len(diverged), float(cuts.mean()) if len(cuts) else math.nan,
-        mean, worst, train_s, test_s, None, *done.ledger,
+        mean, worst, train_s, test_s, None, *counts,
     )  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def _judge(parts, sent: Sent, outcome: Outcome) -> None:
     names = [
         f"round {done.round + 1}: the loss or the update of client {parts.fleet.client[id]}, "
         f"cut {done.plan.cuts[done.assignments.client == id][0]}, is not finite"
-        for id in outcome.diverged[outcome.diverged >= 0]
+        for id in outcome.diverged.client[outcome.diverged.client >= 0]
     ]
     if outcome.is_last(parts.training):
         of_server = f"round {done.round + 1}: the server's step is not finite"

@@ -4,10 +4,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from sfl_jax import datasets, fleet, optim, planning
 from sfl_jax.federated.session import Assignment
 from sfl_jax.planning import Turnout
+from sfl_jax.run import closing
 from sfl_jax.run.ledger import Ledger, ledger
 from sfl_jax.run.parts import Parts
 
@@ -40,6 +42,7 @@ def prepare(parts: Parts, round: int) -> Prepared:
     assert clients.samples is not None
     delayed, factor = parts.faults.delays(parts.seed, round, ids), parts.faults.deadline_factor
     comers = planning.turnout(parts.planner, factor, terms, plan, delayed, present)
+    plan, comers = closing.added(parts, terms, plan, comers, delayed.slowdown)
     # An absent client keeps its place with 0 steps. So shapes stay the same, and nothing compiles again.
     weights = np.where(comers.came, parts.sampling.weights(clients.samples), 0).astype(np.float32)
     steps = np.where(comers.came, steps, 0).astype(np.int32)
@@ -50,6 +53,17 @@ def prepare(parts: Parts, round: int) -> Prepared:
     rival_s = {name: _round_s(parts, terms, name, delayed, present) for name in parts.rivals}
     done = ledger(parts, terms, plan, comers.came)
     return Prepared(round, plan, left_out, comers, rival_s, assignments, parts.rate(round), done)
+
+
+def ledger_after(
+    parts: Parts, done: Prepared, diverged: Int[np.ndarray, " D"], steps: Int[np.ndarray, " D"]
+) -> Ledger:
+    """The ledger of a round in which clients diverged. diverged: their indices. steps: how many each took."""
+    ids, _, terms, _ = cohort(parts, done.round)
+    ended = np.full(len(ids), -1)
+    place = {int(id): k for k, id in enumerate(ids)}
+    ended[[place[int(id)] for id in diverged]] = steps
+    return ledger(parts, terms, done.plan, done.turnout.came, ended)
 
 
 def cohort(parts: Parts, round: int) -> tuple[np.ndarray, fleet.Fleet, optim.Terms, np.ndarray]:
@@ -73,6 +87,7 @@ def _round_s(parts, terms, method, delayed, present) -> float:
     planner, factor = parts.planner, parts.faults.deadline_factor
     try:
         plan = optim.solve(terms, planner.server_flops, method, planner.barrier, present=present)
-        return planning.turnout(planner, factor, terms, plan, delayed, present).round_s
+        done = planning.turnout(planner, factor, terms, plan, delayed, present)
+        return closing.added(parts, terms, plan, done, delayed.slowdown)[1].round_s
     except optim.Infeasible:
         return math.inf

@@ -170,7 +170,7 @@ class Run:
         work = optim.Work(
             local_epochs, batch_size, min_cut=planner.min_cut, optimizer_slots=optimizer.slots,
             image_bits=8 * data.train_images.dtype.itemsize, max_cut=most,
-            tail_units=scheme.tail_units,
+            tail_units=scheme.tail_units, proximal=proximal > 0, step_once=scheme.step_once(len(chain)),
         )  # fmt: skip
         chosen = wires.pairs(codec, codec_down)
         terms = optim.terms(profile, owners, work, wires.wires(chosen, profile))  # pyright: ignore[reportArgumentType] has samples

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sfl_jax import optim
 from sfl_jax.errors import BadInput
 from sfl_jax.federated import devices as federated_devices
 from sfl_jax.federated.execution import AUTO, Execution
@@ -26,6 +27,11 @@ def planner_for(scheme: Scheme, planner: Planner) -> Planner:
     for name, wanted in (("barrier", "session"), ("band", "fixed")):
         if (value := getattr(planner, name)) != wanted:
             raise BadInput(f"{name}={value}: must be {wanted}; scheme={scheme.name} has its own clock")
+    if scheme.clock in optim.CLOCKS and planner.method not in optim.STAGED_METHODS:
+        raise BadInput(
+            f"method={planner.method}: must be one of {', '.join(optim.STAGED_METHODS)} with"
+            f" scheme={scheme.name}"
+        )
     if planner.server_memory_bytes:
         raise BadInput(
             f"server_memory_bytes={planner.server_memory_bytes:g}: needs scheme=sfl, where the server holds a"

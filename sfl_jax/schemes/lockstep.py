@@ -116,6 +116,7 @@ class Lockstep:
         )(work)
         head, rest = chain.split(most)
         middle, end = rest.split(tail - most)
+        middle = middle.alone() if self.is_joined else middle  # a joined batch has no axis of clients
 
         def hook_of(one, key):
             return crossing.hook(training.codecs, tail, one.cut, one.codec, key, crossing.CLIENTS)

@@ -9,7 +9,7 @@ from jax import lax
 
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.packing import PackedVariables
-from sfl_jax.federated.round import Model, change, narrow, taken, wide
+from sfl_jax.federated.round import Diverged, Model, change, narrow, taken, wide
 from sfl_jax.federated.session import Training
 from sfl_jax.models import Variables
 from sfl_jax.registry import SERVER_BATCHES
@@ -75,6 +75,9 @@ class Psl(Scheme):
     def shared_units(self, units: int) -> range:
         return range(self.max_cut(units), units)
 
+    def step_once(self, units: int) -> range:
+        return range(self.max_cut(units), units - self.tail_units)
+
     @property
     def serves_together(self) -> bool:
         return self.server_batch == "joined"
@@ -98,6 +101,7 @@ class Psl(Scheme):
         """
         like, clients = model.packed, len(work.client)
         size = clients if self.server_batch == "joined" else size
+        training = training.alone() if size == 1 else training
         of_units = states(training, like)
         shared_at = [self._is_shared(training, unit) for unit in range(len(training.chain))]
         if self.keeps_state:
@@ -115,7 +119,8 @@ class Psl(Scheme):
         )  # fmt: skip
 
         def of_step(index, carry):
-            rows, shared, losses, is_sound = carry
+            rows, shared, losses, is_sound, taken_of = carry
+            taken_of += is_sound & (index < chunks.steps)
 
             def of_chunk(sums, chunk):
                 new_sums, rows, losses, is_sound = lockstep.step(index, shared, *chunk)
@@ -123,13 +128,13 @@ class Psl(Scheme):
 
             zeros = lockstep.zeros(shared)
             sums, (rows, losses, is_sound) = lax.scan(of_chunk, zeros, (rows, chunks, losses, is_sound))
-            return rows, lockstep.moved(shared, *sums), losses, is_sound
+            return rows, lockstep.moved(shared, *sums), losses, is_sound, taken_of
 
         losses = jnp.zeros((clients // size, size), jnp.result_type(float))
-        begin = rows, shared, losses, jnp.ones(losses.shape, bool)
-        rows, shared, losses, is_sound = lax.fori_loop(0, work.steps.max(), of_step, begin)
-        rows, losses, is_sound = jax.tree.map(
-            lambda x: x.reshape(clients, *x.shape[2:]), (rows, losses, is_sound)
+        begin = rows, shared, losses, jnp.ones(losses.shape, bool), jnp.zeros(losses.shape, jnp.int32)
+        rows, shared, *by_client = lax.fori_loop(0, work.steps.max(), of_step, begin)
+        rows, losses, is_sound, taken_of = jax.tree.map(
+            lambda x: x.reshape(clients, *x.shape[2:]), (rows, *by_client)
         )
         weight = jnp.where(is_sound, work.weight, 0)
         total = weight.sum()
@@ -144,7 +149,7 @@ class Psl(Scheme):
             ours = iter(shared)
             kept = tuple(next(ours).state if is_shared else () for is_shared in shared_at)
         loss = (weight * losses / jnp.maximum(work.steps, 1)).sum() / total
-        diverged = jnp.where(is_sound, -1, work.client)
+        diverged = Diverged.where(~is_sound, work.client, taken_of)
         return taken(training, model, Model(variables(mean, like), kept=kept), loss, diverged, previous)
 
 

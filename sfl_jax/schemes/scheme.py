@@ -29,6 +29,7 @@ class Scheme:
     name: ClassVar[str] = ""
     cuts_matter: ClassVar[bool] = True  # whether other cuts give other numbers, with the identity codec
     has_order: ClassVar[bool] = False
+    hands_on: ClassVar[bool] = False  # whether a client hands on its half, even if it diverged
     only_method: ClassVar[str] = ""  # the planning method to use whatever else is asked for; "": any
 
     @property
@@ -65,6 +66,10 @@ class Scheme:
         """The units of which the server has one copy for all clients. It has a replica of the others for each
         client.
         """
+        return range(0)
+
+    def step_once(self, units: int) -> range:
+        """The shared units that take one step for all clients together, and not one for each."""
         return range(0)
 
     @property

@@ -9,7 +9,7 @@ from jax import lax
 
 from sfl_jax.errors import BadInput
 from sfl_jax.federated.packing import PackedVariables
-from sfl_jax.federated.round import Model, taken, wide
+from sfl_jax.federated.round import Diverged, Model, taken, wide
 from sfl_jax.federated.session import Training
 from sfl_jax.models import Variables
 from sfl_jax.registry import SERVER_ORDERS
@@ -88,7 +88,7 @@ class SflV2(Scheme):
         turn_order = jnp.argsort(when.reshape(-1))
 
         def of_turn(turn, carry):
-            rows, losses, is_sound = carry
+            rows, losses, is_sound, taken_of = carry
             place, index = jnp.divmod(turn_order[turn], longest)
             one = jax.tree.map(lambda x: x[place], work)
             held = [jnp.where(is_own(training, one.cut, unit), place, clients) for unit in units]
@@ -103,10 +103,12 @@ class SflV2(Scheme):
                 for of, own, row in zip(rows, new, held, strict=True)
             )
             losses = losses.at[place].add(jnp.where(sound, loss, 0))
-            return rows, losses, is_sound.at[place].set(sound)
+            taken_of = taken_of.at[place].add(is_sound[place])
+            return rows, losses, is_sound.at[place].set(sound), taken_of
 
-        begin = rows, jnp.zeros(clients, jnp.result_type(float)), jnp.ones(clients, bool)
-        rows, losses, is_sound = lax.fori_loop(0, work.steps.sum(), of_turn, begin)
+        losses, none = jnp.zeros(clients, jnp.result_type(float)), jnp.zeros(clients, jnp.int32)
+        begin = rows, losses, jnp.ones(clients, bool), none
+        rows, losses, is_sound, taken_of = lax.fori_loop(0, work.steps.sum(), of_turn, begin)
         weight = jnp.where(is_sound, work.weight, 0)
         total = weight.sum()
         mean = []
@@ -121,5 +123,5 @@ class SflV2(Scheme):
             mean.append(turns.mixed(sums, own.sum(), shared, before, total))
         kept = jax.tree.map(lambda x: x[-1], tuple(of.state for of in rows)) if self.keeps_state else ()
         loss = (weight * losses / jnp.maximum(work.steps, 1)).sum() / total
-        diverged = jnp.where(is_sound, -1, work.client)
+        diverged = Diverged.where(~is_sound, work.client, taken_of)
         return taken(training, model, Model(variables(mean, like), kept=kept), loss, diverged, previous)

@@ -27,6 +27,7 @@ class Sl(Scheme):
     name = "sl"
     cuts_matter = False
     has_order = True
+    hands_on = True
 
     @property
     def clock(self) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from sfl_jax.federated.round import Model, Outcome, change, narrow, taken, wide
+from sfl_jax.federated.round import Diverged, Model, Outcome, change, narrow, taken, wide
 from sfl_jax.federated.session import Assignment, Samples, Training
 from sfl_jax.schemes.copies import chosen, copies, states, step, variables
 from sfl_jax.schemes.scheme import is_own
@@ -38,7 +38,7 @@ def run_round(
     order, clients = jnp.argsort(work.turn), len(work.client)
 
     def of_client(place, carry):
-        server, sums, own_weight, loss_sum, is_sound = carry
+        server, sums, own_weight, loss_sum, is_sound, taken_of = carry
         one = jax.tree.map(lambda x: x[order[place]], work)
         own = [is_own(training, one.cut, unit) & has_own for unit in units]
         begun = tuple(chosen(*of) for of in zip(own, fresh, server, strict=True))
@@ -54,7 +54,7 @@ def run_round(
 
         zero = jnp.zeros((), jnp.result_type(float))
         begin = jnp.zeros_like(one.steps), begun, zero, jnp.array(True)
-        _, done, loss, sound = lax.while_loop(goes_on, of_step, begin)
+        count, done, loss, sound = lax.while_loop(goes_on, of_step, begin)
         weight = jnp.where(sound, one.weight, 0)
         server = tuple(chosen(*of) for of in zip(own, server, done, strict=True))
         if has_own:
@@ -63,13 +63,14 @@ def run_round(
             sums = tuple(jax.tree.map(lambda t, x, w=w: t + w * x.astype(t.dtype), s, x) for s, x, w in after)
             own_weight = own_weight + jnp.stack(parts)
         loss_sum = loss_sum + weight * loss / jnp.maximum(one.steps, 1)
-        return server, sums, own_weight, loss_sum, is_sound.at[order[place]].set(sound)
+        is_sound, taken_of = is_sound.at[order[place]].set(sound), taken_of.at[order[place]].set(count)
+        return server, sums, own_weight, loss_sum, is_sound, taken_of
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), variables_of(fresh, like))
     zero = jnp.zeros((), jnp.result_type(float))
     begin = server, zeros if has_own else (), jnp.zeros(len(units), work.weight.dtype), zero
-    carry = lax.fori_loop(0, clients, of_client, (*begin, jnp.ones(clients, bool)))
-    server, sums, own_weight, loss_sum, is_sound = carry
+    begin = *begin, jnp.ones(clients, bool), jnp.zeros(clients, work.steps.dtype)
+    server, sums, own_weight, loss_sum, is_sound, taken_of = lax.fori_loop(0, clients, of_client, begin)
     total = jnp.where(is_sound, work.weight, 0).sum()
     mean = tuple(unit[:2] for unit in server)
     if has_own:
@@ -77,7 +78,7 @@ def run_round(
             mixed(*of, total)
             for of in zip(sums, own_weight, variables_of(server, like), by_unit(like), strict=True)
         )
-    diverged = jnp.where(is_sound, -1, work.client)
+    diverged = Diverged.where(~is_sound, work.client, taken_of)
     trained = Model(variables(mean, like), kept=tuple(unit.state for unit in server) if keeps else ())
     return taken(training, model, trained, loss_sum / total, diverged, previous)
 

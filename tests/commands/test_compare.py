@@ -33,7 +33,8 @@ def test_one_training_and_every_clock(tmp_path, capsys):
     assert rows[0]["test_accuracy"] == ""
     assert float(rows[2]["test_accuracy"]) == lines[2]["test_accuracy"]
     for method in comparison.methods("session"):
-        seconds = np.array([float(row[f"{method}_s"]) for row in rows])
+        column = method.replace(", ", "_").replace(" ", "_")
+        seconds = np.array([float(row[f"{column}_s"]) for row in rows])
         assert (seconds >= [line["simulated_s"] * (1 - 1e-9) for line in lines]).all()
     assert (tmp_path / "clocks.png").read_bytes()[:8] == PNG
     page = (tmp_path / "report.html").read_text()
@@ -50,7 +51,8 @@ def test_plans_without_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "methods", lambda barrier: few)
     errors = comparison.errors
     monkeypatch.setattr(comparison, "errors", lambda *given: errors(*given, draws=3))
-    assert compare.main([*TINY, "--plan_only", "--clients=6", f"--workdir={tmp_path}"]) == 0
+    cohorts = ["--clients=6", "--cohort_size=3"]
+    assert compare.main([*TINY, "--plan_only", *cohorts, f"--workdir={tmp_path}"]) == 0
     rows = table(tmp_path / "methods.csv")
     assert list(rows[0]) == list(comparison.Row._fields)
     methods = len(comparison.methods("session"))
@@ -70,7 +72,9 @@ def test_plans_without_training(tmp_path, capsys, monkeypatch):
     ratio = max(
         float(row["round_s"]) / float(row["optimum_s"]) for row in swept if row["method"] == "no_split"
     )
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("no_split"))
+    said = capsys.readouterr()
+    assert "all 6 clients share the server in one round; for rounds of 3 clients" in said.err
+    (line,) = (line for line in said.out.splitlines() if line.strip().startswith("no_split"))
     assert f"({ratio:.3f})" in line
 
 

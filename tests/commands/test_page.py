@@ -173,3 +173,21 @@ def test_names_of_units_keep_apart_in_the_heat_map():
     named = [int(n) for n in re.findall(r">(?:block\d+|images|all units) (\d+)</text>", drawn)]
     assert 30 in named
     assert min(b - a for a, b in itertools.pairwise(sorted(named))) >= 4
+
+
+def test_output_keeps_its_lines_and_a_command_breaks_between_its_flags():
+    assert page.code("a  <b\nc") == '<pre class="output">a  &lt;b\nc</pre>'
+    assert page.code("a --b=c") == "<pre><code>a</code> <code>--b=c</code></pre>"
+
+
+def test_a_picture_of_few_bars_is_as_high_as_its_bars():
+    def height(count):
+        drawn = pictures.bars("T", "", [pictures.Bar(str(n), n + 1, "x", "y", "blue") for n in range(count)])
+        return drawn, float(re.search(r'viewBox="0 0 360 (\d+)"', drawn)[1])
+
+    (few, low), (many, high), (most, highest) = map(height, (2, 6, 20))
+    assert (low, high, highest) == (112, page.HEIGHT, 500)
+    assert few.startswith('<figure class="short">')
+    assert [figure.startswith("<figure class") for figure in (many, most)] == [False, False]
+    (_, first, _), (_, second, _) = points(few)["points"]
+    assert (first, second) == pytest.approx((28, 84), abs=3), "a bar in the middle of its row"

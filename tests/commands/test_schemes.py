@@ -46,7 +46,7 @@ def test_a_scheme_is_what_its_flags_say(given, scheme):
         (["--server_order=step"], "--server_order=step: needs --scheme=sfl_v2"),
         (["--max_cut=0"], "--max_cut=0: must be at least --min_cut=1"),
         (["--max_cut=3", "--scheme=fl"], "--max_cut=3: --scheme=fl has no cut"),
-        (["--scheme=sflv2"], "--scheme=sflv2: must be one of sfl, sfl_v2, psl, sl, fl"),
+        (["--scheme=sflv2"], "--scheme=sflv2: must be one of sfl, sfl_v2, psl, sl, fl; did you mean sfl_v2?"),
     ],
 )
 def test_flags_of_another_scheme_are_refused(given, line):
@@ -59,6 +59,10 @@ def test_flags_of_another_scheme_are_refused(given, line):
     ("changes", "line"),
     [
         ({"barrier": "staged"}, "barrier=staged: must be session; scheme=psl has its own clock"),
+        (
+            {"method": "greedy"},
+            "method=greedy: must be one of exact, common_cut, random_cut",
+        ),
         ({"band": "pooled"}, "band=pooled: must be fixed; scheme=psl has its own clock"),
         ({"deadline_factor": 2.0}, "deadline_factor=2: must be 0 with scheme=psl, where a late client"),
     ],

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sfl_jax.commands import study, study_page
+from sfl_jax.commands import study, study_page, study_table
 from sfl_jax.run.ledger import Ledger
 from sfl_jax.run.metrics import Round
 
@@ -23,7 +23,7 @@ def lines(*accuracies, ledger=SENT):
 
 
 def test_what_a_run_came_to():
-    found = study.measured(lines(None, 0.8, 0.95, 0.93), (0.9, 0.99))
+    found = study_table.measured(lines(None, 0.8, 0.95, 0.93), (0.9, 0.99))
     assert found == {
         "test_accuracy": 0.93, "best_accuracy": 0.95, "client_accuracy_worst": pytest.approx(0.83),
         "simulated_s": 8.0, "bytes": 4 * 263.0, "wall_s": 2.0,
@@ -33,10 +33,10 @@ def test_what_a_run_came_to():
 
 
 def test_runs_that_counted_no_bytes_have_none():
-    found = study.measured(lines(0.95, ledger=None), (0.9,))
+    found = study_table.measured(lines(0.95, ledger=None), (0.9,))
     assert (found["bytes"], found["bytes_to_0.9"], found["rounds_to_0.9"]) == (None, None, 1)
-    assert "-" in study.table(
-        study.summarised([({"codec": "int8"}, lines(0.95, ledger=None))], (0.9,)), (0.9,)
+    assert "-" in study_table.table(
+        study_table.summarised([({"codec": "int8"}, lines(0.95, ledger=None))], (0.9,)), (0.9,)
     )
 
 
@@ -44,12 +44,12 @@ def test_seeds_become_one_row_with_mean_and_deviation():
     runs = [
         ({"codec": c, "seed": s}, lines(x)) for c, s, x in (("a", "0", 0.8), ("a", "1", 0.9), ("b", "0", 0.7))
     ]
-    rows = study.summarised(runs, (0.85,))
+    rows = study_table.summarised(runs, (0.85,))
     assert [row["settings"] for row in rows] == [{"codec": "a"}, {"codec": "b"}]
     assert rows[0]["test_accuracy"] == pytest.approx(0.85)
     assert rows[0]["test_accuracy_sd"] == pytest.approx(0.05 * 2**0.5)
     assert rows[0]["rounds_to_0.85"] is None, "one of two runs did not reach it"
-    assert "85.00 % ± 7.07" in study.table(rows, (0.85,))
+    assert "85.00 % ± 7.07" in study_table.table(rows, (0.85,))
 
 
 def test_the_page_has_every_run_its_table_and_its_command():
@@ -58,16 +58,17 @@ def test_the_page_has_every_run_its_table_and_its_command():
         for c, s, x in (("a", "0", 0.8), ("a", "1", 0.9), ("<b>", "0", 0.7))
     ]
     made = study_page.study_page(
-        runs, study.summarised(runs, (0.85,)), (0.85,), ["study", "--vary=codec=a,<b>"]
+        runs, study_table.summarised(runs, (0.85,)), (0.85,), ["study", "--vary=codec=a,<b>"]
     )
     assert "<h1>Study of codec, seed</h1>" in made
     assert "<b>85.00 %</b><small>codec a</small>" in made
-    assert "codec a, seed 1\\n90.00 % after round 2\\nround 2" in made
+    assert '"codec a, seed 1\\n90.00 % after round 2"' in made, "the round is said once"
+    assert "<h3>Means over seeds</h3>" in made
     assert "<pre><code>study</code> <code>'--vary=codec=a,&lt;b&gt;'</code></pre>" in made
     assert made.count("<figure>") == 3
     assert "<b>," not in made
     none = [({"codec": "a"}, lines(None, ledger=None))]
-    assert "not known of this run" in study_page.study_page(none, study.summarised(none, ()), (), [])
+    assert "not known of this run" in study_page.study_page(none, study_table.summarised(none, ()), (), [])
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,9 @@ def test_the_table_reads_the_right_way_in_columns():
     assert whole not in some_split
     untested = train.summary(Config(), {"exact": 1.0}, last._replace(test_accuracy=None), 9.0, 3.0, [2])
     assert re.search(r"test accuracy +-$", untested, re.M)
+    assert untested.splitlines()[3].endswith("9.0 s  of which compiling 3.0 s")
+    threads = train.summary(Config(), {"exact": 1.0}, last, 9.0, 9.5, [2])
+    assert "9.0 s  compiling 9.5 s in several threads at once" in threads
 
 
 def test_the_table_counts_the_clients_of_all_rounds():

@@ -499,9 +499,10 @@ def test_finds_configs_and_the_newest_version(tmp_path, monkeypatch):
 
 def preparing(name, root):
     call = f"tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+    python = sys.executable.removeprefix(f"{os.getcwd()}/")
     return (
-        ".venv/bin/python -m pip install -c constraints.txt tensorflow && "
-        f'TFDS_DATA_DIR={root} .venv/bin/python -c "import tensorflow_datasets as tfds; {call}"'
+        f"{python} -m pip install -c constraints.txt tensorflow && "
+        f'TFDS_DATA_DIR={root} {python} -c "import tensorflow_datasets as tfds; {call}"'
     )
 
 

@@ -142,7 +142,8 @@ def divergence():
     one, four = (after_rounds(count, broken=4, **changes) for count in (1, 4))
     for _, loss, diverged in (one, four):
         assert np.isfinite(loss)
-        assert sorted(set(diverged.tolist())) == [-1, 4 + 3]
+        assert sorted(set(diverged.client.tolist())) == [-1, 4 + 3]
+        assert diverged.steps.tolist() == (diverged.client >= 0).tolist(), "its first step is bad"
     assert distance(one, four) < 1e-5
 
 
@@ -363,7 +364,7 @@ def crossing_bytes_of(*chains):
         arguments, size = placed(4, chain)
         expected = scaling.reduced_bytes(models.profile(chain, (16, 16, 1)), arguments[2].client.size)
         floats = sum(leaf.size for leaf in jax.tree.leaves(arguments[0]))
-        assert expected == 4 * (floats + 2 + arguments[2].client.size)
+        assert expected == 4 * (floats + 2 + 2 * arguments[2].client.size)
         by_pmap = devices.map_round(rounds.training(chain=chain), devices.choose_devices(4), size)
         for lowered in (by_pmap.lower(*arguments, None), mapped(chain, size).lower(*arguments)):
             text = lowered.compile().as_text()

@@ -167,7 +167,7 @@ def sessions(training, variables, samples, work, key, rate=RATE):
     @jax.jit
     def run(variables, samples, work):
         start = PackedVariables.of(variables)
-        packed, losses = run_session(training, start, samples, work, key, jnp.asarray(rate), jax.vmap)
+        packed, losses, _ = run_session(training, start, samples, work, key, jnp.asarray(rate), jax.vmap)
         return jax.vmap(PackedVariables.unpack)(packed), losses
 
     results = run(variables, samples, work)

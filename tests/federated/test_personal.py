@@ -100,7 +100,7 @@ def test_a_client_that_diverges_keeps_what_it_had():
     before = jax.tree.map(np.asarray, model.kept)
     program = jax.jit(functools.partial(round.run_round, training, 2, None))
     model, _, diverged = program(model, samples, work, KEY, jnp.asarray(rounds.RATE))
-    assert diverged.tolist() == [-1, -1, IDS[0][2], -1]
+    assert diverged.client.tolist() == [-1, -1, IDS[0][2], -1]
     same = [
         all(
             np.array_equal(a[k], b[k])

@@ -193,7 +193,7 @@ def small():
         model, loss, diverged = program(
             round.Model.of(variables), samples, work, KEY, jnp.asarray(rounds.RATE)
         )
-        named = [int(client) for client in diverged if client >= 0]
+        named = [int(client) for client in diverged.client if client >= 0]
         return rounds.by_unit(rounds.SMALL_CHAIN, model.variables), float(loss), named
 
     sgd = rounds.OF_OPTAX["sgd"](rounds.RATE)

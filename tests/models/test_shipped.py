@@ -37,8 +37,15 @@ def test_every_registered_network_is_tested():
 
 
 def test_pixels_that_no_patch_holds_are_refused():
-    with pytest.raises(BadInput, match=r"^images of 30x32: sides must be multiples of 4"):
-        models.create("vit-tiny", 10, 1).init(jax.random.key(0), jnp.zeros((1, 30, 32, 1)))
+    for height, width, line in ((30, 32, "images of 30x32: must"), (33, 33, "image_size=33: must")):
+        with pytest.raises(BadInput, match=f"^{line}"):
+            models.create("vit-tiny", 10, 1).init(jax.random.key(0), jnp.zeros((1, height, width, 1)))
+
+
+def test_a_function_that_takes_other_arguments_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(models.NETWORKS._members, "mine", lambda num_classes: ())
+    with pytest.raises(BadInput, match=r"^model=mine: its function must take \(name, num_classes, "):
+        models.create("mine")
 
 
 def test_smashed_data_by_hand():

@@ -102,3 +102,32 @@ class _Rows:
             options={"time_limit": seconds},
         )
         return found, time.perf_counter() - start
+
+
+def lockstep_s(table, steps):
+    """The shortest lockstep round (s), as a mixed-integer program without chains: a wait for every step."""
+    clients, count = table[0].shape
+    rows, parts = [], [table.model_down_s, table.model_up_s]
+    waits = [(part, None) for part in parts]
+    per_step = [part / steps[:, None] for part in (table.forward_s, table.tail_s, table.backward_s)]
+    waits += [(part, step) for part in per_step for step in range(int(steps.max()))]
+    size = clients * count
+    costs = np.append(np.nan_to_num(table.serving_s, posinf=0.0).ravel(), np.ones(len(waits)))
+    for wait, (part, step) in enumerate(waits):
+        for client in range(clients):
+            if step is None or step < steps[client]:
+                row = np.zeros(len(costs))
+                row[client * count : (client + 1) * count] = np.nan_to_num(part[client], posinf=0.0)
+                row[size + wait] = -1.0
+                rows.append(row)
+    one_each = np.zeros((clients, len(costs)))
+    for client in range(clients):
+        one_each[client, client * count : (client + 1) * count] = 1.0
+    most = np.append(np.isfinite(table.serving_s).ravel().astype(float), np.full(len(waits), np.inf))
+    found = optimize.milp(
+        costs, integrality=np.append(np.ones(size), np.zeros(len(waits))), bounds=optimize.Bounds(0, most),
+        constraints=[
+            optimize.LinearConstraint(np.array(rows), -np.inf, 0), optimize.LinearConstraint(one_each, 1, 1)
+        ],
+    )  # fmt: skip
+    return found.fun

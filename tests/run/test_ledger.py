@@ -14,6 +14,8 @@ import sfl_jax as sfl
 from sfl_jax import codecs
 from sfl_jax.federated import protocol, protocol_schemes
 from sfl_jax.federated.protocol import SERVER
+from sfl_jax.federated.protocol_statistics import estimate_statistics
+from sfl_jax.federated.reestimation import BATCHES
 from sfl_jax.run.ledger import Ledger, columns, ledger, sent_bytes, totals
 from sfl_jax.run.rounds import cohort
 from sfl_jax.schemes.psl import Psl
@@ -21,7 +23,7 @@ from sfl_jax.schemes.sfl import Fl, Sfl
 from sfl_jax.schemes.sfl_v2 import SflV2
 from sfl_jax.schemes.sl import Sl
 
-BATCH = test_run.given()["batch_size"]
+BATCH, PROXIMAL = test_run.given()["batch_size"], 0.3
 CODEC = codecs.create("int8")
 
 
@@ -111,9 +113,10 @@ def begun(scheme, cuts, came=None, **changes):
     return ledger(run.parts, cohort(run.parts, 0)[2], plan, came), run.parts, world, works
 
 
-def run_round(scheme, world, works):
+def run_round(scheme, world, works, skip_diverged=False):
     """What the parties of the protocol did in a round."""
-    transport, shared = protocol.Transport(), {"tail_units": scheme.tail_units}
+    transport = protocol.Transport()
+    shared = {"tail_units": scheme.tail_units, "skip_diverged": skip_diverged}
     order = range(len(works))
     if isinstance(scheme, Sfl):
         protocol.run_round(world, works, transport=transport, **shared)
@@ -128,13 +131,19 @@ def run_round(scheme, world, works):
     return transport
 
 
-def flop(profile, applied, is_server):
+def flop(profile, transport, is_server):
     macs = {protocol.FORWARD: profile.forward_macs, protocol.BACKWARD: profile.backward_macs}
-    return sum(
+    of_passes = sum(
         2 * int(macs[direction][unit]) * samples
-        for (holder, direction, unit), samples in applied.items()
+        for (holder, direction, unit), samples in transport.applied.items()
         if (holder == SERVER) == is_server
     )
+    of_fedprox = sum(
+        3 * int(profile.parameters[unit]) * times
+        for (holder, unit), times in transport.pulled.items()
+        if (holder == SERVER) == is_server
+    )
+    return of_passes + of_fedprox
 
 
 @pytest.mark.parametrize(
@@ -156,12 +165,102 @@ def test_the_ledger_is_what_the_parties_sent_held_and_computed(case, monkeypatch
         model_up_bytes=sent[protocol.MODEL_UP],
         client_peak_bytes=max(watch.peak_bytes(client, True) for client in clients),
         server_peak_bytes=watch.peak_bytes(SERVER, together),
-        client_flop=flop(parts.profile, transport.applied, False),
-        server_flop=flop(parts.profile, transport.applied, True),
+        client_flop=flop(parts.profile, transport, False),
+        server_flop=flop(parts.profile, transport, True),
     )
     whole = totals(columns([found]))
     assert whole["up_bytes"] + whole["down_bytes"] == sum(sent.values())
     assert (found.labels_up_bytes > 0) == (scheme.tail_units == 0 and min(cuts) < L)
+
+
+def white_to_nan(images):
+    return jnp.where((images == 255).all((1, 2, 3), keepdims=True), jnp.nan, images / 127.5 - 1)
+
+
+def diverging(scheme, **changes):
+    """A run in which one client sees a bad image in its second step."""
+    sizes = np.array([10, 20, 30, 10, 20, 30, 10, 20, 30])
+    given = {
+        "chain": sfl.Chain(UNITS), "scheme": scheme, "skip_diverged": True, "preprocess": white_to_nan,
+        "planner": sfl.Planner("random_cut", server_flops=1e12, min_cut=0),
+        "partition": np.split(np.arange(180), np.cumsum(sizes)[:-1]), **changes,
+    }  # fmt: skip
+    _, works, _ = test_schemes.protocol_of(test_schemes.make(**given))
+    bad = max(works, key=lambda work: len(work.batches))
+    assert len(bad.batches) > 2
+    data = test_run.DATA
+    images = data.train_images.copy()
+    images[bad.batches[1, 0]] = 255
+    return test_schemes.make(**given, data=dataclasses.replace(data, train_images=images))
+
+
+def assert_line_is(line, transport, profile):
+    """The counts of a line are what the parties sent and computed."""
+    sent = transport.bytes
+    assert line.model_down_bytes == sent[protocol.MODEL_DOWN]
+    assert line.smashed_up_bytes == sent[protocol.SMASHED_UP] + sent[protocol.GRADIENT_UP]
+    assert line.labels_up_bytes == sent[protocol.LABELS_UP]
+    assert line.gradient_down_bytes == sent[protocol.GRADIENT_DOWN] + sent[protocol.FEATURES_DOWN]
+    assert line.model_up_bytes == sent[protocol.MODEL_UP]
+    assert line.client_flop == flop(profile, transport, False)
+    assert line.server_flop == flop(profile, transport, True)
+
+
+@pytest.mark.parametrize(
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_fedprox_counts_where_its_term_is_computed(case):
+    scheme, cuts = CASES[case]
+    plain, *_ = begun(scheme, cuts)
+    found, parts, world, works = begun(scheme, cuts, proximal=PROXIMAL)
+    transport = run_round(scheme, dataclasses.replace(world, proximal=PROXIMAL), works)
+    assert_line_is(found, transport, parts.profile)
+    assert found.client_flop + found.server_flop > plain.client_flop + plain.server_flop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [Sfl(), Sfl(tail_units=3), Fl()], ids=["sfl", "tail", "fl"])
+def test_statistics_that_are_estimated_again_are_those_of_the_parties_and_count(scheme):
+    """Also where a client diverges: it has no part in them."""
+    run = diverging(scheme, batch_norm="reestimated")
+    world, works, _ = test_schemes.protocol_of(run)
+    [line] = test_run.trained(run, 1)
+    transport, shared = protocol.Transport(), {"tail_units": scheme.tail_units}
+    variables, _, diverged = protocol.run_round(world, works, True, transport, **shared)
+    before = transport.bytes[protocol.MODEL_DOWN]
+    new = dataclasses.replace(world, variables=variables)
+    sound = [work for work in works if work.client not in diverged]
+    expected = estimate_statistics(new, sound, BATCHES, transport=transport, **shared)
+    assert len(sound) == len(works) - 1
+    assert transport.bytes[protocol.MODEL_DOWN] > before
+    assert_line_is(line, transport, run.parts.profile)
+    found = run.variables.batch_stats[1]
+    for ours, theirs, old in zip(
+        *map(jax.tree.leaves, (found, expected[1]["batch_stats"], variables[1]["batch_stats"])), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert np.abs(ours - old).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        name if name == "sfl, tail" else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+        if not CASES[name][0].needs_equal_steps  # which ends the run
+    ],
+)
+def test_a_client_that_diverges_counts_what_it_sent_and_computed(case):
+    """One sees a number that is not finite in its second of several steps. The line of a run counts this."""
+    scheme, _ = CASES[case]
+    run = diverging(scheme, proximal=PROXIMAL)
+    world, works, planned = test_schemes.protocol_of(run, proximal=PROXIMAL)
+    [line] = test_run.trained(run, 1)
+    transport = run_round(scheme, world, works, skip_diverged=True)
+    assert line.clients == len(works) - 1
+    assert_line_is(line, transport, run.parts.profile)
+    assert line.client_flop < planned.ledger.client_flop
+    assert (line.model_up_bytes < line.model_down_bytes) == (case not in ("sl", "sl, tail"))
 
 
 @pytest.mark.slow
@@ -203,7 +302,7 @@ def test_a_round_counts_those_who_came():
     assert 0 < prepared.turnout.came.sum() < 3
     transport = run_round(Sfl(), world, works)
     assert sent_bytes(columns([prepared.ledger])) == sum(transport.bytes.values())
-    assert prepared.ledger.client_flop == flop(run.parts.profile, transport.applied, False)
+    assert prepared.ledger.client_flop == flop(run.parts.profile, transport, False)
 
 
 def test_totals_are_sums_and_the_largest_peaks_and_unknown_where_a_round_is():

@@ -279,8 +279,8 @@ def test_few_numbers_leave_the_devices(compiled, sent_ahead, monkeypatch):
     monkeypatch.setattr(array, "_value", property(lambda self: fetched.append(self.size) or value.fget(self)))
     go(compiled, begun=begun)
     evaluations = CONFIG.rounds // CONFIG.eval_every
-    # For each round: loss, who diverged, how many came. For an evaluation: loss, accuracy, that of classes.
-    assert sum(fetched) == CONFIG.rounds * (1 + CONFIG.cohort_size + 1) + (2 + 10) * evaluations, fetched
+    # For each round: loss, who diverged, when, how many came. For an evaluation: loss, accuracy, of classes.
+    assert sum(fetched) == CONFIG.rounds * (1 + 2 * CONFIG.cohort_size + 1) + (2 + 10) * evaluations, fetched
 
 
 def test_nothing_grows_and_nothing_compiles_over_the_rounds(compiled, sent_ahead):

@@ -15,7 +15,7 @@ from sfl_jax import fleet, models, optim, planning
 from sfl_jax.commands import parts
 from sfl_jax.commands.config import Config
 from sfl_jax.errors import BadInput
-from sfl_jax.federated.round import Outcome
+from sfl_jax.federated.round import Diverged, Outcome
 from sfl_jax.models import keras_weights
 from sfl_jax.run import clocks as run_clocks
 from sfl_jax.run import loop
@@ -166,7 +166,8 @@ def line_of(built, done):
     """The line of a round that took two seconds, in which client i had cut i."""
     done = done._replace(plan=done.plan._replace(cuts=np.arange(len(done.plan.cuts))))
     state = State(done.round + 1, None, {built.planner.method: 1.0})  # pyright: ignore
-    nobody = np.full(len(done.plan.cuts), -1)
+    clients = len(done.plan.cuts)
+    nobody = Diverged(np.full(clients, -1), np.zeros(clients, int))  # pyright: ignore
     outcome = Outcome(np.float32(0.5), nobody, done.turnout.came.sum())  # pyright: ignore
     sent = loop.Sent(done, state, state, outcome, None, 0.0, None, None)  # pyright: ignore
     return loop._line(built, sent, outcome, None, 9.0, 2.0, 0.0)

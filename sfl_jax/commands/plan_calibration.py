@@ -25,6 +25,7 @@ from sfl_jax.planning.calibration import (
     calibrate,
     fitted_fleet,
 )
+from sfl_jax.planning.insight import SLOWEST
 
 RATES, RESIDUALS, PICTURE = ".rates.csv", ".residuals.csv", ".residuals.png"
 # A text that each file contains, by the end of its name.
@@ -33,6 +34,7 @@ MARKS = {
     RESIDUALS: b"round,client,cut,measured_s",
     PICTURE: PNG_MARK,
 }
+_MANY_TIMES = 300  # the predicted seconds: more is likely milliseconds
 _RATE_OF = {"compute": "flops", "uplink": "uplink_bps", "downlink": "downlink_bps"}
 
 
@@ -86,6 +88,7 @@ def told(made: Calibrated) -> str:
     lines = [
         ("measured", f"{len(rounds.client)} rows of {seen} of {len(before.fleet)} clients in"
          f" {config.measured}"),
+        *(("units", doubt) for doubt in _doubts(made)),
         ("residuals", f"measured and predicted seconds differ by {rms[0]:.1%} (RMS) at the rates of"
          f" {config.fleet}, by {rms[1]:.1%} at the fitted ones"),
         ("", f"largest: {errors[1][worst]:+.1%}, client {name} in round {rounds.round[worst]} at cut"
@@ -98,6 +101,17 @@ def told(made: Calibrated) -> str:
     ]  # fmt: skip
     text = "\n".join(f"{name:<11} {text}" for name, text in lines)
     return f"{text}\n\n{_table(made)}\n"
+
+
+def _doubts(made: Calibrated) -> list[str]:
+    """A sentence for each column of the rounds that looks as if it had another unit."""
+    found, shares = [], made.measured.share_flops[~np.isnan(made.measured.share_flops)]
+    if len(shares) and shares.max() < SLOWEST["flops"][0]:
+        found.append(f"share_flops is {shares.max():.4g} FLOP/s at most; are the numbers in GFLOP/s?")
+    times = np.nanmedian(_errors(made.found, "predicted_s")) + 1
+    if times > _MANY_TIMES:
+        found.append(f"the rounds took {times:.3g} times the predicted seconds; are they in milliseconds?")
+    return found
 
 
 def write(made: Calibrated) -> None:

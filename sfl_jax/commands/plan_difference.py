@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sfl_jax.errors import BadInput
 
 LISTED = 20  # the most clients that are listed
+_MOST_S = 1e300  # JSON may have integers that no float holds
 _NAMED = 5  # how many new or missing clients are named
 # Settings that are compared where both plans have them.
 _SETTINGS = (
@@ -38,7 +39,7 @@ def read_plan(path: str) -> Earlier:
         head = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise BadInput(f"--compare_with={path}: {error.strerror}; give the path of a plan.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"--compare_with={path}: must be a plan.json; it is no JSON ({error})") from error
     clients = head.pop("clients", None) if isinstance(head, dict) else None
     try:
@@ -46,8 +47,8 @@ def read_plan(path: str) -> Earlier:
     except (TypeError, KeyError) as error:
         raise BadInput(f"--compare_with={path}: must be a plan.json; it lacks {error}") from error
     round_s = head.get("round_s")
-    if isinstance(round_s, bool) or not isinstance(round_s, int | float):
-        raise BadInput(f"--compare_with={path}: must be a plan.json; its round_s is {round_s!r}")
+    if isinstance(round_s, bool) or not isinstance(round_s, int | float) or not 0 <= round_s < _MOST_S:
+        raise BadInput(f"--compare_with={path}: must be a plan.json; its round_s is {repr(round_s)[:40]}")
     if not columns["client"] or not all(isinstance(name, str) for name in columns["client"]):
         raise BadInput(f"--compare_with={path}: must be a plan.json; it has no clients")
     return Earlier(path, head, columns)

@@ -14,6 +14,7 @@ from sfl_jax.errors import BadInput
 from sfl_jax.files import whole_file
 
 FORMAT = "sfl_jax device 1"
+_MOST_S = 1e300  # JSON may have integers that no float holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ def read_device(path: str | os.PathLike[str]) -> Device:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give the path of a device file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: must be a device file; it is no JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f'{path}: must be a device file, with "format": "{FORMAT}"')
@@ -113,6 +114,6 @@ def _seconds(path, row: dict[str, Any], name: str) -> float:
     value = row.get(name)
     if value is None:
         raise BadInput(f"{path}: unit {row['unit']}: {name}: missing; must be a number above 0")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST_S:
         raise BadInput(f"{path}: unit {row['unit']}: {name}={value}: must be a number above 0")
     return float(value)

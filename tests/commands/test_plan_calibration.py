@@ -142,6 +142,27 @@ def test_a_slower_server_is_found_and_planned_for(here, capsys):
     assert json.loads((here / "again.json").read_text())["round_s"] == pytest.approx(new["round_s"], rel=1e-9)
 
 
+def test_rounds_in_another_unit_are_asked_about(here, capsys):
+    totals(here, 1.0, [1e8, 3e8])
+    head, *rows = (here / "totals.csv").read_text().splitlines()
+    cells = [row.split(",") for row in rows]
+    lines = [",".join([*row[:3], f"{1000 * float(row[3])}", f"{float(row[4]) / 1e9}"]) for row in cells]
+    (here / "totals.csv").write_text("\n".join([head, *lines]))
+    assert run("--measured=totals.csv") == 0
+    assert (
+        "units       share_flops is 0.3 FLOP/s at most; are the numbers in GFLOP/s?"
+        in capsys.readouterr().out
+    )
+    lines = [",".join([*row[:3], f"{1000 * float(row[3])}", row[4]]) for row in cells]
+    (here / "totals.csv").write_text("\n".join([head, *lines]))
+    assert run("--measured=totals.csv") == 0
+    out = capsys.readouterr().out
+    assert "units       the rounds took 1e+03 times the predicted seconds; are they in milliseconds?" in out
+    totals(here, 1.0, [1e8, 3e8])
+    assert run("--measured=totals.csv") == 0
+    assert "units  " not in capsys.readouterr().out
+
+
 def test_a_server_that_nothing_tells_keeps_its_speed(here, capsys):
     totals(here, 1.6, [3e8] * 4)
     assert run("--measured=totals.csv") == 0

@@ -152,11 +152,12 @@ def test_the_picture_of_several_servers(here, monkeypatch):
     [
         ({"round_s": "soon"}, "its round_s is 'soon'"),
         ({"round_s": None}, "its round_s is None"),
+        ({"round_s": 10**309}, f"its round_s is 1{'0' * 39}"),
         ({"clients": []}, "it has no clients"),
         ({"clients": [{"client": "a"}]}, "it lacks 'cut'"),
         ({"clients": {"a": 1}}, "it lacks "),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:20],
 )
 def test_an_earlier_plan_that_is_none_is_one_line(here, capsys, change, words):
     client = {"client": "a", "cut": 1, "unit": "stem", "share_flops": 1.0, "client_s": 2.0}

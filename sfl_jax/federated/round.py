@@ -44,8 +44,8 @@ class Diverged(NamedTuple):
     took, the bad one included; 0 for every other client.
     """
 
-    client: Int[Array, " K"]
-    steps: Int[Array, " K"]
+    client: Int[Array | np.ndarray, " K"]
+    steps: Int[Array | np.ndarray, " K"]
 
     @classmethod
     def where(cls, is_bad: Bool[Array, " K"], client: Any, steps: Any) -> "Diverged":

@@ -25,7 +25,7 @@ from sfl_jax.optim.costs import Floats
 from sfl_jax.optim.maxima import TOLERANCE, Least
 from sfl_jax.optim.shares import rounding
 
-LARGEST = 1 << 17  # (client, column, kind) entries of the first program; more take too long
+LARGEST = 1 << 15  # (client, column, kind) entries of the first program; more take too long
 _ENTRIES = 1 << 22  # of all programs together: some seconds
 _ABOVE = 1 + 2.0**-50
 _FEWER = 0.8  # a box is solved again if fewer than this part of its columns are left
@@ -150,13 +150,13 @@ class _Search:
         who, what = np.nonzero(open_)
         costs, program, floors, ceilings = self.program(who, what, floors, ceilings)
         self.looked, self.entries = self.looked + 1, self.entries + program.nnz
-        size = len(who)
+        size, count = len(who), sum(len(self.rows) + len(one.steps) - 1 for one in self.chains)
         one_each = sp.csr_matrix((np.ones(size), (who, np.arange(size))), (len(self.rows), len(costs)))
         bounds = np.stack([np.append(np.zeros(size), floors), np.append(np.full(size, np.inf), ceilings)], 1)
         found = linprog(
-            costs, program, np.zeros(program.shape[0]), one_each, np.ones(len(self.rows)), bounds, "highs-ds"
+            costs, program, np.zeros(count), one_each, np.ones(len(self.rows)), bounds, "highs-ds"
         )
-        y, x = np.zeros(program.shape[0]), np.append(np.zeros(size), ceilings)
+        y, x = np.zeros(count), np.append(np.zeros(size), ceilings)
         if found.status == 0:
             y, x = np.maximum(-found.ineqlin.marginals, 0.0), found.x
         left = costs + program.T @ y

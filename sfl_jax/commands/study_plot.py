@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sfl_jax.commands.study import sent_so_far
+from sfl_jax.commands.study_table import sent_so_far
 from sfl_jax.files import PNG_METADATA, whole_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes from the second time on.

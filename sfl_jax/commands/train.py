@@ -102,10 +102,14 @@ def _train(config, stop, writes, say) -> int:
         f"--workdir={config.workdir}: must be one place for all processes, but they find different rounds",
     )
     if progress is not None and progress.round >= config.rounds:
+        from sfl_jax.commands import report
+
         say.result(
             f"--workdir={config.workdir}: all {progress.round} rounds are done; nothing was trained\n"
-            f"  to begin again, give another --workdir; {program('report')} writes the report again"
+            "  to begin again, give another --workdir"
         )
+        if (page := Path(config.workdir) / report.NAME).exists():
+            say.result(f"  report: {page}")
         return 0
     if progress is not None:
         stop.keep(f"round {progress.round} of {config.rounds} is saved; {AGAIN}")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sfl_jax.commands import study, study_page, study_table
+from sfl_jax.commands import study, study_page, study_plot, study_table
 from sfl_jax.run.ledger import Ledger
 from sfl_jax.run.metrics import Round
 
@@ -88,6 +88,16 @@ def test_the_page_has_every_run_its_table_and_its_command():
 def test_what_cannot_be_studied_is_refused_in_a_line(arguments, said, capsys, tmp_path):
     assert study.main([*arguments, f"--workdir={tmp_path}"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_picture_names_each_setting_once(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study_plot.Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
+    settings = ({"codec": "a", "seed": "0"}, {"codec": "a", "seed": "1"}, {"codec": "b", "seed": "0"})
+    study_plot.write(tmp_path / "study.png", [(values, lines(0.8, 0.9)) for values in settings])
+    (figure,) = drawn
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["codec a", "codec b"]
+    assert [len(panel.lines) for panel in figure.axes] == [3, 3, 3]
 
 
 def test_help_names_the_settings(capsys):

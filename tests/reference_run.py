@@ -117,7 +117,7 @@ def work(config):
     slots = 2 if config.optimizer == "adam" else 1 if config.momentum else 0
     return optim.Work(
         local_epochs=config.local_epochs, batch_size=config.batch_size, bits_per_float=config.bits_per_float,
-        min_cut=config.min_cut, optimizer_slots=slots,
+        min_cut=config.min_cut, optimizer_slots=slots, proximal=config.proximal > 0,
     )  # fmt: skip
 
 

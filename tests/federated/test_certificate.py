@@ -56,8 +56,8 @@ def test_a_wrong_party_is_noticed(monkeypatch, owner, name, wrong):
 def test_a_number_that_is_not_finite_in_the_last_unit_alone_is_noticed(monkeypatch):
     update = protocol.Copy.update
 
-    def poisoned(copy):
-        update(copy)
+    def poisoned(copy, *arguments):
+        update(copy, *arguments)
         if copy.index == rounds.SMALL_CUTS - 2:
             copy.variables = jax.tree.map(lambda x: x * np.nan, copy.variables)
 

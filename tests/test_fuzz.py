@@ -113,7 +113,7 @@ München,3E9,1.5e6,2e6,0,60000,3
 
 
 def read_plainly(data):
-    """The columns of a fleet.csv by Python's csv, unchecked, with no blanks around cells and no empty lines."""
+    """The columns of a fleet.csv by Python's csv, unchecked; no blanks around cells, no empty lines."""
     text = io.StringIO(data.decode("utf-8-sig"), newline="")
     rows = [[cell.strip() for cell in row] for row in csv.reader(text, skipinitialspace=True) if any(row)]
     columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))

@@ -106,8 +106,7 @@ def study(
         if failed == SAVED:
             return SAVED
     if done:
-        given = [*(f"--vary={name}={','.join(values)}" for name, values in varied.items()), *rest]
-        command = [*program("study").split(), *given, f"--workdir={workdir}"]
+        command = [*program("study").split(), *_joined(varied, rest, workdir, targets, predicted, pilots)]
         write(varied, done, command, workdir, targets)
     if done and predicted:
         rows, model = ahead.predict(cases, _lines(cases, done), predicted)
@@ -210,6 +209,19 @@ def _split(arguments):
     if not varied:
         raise BadInput("--vary: missing; for example --vary=scheme=sfl,psl")
     return varied, rest, workdir, accuracies(targets), *_prediction(predicted, pilots)
+
+
+def _joined(varied, rest, workdir, targets, predicted, pilots) -> list[str]:
+    """The arguments that `_split` reads so."""
+    arguments = [*(f"--vary={name}={','.join(values)}" for name, values in varied.items()), *rest]
+    arguments.append(f"--workdir={workdir}")
+    if targets is not None:
+        arguments.append(f"--targets={','.join(map(str, targets))}")
+    if predicted:
+        arguments.append(f"--predict={predicted}")
+    if pilots:
+        arguments.append(f"--pilots={pilots}")
+    return arguments
 
 
 def _prediction(predicted: str, pilots: str) -> tuple[float, int]:

@@ -52,6 +52,15 @@ def test_seeds_become_one_row_with_mean_and_deviation():
     assert "85.00 % ± 7.07" in study_table.table(rows, (0.85,))
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["--targets="], ["--targets=0.3,0.45"], ["--predict=0.9"], ["--predict=0.9", "--pilots=3"]]
+)
+def test_the_command_on_the_page_is_read_as_the_one_that_was_given(more):
+    read = study._split(["--vary=scheme=sfl,psl", "--vary=cut=1,3", "--rounds=2", "--workdir=runs/x", *more])
+    assert study._split(study._joined(*read)) == read
+    assert set(study._joined(*read)) >= set(more)
+
+
 def test_the_page_has_every_run_its_table_and_its_command():
     runs = [
         ({"codec": c, "seed": s}, lines(None, x))

@@ -2,15 +2,17 @@
 
 `train` trains the runs of docs/claim.md into runs/claim, through launch.study; it goes on where it was
 interrupted. NAME is one of the settings below; without one, all are trained, for many hours on two cores.
-Other flags are passed on, for example --data_dir for CIFAR-10.
-`tables` reads the runs that are there, prints the tables of the page, and writes runs/claim/clocks.csv for
-its picture. The tables of the method by itself are those of benchmarks.paper_method.
+--seeds=0 trains one seed of three. Other flags are passed on, for example --data_dir for CIFAR-10.
+`tables` adds the runs that are done to docs/claim.csv, so that settings and seeds can be trained one at a
+time, on several machines too. It prints the tables of the page from that file, and writes
+runs/claim/clocks.csv for its picture. The tables of the method by itself are those of
+benchmarks.paper_method.
 """
 
 import argparse
+import collections
 import csv
 import dataclasses
-import functools
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from sfl_jax.commands import parts, report, study_table, totals, words, workdir
 from sfl_jax.run import recording
 
 ROOT = Path("runs/claim")
+RECORD = Path("docs/claim.csv")
 METHODS = {
     "no_split": "no split", "random_cut": "random cuts", "equal_shares": "equal shares, best cuts",
     "common_cut": "best common cut", "regression": "regression and alternation",
@@ -79,45 +82,84 @@ SETTINGS = {
 
 
 class Run(NamedTuple):
-    """One training. accuracies: by round, None where nothing was tested. seconds: by method and round."""
+    """One training, by round. accuracies: None where nothing was tested. seconds: by method; none for fl."""
 
+    losses: list[float]
     accuracies: list[float | None]
     seconds: dict[str, np.ndarray]
 
 
-def train(names, more):
+def train(names, seeds, more):
     for name in names:
         setting = SETTINGS[name]
         targets = f"--targets={','.join(map(str, setting.targets))}"
-        flags = [*setting.flags.split(), targets, f"--workdir={ROOT / name}", *more]
+        chosen = setting.flags.replace(SEEDS, f"--vary=seed={seeds}")
+        flags = [*chosen.split(), targets, f"--workdir={ROOT / name}", *more]
         print(f"{name}: python -m launch.study {' '.join(flags)}", flush=True)
         code = subprocess.run([sys.executable, "-m", "launch.study", *flags], check=False).returncode
         if code:
             sys.exit(code)
 
 
-@functools.cache
 def run_of(directory: Path) -> Run:
     """A training with the clock of every method. The plans are made anew, without training."""
     config, _ = workdir.described(str(directory))
-    built = parts.build(dataclasses.replace(config, devices=0, init_from=""), lambda text: None)
     lines = recording.logged(str(directory))
-    made = report.clocks(str(directory), built.parts, lines, list(METHODS))
-    own = next(iter(made))
-    clocks = {name: made[own if name == built.parts.planner.method else name] for name in METHODS}
+    clocks = {}
+    if config.scheme != "fl":
+        built = parts.build(dataclasses.replace(config, devices=0, init_from=""), lambda text: None)
+        made = report.clocks(str(directory), built.parts, lines, list(METHODS))
+        own = next(iter(made))
+        clocks = {name: made[own if name == built.parts.planner.method else name] for name in METHODS}
     return Run(
+        [line.train_loss for line in lines],
         [line.test_accuracy for line in lines],
         {name: clock.seconds for name, clock in clocks.items()},
     )
 
 
-def runs_of(name: str) -> dict[str, Path]:
+def kept() -> dict[str, dict[str, Run]]:
+    """The runs of docs/claim.csv, by setting and seed."""
+    rows = collections.defaultdict(list)
+    if RECORD.exists():
+        with RECORD.open(newline="") as file:
+            for row in csv.DictReader(file):
+                rows[row["setting"], row["seed"]].append(row)
+    found: dict[str, dict[str, Run]] = {}
+    for (name, seed), lines in sorted(rows.items()):
+        found.setdefault(name, {})[seed] = Run(
+            [float(line["train_loss"]) for line in lines],
+            [float(line["test_accuracy"]) if line["test_accuracy"] else None for line in lines],
+            {m: np.array([float(line[m]) for line in lines]) for m in METHODS if lines[0][m]},
+        )
+    return found
+
+
+def keep(names):
+    """Adds the runs that are done to docs/claim.csv. A run of the same setting and seed is replaced."""
+    runs = kept()
+    for name in names:
+        for seed, directory in done(name).items():
+            runs.setdefault(name, {})[seed] = run_of(directory)
+    with RECORD.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["setting", "seed", "round", "train_loss", "test_accuracy", *METHODS])
+        for name, seed in sorted((name, seed) for name, of in runs.items() for seed in of):
+            run = runs[name][seed]
+            for place, (loss, accuracy) in enumerate(zip(run.losses, run.accuracies, strict=True)):
+                seconds = [f"{run.seconds[m][place]:.9g}" if run.seconds else "" for m in METHODS]
+                tested = "" if accuracy is None else accuracy
+                writer.writerow([name, seed, place + 1, loss, tested, *seconds])
+
+
+def done(name: str) -> dict[str, Path]:
     """The directories of a setting whose training is done, by seed or scheme."""
     found = [path.parent for path in sorted((ROOT / name).glob("*=*/metrics.jsonl"))]
-    done = [
-        path for path in found if len(recording.logged(str(path))) == workdir.described(str(path))[0].rounds
-    ]
-    return {path.name.partition("=")[2]: path for path in done}
+    return {
+        path.name.partition("=")[2]: path
+        for path in found
+        if len(recording.logged(str(path))) == workdir.described(str(path))[0].rounds
+    }
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -126,11 +168,10 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def accuracy_tables(names):
+def accuracy_tables(settings):
     """How accurate each setting became, and the simulated seconds of each method to its targets."""
     rows = []
-    for name in names:
-        runs = [run_of(path) for path in runs_of(name).values()]
+    for name, runs in settings.items():
         last = [100 * run.accuracies[-1] for run in runs]
         total = [run.seconds["exact"][-1] for run in runs]
         means = {method: statistics.fmean(run.seconds[method][-1] for run in runs) for method in METHODS}
@@ -139,8 +180,7 @@ def accuracy_tables(names):
     header = ["setting", "seeds", "test accuracy, %", "simulated, s", *METHODS.values()]
     print("All rounds. The columns of methods: their time over that of the exact plans.\n")
     table(header, rows)
-    for name in names:
-        runs = [run_of(path) for path in runs_of(name).values()]
+    for name, runs in settings.items():
         targets = SETTINGS[name].targets
         print(f"{SETTINGS[name].title}: rounds and simulated seconds to a test accuracy\n")
         places = {t: [totals.first_round(run.accuracies, t) for run in runs] for t in targets}
@@ -167,19 +207,17 @@ def to(places, columns):
     return spread(reached) + note
 
 
-def equality_table(names):
+def equality_table(runs):
     """Whether `sfl` under the exact plans has the numbers of `fl`, line by line."""
     rows = []
-    for name in names:
-        if not name.endswith("_fl"):
-            continue
-        for seed, directory in runs_of(name).items():
-            twin = runs_of(name.removesuffix("_fl")).get(seed)
-            if twin is None:
+    for name in runs:
+        for seed, run in runs[name].items():
+            twin = runs.get(name.removesuffix("_fl"), {}).get(seed)
+            if not name.endswith("_fl") or twin is None:
                 continue
-            pairs = list(zip(recording.logged(str(directory)), recording.logged(str(twin)), strict=True))
-            tested = [(a.test_accuracy, b.test_accuracy) for a, b in pairs if a.test_accuracy is not None]
-            loss = max(abs(a.train_loss - b.train_loss) / b.train_loss for a, b in pairs)
+            pairs = zip(run.accuracies, twin.accuracies, strict=True)
+            tested = [(a, b) for a, b in pairs if a is not None]
+            loss = max(abs(a - b) / b for a, b in zip(run.losses, twin.losses, strict=True))
             same = sum(a == b for a, b in tested)
             apart = max(abs(a - b) for a, b in tested)
             title = SETTINGS[name].title.removesuffix(", fl")
@@ -190,19 +228,19 @@ def equality_table(names):
 def scheme_table():
     """Rounds, simulated seconds and bytes of each scheme to the targets, on its own clock."""
     targets = SETTINGS[SCHEMES].targets
-    directories = {"sfl": runs_of(SFL)["0"], **runs_of(SCHEMES)}
+    directories = {"sfl": done(SFL)["0"], **done(SCHEMES)}
     runs = [({"scheme": name}, recording.logged(str(path))) for name, path in directories.items()]
     header, *rows = study_table.cells(study_table.summarised(runs, targets), targets)
     table(header, rows)
 
 
-def write_clocks(names):
-    """A file for the picture: test accuracy and each method's seconds, of seed 0 of each setting."""
+def write_clocks(settings):
+    """A file for the picture: test accuracy and each method's seconds, of the first seed of each setting."""
+    ROOT.mkdir(parents=True, exist_ok=True)
     with (ROOT / "clocks.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["setting", "round", "test_accuracy", *METHODS])
-        for name in names:
-            run = run_of(runs_of(name)["0"])
+        for name, (run, *_) in settings.items():
             for place, accuracy in enumerate(run.accuracies):
                 if accuracy is not None:
                     seconds = (f"{run.seconds[method][place]:.6g}" for method in METHODS)
@@ -215,20 +253,22 @@ def main():
     )
     parser.add_argument("what", choices=("train", "tables"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SETTINGS))
+    parser.add_argument("--seeds", default="0,1,2", help="of the settings that have several")
     options, more = parser.parse_known_args()
     if wrong := [name for name in options.names if name not in SETTINGS]:
         parser.error(f"{wrong[0]}: must be one of {', '.join(SETTINGS)}")
     names = options.names or list(SETTINGS)
     if options.what == "train":
-        train(names, more)
+        train(names, options.seeds, more)
         return
     if more:
         parser.error(f"{more[0]}: only with train")
-    there = [name for name in names if runs_of(name)]
-    plans = [name for name in there if name != SCHEMES and not name.endswith("_fl")]
+    keep(name for name in names if name != SCHEMES)
+    runs = {name: of for name, of in kept().items() if name in names}
+    plans = {name: list(of.values()) for name, of in runs.items() if not name.endswith("_fl")}
     accuracy_tables(plans)
-    equality_table(there)
-    if SCHEMES in there and runs_of(SFL):
+    equality_table(kept())
+    if SCHEMES in names and done(SCHEMES) and "0" in done(SFL):
         scheme_table()
     write_clocks(plans)
 

@@ -64,6 +64,7 @@ def build(config: Config, say: Say = silent, progress: Progress | None = None) -
     progress: how far the run has come, if it has begun. Its initial weights may be missing then.
     """
     validate(config)
+    codec_pairs(config)  # which refuses a wrong form
     say(f"reading {config.dataset}")
     config, file = division.settle(config)
     own_scheme, own_planner = scheme(config), planner(config)

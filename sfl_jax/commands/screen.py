@@ -151,11 +151,12 @@ def first_line(config: Config) -> str:
 def first_line_of_plan(config: Config) -> str:
     """What the plan will be, from its flags."""
     size = config.image_size
-    server = (
-        f"servers of {config.servers}"
-        if config.servers
-        else f"server of {words.amount(config.server_flops, 'FLOP/s')}"
-    )
+    if config.servers:
+        server = f"servers of {config.servers}"
+    elif config.target_round_s:
+        server = f"the smallest server for a round of {config.target_round_s:g} s"
+    else:
+        server = f"server of {words.amount(config.server_flops, 'FLOP/s')}"
     return f"{_clients(config)}, {config.model} at {size}x{size}, {server}"
 
 

@@ -22,6 +22,7 @@ _COLUMNS = (
 )  # fmt: skip
 _EMPTY = {"flops": np.inf, "slowdown": 1.0}  # what an empty cell means beside a column of devices
 _MAY_BE_ZERO = ("memory_bytes", "kappa", "transmit_w", "energy_j")
+LARGEST_EXACT = 2.0**53  # below it, every whole number is a float
 EXAMPLE = "example"  # instead of a path: the made-up fleet of this package
 _EXAMPLE_FILE = Path(__file__).with_name("example.csv")
 
@@ -59,7 +60,7 @@ def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
       BadInput: the path cannot be written.
     """
     path = os.path.expanduser(path)
-    columns = {name: values.tolist() for name, values in fleet.columns().items()}
+    columns = {name: _cells(values) for name, values in fleet.columns().items()}
     if fleet.device is not None:
         folder = os.path.dirname(os.path.abspath(path))
         paths = {name: os.path.relpath(device.path, folder) for name, device in fleet.devices.items()}
@@ -77,6 +78,14 @@ def write_fleet(path: str | os.PathLike[str], fleet: Fleet) -> None:
             text.detach()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give a path that can be written") from error
+
+
+def _cells(values: np.ndarray) -> list[Any]:
+    """What is written of a column. Where all numbers are whole, they have no point."""
+    if values.dtype.kind != "f":
+        return values.tolist()
+    whole = np.all(np.abs(values) < LARGEST_EXACT) and np.all(values == np.floor(values))
+    return values.astype(np.int64).tolist() if whole else values.tolist()
 
 
 def _read_fast(data: bytes) -> Fleet | None:

@@ -65,6 +65,7 @@ def test_flags_of_another_scheme_are_refused(given, line):
         ),
         ({"band": "pooled"}, "band=pooled: must be fixed; scheme=psl has its own clock"),
         ({"deadline_factor": 2.0}, "deadline_factor=2: must be 0 with scheme=psl, where a late client"),
+        ({"codec": "topk"}, "codec=topk: must be topk:part with numbers, such as topk:0.5"),
     ],
 )
 def test_what_a_scheme_does_not_allow_is_refused_before_data_are_read(changes, line):

@@ -266,3 +266,15 @@ def test_the_first_line_names_a_fleet_file():
     assert screens.first_line(Config(fleet="mine.csv", rounds=1)).startswith(
         "clients of mine.csv, 10 a round, 1 round: "
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "server"),
+    [
+        ({}, "server of 20 GFLOP/s"),
+        ({"target_round_s": 25.0}, "the smallest server for a round of 25 s"),
+        ({"servers": "two.csv"}, "servers of two.csv"),
+    ],
+)
+def test_a_plan_begins_with_the_server_that_it_is_for(settings, server):
+    assert screens.first_line_of_plan(Config(**settings)).endswith(f", {server}")

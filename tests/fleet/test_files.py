@@ -103,6 +103,15 @@ def test_written_and_read_back_nothing_is_lost(tmp_path_factory, data, clients):
     check_equal(_read_exactly(path, path.read_bytes()), fleet)
 
 
+@pytest.mark.parametrize("largest", [2.0**53 - 1, 2.0**53])
+def test_whole_numbers_are_written_without_a_point(tmp_path, largest):
+    columns = random_fleet(2, seed=0).columns() | {"flops": np.array([2e11, largest])}
+    path = tmp_path / "fleet.csv"
+    write_fleet(path, Fleet(**columns))
+    assert (b",200000000000," in path.read_bytes()) == (largest < 2.0**53)
+    check_equal(read_fleet(path), Fleet(**columns))
+
+
 def cell(line, column, value):
     """GOOD with one cell replaced; lines count from 1."""
     rows = [row.split(",") for row in GOOD.splitlines()]

@@ -75,6 +75,29 @@ def test_a_core_is_a_device_unless_something_else_is_said(most, flags, found):
     assert done.stdout.split() == [str(found)] * 2, "once found, devices stay"
 
 
+LATE = """
+import time, jax, numpy as np
+from sfl_jax.federated import cores
+cores.cores_as_devices(2)
+def late(x):
+    time.sleep(62 * float(x[0]))
+    return x
+def total(x):
+    return jax.lax.psum(jax.pure_callback(late, jax.ShapeDtypeStruct(x.shape, x.dtype), x), "devices")
+print(*np.ravel(jax.pmap(total, axis_name="devices")(np.array([[0.0], [1.0]]))))
+"""
+
+
+@pytest.mark.slow
+def test_a_device_may_wait_for_another_for_longer_than_xla_allows():
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1.0 1.0\n", "")
+
+
 def test_more_devices_than_there_are():
     with pytest.raises(BadInput, match=r"^devices=99: must be 0 to \d+"):
         devices.choose_devices(99)

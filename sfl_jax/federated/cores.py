@@ -8,7 +8,7 @@ import jax
 from jax._src import xla_bridge  # nothing public knows whether JAX has looked for devices
 
 _FORCED = "xla_force_host_platform_device_count"
-# Seconds until XLA says that a device waits for another, and from then until it ends the process: else 20, 40.
+# Seconds until XLA says that a device waits for another, and then until it ends the process; else 20, 40.
 _PATIENCE_S = {
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 3600,
     "xla_cpu_collective_call_terminate_timeout_seconds": 1_000_000,

@@ -355,8 +355,7 @@ def test_a_preset_begins_with_what_it_is_its_command_its_time_and_its_accuracy(n
     assert presets.about(name) == lines[0].removeprefix("# ")
     assert len(presets.about(name)) <= 80
     marks = [rf"Command: .*\bsfl-train --preset={name}", r"Time: .*\d+ s", r"Accuracy: .*\d %.* rounds"]
-    is_short = any("--rounds=" in line for line in lines if line.startswith("# Time:"))  # and has no accuracy
-    for mark in marks[:2] if is_short else marks:
+    for mark in marks:
         assert any(re.match(f"# {mark}", line) for line in lines), mark
     assert max(map(len, lines)) <= 110
 

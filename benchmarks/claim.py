@@ -1,8 +1,9 @@
-"""Less training latency at the same accuracy, measured: python -m benchmarks.claim train|tables [NAME ...]
+"""Less latency at the same accuracy, measured: python -m benchmarks.claim train|equality|tables [NAME ...]
 
 `train` trains the runs of docs/claim.md into runs/claim, through launch.study; it goes on where it was
 interrupted. NAME is one of the settings below; without one, all are trained, for many hours on two cores.
 --seeds=0 trains one seed of three. Other flags are passed on, for example --data_dir for CIFAR-10.
+`equality` trains the first rounds of a setting on MNIST with `sfl` and with `fl`, and compares each line.
 `tables` adds the runs that are done to docs/claim.csv, so that settings and seeds can be trained one at a
 time, on several machines too. It prints the tables of the page from that file, and writes
 runs/claim/clocks.csv for its picture. The tables of the method by itself are those of
@@ -21,8 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+import sfl_jax as sfl
 from benchmarks.paper_method import table
-from sfl_jax.commands import parts, report, study_table, totals, words, workdir
+from sfl_jax.commands import flags, parts, report, study_table, totals, words, workdir
+from sfl_jax.federated import cores
 from sfl_jax.run import recording
 
 ROOT = Path("runs/claim")
@@ -74,15 +77,10 @@ SETTINGS = {
         "ResNet-18 on CIFAR-10, 50 clients, IID", f"{ONE} {RESNET18}", (0.3, 0.4, 0.5)
     ),
 }  # fmt: skip
-SETTINGS |= {  # the same without a split
-    f"{name}_fl": Setting(f"{SETTINGS[name].title}, fl", f"--scheme=fl {SETTINGS[name].flags}")
-    for name in SETTINGS
-    if name.startswith(("b0_", "s_"))
-}
 
 
 class Run(NamedTuple):
-    """One training, by round. accuracies: None where nothing was tested. seconds: by method; none for fl."""
+    """One training, by round. accuracies: None where nothing was tested. seconds: by method."""
 
     losses: list[float]
     accuracies: list[float | None]
@@ -104,13 +102,11 @@ def train(names, seeds, more):
 def run_of(directory: Path) -> Run:
     """A training with the clock of every method. The plans are made anew, without training."""
     config, _ = workdir.described(str(directory))
+    built = parts.build(dataclasses.replace(config, devices=0, init_from=""), lambda text: None)
     lines = recording.logged(str(directory))
-    clocks = {}
-    if config.scheme != "fl":
-        built = parts.build(dataclasses.replace(config, devices=0, init_from=""), lambda text: None)
-        made = report.clocks(str(directory), built.parts, lines, list(METHODS))
-        own = next(iter(made))
-        clocks = {name: made[own if name == built.parts.planner.method else name] for name in METHODS}
+    made = report.clocks(str(directory), built.parts, lines, list(METHODS))
+    own = next(iter(made))
+    clocks = {name: made[own if name == built.parts.planner.method else name] for name in METHODS}
     return Run(
         [line.train_loss for line in lines],
         [line.test_accuracy for line in lines],
@@ -130,7 +126,7 @@ def kept() -> dict[str, dict[str, Run]]:
         found.setdefault(name, {})[seed] = Run(
             [float(line["train_loss"]) for line in lines],
             [float(line["test_accuracy"]) if line["test_accuracy"] else None for line in lines],
-            {m: np.array([float(line[m]) for line in lines]) for m in METHODS if lines[0][m]},
+            {method: np.array([float(line[method]) for line in lines]) for method in METHODS},
         )
     return found
 
@@ -147,18 +143,18 @@ def keep(names):
         for name, seed in sorted((name, seed) for name, of in runs.items() for seed in of):
             run = runs[name][seed]
             for place, (loss, accuracy) in enumerate(zip(run.losses, run.accuracies, strict=True)):
-                seconds = [f"{run.seconds[m][place]:.9g}" if run.seconds else "" for m in METHODS]
+                seconds = [f"{run.seconds[method][place]:.9g}" for method in METHODS]
                 tested = "" if accuracy is None else accuracy
                 writer.writerow([name, seed, place + 1, loss, tested, *seconds])
 
 
 def done(name: str) -> dict[str, Path]:
-    """The directories of a setting whose training is done, by seed or scheme. Of fl also those begun."""
+    """The directories of a setting whose training is done, by seed or scheme."""
     found = [path.parent for path in sorted((ROOT / name).glob("*=*/metrics.jsonl"))]
     return {
         path.name.partition("=")[2]: path
         for path in found
-        if name.endswith("_fl") or len(recording.logged(str(path))) == workdir.described(str(path))[0].rounds
+        if len(recording.logged(str(path))) == workdir.described(str(path))[0].rounds
     }
 
 
@@ -207,22 +203,27 @@ def to(places, columns):
     return spread(reached) + note
 
 
-def equality_table(runs):
-    """Whether `sfl` under the exact plans has the numbers of `fl`, line by line, as far as fl was trained."""
+def equality(names, rounds):
+    """Whether `sfl` under the exact plans has the numbers of `fl`, line by line: the first rounds, seed 0."""
     rows = []
-    for name in runs:
-        for seed, run in runs[name].items():
-            twin = runs.get(name.removesuffix("_fl"), {}).get(seed)
-            if not name.endswith("_fl") or twin is None:
-                continue
-            pairs = zip(run.accuracies, twin.accuracies, strict=False)
-            tested = [(a, b) for a, b in pairs if a is not None]
-            loss = max(abs(a - b) / b for a, b in zip(run.losses, twin.losses, strict=False))
-            same = sum(a == b for a, b in tested)
-            title = SETTINGS[name].title.removesuffix(", fl")
-            rounds = f"{len(run.losses)} of {len(twin.losses)}"
-            rows.append([title, seed, rounds, f"{same} of {len(tested)}", f"{loss:.1e}"])
-    table(["setting", "seed", "rounds", "equal test accuracies", "loss apart, relative"], rows)
+    for name in names:
+        pairs = list(zip(*(first_lines(name, scheme, rounds) for scheme in ("sfl", "fl")), strict=True))
+        tested = [(a, b) for a, b in ((a.test_accuracy, b.test_accuracy) for a, b in pairs) if a is not None]
+        same = sum(a == b for a, b in tested)
+        loss = max(abs(a.train_loss - b.train_loss) / b.train_loss for a, b in pairs)
+        cut = statistics.fmean(line.mean_cut for line, _ in pairs)
+        title = SETTINGS[name].title
+        rows.append([title, str(len(pairs)), f"{same} of {len(tested)}", f"{loss:.1e}", f"{cut:.1f}"])
+        print(" | ".join(rows[-1]), flush=True)
+    table(["setting", "rounds", "equal test accuracies", "loss apart, relative", "mean cut"], rows)
+
+
+def first_lines(name, scheme, rounds):
+    chosen = [flag for flag in SETTINGS[name].flags.split() if not flag.startswith("--vary=")]
+    config = flags.parse([*chosen, f"--scheme={scheme}", "--seed=0"], "train")
+    cores.cores_as_devices(config.cohort_size)
+    run = sfl.Run.of(parts.build(config, lambda text: None).parts)
+    return list(run.rounds(rounds, progress=False))
 
 
 def scheme_table():
@@ -251,9 +252,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("train", "tables"))
+    parser.add_argument("what", choices=("train", "equality", "tables"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SETTINGS))
     parser.add_argument("--seeds", default="0,1,2", help="of the settings that have several")
+    parser.add_argument("--rounds", type=int, default=4, help="of equality")
     options, more = parser.parse_known_args()
     if wrong := [name for name in options.names if name not in SETTINGS]:
         parser.error(f"{wrong[0]}: must be one of {', '.join(SETTINGS)}")
@@ -263,11 +265,12 @@ def main():
         return
     if more:
         parser.error(f"{more[0]}: only with train")
+    if options.what == "equality":
+        equality([name for name in names if name.startswith(("b0_", "s_"))], options.rounds)
+        return
     keep(name for name in names if name != SCHEMES)
-    runs = {name: of for name, of in kept().items() if name in names}
-    plans = {name: list(of.values()) for name, of in runs.items() if not name.endswith("_fl")}
+    plans = {name: list(of.values()) for name, of in kept().items() if name in names}
     accuracy_tables(plans)
-    equality_table(kept())
     if SCHEMES in names and done(SCHEMES) and "0" in done(SFL):
         scheme_table()
     write_clocks(plans)

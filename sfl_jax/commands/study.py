@@ -21,7 +21,7 @@ from sfl_jax.commands.following import Following
 from sfl_jax.commands.interruption import INTERRUPTED, SAVED, interruption
 from sfl_jax.commands.program import program
 from sfl_jax.errors import BadInput
-from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, whole_file
+from sfl_jax.files import HTML_MARK, PNG_MARK, ensure_ours, ensure_writable, locked, whole_file
 
 WORKDIR, TARGETS = "runs/study", "auto"
 TABLE, PICTURE, REPORT = "study.json", "study.png", "study.html"
@@ -301,9 +301,14 @@ def _can_be_trained(case: Case) -> bool:
 def _train(cases: Sequence[Case]) -> int:
     """The exit code of one training of a group, SAVED if a signal ended it. A .log file has its output.
 
-    A signal is passed on, and the training saves its round.
+    A signal is passed on, and the training saves its round. Raises BadInput if another process trains there.
+    It may be that of a study that was killed: it goes on, and its .log file is not touched.
     """
     directory = cases[0].directory
+    place = directory if len(cases) == 1 else directory.parent
+    if place.is_dir():
+        with locked(place, "workdir", str(place)):
+            pass
     log = directory.with_name(f"{directory.name if len(cases) == 1 else 'runs'}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "sfl_jax.commands.train", *_flags_for(cases)]

@@ -1,6 +1,7 @@
 """Many runs and one table: what is measured of a run by hand, what is refused, and a study end to end."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ import time
 import pytest
 
 from sfl_jax.commands import study, study_page, study_plot, study_table
+from sfl_jax.errors import BadInput
+from sfl_jax.files import locked
 from sfl_jax.run.ledger import Ledger
 from sfl_jax.run.metrics import Round
 
@@ -156,6 +159,20 @@ def test_a_signal_to_the_study_alone_saves_the_round_and_ends_both(tmp_path):
     assert "stopping after the round, which is saved" in said
     assert "interrupted; the same command goes on" in said
     assert "rounds are saved" in (tmp_path / "runs.log").read_text()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
+    """As after kill -9 of a study, whose training goes on."""
+    case = study._case({"seed": "0"}, [], str(tmp_path))
+    case.directory.mkdir()
+    log = tmp_path / "seed=0.log"
+    log.write_text("of the other")
+    with (
+        locked(case.directory, "workdir", ""),
+        pytest.raises(BadInput, match=f"run {os.getpid()} is using it"),
+    ):
+        study._train([case])
+    assert log.read_text() == "of the other"
 
 
 def test_a_run_that_fails_leaves_the_others_in_the_table(tmp_path, monkeypatch, capsys):

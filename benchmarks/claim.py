@@ -92,9 +92,9 @@ def train(names, seeds, more):
         setting = SETTINGS[name]
         targets = f"--targets={','.join(map(str, setting.targets))}"
         chosen = setting.flags.replace(SEEDS, f"--vary=seed={seeds}")
-        flags = [*chosen.split(), targets, f"--workdir={ROOT / name}", *more]
-        print(f"{name}: python -m launch.study {' '.join(flags)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "launch.study", *flags], check=False).returncode
+        given = [*chosen.split(), targets, f"--workdir={ROOT / name}", *more]
+        print(f"{name}: python -m launch.study {' '.join(given)}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "launch.study", *given], check=False).returncode
         if code:
             sys.exit(code)
 

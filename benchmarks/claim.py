@@ -5,9 +5,8 @@ interrupted. NAME is one of the settings below; without one, all are trained, fo
 --seeds=0 trains one seed of three. Other flags are passed on, for example --data_dir for CIFAR-10.
 `equality` trains the first rounds of a setting on MNIST with `sfl` and with `fl`, and compares each line.
 `tables` adds the runs that are done to docs/claim.csv, so that settings and seeds can be trained one at a
-time, on several machines too. It prints the tables of the page from that file, and writes
-runs/claim/clocks.csv for its picture. The tables of the method by itself are those of
-benchmarks.paper_method.
+time, on several machines too. The tables that it prints, and the picture of the page, are made from that
+file. The tables of the method by itself are those of benchmarks.paper_method.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import dataclasses
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,8 +131,8 @@ def kept() -> dict[str, dict[str, Run]]:
     return found
 
 
-def keep(names):
-    """Adds the runs that are done to docs/claim.csv. A run of the same setting and seed is replaced."""
+def keep(names: Iterable[str]) -> dict[str, dict[str, Run]]:
+    """Adds the runs that are done to docs/claim.csv, or replaces them there. Returns all that it then has."""
     runs = kept()
     for name in names:
         for seed, directory in done(name).items():
@@ -146,6 +146,7 @@ def keep(names):
                 seconds = [f"{run.seconds[method][place]:.9g}" for method in METHODS]
                 tested = "" if accuracy is None else accuracy
                 writer.writerow([name, seed, place + 1, loss, tested, *seconds])
+    return runs
 
 
 def done(name: str) -> dict[str, Path]:
@@ -235,19 +236,6 @@ def scheme_table():
     table(header, rows)
 
 
-def write_clocks(settings):
-    """A file for the picture: test accuracy and each method's seconds, of the first seed of each setting."""
-    ROOT.mkdir(parents=True, exist_ok=True)
-    with (ROOT / "clocks.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["setting", "round", "test_accuracy", *METHODS])
-        for name, (run, *_) in settings.items():
-            for place, accuracy in enumerate(run.accuracies):
-                if accuracy is not None:
-                    seconds = (f"{run.seconds[method][place]:.6g}" for method in METHODS)
-                    writer.writerow([name, place + 1, accuracy, *seconds])
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -268,12 +256,11 @@ def main():
     if options.what == "equality":
         equality([name for name in names if name.startswith(("b0_", "s_"))], options.rounds)
         return
-    keep(name for name in names if name != SCHEMES)
-    plans = {name: list(of.values()) for name, of in kept().items() if name in names}
+    runs = keep(name for name in names if name != SCHEMES)
+    plans = {name: list(of.values()) for name, of in sorted(runs.items()) if name in names}
     accuracy_tables(plans)
     if SCHEMES in names and done(SCHEMES) and "0" in done(SFL):
         scheme_table()
-    write_clocks(plans)
 
 
 if __name__ == "__main__":

@@ -129,9 +129,10 @@ def seconds_per_client(
     """Measured seconds of one client's local step, in the kinds of units with the most work.
 
     images: (B, H, W, C) in the network's float type; only the shape matters. devices: those of this process.
-    CPU devices share the cores, so all of them are measured at the same time, as in a run.
+    CPU devices share the cores, so all of them are measured at the same time, as in a run. A process measures
+    the same thing once, so that two of its runs with the same settings make the same choice and round alike.
     """
-    devices = devices if devices[0].platform == "cpu" else devices[:1]
+    here = tuple(devices if devices[0].platform == "cpu" else devices[:1])
     chain = chain.alone() if clients_per_chunk == 1 else chain
     inputs = _inputs(chain, images)
     macs = profile.forward_macs + profile.backward_macs
@@ -141,8 +142,7 @@ def seconds_per_client(
         kinds.setdefault((entering, int(profile.parameters[index]), int(macs[index])), []).append(index)
     heaviest = sorted(kinds.values(), key=lambda alike: -macs[alike].sum())[:UNITS]
     return sum(
-        len(alike) * _seconds_of_unit(chain, alike[-1], inputs[alike[-1]], clients_per_chunk, devices)
-        for alike in heaviest
+        len(alike) * _seconds_of_unit(chain, alike[-1], images, clients_per_chunk, here) for alike in heaviest
     )
 
 
@@ -162,9 +162,10 @@ def _inputs(chain, images):
     return inputs
 
 
-def _seconds_of_unit(chain, index, x, clients, devices):
+@functools.cache
+def _seconds_of_unit(chain, index, images, clients, devices):
     """Seconds of one client's step in one unit. Variables are ones, because subnormal numbers are slow."""
-    unit, rng = chain.units[index], np.random.default_rng(0)
+    unit, x, rng = chain.units[index], _inputs(chain, images)[index], np.random.default_rng(0)
     shapes = units.shapes(unit, x).variables
     axes = () if clients == 1 else (clients,)
     arguments = (

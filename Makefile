@@ -30,9 +30,10 @@ test: .venv/test.stamp
 	$(PYTEST) --dist worksteal $(ARGS); tests=$$?; \
 	wait $$lint; linted=$$?; cat .venv/lint.log; exit $$((tests ? tests : linted))
 
-# A few files take half of the time, so workers share single tests. Exit status 5 means that there was nothing to run.
+# A few files take half of the time, so workers share single tests, and the longest are told. Exit status 5 means that
+# there was nothing to run.
 test-slow: .venv/test.stamp .venv/docs.stamp
-	$(PYTEST) --dist worksteal -m slow $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) --dist worksteal -m slow --durations=30 $(ARGS) || [ $$? -eq 5 ]
 
 lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff check

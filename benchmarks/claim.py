@@ -61,9 +61,13 @@ SETTINGS = {
     "b0_20_iid": Setting("B0, 20 clients, IID", f"{SEEDS} {B0} {TWENTY} {SHORT}"),
     "b0_20_dir": Setting("B0, 20 clients, Dirichlet(0.3)", f"{SEEDS} {B0} {TWENTY} {SHORT} {DIRICHLET}"),
     "s_100_iid": Setting("S, 100 clients, IID", f"{SEEDS} {S} {HUNDRED} {LONGEST}"),
-    "s_100_dir": Setting("S, 100 clients, Dirichlet(0.3)", f"{SEEDS} {S} {HUNDRED} {LONG} {DIRICHLET}"),
+    "s_100_dir": Setting(
+        "S, 100 clients, Dirichlet(0.3)", f"{SEEDS} {S} {HUNDRED} {LONG} {DIRICHLET}", (0.7, 0.8, 0.9)
+    ),
     "s_20_iid": Setting("S, 20 clients, IID", f"{SEEDS} {S} {TWENTY} {SHORT}"),
-    "s_20_dir": Setting("S, 20 clients, Dirichlet(0.3)", f"{SEEDS} {S} {TWENTY} {SHORT} {DIRICHLET}"),
+    "s_20_dir": Setting(
+        "S, 20 clients, Dirichlet(0.3)", f"{SEEDS} {S} {TWENTY} {SHORT} {DIRICHLET}", (0.7, 0.8, 0.9)
+    ),
     SCHEMES: Setting(
         "B0, 100 clients, IID, other schemes",
         f"--vary=scheme=sfl_v2,psl,sl {B0} {HUNDRED} --rounds=32 --eval_every=2",

@@ -95,18 +95,18 @@ def test_the_heaviest_units_stand_for_all_that_are_like_them(monkeypatch):
 
 
 @pytest.fixture
-def nothing_measured():
-    """Forgets what was measured; after the test, too, because its clock may not be the real one."""
+def forget():
+    """Forgets what was measured when called, and after the test, whose clock may not be the real one."""
     yield execution._seconds_of_unit.cache_clear
     execution._seconds_of_unit.cache_clear()
 
 
-def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch, nothing_measured):
+def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch, forget):
     chain = models.create("efficientnetv2-tiny", layer_form="conv")
     profile = models.profile(chain, (8, 8, 1))
     images = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
     assert 0 < execution.seconds_per_client(chain, profile, images, 1, jax.devices()[:1]) < 1
-    nothing_measured()
+    forget()
     # Each call of the clock is one second later.
     monkeypatch.setattr(execution, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(execution, "UNITS", 1)
@@ -117,7 +117,7 @@ def test_a_unit_is_measured_for_one_client_and_for_several(monkeypatch, nothing_
     assert of_two == own / 2
 
 
-def test_two_runs_of_a_process_make_the_same_choice(nothing_measured):
+def test_two_runs_of_a_process_make_the_same_choice(forget):
     """Their times would differ by noise, and another chunk or form of layers rounds differently."""
 
     def tried(layer_form, clients):
@@ -126,7 +126,7 @@ def test_two_runs_of_a_process_make_the_same_choice(nothing_measured):
         images = jax.ShapeDtypeStruct((4, 12, 12, 1), jnp.float32)
         return execution.seconds_per_client(chain, profile, images, clients, jax.devices()[:1])
 
-    nothing_measured()
+    forget()
     alternatives = ("conv", 1), ("conv", 2)
     first, second = [[tried(*one) for one in alternatives] for _ in range(2)]
     assert first == second

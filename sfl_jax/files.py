@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -119,7 +120,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     try:
-        with unfinished(path.with_name(f".{path.name}.{os.getpid()}.part")) as part:
+        with unfinished(path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")) as part:
             with part.open("wb") as file:
                 yield file
             part.replace(path)

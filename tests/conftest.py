@@ -43,6 +43,13 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{compiling.FAST_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 
+def pytest_sessionstart():
+    """The processes of a session read each other's programs while they write them."""
+    from sfl_jax.commands import compilation_cache  # not before the types are checked at run time
+
+    compilation_cache.write_whole()
+
+
 def pytest_collection_finish():
     """Python searches for garbage less often: that was an eighth of the tests' time. What is imported by now
     stays, and is not searched.

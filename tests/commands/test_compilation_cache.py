@@ -5,12 +5,14 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import jax
 import jaxlib
 import pytest
+from jax._src.lru_cache import LRUCache
 
 from sfl_jax.commands import compilation_cache
 
@@ -51,6 +53,22 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
     hits, misses, first = start(tmp_path)
     assert (hits, misses > 0) == (0, True)
     assert start(tmp_path) == [misses, 0, first]
+
+
+def test_another_process_reads_a_program_whole_or_not_at_all(tmp_path):
+    cache, program = LRUCache(str(tmp_path), max_size=-1), bytes(50_000_000)
+    compilation_cache.write_whole()
+    with ThreadPoolExecutor() as pool:
+        written = pool.submit(cache.put, "key", program)
+        found = set()
+        while not written.done():
+            found.add(cache.get("key"))
+    written.result()
+    assert found <= {None, program}
+    assert cache.get("key") == program
+    assert [path.name for path in tmp_path.iterdir()] == ["key-cache"]
+    cache.put("key", b"another")
+    assert cache.get("key") == program  # as JAX does
 
 
 def test_the_directory_is_of_this_user_these_releases_and_this_host(monkeypatch, tmp_path, no_directory):

@@ -3,6 +3,7 @@
 All use one compilation cache, so that a start takes seconds. A cached program is the same program.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -146,13 +147,31 @@ def test_killed_at_a_line_it_goes_on_bitwise(begin, quiet, tmp_path):
 
 
 def half_written(workdir):
-    return {path.name for path in (workdir / "checkpoints").glob(".*.part")}
+    """{(name, when it was last changed)} of checkpoints that are being written, or were left so."""
+    found = set()
+    for path in (workdir / "checkpoints").glob(".*.part"):
+        with contextlib.suppress(FileNotFoundError):  # it is written by now
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def halt_while_writing(process, workdir, first):
+    """Halts the process while it writes the checkpoint of round `first` or a later one, if it writes any."""
+    left = half_written(workdir)
+    while process.poll() is None:
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+        if any(name >= f".{first:06d}" for name, _ in half_written(workdir) - left):
+            process.send_signal(signal.SIGSTOP)  # so that it cannot finish it meanwhile
+            if half_written(workdir) - left:
+                return True
+    return False
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
-    """Runs of a few seconds. They are killed at any moment, also while they start. Every second kill waits
-    for a checkpoint that is being written.
+    """Runs of a few seconds. They are killed at any moment, also while they start, and every second time
+    while a checkpoint is written.
     """
     rng, start = random.Random(0), time.monotonic()
     finish(begin(tmp_path / "timed"))
@@ -160,22 +179,20 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
     killed = while_writing = 0
     while killed < 20:
         workdir = tmp_path / str(killed)
-        for _ in range(3):
-            left = half_written(workdir)
+        for _ in range(4):
             process = begin(workdir, "--checkpoint_every_rounds=1")
-            try:
-                process.wait(rng.uniform(0.2, 1.0) * whole_s)
-            except subprocess.TimeoutExpired:
-                while killed % 2 and process.poll() is None and not half_written(workdir) - left:
-                    time.sleep(0.001)
-                process.kill()
-                killed += 1
+            if killed % 2:
+                while_writing += halt_while_writing(process, workdir, rng.randrange(ROUNDS))
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(rng.uniform(0.2, 1.0) * whole_s)
+            killed += process.poll() is None
+            process.kill()
             process.communicate()
-            while_writing += bool(half_written(workdir) - left)
         finish(begin(workdir))
         same(workdir, quiet)
     print(f"{killed} killed, {while_writing} of them while a checkpoint was written")
-    assert while_writing > 2
+    assert while_writing > 5
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ WORDS = [
 @pytest.mark.slow
 def test_flags():
     rng, taken = random.Random(1), 0
-    for _ in tries(6000, 60, "flags"):
+    for _ in tries(6000, 25, "flags"):
         command = rng.choice(["train", "plan", "compare", "report"])
         fields = {field.name: field for field in fields_of(command)}
         settings = [(rng.choice(list(fields)), rng.choice(WORDS)) for _ in range(rng.randint(0, 3))]
@@ -78,7 +78,7 @@ def test_flags():
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=3000)
+@hypothesis.settings(max_examples=1000)
 @given(ARGUMENTS, st.sampled_from(["train", "plan", "compare", "report"]))
 def test_whatever_is_given_to_whichever_command(arguments, command):
     config = given_to(command, [a for a in arguments if "flagfile" not in a and "h" not in a[:3]])
@@ -95,7 +95,7 @@ def test_flagfiles(tmp_path):
     good = (
         f"# a run\n--model=efficientnetv2-b0\n--rounds=7\n--seed=3\n--flagfile={tmp_path}/more\n\n--keep=5\n"
     )
-    for _ in tries(3000, 60, "flag files"):
+    for _ in tries(3000, 25, "flag files"):
         path.write_bytes(damaged(rng, good.encode()))
         config = given_to("train", [f"--flagfile={path}"])
         if config is not None:
@@ -124,7 +124,7 @@ def read_plainly(data):
 def test_fleet_files(tmp_path):
     rng, taken = random.Random(3), 0
     path = tmp_path / "fleet.csv"
-    for _ in tries(20_000, 60, "fleet.csv"):
+    for _ in tries(20_000, 25, "fleet.csv"):
         data = damaged(rng, FLEET.encode())
         if rng.random() < 0.5:
             at = rng.randrange(len(data) + 1)
@@ -175,7 +175,7 @@ def spoilt(rng, path, also_sums=False):
 def test_checkpoints(saved, caplog):
     rng = random.Random(4)
     newest, older = saved / "000005", saved / "000002"
-    for number in tries(5000, 60, "checkpoints"):
+    for number in tries(5000, 25, "checkpoints"):
         caplog.clear()
         with spoilt(rng, newest) as file:
             assert Checkpoints(saved, keep=2).newest(LOG) == progress(2), file
@@ -219,7 +219,7 @@ def test_models_of_checkpoints_whose_sums_fit(saved):
     rng, like = random.Random(5), jax.eval_shape(lambda: model(0))
     expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), like)
     checkpoints = Checkpoints(saved, keep=2)
-    for _ in tries(300, 60, "models of checkpoints"):
+    for _ in tries(300, 25, "models of checkpoints"):
         with spoilt(rng, saved / "000005", also_sums=True):
             found = checkpoints.newest(LOG)
             assert found is not None

@@ -170,10 +170,9 @@ def test_client_then_server_is_the_whole_chain_at_cuts_of_b0(cut, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("x64", [False, True], ids=["float32", "x64"])
 @pytest.mark.parametrize("cut", [1, 7, 17, 26, 42])
-def test_client_then_server_is_the_whole_chain_at_cuts_of_s(cut, x64):
-    check_cut("efficientnetv2-s", 16, 4, cut, x64)
+def test_client_then_server_is_the_whole_chain_at_cuts_of_s(cut):
+    check_cut("efficientnetv2-s", 16, 4, cut, x64=True)
 
 
 @pytest.mark.slow

@@ -361,7 +361,7 @@ def test_a_damaged_file_is_refused_or_its_other_numbers_are_few(tmp_path, monkey
     contents = {name: (tmp_path / write(tmp_path, name, model())).read_bytes() for name in FORMATS}
     right = {name: keras_weights.load(str(tmp_path / name), MINI, chain, fresh) for name in FORMATS}
     rng, outcomes, spoilt = random.Random(6), collections.Counter(), tmp_path / "spoilt"
-    for _ in tries(300, 100, "weights files"):
+    for _ in tries(300, 40, "weights files"):
         name = rng.choice(FORMATS)
         spoilt.write_bytes(damaged(rng, contents[name]))
         found, said = attempt(keras_weights.load, str(spoilt), MINI, chain, fresh)

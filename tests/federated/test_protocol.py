@@ -92,17 +92,17 @@ def test_cuts_differ_exactly_where_the_codec_does_something(both):
 
 
 @pytest.mark.slow
-def test_adam_that_makes_whole_steps_equals_the_protocol_at_every_cut(x64=True):
-    with jax.enable_x64(x64):
+def test_adam_that_makes_whole_steps_equals_the_protocol_at_every_cut():
+    with jax.enable_x64(True):
         variables, samples = rounds.start()
         work = rounds.assignments(steps=2, batch=rounds.SHARP_BATCH)
         rate = rounds.SHARP_RATE
-        training = rounds.sharp_training(x64, rounds.SCALING)
+        training = rounds.sharp_training(True, rounds.SCALING)
         compiled = rounds.sessions(training, variables, samples, work, KEY, rate)
-        parties = rounds.sharp_training(x64, rounds.SCALING, rounds.REFERENCE_CHAIN)
+        parties = rounds.sharp_training(True, rounds.SCALING, rounds.REFERENCE_CHAIN)
 
         def apart(cut, **changes):
-            adam = optax.adam(rate, **{"eps": rounds.SHARP[x64], **changes})
+            adam = optax.adam(rate, **{"eps": rounds.SHARP[True], **changes})
             world = rounds.world(parties, variables, samples, KEY, adam)
             expected, _ = protocol.run_session(world, rounds.works(work)[cut])
             found, expected, start = (
@@ -116,9 +116,9 @@ def test_adam_that_makes_whole_steps_equals_the_protocol_at_every_cut(x64=True):
             return rounds.distance(found, expected, start)
 
         found = [apart(cut) for cut in range(rounds.CUTS)]
-        assert max(found) < TOLERANCE[x64], found
-        for wrong in ({"b1": 0.901}, {"b2": 0.99}, {"eps": 1.1 * rounds.SHARP[x64]}):
-            assert apart(3, **wrong) > 3 * TOLERANCE[x64], wrong
+        assert max(found) < TOLERANCE[True], found
+        for wrong in ({"b1": 0.901}, {"b2": 0.99}, {"eps": 1.1 * rounds.SHARP[True]}):
+            assert apart(3, **wrong) > 3 * TOLERANCE[True], wrong
 
 
 @pytest.mark.slow

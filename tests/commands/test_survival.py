@@ -4,6 +4,7 @@ All use one compilation cache, so that a start takes seconds. A cached program i
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -177,8 +178,9 @@ def test_killed_at_twenty_moments_it_goes_on_bitwise(begin, quiet, tmp_path):
     finish(begin(tmp_path / "timed"))
     whole_s = time.monotonic() - start
     killed = while_writing = 0
+    numbers_of_runs = itertools.count()
     while killed < 20:
-        workdir = tmp_path / str(killed)
+        workdir = tmp_path / str(next(numbers_of_runs))  # also if nothing was killed in the last
         for _ in range(4):
             process = begin(workdir, "--checkpoint_every_rounds=1")
             if killed % 2:

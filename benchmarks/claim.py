@@ -64,7 +64,7 @@ SETTINGS = {
     "s_100_dir": Setting(
         "S, 100 clients, Dirichlet(0.3)", f"{SEEDS} {S} {HUNDRED} {LONG} {DIRICHLET}", (0.7, 0.8, 0.9)
     ),
-    "s_20_iid": Setting("S, 20 clients, IID", f"{SEEDS} {S} {TWENTY} {SHORT}"),
+    "s_20_iid": Setting("S, 20 clients, IID", f"{SEEDS} {S} {TWENTY} {SHORT} --learning_rate=0.001"),
     "s_20_dir": Setting(
         "S, 20 clients, Dirichlet(0.3)", f"{SEEDS} {S} {TWENTY} {SHORT} {DIRICHLET}", (0.7, 0.8, 0.9)
     ),

@@ -27,8 +27,8 @@ METHODS = {
     "no_split": ("no split", "#1f78b4", "-"),
 }
 PANELS = {  # of claim_time.svg
-    "b0_100_iid": "B0, 100 clients, IID", "b0_100_dir": "B0, 100 clients, Dirichlet(0.3)",
-    "b0_20_iid": "B0, 20 clients, IID", "s_100_iid": "S, 100 clients, IID",
+    "b0_100_iid": "B0, 100 clients, IID", "b0_20_iid": "B0, 20 clients, IID",
+    "s_100_iid": "S, 100 clients, IID", "s_20_iid": "S, 20 clients, IID",
 }  # fmt: skip
 QUANTITIES = {
     "forward_flop": ("work of the forward pass, MFLOP", 1e6),
